@@ -1,0 +1,49 @@
+"""The public names, about a dozen. Importing does nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dlora.config import Config
+    from dlora.decentralized.topology import Topology, build_topology, spectral_gap
+    from dlora.errors import DloraError, Interrupted, UserError
+    from dlora.programs.score import score
+    from dlora.programs.simulate import simulate
+    from dlora.report import write_report
+
+_HOMES = {
+    "Config": "dlora.config",
+    "DloraError": "dlora.errors",
+    "Interrupted": "dlora.errors",
+    "Topology": "dlora.decentralized.topology",
+    "UserError": "dlora.errors",
+    "build_topology": "dlora.decentralized.topology",
+    "score": "dlora.programs.score",
+    "simulate": "dlora.programs.simulate",
+    "spectral_gap": "dlora.decentralized.topology",
+    "write_report": "dlora.report",
+}
+
+__all__ = [
+    "Config",
+    "DloraError",
+    "Interrupted",
+    "Topology",
+    "UserError",
+    "build_topology",
+    "score",
+    "simulate",
+    "spectral_gap",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name's module when it is first asked for: torch takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,228 @@
+"""The doors: parse, call one function, print. No logic."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dlora.config import Config, TopologySection, parse_section
+from dlora.errors import DloraError, Interrupted
+from dlora.progress import Progress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune language models with LoRA on data that may not leave its owner.\n\n"
+    "Exit codes: 0 done, 2 your mistake (the message says how to mend it), 4 interrupted and resumable.",
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML of the run", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key: --set train.rounds=50 (again for more)", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document for machines instead of tables")]
+
+
+def main() -> None:
+    """The console script: every DloraError is one line on stderr and its exit code."""
+    try:
+        app(standalone_mode=False)
+    except DloraError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted", Interrupted.exit_code)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a mistake on the command line, as typer words it
+            _fail(error.format_message(), 2)
+        raise
+
+
+@app.command()
+def simulate(
+    config: ConfigPath,
+    set_: Overrides = [],  # noqa: B006  # typer copies it
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
+    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check config, data and model; say what would run; write nothing")] = False,
+) -> None:
+    """Dec-LoRA on one machine: n peers in one process, and the baselines they are compared with.
+
+    Example: dlora simulate examples/sst2-ring.yaml --set peers.count=16 --set train.rounds=50
+    """
+    loaded = Config.load(config, set_)
+    from dlora.programs import simulate as program
+
+    if dry_run:
+        plan = program.dry_run(loaded)
+        _print(plan, as_json, _plan_table)
+        return
+    with Progress() as progress, _stop_on_interrupt() as stop:
+        try:
+            summary = program.simulate(loaded, resume=resume, listeners=[progress], stop=stop)
+        except Interrupted as interrupted:
+            raise Interrupted(f"{interrupted}; go on with: {_resume_command()}") from None
+        except KeyboardInterrupt:
+            raise Interrupted(f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}") from None
+    _print(summary, as_json, _summary_table)
+    if not as_json:
+        Console().print(f"report: {Path(loaded.output_dir, 'report.html')}", soft_wrap=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run", show_default=False)],
+    data: Annotated[str | None, typer.Option("--data", metavar="FILE", help="score on these rows instead of the run's")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's adapters again, the average and each peer's own.
+
+    Example: dlora eval runs/sst2-ring --data more-reviews.tsv
+    """
+    from dlora.programs.score import score
+
+    with Progress() as progress:
+        scores = score(run, data, listeners=[progress])
+    _print(scores, as_json, _scores_table)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, finished or not", show_default=False)]) -> None:
+    """Write RUN/report.html anew from its log.
+
+    Example: dlora report runs/sst2-ring
+    """
+    from dlora.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def topology(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="ring, complete, erdos-renyi, exponential, hypercube, base-k", show_default=False)],
+    peers: Annotated[int, typer.Option("--peers", "-n", min=1, help="how many")] = 8,
+    p: Annotated[float | None, typer.Option(help="erdos-renyi: probability of an edge")] = None,
+    seed: Annotated[int, typer.Option(help="erdos-renyi: seed of the graph")] = 0,
+    k: Annotated[int, typer.Option("-k", min=1, help="base-k: neighbours a round, at most")] = 1,
+    weights: Annotated[str | None, typer.Option(help="metropolis or laplacian; null: what the topology takes")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="draw the graph into this .svg")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who talks to whom: neighbours, spectral gap, rounds and messages to agree.
+
+    Example: dlora topology base-k --peers 10 -o base-k.svg
+    """
+    from dlora.decentralized import topology as graphs
+
+    section = parse_section(TopologySection, {"kind": kind, "p": p, "seed": seed, "k": k})
+    built = graphs.build_topology(section, weights, [f"peer-{index}" for index in range(peers)])  # type: ignore[arg-type]
+    if output is not None:
+        from dlora.drawing import graph
+        from dlora.runlog import write_atomically
+
+        edges = [built.edges(round) for round in range(built.period)]
+        write_atomically(output, graph(edges, built.names, standalone=True))
+    if as_json:
+        rounds, messages = graphs.rounds_to_agree(built)
+        neighbours = [[built.neighbours(peer, round) for peer in range(peers)] for round in range(built.period)]
+        figures = {"spectral_gap": graphs.spectral_gap(built), "rounds_to_agree": rounds, "messages_to_agree": messages}
+        typer.echo(json.dumps({"kind": kind, "peers": peers, "neighbours": neighbours, **figures}))
+    else:
+        typer.echo(graphs.describe(built))
+
+
+def _fail(message: str, exit_code: int) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {message}" if exit_code != Interrupted.exit_code else message, soft_wrap=True, highlight=False)
+    sys.exit(exit_code)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the round finish and saves; the second gives it up."""
+    asked = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        Console(stderr=True).print("stopping after this round; Ctrl-C again discards it")
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _resume_command() -> str:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return " ".join(["dlora", *arguments, "--resume"])
+
+
+def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Table]) -> None:
+    if as_json:
+        typer.echo(json.dumps(document))
+    else:
+        Console().print(table(document))
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    table = Table("run", "average", "peers' own", "best (round)", "on wire", "seconds", box=None)
+    for name, run in summary["runs"].items():
+        best = f"{_score(run['best'])} ({run['best']['rounds_done']})"
+        own = _score(run["peers_mean"]) if run["peers_mean"] else "-"
+        table.add_row(name, _score(run["consensus"]), own, best, _bytes(run["bytes_on_wire"]), f"{run['seconds']:.0f}")
+    return table
+
+
+def _scores_table(scores: dict[str, Any]) -> Table:
+    metrics = list(next(iter(scores.values())))
+    table = Table("adapter", *metrics, box=None)
+    for name, values in scores.items():
+        table.add_row(name, *(f"{values[metric]:.4f}" for metric in metrics))
+    return table
+
+
+def _plan_table(plan: dict[str, Any]) -> Table:
+    table = Table("peer", "rows", "local steps a round", "labels", box=None, title=f"would run {', '.join(plan['runs'])} on {plan['model']}")
+    for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
+        labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
+        table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
+    messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
+    table.caption = (
+        f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once; a message is"
+        f" {_bytes(plan['message_bytes'])}, a round {messages:.3g} messages; spectral gap {plan['spectral_gap']:.3f}"
+    )
+    return table
+
+
+def _score(scores: dict[str, float]) -> str:
+    if "accuracy" in scores:
+        return f"{100 * scores['accuracy']:.1f} %"
+    return f"perplexity {scores['perplexity']:.2f}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What "average" means for LoRA: the rules, one per published method.
+
+Every rule mixes A and B apart (never their product) and in difference form,
+
+    x_i += sum_j w_ij (sent_j - sent_i)        over the neighbours j whose exchange with i was committed,
+
+so a neighbour that is missing adds nothing, and since w is symmetric the mean over all peers is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dlora.config import PeersSection
+from dlora.lora.factors import Factors
+
+
+class Rule(Protocol):
+    """Which factors train in a round and which are sent and mixed after it."""
+
+    def trains(self, name: str, round: int) -> bool:
+        """Whether the tensor ``name`` takes local steps in ``round``."""
+
+    def sends(self, name: str, round: int) -> bool:
+        """Whether the tensor ``name`` is exchanged and mixed at the end of ``round``."""
+
+
+class Factor:
+    """Dec-LoRA (arXiv 2501.15361): A and B train together and are averaged apart."""
+
+    def trains(self, name: str, round: int) -> bool:
+        """Everything trains."""
+        return True
+
+    def sends(self, name: str, round: int) -> bool:
+        """Everything is sent."""
+        return True
+
+
+class Ffa:
+    """FFA-LoRA (arXiv 2403.12313): A stays what it was at the start, alike for all, so averaging B is exact and half the bytes."""
+
+    def trains(self, name: str, round: int) -> bool:
+        """All but A."""
+        return not name.endswith(".lora_A")
+
+    def sends(self, name: str, round: int) -> bool:
+        """All but A."""
+        return self.trains(name, round)
+
+
+@dataclass(frozen=True)
+class Alternate:
+    """ADF-LoRA (arXiv 2511.18291): B trains for ``period`` rounds, then A, and so on; both are mixed in every round.
+
+    B goes first: while B is zero, A's gradient is zero.
+    """
+
+    period: int
+
+    def trains(self, name: str, round: int) -> bool:
+        """The factor whose turn it is, and the head always."""
+        resting = ".lora_A" if (round // self.period) % 2 == 0 else ".lora_B"
+        return not name.endswith(resting)
+
+    def sends(self, name: str, round: int) -> bool:
+        """Both factors: a resting factor that were not mixed would stay different from peer to peer."""
+        return True
+
+
+def build_rule(section: PeersSection) -> Rule:
+    """The rule the config names."""
+    rules: dict[str, Rule] = {"factor": Factor(), "ffa": Ffa(), "alternate": Alternate(section.period)}
+    return rules[section.rule]
+
+
+@torch.no_grad()
+def mix(factors: Factors, sent: Mapping[str, Tensor], mixing: np.ndarray, committed: Iterable[tuple[int, int]]) -> None:
+    """Mix all peers' ``factors`` ((P, ...) each) in place with what they ``sent``, over the ``committed`` edges (i < j).
+
+    ``mixing`` is the round's (P, P) matrix, row = receiver.
+    """
+    weights = np.zeros_like(mixing)
+    for i, j in committed:
+        weights[i, j], weights[j, i] = mixing[i, j], mixing[j, i]
+    differences = torch.from_numpy(weights - np.diag(weights.sum(axis=1)))  # row i times x = sum_j w_ij (x_j - x_i)
+    for name, message in sent.items():
+        # rows of `differences` sum to zero, so peer 0's value may be taken from all: between alike peers that is exact, and
+        # what is multiplied is small, so rounding is small against the change and not against the value
+        change = differences.to(message) @ (message - message[0]).flatten(1)
+        factors[name] += change.view(factors[name].shape)

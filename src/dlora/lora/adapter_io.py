@@ -1,0 +1,46 @@
+"""In and out of a PEFT folder; nothing else knows PEFT's file format."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import safetensors
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dlora.errors import RunError
+from dlora.runlog import write_atomically
+
+_PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
+_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_adapter(folder: Path, factors: Mapping[str, Tensor], peft_config: peft.LoraConfig) -> None:
+    """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base, folder)`` loads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {_to_peft(name): tensor[0].detach().float().cpu().contiguous() for name, tensor in factors.items()}
+    write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
+    copy.deepcopy(peft_config).save_pretrained(str(folder))
+
+
+def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read one participant's factors as (1, ...) tensors; they must have the names and shapes of ``expected`` (no participant dimension)."""
+    try:
+        stored = load_file(folder / _WEIGHTS)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"adapter {folder}: {_WEIGHTS} cannot be read ({error})") from error
+    factors = {name: stored[_to_peft(name)].unsqueeze(0) for name in expected if _to_peft(name) in stored}
+    for name, tensor in expected.items():
+        if name not in factors:
+            raise RunError(f"adapter {folder}: holds no {name}; it belongs to another model or another lora.target_modules")
+        if factors[name].shape[1:] != tensor.shape:
+            raise RunError(f"adapter {folder}: {name} has shape {tuple(factors[name].shape[1:])}, expected {tuple(tensor.shape)}")
+    return factors
+
+
+def _to_peft(name: str) -> str:
+    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind the prefix."""
+    return f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"

@@ -1,0 +1,66 @@
+"""The pairs (A, B) of an adapter: average, distance, product, hash. Pure tensors.
+
+Shape letters: P participants, R rank, I in, O out.
+``Factors`` maps a name to one tensor for all participants, the participant first:
+``<module>.lora_A`` (P, R, I), ``<module>.lora_B`` (P, O, R), and for a trained head ``<module>.weight``, ``<module>.bias``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Factors = dict[str, Tensor]
+
+
+def stack(initial: Mapping[str, Tensor], num_participants: int, device: torch.device | str = "cpu") -> Factors:
+    """Every participant starts from the same values: (...) -> (P, ...), each with memory of its own."""
+    return {
+        name: tensor.to(device).expand(num_participants, *tensor.shape).clone(memory_format=torch.contiguous_format)
+        for name, tensor in initial.items()
+    }
+
+
+def one(factors: Mapping[str, Tensor], participant: int) -> Factors:
+    """A view of one participant's factors, still stacked: (1, ...)."""
+    return {name: tensor[participant : participant + 1] for name, tensor in factors.items()}
+
+
+def average(factors: Mapping[str, Tensor]) -> Factors:
+    """The mean over participants, still stacked: (1, ...). What Dec-LoRA evaluates (Algorithm 1's output)."""
+    return {name: tensor.mean(dim=0, keepdim=True) for name, tensor in factors.items()}
+
+
+def consensus_distance(factors: Mapping[str, Tensor]) -> float:
+    """Mean over participants of the squared distance to their mean, summed over all tensors."""
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in factors.values():
+        total += (tensor - tensor.mean(dim=0, keepdim=True)).square().sum().double().cpu() / tensor.shape[0]
+    return total.item()
+
+
+def product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """delta_weight = scaling x B A: (P, R, I), (P, O, R) -> (P, O, I)."""
+    return scaling * torch.bmm(lora_B, lora_A)
+
+
+def num_parameters(factors: Mapping[str, Tensor]) -> int:
+    """Trained numbers of one participant."""
+    return sum(tensor[0].numel() for tensor in factors.values())
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def target_names(initial: Mapping[str, Tensor]) -> list[str]:
+    """The adapted modules' dotted names."""
+    return sorted(name.removesuffix(".lora_A") for name in initial if name.endswith(".lora_A"))

@@ -1,0 +1,156 @@
+"""Many participants' factors on one frozen model: the layer and how it is attached.
+
+A batch is (P x B, L): the examples of participant 0 first. Every adapted linear sees it as (P, B x L, I) and gives
+each participant its own update, so one forward and backward trains P participants (P = 1 is plain LoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dlora.config import LoraSection
+from dlora.errors import ModelError
+from dlora.lora.factors import Factors
+from dlora.model import LINEAR, FrozenModel, block_linears
+
+
+class StackedLora(nn.Module):
+    """y = base(x) + scaling * (x A_p^T) B_p^T, where row block p of x belongs to participant p.
+
+    ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R) are bound by `StackedModel.use`; they are no nn.Parameters, since
+    they are views of factors that outlive any binding.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def __init__(self, base_layer: nn.Module, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.scaling = scaling
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P x ..., I) -> (P x ..., O)."""
+        result: Tensor = self.base_layer(x)
+        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        x_PNI = x.reshape(len(self.lora_A), -1, x.shape[-1])
+        x_PNR = torch.bmm(x_PNI, self.lora_A.transpose(1, 2))
+        update_PNO = torch.bmm(x_PNR, self.lora_B.transpose(1, 2))
+        return torch.add(result, update_PNO.view(result.shape), alpha=self.scaling).to(result.dtype)
+
+
+class StackedLinear(nn.Module):
+    """A trained head: y = x W_p^T + b_p. ``weight`` (P, O, I) and ``bias`` (P, O) are bound by `StackedModel.use`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P x ..., I) -> (P x ..., O)."""
+        x_PNI = x.to(self.weight.dtype).reshape(len(self.weight), -1, x.shape[-1])
+        y_PNO = torch.bmm(x_PNI, self.weight.transpose(1, 2))
+        if self.bias is not None:
+            y_PNO = y_PNO + self.bias.unsqueeze(1)
+        return y_PNO.view(*x.shape[:-1], y_PNO.shape[-1])
+
+
+@dataclass
+class StackedModel:
+    """A frozen model with room for any number of participants' factors.
+
+    ``initial``: name -> the value every participant starts from (on the CPU, no participant dimension).
+    ``frozen_head``: what of ``initial`` rests for the whole run (a new head under ``train_head: false``).
+    ``peft_config``: what an adapter folder of this model says of itself.
+    """
+
+    network: Any
+    initial: dict[str, Tensor]
+    frozen_head: frozenset[str]
+    peft_config: peft.LoraConfig
+
+    def use(self, factors: Mapping[str, Tensor]) -> None:
+        """Bind every layer to these (P, ...) tensors until the next call; nothing is copied."""
+        for name, tensor in factors.items():
+            module, _, attribute = name.rpartition(".")
+            setattr(self.network.get_submodule(module), attribute, tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen weights are, and so where factors and batches belong."""
+        return next(self.network.parameters()).device
+
+
+def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> StackedModel:
+    """Let PEFT place and initialise the modules, then put the stacked layer where PEFT's was.
+
+    A is drawn on the CPU from ``seed``, B is zero; the network is changed in place. Raises ModelError when a target
+    matches nothing or is no linear.
+    """
+    network, head = frozen.network, frozen.head
+    names = [name for name, _ in network.named_modules()]
+    targets = block_linears(network) if section.target_modules == "all-linear" else section.target_modules
+    if isinstance(targets, tuple):
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ModelError(f"lora.target_modules: {target} matches no module; the linears here are {_suffixes(network)}")
+    peft_config = peft.LoraConfig(
+        r=section.r,
+        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation says int, its code takes any number
+        lora_dropout=section.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=[name for name in names if name.startswith(tuple(head))] if head else None,
+        task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
+    )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(peft_config, network)
+    except ValueError as error:
+        raise ModelError(
+            f"lora.target_modules: {section.target_modules} cannot be adapted; the linears here are {_suffixes(network)}"
+            f" (PEFT: {str(error).splitlines()[0][:200]})"
+        ) from error
+
+    initial: dict[str, Tensor] = {}
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, LoraLayer):
+            if not isinstance(layer.get_base_layer(), LINEAR):
+                raise ModelError(f"lora.target_modules: {name} is a {type(layer.get_base_layer()).__name__}, no linear")
+            initial[f"{name}.lora_A"] = _fresh(layer.lora_A["default"].weight)
+            initial[f"{name}.lora_B"] = _fresh(layer.lora_B["default"].weight)
+            peft_config.fan_in_fan_out = bool(getattr(layer, "fan_in_fan_out", False))
+            _replace(network, name, StackedLora(layer.get_base_layer(), layer.scaling["default"], section.lora_dropout))
+    head_factors: Factors = {}
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear) and any(name == top or name.startswith(f"{top}.") for top in head):
+            head_factors |= {f"{name}.{attribute}": _fresh(value) for attribute, value in layer.named_parameters()}
+            _replace(network, name, StackedLinear())
+    peft_config.modules_to_save = list(head) or None
+    peft_config.exclude_modules = None  # it only kept PEFT away from the head; the targets written are exact
+    peft_config.base_model_name_or_path = frozen.source
+    peft_config.inference_mode = True
+    resting = frozenset() if section.train_head else frozenset(head_factors)
+    return StackedModel(network, initial | head_factors, resting, peft_config)
+
+
+def _fresh(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone()
+
+
+def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, layer)
+
+
+def _suffixes(network: nn.Module) -> str:
+    linears = {name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, (*LINEAR, StackedLora))}
+    return ", ".join(sorted(linears))

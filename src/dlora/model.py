@@ -1,0 +1,205 @@
+"""The door to transformers: load, quantise, tokenise, find modules."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before the import: no run of ours phones home
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from dlora.config import Config
+from dlora.errors import ModelError
+
+LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear too; Conv1D is GPT-2's transposed linear
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """A model nobody trains, and what is new in it.
+
+    ``head``: names of the modules whose weights no checkpoint holds (a classifier): seeded from the run, kept in the adapter.
+    """
+
+    network: Any  # transformers.PreTrainedModel
+    source: str
+    head: tuple[str, ...]
+
+
+def find_model(model: str) -> str:
+    """The folder or hub name that ``from_pretrained`` understands. Raises ModelError."""
+    if model.startswith("pkg://"):
+        package, _, inside = model.removeprefix("pkg://").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(f"model {model}: package {package} is not installed; pip install {package.replace('_', '-')}")
+        folder = Path(spec.submodule_search_locations[0], inside)
+        if not folder.is_dir():
+            raise ModelError(f"model {model}: package {package} has no folder {inside}; it holds {_listing(folder.parent)}")
+        return str(folder)
+    if Path(model).is_dir():
+        return model
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ModelError(f"model {model}: no such folder; give a folder, a hub name (owner/name) or pkg://package/folder")
+    return model
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer, with a pad token (the end-of-text one where the model has none)."""
+    source = find_model(model)
+    with _quiet():
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)})") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(f"model {model}: its tokenizer has neither a pad nor an end-of-text token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None) -> FrozenModel:
+    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises ModelError."""
+    source = find_model(config.model)
+    arguments: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": tokenizer.pad_token_id}
+    factory: Any = transformers.AutoModelForCausalLM
+    if label_names is not None:
+        factory = transformers.AutoModelForSequenceClassification
+        arguments |= {
+            "num_labels": len(label_names),
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: index for index, name in enumerate(label_names)},
+        }
+    with _quiet():
+        try:
+            model_config = transformers.AutoConfig.from_pretrained(source)
+            if config.train.model_dropout is not None:
+                arguments |= dict.fromkeys(_dropout_keys(model_config), config.train.model_dropout)
+            if config.quantization != "none":
+                arguments["quantization_config"] = _quantization(config.quantization, factory, model_config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                network, report = factory.from_pretrained(source, output_loading_info=True, **arguments)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)})") from error
+    network.requires_grad_(False)
+    device = resolve_device(config.device)
+    if config.quantization == "none" or device.type != "cpu":
+        network.to(device)
+    if config.train.gradient_checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+        network.config.use_cache = False
+    return FrozenModel(network, source, _new_modules(network, report["missing_keys"], config))
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the first accelerator, else the CPU."""
+    if device == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device}: not available here ({_first_line(error)}); take auto or cpu") from error
+    return resolved
+
+
+def block_linears(network: nn.Module) -> list[str]:
+    """Names of the linears of the transformer blocks: those that stand in a numbered list of modules."""
+    lists = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
+    return [name for name, module in network.named_modules() if isinstance(module, LINEAR) and name.startswith(lists)]
+
+
+def fingerprint(network: nn.Module, but: Sequence[str] = ()) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights, without the modules named in ``but``."""
+    digest = hashlib.sha256()
+    outside = tuple(f"{name}." for name in but)
+    for name, tensor in sorted(network.state_dict().items()):
+        if isinstance(tensor, torch.Tensor) and not (outside and name.startswith(outside)):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over what turns text into ids: the vocabulary, the fast tokenizer's pipeline, the chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pipeline = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{pipeline}\n{tokenizer.chat_template}".encode()).hexdigest()
+
+
+def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, ...]:
+    """The head: the children beside the body that hold weights, and body modules the checkpoint has no weights for."""
+    if config.task == "causal-lm":
+        outside: list[str] = []
+    else:
+        body = network.base_model_prefix
+        outside = [name for name, child in network.named_children() if name != body and any(True for _ in child.parameters())]
+    inside = sorted({key.rpartition(".")[0] for key in missing} - {""})
+    inside = [name for name in inside if not name.startswith(tuple(outside)) or not outside]
+    foreign = [name for name in inside if name in block_linears(network) or not isinstance(network.get_submodule(name), nn.Linear)]
+    if foreign:
+        raise ModelError(
+            f"model {config.model}: its folder has no weights for {', '.join(foreign[:3])}"
+            f"{' and others' if len(foreign) > 3 else ''}; is it a {config.task} model of this architecture?"
+        )
+    return (*outside, *inside)
+
+
+def _dropout_keys(model_config: Any) -> list[str]:
+    """The configuration's keys that are dropout probabilities, as every architecture spells them."""
+    return [
+        key
+        for key, value in model_config.to_dict().items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and ("dropout" in key or key.endswith("pdrop"))
+    ]
+
+
+def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any) -> Any:
+    """bitsandbytes' configuration; everything beside the transformer blocks keeps its precision."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"quantization {kind} needs bitsandbytes; pip install dlora[4bit]")
+    with torch.device("meta"):
+        skeleton = factory.from_config(model_config)
+    blocks = set(block_linears(skeleton))
+    beside = [name for name, module in skeleton.named_modules() if isinstance(module, LINEAR) and name not in blocks]
+    if kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=beside)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=beside
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports new heads and draws bars of its own; here that is expected and the log says it."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"

@@ -1,0 +1,1 @@
+"""Real wires, and the one that stays in memory."""

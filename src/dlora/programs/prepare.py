@@ -1,0 +1,128 @@
+"""From a config to data, model and topology: all that can be wrong with a run is found here, before it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from dlora.config import Config
+from dlora.data import BatchStream, FederatedData, collate, load_data
+from dlora.decentralized.topology import Topology, build_topology
+from dlora.lora.factors import digest, num_parameters, stack, target_names
+from dlora.lora.stacked import StackedModel, attach
+from dlora.model import fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
+from dlora.net.codec import encode
+from dlora.train import activation_bytes
+
+WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_USABLE_MEMORY = 0.6  # of what is free: the rest is for the frozen model's workspace and for others
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start."""
+
+    config: Config
+    data: FederatedData
+    topology: Topology
+    model: StackedModel
+    streams: tuple[BatchStream, ...]  # one a peer
+    pad_token_id: int
+    manifest: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The peers, in order."""
+        return self.topology.names
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """bfloat16 where the config asks for it."""
+        return torch.bfloat16 if self.config.dtype == "bfloat16" else None
+
+    @property
+    def local_steps(self) -> list[int]:
+        """Local steps of each peer in a round."""
+        section = self.config.train
+        if section.local_epochs is None:
+            assert section.local_steps is not None  # config.py sees to it
+            return [section.local_steps] * len(self.names)
+        rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+        return [max(1, math.ceil(section.local_epochs * len(rows) / rows_a_step)) for rows in self.data.peers.values()]
+
+    @property
+    def message_bytes(self) -> int:
+        """One serialised message with everything the model trains in it."""
+        return len(encode(self.trained, WIRE_DTYPES[self.config.peers.wire]))
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The initial values of what trains: all but a head that rests."""
+        return {name: tensor for name, tensor in self.model.initial.items() if name not in self.model.frozen_head}
+
+
+def prepare(config: Config, phase: Callable[[str], object] = lambda text: None) -> Prepared:
+    """Read the data, build the topology, load the model. Raises the UserError that names what is wrong."""
+    phase("reading data")
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, config.task, config.peers.count, tokenizer, config.seed)
+    names = tuple(data.peers)
+    topology = build_topology(config.peers.topology, config.peers.weights, names)
+    phase("loading model")
+    frozen = load_model(config, tokenizer, data.label_names)
+    weights_hash = fingerprint(frozen.network, but=frozen.head)
+    model = attach(frozen, config.lora, config.task, config.seed)
+    manifest = {
+        "model": weights_hash,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "task": config.task,
+        "quantization": config.quantization,
+        "labels": data.label_names,
+        "max_length": config.data.max_length,
+        "lora": {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha, "targets": target_names(model.initial)},
+        "train_head": bool(frozen.head) and config.lora.train_head,
+        "initial_factors": digest(model.initial),
+        "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
+        "weights": config.peers.weights,
+        "peers": names,
+        "rule": config.peers.rule,
+        "period": config.peers.period if config.peers.rule == "alternate" else None,
+        "wire": config.peers.wire,
+    }
+    streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
+    return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest)
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The canonical JSON: sorted keys, no spaces, UTF-8."""
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON."""
+    return hashlib.sha256(manifest_text(manifest).encode()).hexdigest()
+
+
+def fitting_group_size(prepared: Prepared) -> int:
+    """How many participants go through the model at once: as many as their longest batches leave room for, at least 1.
+
+    Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens a row.
+    """
+    if prepared.config.peers.group_size is not None:
+        return min(prepared.config.peers.group_size, len(prepared.names))
+    rows = [row for peer in prepared.data.peers.values() for row in peer]
+    longest = max(rows, key=lambda row: len(row.input_ids))
+    batch = collate([longest] * prepared.config.train.per_device_train_batch_size, prepared.pad_token_id)
+    device = prepared.model.device
+    kept_bytes = activation_bytes(prepared.model, stack(prepared.model.initial, 1, device), batch, prepared.autocast_dtype)
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * len(prepared.names)  # value, gradient, two moments
+    room_bytes = _USABLE_MEMORY * free_bytes - state_bytes
+    return max(1, min(len(prepared.names), int(room_bytes / kept_bytes)))

@@ -1,0 +1,135 @@
+"""The folder of a run: who may write there, checkpoints, and what resuming compares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dlora.config import Config
+from dlora.errors import RunError
+from dlora.runlog import write_atomically
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on after ``rounds_done`` rounds; data order and dropout follow from round and seed."""
+
+    rounds_done: int
+    factors: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]  # JSON: bytes_on_wire, seconds, best, log_position, environment
+    result: dict[str, Any] | None = None  # of a run that is finished
+
+
+class RunFolder:
+    """``output_dir`` of one config: made new by `create`, taken up again by `resume`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log_path = path / "log.jsonl"
+
+    @classmethod
+    def check_new(cls, config: Config) -> None:
+        """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
+        path = Path(config.output_dir)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "another run" if (path / "config.yaml").exists() else "files that are no run"
+            raise RunError(f"output_dir {path} holds {what}; choose another with --set output_dir=..., remove it, or add --resume")
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken."""
+        cls.check_new(config)
+        folder = cls(Path(config.output_dir))
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"output_dir {folder.path} cannot be made ({error.strerror}); choose another") from error
+        write_atomically(folder.path / "config.yaml", config.dump())
+        return folder
+
+    @classmethod
+    def resume(cls, config: Config) -> RunFolder:
+        """Take up the run in ``output_dir``. Raises RunError when there is none, or when a key differs; `train.rounds` may grow."""
+        folder = cls(Path(config.output_dir))
+        stored = read_config(folder.path)
+        before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key) or key == "output_dir":
+                continue
+            if key == "train.rounds" and config.train.rounds > stored.train.rounds:
+                if config.train.lr_scheduler_type == "constant":
+                    continue
+                raise RunError(
+                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but under a"
+                    f" {config.train.lr_scheduler_type} learning rate a longer run takes other steps from the start; start anew"
+                )
+            raise RunError(f"resume: {key} was {before.get(key)} and is {now.get(key)}; put it back, or start anew in another output_dir")
+        write_atomically(folder.path / "config.yaml", config.dump())
+        return folder
+
+    def save(self, run: str, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint beside the last one, then drop the last one; a crash leaves one of them whole."""
+        runs = self.path / "checkpoints" / run
+        target = runs / f"round-{checkpoint.rounds_done:06d}"
+        partial = runs / f".{target.name}.partial"
+        older = [path for path in runs.glob("round-*") if path != target]
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"checkpoint {target} cannot be made ({error.strerror})") from error
+        write_atomically(partial / "factors.safetensors", save(checkpoint.factors))
+        write_atomically(partial / "optimizer.safetensors", save(checkpoint.optimizer))
+        write_atomically(partial / "state.json", json.dumps(checkpoint.state, indent=1))
+        shutil.rmtree(target, ignore_errors=True)  # only there when the same rounds were run again
+        partial.rename(target)
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def finish(self, run: str, rounds_done: int, result: dict[str, Any]) -> None:
+        """Keep the result of a finished run beside its last checkpoint."""
+        write_atomically(self.path / "checkpoints" / run / f"round-{rounds_done:06d}" / "result.json", json.dumps(result))
+
+    def latest(self, run: str) -> Checkpoint | None:
+        """The newest checkpoint of ``run``, or None before its first. Raises RunError when it is damaged."""
+        found = sorted((self.path / "checkpoints" / run).glob("round-*"))
+        if not found:
+            return None
+        folder = found[-1]
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            factors, optimizer = (load_file(folder / f"{part}.safetensors") for part in ("factors", "optimizer"))
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise RunError(f"checkpoint {folder} cannot be read ({error}); remove it and start anew") from error
+        finished = folder / "result.json"
+        result = json.loads(finished.read_text()) if finished.exists() else None
+        return Checkpoint(int(folder.name.removeprefix("round-")), factors, optimizer, state, result)
+
+
+def read_config(path: Path) -> Config:
+    """The resolved config of the run in ``path``. Raises RunError when there is no run."""
+    try:
+        return Config.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
+    except OSError as error:
+        raise RunError(f"{path} holds no run (no config.yaml); start it without --resume, or name the folder of a run") from error
+
+
+def environment(group_size: int) -> dict[str, Any]:
+    """What bit-for-bit resuming depends on beside the config."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "group_size": group_size}
+
+
+def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    return {path: leaf for name, inner in tree.items() for path, leaf in _leaves(inner, f"{key}.{name}".strip(".")).items()}

@@ -1,0 +1,59 @@
+"""A finished run's adapters, loaded from their folders and scored again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dlora.data import encode_evaluation
+from dlora.errors import RunError
+from dlora.evaluate import Scores, evaluate
+from dlora.lora.adapter_io import load_adapter
+from dlora.lora.stacked import attach
+from dlora.model import load_model, load_tokenizer
+from dlora.programs.run_folder import read_config
+from dlora.runlog import Listener
+
+
+def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Listener] = ()) -> dict[str, Scores]:
+    """Scores of ``RUN/consensus`` and every ``RUN/peers/<name>``, by name, on the run's evaluation data or on ``data``.
+
+    ``data`` takes all its rows, the run's own data those the run took. Raises UserError when the folder is no finished run
+    or ``data`` does not have the run's form.
+    """
+    run = Path(run)
+    config = read_config(run)
+    try:
+        labels = json.loads((run / "manifest.json").read_text())["labels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{run}: manifest.json cannot be read ({error}); restore it, or run again") from error
+    if not (run / "consensus").is_dir():
+        raise RunError(f"{run} has no adapters yet; finish it with: dlora simulate {run}/config.yaml --resume")
+    section = config.data if data is None else config.data.model_copy(update={"eval": data, "eval_limit": None})
+    tokenizer = load_tokenizer(config.model)
+    examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
+    model = attach(load_model(config, tokenizer, labels), config.lora, config.task, config.seed)
+    folders = {"consensus": run / "consensus", **{folder.name: folder for folder in sorted((run / "peers").iterdir())}}
+
+    def score_one(name: str) -> Scores:
+        factors = load_adapter(folders[name], model.initial)
+
+        def tell(done: int, total: int) -> None:
+            for listener in listeners:
+                listener({"event": "evaluating", "run": str(run), "what": name, "done": done, "total": total})
+
+        return evaluate(
+            model,
+            {key: tensor.to(model.device) for key, tensor in factors.items()},
+            examples,
+            choices,
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=config.per_device_eval_batch_size,
+            autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            on_batch=tell,
+        )
+
+    return {name: score_one(name) for name in folders}

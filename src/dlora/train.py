@@ -1,0 +1,178 @@
+"""Local steps: model + factors + batches -> factors + statistics. The same loop in all four squares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlora.config import TrainSection
+from dlora.data import Batch
+from dlora.lora.factors import Factors, stack
+from dlora.lora.stacked import StackedModel
+
+
+class Group:
+    """Participants ``first`` .. ``last - 1``, who go through the model together; owns their optimiser.
+
+    ``parameters`` are views of the run's factors, so a step here is a step there.
+    """
+
+    def __init__(self, factors: Factors, first: int, last: int, section: TrainSection) -> None:
+        self.first, self.last = first, last
+        self.parameters = {name: tensor[first:last].detach() for name, tensor in factors.items()}
+        trained = list(self.parameters.values())
+        optimizer: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[section.optimizer]
+        self.optimizer: torch.optim.Optimizer = optimizer(
+            trained,
+            lr=section.learning_rate,
+            weight_decay=section.weight_decay,
+            fused=trained[0].device.type in ("cpu", "cuda"),  # one pass over the memory instead of ten
+        )
+
+    def train_only(self, names: frozenset[str]) -> None:
+        """Switch gradients on for ``names`` and off for the rest; what has no gradient takes no step."""
+        for name, tensor in self.parameters.items():
+            tensor.requires_grad_(name in names)
+
+
+class Participants:
+    """All the factors of a run, (P, ...) each, and the groups that train them."""
+
+    def __init__(
+        self, initial: Mapping[str, Tensor], groups: Sequence[range], section: TrainSection, device: torch.device
+    ) -> None:
+        self.factors = stack(initial, groups[-1].stop, device)
+        self.groups = [Group(self.factors, group.start, group.stop, section) for group in groups]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimisers' moments and step counts as flat names -> tensors, for a checkpoint."""
+        return {
+            f"{group.first}/{name}/{key}": value
+            for group in self.groups
+            for name, tensor in group.parameters.items()
+            for key, value in group.optimizer.state.get(tensor, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load(self, factors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
+        """Take back what a checkpoint holds; the groups must be those that wrote it."""
+        for name, tensor in factors.items():
+            self.factors[name].copy_(tensor)
+        by_first = {group.first: group for group in self.groups}
+        for path, value in optimizer_state.items():
+            first, name, key = path.split("/")
+            group = by_first[int(first)]
+            parameter = group.parameters[name]
+            group.optimizer.state[parameter][key] = value.to(parameter.device).clone()
+
+
+def local_steps(
+    model: StackedModel,
+    group: Group,
+    batches: Iterable[Sequence[Batch]],
+    learning_rates: Sequence[float],
+    section: TrainSection,
+    autocast_dtype: torch.dtype | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Train one group: one optimiser step for each entry of ``batches``, which is a step's micro-batches.
+
+    Each participant minimises the mean of its own loss over its own targets in the step; the stack minimises the sum of those
+    means, so no participant's gradient depends on another's. Returns losses (steps, P) on the CPU.
+    """
+    model.use(group.parameters)
+    model.network.train()
+    num_participants = group.last - group.first
+    parameters = [tensor for tensor in group.parameters.values() if tensor.requires_grad]
+    history: list[Tensor] = []
+    for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
+        targets_P = torch.stack([num_targets(batch.labels, num_participants) for batch in micro_batches]).sum(0)
+        loss_P = torch.zeros(num_participants)
+        for batch in micro_batches:
+            batch = batch.to(model.device)
+            with autocast(model.device, autocast_dtype):
+                logits = forward(model, batch)
+            micro_loss_P = summed_loss(logits, batch.labels, num_participants) / targets_P.to(model.device)
+            micro_loss_P.sum().backward()  # type: ignore[no-untyped-call]
+            loss_P += micro_loss_P.detach().cpu()
+        if section.max_grad_norm is not None:
+            clip_each(parameters, section.max_grad_norm)
+        for parameter_group in group.optimizer.param_groups:
+            parameter_group["lr"] = learning_rate
+        group.optimizer.step()
+        group.optimizer.zero_grad()
+        history.append(loss_P)
+        on_step()
+    return torch.stack(history)
+
+
+def forward(model: StackedModel, batch: Batch) -> Tensor:
+    """Logits: (P x B, classes), or (P x B, L, vocabulary) for a language model."""
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if batch.token_type_ids is not None:
+        arguments["token_type_ids"] = batch.token_type_ids
+    logits: Tensor = model.network(**arguments).logits
+    return logits
+
+
+def summed_loss(logits: Tensor, labels: Tensor, num_participants: int) -> Tensor:
+    """Cross entropy summed over each participant's targets: (P,). Labels of -100 are no targets."""
+    if logits.dim() == 3:  # a language model: position l predicts token l + 1
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
+    return losses.view(num_participants, -1).sum(dim=1)
+
+
+def num_targets(labels: Tensor, num_participants: int) -> Tensor:
+    """How many targets each participant has: (P,), at least 1 so that a batch without any is no division by zero."""
+    counted = labels if labels.dim() == 1 else labels[:, 1:]
+    return (counted.reshape(num_participants, -1) != -100).sum(dim=1).clamp(min=1)
+
+
+@torch.no_grad()
+def clip_each(parameters: Sequence[Tensor], max_norm: float) -> None:
+    """Scale each participant's gradient down to ``max_norm``: torch's clip_grad_norm_, a participant at a time."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm_P = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
+    factor_P = (max_norm / (norm_P + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor_P.view(-1, *[1] * (gradient.dim() - 1)))
+
+
+def learning_rate(section: TrainSection, step: int, num_steps: int) -> float:
+    """The rate of local step ``step`` (from 0) of ``num_steps``: transformers' constant, linear and cosine schedules with warm-up."""
+    if step < section.warmup_steps:
+        return section.learning_rate * step / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return section.learning_rate * max(0.0, shape[section.lr_scheduler_type])
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """bfloat16 arithmetic where the config asks for it; what trains stays float32."""
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def activation_bytes(model: StackedModel, factors: Factors, batch: Batch, autocast_dtype: torch.dtype | None) -> int:
+    """What one forward keeps for its backward, counted on the autograd graph: distinct storages, frozen weights left out."""
+    model.use({name: tensor.detach().requires_grad_() for name, tensor in factors.items()})
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.network.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.network.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(model.device, autocast_dtype):
+        logits = forward(model, batch.to(model.device))
+    del logits
+    return sum(kept.values())

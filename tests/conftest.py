@@ -1,0 +1,59 @@
+"""What the tests share: a small run's config, made of real parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import transformers
+
+from dlora.config import Config
+
+transformers.utils.logging.set_verbosity_error()  # new heads are expected here
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """(family, task) -> the folder of a tiny checkpoint, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(family: str, task: str = "classification") -> Path:
+        if (family, task) not in made:
+            made[family, task] = tiny.save_model(tmp_path_factory.mktemp(f"{family}-{task}"), family, task)
+        return made[family, task]
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, model_folder: Callable[[str, str], Path]) -> Callable[..., Config]:
+    """``make_config(family, task, **{"train.rounds": 3})``: a run of four peers on 64 rows, every key overridable by its path."""
+
+    def make(family: str = "bert", task: str = "classification", **overrides: Any) -> Config:
+        tree: dict[str, Any] = {
+            "model": str(model_folder(family, task)),
+            "task": task,
+            "device": "cpu",
+            "lora": {"r": 4, "lora_alpha": 8},
+            "data": {
+                "train": str(tiny.write_rows(tmp_path / "train.jsonl", 64, task)),
+                "eval": str(tiny.write_rows(tmp_path / "eval.jsonl", 16, task, start=64)),
+                "max_length": 16,
+            },
+            "train": {"rounds": 3, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+            "peers": {"count": 4},
+            "output_dir": str(tmp_path / "run"),
+        }
+        for path, value in overrides.items():
+            *parents, leaf = path.split(".")
+            branch = tree
+            for parent in parents:
+                branch = branch.setdefault(parent, {})
+            branch[leaf] = value
+        return Config.parse(tree)
+
+    return make

@@ -1,0 +1,189 @@
+"""Laws 1, 2 and 3: one participant is plain PEFT, P stacked are P separate runs, complete + one SGD step is pooled SGD.
+
+Differences are measured on the update D = factors minus initial factors, A and B apart: |D - D'| / |D|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import dlora
+from dlora.config import Config
+from dlora.data import collate
+from dlora.programs.prepare import Prepared, prepare
+from dlora.runlog import read_log
+from dlora.seeds import derive_seed
+
+FAMILIES = ["bert", "roberta", "llama", "opt", "gpt2"]
+UPDATE_BOUND = {"adamw": 1e-4, "sgd": 1e-5}
+LOSS_BOUND = 1e-5
+
+
+def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The same model and the same LoRA by PEFT alone, and its initial adapter."""
+    classification = config.task == "classification"
+    factory = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
+    dropout = {}
+    if config.train.model_dropout is not None:
+        known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
+        dropout = {key: config.train.model_dropout for key in known if "dropout" in key or key.endswith("pdrop")}
+    torch.manual_seed(config.seed)
+    base = factory.from_pretrained(config.model, pad_token_id=0, **({"num_labels": 2} if classification else {}), **dropout)
+    lora = peft.LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.lora_alpha,
+        lora_dropout=config.lora.lora_dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type="SEQ_CLS" if classification else "CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    model = peft.get_peft_model(base, lora)
+    return model, {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+
+
+def train_with_peft(config: Config, prepared: Prepared, peers: range) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain loop over the joint batches of ``peers``: one optimiser step a round. Returns losses and the update."""
+    model, initial = peft_oracle(config)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = kinds[config.train.optimizer](parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay)
+    schedule = transformers.get_scheduler(
+        config.train.lr_scheduler_type, optimizer, num_warmup_steps=config.train.warmup_steps, num_training_steps=config.train.rounds
+    )
+    rows, losses = config.train.per_device_train_batch_size, []
+    for step in range(config.train.rounds):
+        examples = [
+            prepared.data.peers[prepared.names[peer]][row]
+            for peer in peers
+            for row in prepared.streams[peer].take(step * rows, rows)
+        ]
+        batch = collate(examples, prepared.pad_token_id)
+        torch.manual_seed(derive_seed(config.seed, "dropout", step, 0))
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss.backward()
+        if config.train.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, config.train.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    final = peft.get_peft_model_state_dict(model)
+    return losses, {name: final[name] - initial[name] for name in initial}
+
+
+def update_of(config: Config, adapter: Path) -> dict[str, torch.Tensor]:
+    """The update in a saved adapter."""
+    _, initial = peft_oracle(config)
+    final = load_file(adapter / "adapter_model.safetensors")
+    assert final.keys() == initial.keys()
+    return {name: final[name] - initial[name] for name in final}
+
+
+def relative_difference(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], part: str) -> float:
+    """|D - D'| / |D'| over all tensors whose name holds ``part``."""
+    names = [name for name in reference if part in name]
+    assert names
+    difference = torch.cat([(update[name] - reference[name]).flatten() for name in names]).norm()
+    return (difference / torch.cat([reference[name].flatten() for name in names]).norm()).item()
+
+
+def assert_same(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str) -> None:
+    for part in ("lora_A", "lora_B", *(["classifier" if any("classifier" in name for name in update) else "score"] if task == "classification" else [])):
+        assert relative_difference(update, reference, part) < bound, part
+
+
+def targets(family: str) -> list[str]:
+    return {
+        "bert": ["query", "value", "dense"],
+        "roberta": ["query", "value"],
+        "llama": ["q_proj", "v_proj", "down_proj"],
+        "opt": ["q_proj", "v_proj", "fc1"],
+        "gpt2": ["c_attn", "c_fc"],
+    }[family]
+
+
+@pytest.mark.parametrize("task", ["classification", "causal-lm"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_one_participant_is_plain_peft(make_config: Callable[..., Config], family: str, task: str, optimizer: str) -> None:
+    if task == "causal-lm" and family in ("bert", "roberta"):
+        pytest.skip("an encoder is no causal language model")
+    config = make_config(
+        family, task, **{
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "train.optimizer": optimizer, "eval_every": 0,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.5, "train.weight_decay": 0.01,
+            "train.lr_scheduler_type": "linear", "train.warmup_steps": 5, "lora.target_modules": targets(family),
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    losses, reference = train_with_peft(config, prepare(config), range(1))
+    ours = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
+    assert losses[-1] < losses[0] - 0.01  # it learned something, so the update is more than noise
+    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND[optimizer], task)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_one_participant_is_plain_peft_with_dropout(make_config: Callable[..., Config], family: str) -> None:
+    config = make_config(
+        family, **{
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "eval_every": 0, "lora.lora_dropout": 0.1,
+            "train.model_dropout": None, "lora.target_modules": targets(family),
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    losses, reference = train_with_peft(config, prepare(config), range(1))
+    ours = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
+    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND["adamw"], "classification")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "classification")])
+def test_stacked_participants_are_separate_runs(make_config: Callable[..., Config], tmp_path: Path, family: str, task: str, optimizer: str) -> None:
+    """Four stacked participants against four PEFT runs, each over one peer's rows; gradients are clipped a participant at a time."""
+    config = make_config(
+        family, task, **{
+            "train.rounds": 50, "train.local_steps": 1, "eval_every": 0, "train.optimizer": optimizer, "train.max_grad_norm": 0.1,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.5, "lora.target_modules": targets(family),
+            "peers.topology": {"kind": "edges", "edges": [[0, 1], [1, 2], [2, 3]]}, "compare": ["local"],
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    prepared = prepare(config)
+    stacked = load_file(Path(config.output_dir, "checkpoints/local/round-000050/factors.safetensors"))
+    _, initial = peft_oracle(config)
+    for peer in range(4):
+        update = {}
+        for name in initial:
+            short = name.removeprefix("base_model.model.")
+            short = short.removesuffix(".weight") if "lora_" in short else short
+            update[name] = stacked[short][peer] - initial[name]
+        _, reference = train_with_peft(config, prepared, range(peer, peer + 1))
+        assert_same(update, reference, UPDATE_BOUND[optimizer], task)
+
+
+def test_complete_graph_with_one_sgd_step_is_pooled_sgd(make_config: Callable[..., Config]) -> None:
+    config = make_config(
+        "bert", **{
+            # 6 rounds: later this step size is past stable, and what is rounding here grows
+            "train.rounds": 6, "train.local_steps": 1, "eval_every": 0, "train.optimizer": "sgd", "train.learning_rate": 0.5,
+            "train.max_grad_norm": None, "peers.topology": {"kind": "complete"}, "compare": ["pooled"],
+            "lora.target_modules": targets("bert"),
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    _, reference = train_with_peft(config, prepare(config), range(4))
+    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND["sgd"], "classification")
+    pooled = load_file(Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors"))
+    gossiped = load_file(Path(config.output_dir, "checkpoints/dec-lora/round-000006/factors.safetensors"))
+    for name, tensor in pooled.items():
+        torch.testing.assert_close(gossiped[name].mean(0), tensor[0], rtol=1e-4, atol=1e-6)
