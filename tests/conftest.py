@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 import tiny
 import transformers
+from hypothesis import settings
 
 from dlora.config import Config
 
 transformers.utils.logging.set_verbosity_error()  # new heads are expected here
 transformers.utils.logging.disable_progress_bar()
+
+settings.register_profile("dlora", deadline=None, derandomize=True)  # a slow machine is no failure, and a failure repeats
+settings.load_profile("dlora")
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ _VOCABULARY = len(SPECIAL) + len(WORDS)
 
 
 def config(family: str) -> transformers.PretrainedConfig:
-    """Two layers of width 32; dropout 0.1, so that runs must switch it off to match."""
-    encoder: dict[str, Any] = {"vocab_size": _VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    """Two layers of width 64 (a block of nf4); dropout 0.1, so that runs must switch it off to match."""
+    encoder: dict[str, Any] = {"vocab_size": _VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
     encoder["initializer_range"] = 0.2  # at the usual 0.02 nothing so small passes any signal on, and updates drown in rounding
     match family:
         case "bert":
@@ -27,12 +27,12 @@ def config(family: str) -> transformers.PretrainedConfig:
             return transformers.LlamaConfig(**encoder, num_key_value_heads=2, attention_dropout=0.1, tie_word_embeddings=False)
         case "opt":
             return transformers.OPTConfig(
-                vocab_size=_VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64,
-                word_embed_proj_dim=32, init_std=0.2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                vocab_size=_VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
+                word_embed_proj_dim=64, init_std=0.2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
         case "gpt2":
             return transformers.GPT2Config(
-                vocab_size=_VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
+                vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
             )
     raise ValueError(family)
 

@@ -19,7 +19,7 @@ Baseline = Literal["pooled", "local", "fedavg"]
 class _Section(BaseModel):
     """One block of the YAML: immutable, and every key in it is a known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
 S = TypeVar("S", bound=_Section)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before the import: no run of ours phones home
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional kernel that is not installed
 
 import torch
 import transformers
@@ -96,6 +98,9 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
         except (OSError, ValueError, ImportError) as error:
             raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)})") from error
     network.requires_grad_(False)
+    for layer in network.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks 4-bit weights at the first evaluation on a
+            layer.support_avx512bf16_for_cpu = False  # CPU, into a form without a backward: training after it would be wrong
     device = resolve_device(config.device)
     if config.quantization == "none" or device.type != "cpu":
         network.to(device)

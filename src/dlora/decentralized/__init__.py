@@ -1,0 +1,1 @@
+"""How participants agree (Dec-LoRA)."""

@@ -1,0 +1,400 @@
+"""Who talks to whom in round t, and how much: neighbours, mixing matrix, spectral gap."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import combinations
+from typing import Any, Literal, get_args
+
+import networkx as nx
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dlora.config import TopologySection
+from dlora.errors import TopologyError
+
+Weights = Literal["metropolis", "laplacian"]
+Matrix = NDArray[np.floating[Any]]  # (n, n) float64, row = receiver
+
+ROUNDING = 1e-12  # what float64 may leave of a sum, a symmetry or a disagreement that is exact on paper
+ERDOS_RENYI_TRIES = 1000  # seeds looked at before a graph that is hardly ever connected is given up
+MAX_WIDTH, MAX_PEERS = 100, 16  # of a description, in characters and rows; of more peers only half of that is shown
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """The mixing matrices of a run, one a round, again from the first after ``period`` rounds.
+
+    ``matrices``: (n, n) float64 each, row = receiver, symmetric and doubly stochastic, kept as read-only copies.
+    Raises TopologyError when one is not. Everything here is a pure function of its arguments.
+    """
+
+    kind: str
+    names: tuple[str, ...]  # peers in order; the index is the peer_index
+    matrices: tuple[Matrix, ...]
+
+    def __post_init__(self) -> None:
+        copies = tuple(np.array(matrix, dtype=np.float64) for matrix in self.matrices)
+        for matrix in copies:
+            check_mixing(matrix)
+            matrix.flags.writeable = False
+        object.__setattr__(self, "matrices", copies)
+
+    @property
+    def period(self) -> int:
+        """Rounds until the matrices repeat; 1 when every round is the same."""
+        return len(self.matrices)
+
+    @property
+    def num_peers(self) -> int:
+        """How many peers there are."""
+        return len(self.names)
+
+    def mixing(self, round: int) -> Matrix:
+        """The (n, n) mixing matrix of a round; entry [i, j] is the weight peer i gives to what peer j sent."""
+        return self.matrices[round % self.period]
+
+    def neighbours(self, peer: int, round: int) -> dict[int, float]:
+        """Neighbour -> neighbour weight of one peer in a round, without itself; empty when it rests."""
+        row = self.mixing(round)[peer]
+        return {int(j): float(row[j]) for j in np.flatnonzero(row) if j != peer}
+
+    def edges(self, round: int) -> list[tuple[int, int]]:
+        """The pairs i < j that exchange in a round; each exchange is two messages."""
+        return [(int(i), int(j)) for i, j in np.argwhere(np.triu(self.mixing(round), k=1))]
+
+
+def build_topology(section: TopologySection, weights: Weights | None, names: Sequence[str]) -> Topology:
+    """The topology a config asks for among the peers ``names``; ``weights`` None is metropolis, or what the kind fixes.
+
+    Raises TopologyError: no peers, a count the kind cannot serve, wrong weights, a wrong edge,
+    a graph that is not connected.
+    """
+    n = len(names)
+    if n == 0:
+        raise TopologyError(f"topology {section.kind} was asked for 0 peers; it takes at least 1")
+    if weights not in (None, *get_args(Weights)):
+        raise TopologyError(f"weights {weights}: no such rule; take one of {', '.join(get_args(Weights))}, or none")
+    if section.kind in ("hypercube", "base-k"):
+        if weights is not None:
+            raise TopologyError(f"weights {weights}: topology {section.kind} fixes its weights; remove the key weights")
+        cycle = _hypercube(n) if section.kind == "hypercube" else _base_k(n, section.k)
+        return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))  # a lone peer has nobody to meet
+    graph = _graph(section, names)
+    if not nx.is_connected(graph):
+        islands = [_some([names[i] for i in sorted(island)], 4) for island in nx.connected_components(graph)]
+        apart = _some([f"{{{island}}}" for island in islands], 4, " | ")
+        raise TopologyError(f"topology {section.kind} is not connected: {apart}; join them by edges")
+    mixing = _laplacian(graph) if weights == "laplacian" else _metropolis(graph)
+    return Topology(section.kind, tuple(names), (mixing,))
+
+
+# --- graphs that stay the same ---------------------------------------------------------------------------------------
+
+
+def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
+    n = len(names)
+    match section.kind:
+        case "ring":
+            pairs = [(i, (i + 1) % n) for i in range(n)]
+        case "complete":
+            pairs = list(combinations(range(n), 2))
+        case "exponential":  # symmetric form of Ying et al. 2021, arXiv 2110.13363: hops of 1, 2, 4, ... both ways
+            pairs = [(i, (i + 2**hop) % n) for i in range(n) for hop in range((n - 1).bit_length())]
+        case "erdos-renyi":
+            pairs = _erdos_renyi(n, section.p or 0.0, section.seed)
+        case _:
+            pairs = _given_pairs(section.edges or (), names)
+    return _joined(n, pairs)
+
+
+def _joined(n: int, pairs: Iterable[tuple[int, int]]) -> nx.Graph[int]:
+    graph: nx.Graph[int] = nx.empty_graph(n)
+    graph.add_edges_from((i, j) for i, j in pairs if i != j)  # the ring of one peer is no edge
+    return graph
+
+
+def _erdos_renyi(n: int, p: float, seed: int) -> list[tuple[int, int]]:
+    """Each pair is an edge with probability p: the first connected graph from ``seed`` on."""
+    for attempt in range(seed, seed + ERDOS_RENYI_TRIES):
+        draw = random.Random(attempt).random  # Python promises this sequence on every version, so peers draw alike
+        pairs = [pair for pair in combinations(range(n), 2) if draw() < p]
+        if len(pairs) >= n - 1 and nx.is_connected(_joined(n, pairs)):
+            return pairs
+    asked = f"topology erdos-renyi with p {p:g} and {n} peers"
+    threshold = f"take p well above ln(n)/n = {math.log(n) / n:.2g}"
+    raise TopologyError(f"{asked}: none of {ERDOS_RENYI_TRIES} graphs from seed {seed} on is connected; {threshold}")
+
+
+def _given_pairs(edges: Sequence[tuple[str | int, str | int]], names: Sequence[str]) -> list[tuple[int, int]]:
+    pairs: list[tuple[int, int]] = []
+    for position, edge in enumerate(edges):
+        where = f"topology.edges[{position}] is [{edge[0]}, {edge[1]}]"
+        i, j = sorted(_peer_index(end, names, where) for end in edge)
+        if i == j:
+            raise TopologyError(f"{where}: a peer is not its own neighbour; remove it or name two peers")
+        if (i, j) in pairs:
+            raise TopologyError(f"{where}: topology.edges[{pairs.index((i, j))}] joins these two already; remove one")
+        pairs.append((i, j))
+    return pairs
+
+
+def _peer_index(end: str | int, names: Sequence[str], where: str) -> int:
+    if isinstance(end, int):
+        if 0 <= end < len(names):
+            return end
+        hint = f'write "{end}" in quotes to mean the peer of that name' if str(end) in names else "indices count from 0"
+        raise TopologyError(f"{where}: no peer has index {end}, there are {len(names)} peers; {hint}")
+    if end in names:
+        return list(names).index(end)
+    near = difflib.get_close_matches(end, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"peers: {_some(names)}"
+    raise TopologyError(f"{where}: no peer is named {end}; {hint}")
+
+
+def _some(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
+    """The words, or the first of them and how many there are when they are more than ``most``."""
+    shown = words if len(words) <= most else [*words[: most - 1], f"... ({len(words)} in all)"]
+    return between.join(shown)
+
+
+def _metropolis(graph: nx.Graph[int]) -> Matrix:
+    """W_ij = 1 / (1 + max(d_i, d_j)) (Xiao, Boyd & Lall 2005), which a peer works out from its neighbours' degrees.
+
+    A peer keeps 1 / (1 + d_i), and what busier neighbours do not take. Written so, a complete graph is exactly 1/n.
+    """
+    mixing = np.zeros((len(graph), len(graph)))
+    degree = dict(graph.degree)
+    for i in graph:
+        equal_share = 1 / (1 + degree[i])
+        mixing[i, i] = equal_share
+        for j in graph[i]:
+            mixing[i, j] = 1 / (1 + max(degree[i], degree[j]))
+            mixing[i, i] += equal_share - mixing[i, j]
+    return mixing
+
+
+def _laplacian(graph: nx.Graph[int]) -> Matrix:
+    """I - 2 L / (3 lambda_max), the rule of the Dec-LoRA paper (arXiv 2501.15361).
+
+    lambda_max is above the largest degree, so no peer keeps less than 1/3 and nothing is negative.
+    """
+    adjacency: Matrix = nx.to_numpy_array(graph, nodelist=range(len(graph)))
+    laplacian = np.diag(adjacency.sum(axis=1)) - adjacency
+    lambda_max = float(np.linalg.eigvalsh(laplacian)[-1]) or 1.0  # a lone peer's is 0, and so is its laplacian
+    return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
+
+
+# --- graphs that change with the round and agree exactly after a cycle -----------------------------------------------
+
+
+def _hypercube(n: int) -> list[Matrix]:
+    """Round t pairs i with i XOR 2^t, and each pair takes its mean."""
+    if n & (n - 1):
+        below = 1 << (n.bit_length() - 1)
+        near = f"{below}, {2 * below}, or kind base-k, which takes any number"
+        raise TopologyError(f"topology hypercube needs a power of two, got {n} peers; take {near}")
+    return _hyper_hyper_cube(n, 1)
+
+
+def _base_k(n: int, k: int) -> list[Matrix]:
+    """The Base-(k+1) Graph (Takezawa et al. 2023, arXiv 2305.11420, Algorithm 3): exact for any n, degree at most k.
+
+    n = smooth * rest, where ``smooth`` holds all the factors up to k+1: first ``smooth`` teams of ``rest`` peers agree
+    each by itself, then the peers of equal place in their teams do. The plain Algorithm 2 is taken where it is shorter.
+    """
+    rest = n
+    for factor in range(2, k + 2):
+        while rest % factor == 0:
+            rest //= factor
+    smooth = n // rest
+    teams_first = [np.kron(np.eye(smooth), mixing) for mixing in _simple_base(rest, k)]
+    teams_first += [np.kron(mixing, np.eye(rest)) for mixing in _hyper_hyper_cube(smooth, k)]
+    return min(teams_first, _simple_base(n, k), key=len)
+
+
+def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
+    """The k-peer Hyper-Hypercube (Algorithm 1), for an n whose prime factors are all at most k+1.
+
+    Peers are numbers in a mixed radix; in a round those that differ in one digit only take their mean.
+    """
+    rounds, stride = list[Matrix](), 1
+    for base in reversed(_fewest_factors(n, k + 1) or ()):
+        mean = np.full((base, base), 1 / base)
+        rounds.append(np.kron(np.eye(n // (stride * base)), np.kron(mean, np.eye(stride))))
+        stride *= base
+    return rounds
+
+
+def _fewest_factors(n: int, largest: int) -> tuple[int, ...] | None:
+    """n as a product of as few falling factors from 2 to ``largest`` as can be; None when there is no such product."""
+    if n == 1:
+        return ()
+    firsts = [factor for factor in range(2, min(n, largest) + 1) if n % factor == 0]
+    found = [(first, *others) for first in firsts if (others := _fewest_factors(n // first, first)) is not None]
+    return min(found, key=len, default=None)
+
+
+def _simple_base(n: int, k: int) -> list[Matrix]:
+    """The Simple Base-(k+1) Graph (Algorithm 2): exact for any n, degree at most k.
+
+    1. Write n in base k+1. The peers of a digit are a part: ``num_blocks`` blocks, each a power of k+1 peers. Each part
+       takes its own mean.
+    2. Part by part, largest first: every peer of the later parts meets one peer of each of this part's blocks, weighted
+       such that each block's mean becomes the mean of all, and so does the mean of the parts still to come.
+    3. Each block then takes its mean, while the parts after it still do 2.
+    """
+    if _fewest_factors(n, k + 1) is not None:
+        return _hyper_hyper_cube(n, k)
+    parts = list(_digits(n, k + 1))
+    whole = [_hyper_hyper_cube(num_blocks * block, k) for _, num_blocks, block in parts]
+    blocks = [[np.kron(np.eye(num), mean) for mean in _hyper_hyper_cube(block, k)] for _, num, block in parts]
+    cycle: list[Matrix] = []
+    for turn in range(-len(whole[0]), 1 + len(blocks[0])):  # below 0: step 1; turn l >= 0: part l meets the later ones
+        mixing = np.eye(n)
+        for place, (start, num_blocks, block) in enumerate(parts):
+            if turn == place != len(parts) - 1:
+                _meet_later_parts(mixing, start, num_blocks, block, k)
+            elif turn < 0 or turn >= place:
+                # A part of single peers has no blocks to average; it agrees by then, and its mean keeps it so.
+                own = whole[place] if turn < 0 or block == 1 else blocks[place]
+                peers = slice(start, start + num_blocks * block)
+                if own:
+                    mixing[peers, peers] = own[(turn - place - 1) % len(own)]
+        cycle.append(mixing)
+    return cycle
+
+
+def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
+    """The parts of n peers: (first peer, num_blocks, peers in a block), from the highest digit that is not 0."""
+    start = 0
+    for block in (base**power for power in reversed(range(n.bit_length()))):
+        if num_blocks := (n - start) // block:
+            yield start, num_blocks, block
+            start += num_blocks * block
+
+
+def _meet_later_parts(mixing: Matrix, start: int, num_blocks: int, block: int, k: int) -> None:
+    """Step 2 of Algorithm 2, into ``mixing``; the part's peers that nobody meets take means of k+1 among themselves."""
+    firsts = range(start, start + num_blocks * block, block)
+    later = range(firsts[-1] + block, len(mixing))  # fewer than a block, being the digits that remain
+    weight = block / (len(mixing) - start)
+    for offset, peer in enumerate(later):
+        for other in (first + offset for first in firsts):
+            mixing[peer, other] = mixing[other, peer] = weight
+            mixing[other, other] = 1 - weight
+        mixing[peer, peer] = 1 - num_blocks * weight
+    unmet = [first + offset for first in firsts for offset in range(len(later), block)]
+    for group in (unmet[at : at + k + 1] for at in range(0, len(unmet), k + 1)):
+        mixing[np.ix_(group, group)] = 1 / len(group)
+
+
+# --- what a topology is worth ----------------------------------------------------------------------------------------
+
+
+def check_mixing(mixing: ArrayLike) -> None:
+    """Refuse what is not a square, finite, non-negative, symmetric matrix whose rows (so columns) sum to 1.
+
+    Raises TopologyError naming the row or entry, counted from 0.
+    """
+    matrix = np.asarray(mixing, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise TopologyError(f"a mixing matrix is (n, n), a row and a column for each peer, got shape {matrix.shape}")
+    for wrong, rule in (
+        (~np.isfinite(matrix), "is not a finite number"),
+        (matrix < 0, "is negative, but a neighbour weight is at least 0"),
+        (
+            ~np.isclose(matrix, matrix.T, rtol=0, atol=ROUNDING),
+            "is not its mirror image, but both ends must give the same weight",
+        ),
+    ):
+        if wrong.any():
+            i, j = np.argwhere(wrong)[0]
+            raise TopologyError(f"mixing[{i}, {j}] = {matrix[i, j]:.6g} (mixing[{j}, {i}] = {matrix[j, i]:.6g}) {rule}")
+    sums = matrix.sum(axis=1)
+    row = int(np.argmax(np.abs(sums - 1)))
+    if abs(sums[row] - 1) > ROUNDING:
+        raise TopologyError(f"row {row} of the mixing matrix sums to {sums[row]:.12g}; it must sum to 1")
+
+
+def spectral_gap(topology: Topology) -> float:
+    """1 - second largest absolute eigenvalue; 0 never agrees, 1 is exact agreement.
+
+    When rounds differ: 1 - |W_(T-1) ... W_0 - J|_2 ^ (1/T) over a cycle of T rounds, J the matrix of all 1/n.
+    """
+    product = reduce(lambda done, mixing: mixing @ done, topology.matrices)
+    return float(1 - _disagreement(product) ** (1 / topology.period))
+
+
+def _disagreement(product: Matrix) -> float:
+    """|product - J|_2: the largest factor by which the peers' distance to their mean may still be multiplied."""
+    norm = float(np.linalg.norm(product - 1 / len(product), 2))
+    return norm if norm > ROUNDING else 0.0
+
+
+def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int]:
+    """Rounds, and messages all peers send in them, until the distance to the mean is ``factor`` times smaller.
+
+    The distance is the norm (not its square) from the worst start. An exchange over an edge is two messages.
+    Raises TopologyError when it never gets there.
+    """
+    enough = (1 + 1e-9) / factor  # a tie counts as reached
+    gap = spectral_gap(topology)
+    if gap <= ROUNDING:
+        raise TopologyError(f"topology {topology.kind} never agrees: its spectral gap is 0; join all peers by edges")
+    if topology.num_peers == 1:
+        return 0, 0
+    if topology.period == 1:  # symmetric, so |W^t - J|_2 = |W - J|_2^t
+        rounds = 1 if gap >= 1 - enough else math.ceil(math.log(enough) / math.log1p(-gap))
+        return rounds, rounds * 2 * len(topology.edges(0))
+    rounds = messages = 0
+    product = np.eye(topology.num_peers)
+    while _disagreement(product) > enough:
+        product = topology.mixing(rounds) @ product
+        messages += 2 * len(topology.edges(rounds))
+        rounds += 1
+    return rounds, messages
+
+
+# --- in words --------------------------------------------------------------------------------------------------------
+
+
+def describe(topology: Topology) -> str:
+    """A table of neighbours and weights, a column a round of the cycle; then spectral gap, rounds and messages."""
+    n, period = topology.num_peers, topology.period
+    when = "the same in every round" if period == 1 else f"a cycle of {period} rounds"
+    lines = [f"{topology.kind}, {n} peer{'s' * (n > 1)}, {when}", ""]
+    shown = range(n if n <= MAX_PEERS else MAX_PEERS // 2)
+    heads = ["", *(topology.names[peer] for peer in shown)]
+    columns = [
+        ["neighbours (weight)" if period == 1 else f"round {round}", *(_cell(topology, peer, round) for peer in shown)]
+        for round in range(period)
+    ]
+    while columns:
+        table = [heads, columns.pop(0)]
+        while columns and sum(3 + max(map(len, column)) for column in [*table, columns[0]]) <= MAX_WIDTH + 3:
+            table.append(columns.pop(0))
+        widths = [max(map(len, column)) for column in table]
+        for row in zip(*table, strict=True):
+            lines.append("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        lines += [f"... and {n - len(shown)} more peers"] * (len(shown) < n) + [""]
+    gap = spectral_gap(topology)
+    lines.append(f"spectral gap                   {gap:.3g}")
+    goals = {"rounds to 100 times closer": 100.0} | ({"rounds to the exact average": 1 / ROUNDING} if gap == 1 else {})
+    for goal, factor in goals.items():
+        rounds, messages = rounds_to_agree(topology, factor)
+        lines.append(f"{goal:<30} {rounds:,} ({messages:,} messages, {messages / n:.4g} a peer)")
+    return "\n".join(lines)
+
+
+def _cell(topology: Topology, peer: int, round: int) -> str:
+    """Neighbours of equal weight together: ``ana, bo (0.333)``; a peer that rests in this round has a dash."""
+    by_weight: dict[str, list[str]] = {}
+    for neighbour, weight in topology.neighbours(peer, round).items():
+        by_weight.setdefault(f"{weight:.3g}", []).append(topology.names[neighbour])
+    return "; ".join(f"{_some(group, 6)} ({weight})" for weight, group in by_weight.items()) or "-"

@@ -1,0 +1,109 @@
+"""The run's events as progress bars on a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich import progress as bars
+from rich.console import Console
+
+from dlora.runlog import TITLES, Event, bytes_text, score_text
+
+
+class Progress:
+    """A listener of `RunLog`: a line for what is being prepared, a bar for each run, one below it while it is scored.
+
+    Draws on standard error, and nothing where that is no terminal. A context manager; the runs' bars stay after it.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console(stderr=True)
+        self._bars = bars.Progress(
+            bars.SpinnerColumn(finished_text="[green]✓"),
+            bars.TextColumn("{task.description}", markup=False),
+            bars.BarColumn(),
+            bars.TextColumn("{task.fields[done]}", markup=False),
+            bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            bars.TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._runs: dict[str, bars.TaskID] = {}
+        self._notes: dict[str, dict[str, str]] = {}  # run -> loss, score, bytes: what stands behind its bar
+        self._rounds: dict[str, int] = {}
+        self._metric = "loss"
+        self._passing: bars.TaskID | None = None  # the phase or the scoring that shows now and then goes
+
+    def __call__(self, event: Event) -> None:
+        """Hear one event or tick; unknown ones change nothing."""
+        match event["event"]:
+            case "start":
+                self._metric = event["metric"]
+            case "phase":
+                self._pass(event["text"], 0, None)
+            case "evaluating":
+                self._pass(f"  scoring {event['what']}", event["done"], event["total"])
+            case "run":
+                self._forget()
+                self._rounds[event["run"]] = event["rounds"]
+                self._bar(event["run"])
+                self._show_rounds(event["run"], 0)
+            case "resumed":
+                self._show_rounds(event["run"], event["rounds_done"])
+            case "step":
+                self._forget()
+                self._bars.update(self._bar(event["run"]), completed=event["done"], total=event["total"])
+            case "round":
+                self._show_rounds(event["run"], event["round"] + 1)
+                sent = {"sent": bytes_text(event["bytes_on_wire"])} if event["bytes_on_wire"] else {}
+                self._note(event["run"], loss=f"loss {score_text(event['loss'], 'loss')}", **sent)
+            case "scores":
+                self._forget()
+                scores = (event["peers_mean"] if event["run"] == "local" else event["consensus"]) or {}
+                if scores.get(self._metric) is not None:
+                    name = "scored loss" if self._metric == "loss" else self._metric
+                    self._note(event["run"], score=f"{name} {score_text(scores[self._metric], self._metric)}")
+            case "run-done":
+                self._forget()
+                bar = self._bar(event["run"])
+                total = next(task.total for task in self._bars.tasks if task.id == bar)
+                self._bars.update(bar, total=total or 1, completed=total or 1)
+            case "interrupted" | "done":
+                self._forget()
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._forget()
+        self._bars.stop()
+
+    def _bar(self, run: str) -> bars.TaskID:
+        """The run's bar, made when the run is first heard of (a resumed one may start in the middle)."""
+        if run not in self._runs:
+            self._runs[run] = self._bars.add_task(TITLES.get(run, run), total=None, done="", note="")
+        return self._runs[run]
+
+    def _show_rounds(self, run: str, rounds_done: int) -> None:
+        total = f"/{self._rounds[run]}" if run in self._rounds else ""
+        self._bars.update(self._bar(run), done=f"{rounds_done}{total} rounds")
+
+    def _note(self, run: str, **news: str) -> None:
+        notes = self._notes.setdefault(run, {})
+        notes.update(news)
+        self._bars.update(
+            self._bar(run), note=", ".join(notes[key] for key in ("loss", "score", "sent") if key in notes)
+        )
+
+    def _pass(self, text: str, done: int, total: int | None) -> None:
+        if self._passing is None:
+            self._passing = self._bars.add_task(text, total=total, done="", note="")
+        self._bars.update(self._passing, description=text, completed=done, total=total)
+
+    def _forget(self) -> None:
+        if self._passing is not None:
+            self._bars.remove_task(self._passing)
+            self._passing = None

@@ -1,0 +1,75 @@
+"""Events become bars on a terminal and nothing elsewhere."""
+
+import io
+
+from rich.console import Console
+
+from dlora.progress import Progress
+from dlora.runlog import Event
+
+STORY: list[Event] = [
+    {"event": "phase", "text": "loading model"},
+    {"event": "start", "metric": "accuracy", "runs": ["dec-lora", "local"]},
+    {"event": "run", "run": "dec-lora", "rounds": 2, "local_steps": [5, 5], "participants": 2},
+    {"event": "step", "run": "dec-lora", "done": 5, "total": 10},
+    {"event": "round", "run": "dec-lora", "round": 0, "loss": 0.6934, "bytes_on_wire": 1_400_000},
+    {"event": "evaluating", "run": "dec-lora", "what": "[b]peer", "done": 1, "total": 3},
+    {"event": "scores", "run": "dec-lora", "rounds_done": 1, "consensus": {"accuracy": 0.8434}, "peers_mean": None},
+]
+END: list[Event] = [
+    {"event": "run-done", "run": "dec-lora"},
+    {"event": "resumed", "run": "local", "rounds_done": 3},
+    {"event": "step", "run": "local", "done": 20, "total": 100},
+    {
+        "event": "scores",
+        "run": "local",
+        "rounds_done": 4,
+        "consensus": {"accuracy": 0.9},
+        "peers_mean": {"accuracy": 0.25},
+    },
+    {"event": "saved"},
+    {"event": "done", "seconds": 3.0},
+]
+
+
+def drawn(progress: Progress) -> str:
+    """What the terminal shows now."""
+    file = io.StringIO()
+    Console(file=file, width=160).print(progress._bars.get_renderable())
+    return file.getvalue().replace("\u00a0", " ")
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=160)
+
+
+def test_a_run_in_the_middle() -> None:
+    with Progress(terminal()) as progress:
+        progress(STORY[0])
+        assert "loading model" in drawn(progress)
+        for event in STORY[1:6]:
+            progress(event)
+        assert "scoring [b]peer" in drawn(progress)  # a peer's name is no markup
+        progress(STORY[6])
+        shown = drawn(progress)
+    assert "loading" not in shown and "scoring" not in shown
+    for part in ("Dec-LoRA", "1/2 rounds", "loss 0.693", "accuracy 84.3 %", "1.4 MB"):
+        assert part in shown
+
+
+def test_a_resumed_run_starts_in_the_middle_and_alone_shows_the_peers_mean() -> None:
+    with Progress(terminal()) as progress:
+        for event in STORY + END:
+            progress(event)
+        shown = drawn(progress)
+    alone = next(line for line in shown.splitlines() if "Alone" in line)
+    assert "3 rounds" in alone and "accuracy 25.0 %" in alone and "✓" not in alone
+    assert "✓" in next(line for line in shown.splitlines() if "Dec-LoRA" in line)
+
+
+def test_nothing_where_there_is_no_terminal() -> None:
+    file = io.StringIO()
+    with Progress(Console(file=file, force_terminal=False)) as progress:
+        for event in STORY + END:
+            progress(event)
+    assert file.getvalue() == ""

@@ -1,0 +1,299 @@
+"""The page says what the run's files say, in one file, and escapes all of it."""
+
+import html
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dlora.drawing import PALETTE, Line, Series, curves, graph, stacked_bars
+from dlora.errors import RunError
+from dlora.report import write_report
+from dlora.runlog import RunLog
+
+FINAL = {"dec-lora": 0.843, "pooled": 0.849, "local": 0.66, "fedavg": 0.845}
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """A strict reader: every element closed in its turn, the text of each kind kept."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[tuple[str, str]] = []
+        self.feed(self.source)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.words.append((self.open[-1], data.replace("\u00a0", " ")))
+
+    def text(self, *tags: str) -> str:
+        return " ".join(" ".join(data.split()) for tag, data in self.words if not tags or tag in tags)
+
+    def pictures(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.seen if tag == "svg"]
+
+
+def make_run(
+    folder: Path,
+    *,
+    runs: tuple[str, ...] = ("dec-lora", "pooled", "local", "fedavg"),
+    names: list[str] | None = None,
+    labels: list[str] | None = None,
+    metric: str = "accuracy",
+    kind: str = "ring",
+    period: int = 1,
+    stop_at: int | None = None,
+    model: str = "pkg://some_package/model",
+) -> Path:
+    """A run folder of 6 rounds; with `stop_at` the first run ends there and there is no summary."""
+    names = names or [f"peer-{number}" for number in range(8)]
+    count = len(names)
+    peers = [
+        {"name": name, "rows": 100 + index, "labels": {label: 10 + index for label in labels} if labels else None}
+        for index, name in enumerate(names)
+    ]
+    config = {
+        "model": model,
+        "data": {"train": "<b>train</b>.tsv", "labels": None},
+        "peers": {"topology": {"kind": kind}},
+        "output_dir": f"runs/{folder.name}",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    task = "causal-lm" if metric == "loss" else "classification"
+    edges = [[[index, (index + shift + 1) % count] for index in range(count)] for shift in range(period)]
+    summary: dict[str, Any] = {"seconds": 75.0, "runs": {}}
+
+    def scores(value: float) -> dict[str, float]:
+        return {"accuracy": value, "f1": value, "loss": 1 - value} if metric == "accuracy" else {
+            "loss": 4 - 2 * value, "perplexity": math.exp(4 - 2 * value)}  # fmt: skip
+
+    with RunLog(folder / "log.jsonl") as log:
+        # fmt: off
+        log.emit("start", version="0.1.0", model=model, task=task, metric=metric, runs=list(runs), peers=peers,
+                 edges=edges, spectral_gap=0.195, trainable_parameters=1234, message_bytes=4936, group_size=count)
+        # fmt: on
+        for run in runs:
+            sent = 0 if run in ("pooled", "local") else 4936 * 2 * count
+            log.emit("run", run=run, rounds=6, local_steps=[5] * count, participants=count)
+            for done in range(7):
+                value = FINAL[run] - 0.3 * 0.5**done
+                own = None if run == "pooled" or done % 3 else {name: scores(value - 0.02) for name in names}
+                log.emit("scores", run=run, rounds_done=done, consensus=scores(value), peers=own,
+                         peers_mean=own and scores(value - 0.02), bytes_on_wire=sent * done,
+                         seconds=2.0 * done)  # fmt: skip
+                if done == 6:
+                    break
+                if done == stop_at:
+                    return folder
+                distance = {"dec-lora": 0.1 * 0.5**done, "local": 0.1 * (done + 1), "fedavg": 0.0}.get(run)
+                log.emit("round", run=run, round=done, loss=1 - value, losses=[1 - value] * count, learning_rate=1e-3,
+                         consensus_distance=distance, bytes_on_wire=sent * (done + 1),
+                         seconds=2.0 * (done + 1))  # fmt: skip
+            log.emit("run-done", run=run)
+            summary["runs"][run] = {
+                "consensus": scores(FINAL[run]),
+                "peers_mean": None if run == "pooled" else scores(FINAL[run] - 0.01),
+                "peers": {}
+                if run == "pooled"
+                else {name: scores(0.5 + index / 100) for index, name in enumerate(names)},
+                "best": {"rounds_done": 4, **scores(FINAL[run] + 0.001)},
+                "bytes_on_wire": sent * 6,
+                "seconds": 12.0,
+                "participant_steps_per_second": 20.0,
+            }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of a run that ended: all four runs on a ring of 8."""
+    folder = make_run(tmp_path_factory.mktemp("finished"), labels=["negative", "positive"])
+    assert write_report(folder) == folder / "report.html"
+    return Page(folder / "report.html")
+
+
+def test_a_finished_run_in_words_and_numbers(finished: Page) -> None:
+    page = finished
+    sentence = ("8 peers on a ring reached 84.3 % accuracy together; training on the pooled data 84.9 %; "
+                "FedAvg 84.5 %; alone they reached 65.0 %.")  # fmt: skip
+    assert sentence in page.text("p")
+    assert "+19.3 points" in page.text("b") and "−0.6 points" in page.text("b")
+    assert "84.4 % after 4 rounds" in page.text("td")  # the best, from the summary
+    assert "474 kB" in page.text("td") and "12.0 s" in page.text("td")  # 6 rounds x 8 peers x 2 neighbours x 4936 bytes
+    assert "negative 12, positive 12" in page.text("td") and "52.0 %" in page.text("td")  # the third peer
+    assert "not finished" not in page.text()
+    assert len(page.pictures()) == 7
+
+
+def test_every_picture_is_described_and_captioned(finished: Page) -> None:
+    page = finished
+    assert all(picture["role"] == "img" and len(picture["aria-label"] or "") > 30 for picture in page.pictures())
+    captions = [data for tag, data in page.words if tag == "figcaption"]
+    assert len(captions) == len(page.pictures()) == 7
+    assert all(caption.strip().endswith(".") for caption in captions)
+
+
+def test_one_file_without_network_or_scripts_in_the_pages_colours(finished: Page) -> None:
+    page = finished
+    assert not {tag for tag, _ in page.seen} & {"script", "link", "img", "iframe", "object", "image"}
+    # Markers in a picture are used by the name they have in the same page; nothing else is fetched.
+    links = [value or "" for _, attributes in page.seen for key, value in attributes.items() if key in ("href", "src")]
+    ids = [attributes["id"] for _, attributes in page.seen if "id" in attributes]
+    assert links and all(link.startswith("#") and link[1:] in ids for link in links)
+    assert len(ids) == len(set(ids))
+    assert "://" not in page.source.replace("pkg://", "") and "@import" not in page.source
+    assert "prefers-color-scheme: dark" in page.source and 'name="viewport"' in page.source
+    colours = set(re.findall(r"(?:fill|stroke): (#\w+)", page.source))
+    assert not colours  # pictures name the page's colours, none of their own
+    named = set(re.findall(r"var\((--\w+)\)", page.source))
+    dark = page.source.split("prefers-color-scheme: dark", 1)[1].split("}", 1)[0]
+    assert all(f"{name}:" in dark for name in named), named
+
+
+def test_an_unfinished_run_shows_how_far_it_came(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path, stop_at=4, runs=("dec-lora", "pooled"))))
+    assert "So far, after 4 of 6 rounds: 8 peers on a ring reached 82.4 % accuracy together." in page.text("p")
+    assert "This run has not finished." in page.text("b")
+    assert "(4 of 6 rounds)" in page.text("span") and "(not started)" in page.text("span")
+    assert len(page.pictures()) == 7
+
+
+def test_a_run_without_any_score_yet(tmp_path: Path) -> None:
+    log = make_run(tmp_path, stop_at=0, runs=("dec-lora",)) / "log.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    page = Page(write_report(tmp_path))
+    assert "8 peers on a ring started; nothing is scored yet." in page.text("p")
+    assert len(page.pictures()) == 2  # the graph and the rows
+
+
+def test_causal_lm_speaks_of_perplexity_and_lower_is_better(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path, metric="loss", runs=("dec-lora", "local"))))
+    assert f"reached a perplexity of {math.exp(4 - 2 * 0.843):.2f} together" in page.text("p")
+    assert "(lower is better)." in page.text("p")
+    assert "−" + f"{math.exp(4 - 2 * 0.65) - math.exp(4 - 2 * 0.843):.2f}" in page.text("b")
+    assert "AutoModelForCausalLM" in page.text("code") and "num_labels" not in page.text("code")
+
+
+def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>&'
+    names = [evil, "$x^2$", "_hidden", "a'b"]
+    page = Page(
+        write_report(make_run(tmp_path, runs=("dec-lora",), names=names, labels=[evil, "_under", "$y$"], model=evil))
+    )
+    assert "<script" not in page.source
+    assert "script" not in {tag for tag, _ in page.seen}
+    assert [name for name in names if name in page.text("th")] == names
+    assert "$x^2$" in page.text("text") and "_under" in page.text("text") and "$y$" in page.text("text")
+    assert "<b>train</b>.tsv" in page.text("code")
+
+
+def test_how_to_load_the_adapter_is_python(tmp_path: Path) -> None:
+    page = Page(
+        write_report(
+            make_run(tmp_path, runs=("dec-lora",), labels=["a", "b", "c"], model="pkg://some_package/sub/model")
+        )
+    )
+    code = html.unescape(re.findall(r"<pre><code>(.*?)</code>", page.source, re.S)[0])
+    compile(code, "loading", "exec")
+    assert "files('some_package') / 'sub/model'" in code and "num_labels=3" in code
+    assert f"PeftModel.from_pretrained(base, 'runs/{tmp_path.name}/consensus')" in code
+
+
+def test_many_peers_and_labels_are_shortened(tmp_path: Path) -> None:
+    names = [f"peer-{number:02d}" for number in range(60)]
+    labels = [f"label {number}" for number in range(12)]
+    page = Page(
+        write_report(make_run(tmp_path, names=names, labels=labels, kind="base-k", period=9, runs=("dec-lora",)))
+    )
+    text = page.text("text")
+    assert "peer-38" in text and "peer-39" not in text and "21 more, mean" in text
+    assert "5 other labels" in text and "round 8" in text
+    assert "peer-59" in page.text("th") and "and 5 more" in page.text("td")
+
+
+def test_a_folder_that_is_no_run_or_has_not_started_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"config\.yaml cannot be read"):
+        write_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: m\n")
+    with pytest.raises(RunError, match=r"log\.jsonl cannot be read"):
+        write_report(tmp_path)
+    (tmp_path / "log.jsonl").write_text("")
+    with pytest.raises(RunError, match="has not started"):
+        write_report(tmp_path)
+    make_run(tmp_path, runs=("dec-lora",))
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        write_report(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "log.jsonl", "summary.json"]
+
+
+def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
+    make_run(tmp_path, runs=("dec-lora",), labels=["a", "b"])
+    first = write_report(tmp_path).read_bytes()
+    assert write_report(tmp_path).read_bytes() == first
+
+
+@pytest.mark.parametrize("period", [1, 3, 8])
+def test_a_graph_that_stands_alone(period: int) -> None:
+    edges = [[(0, 1), (1, 2)]] * period
+    svg = ElementTree.fromstring(
+        graph(edges, ["a<b", "b&c", "a very long name of a peer"], label='a "graph"', standalone=True)
+    )
+    assert svg.tag.endswith("}svg") and svg.get("aria-label") == 'a "graph"'
+    whole = ElementTree.tostring(svg, encoding="unicode")
+    assert "var(" not in whole and "currentColor" not in whole and "#0000ff" not in whole  # colours of its own
+    assert PALETTE[0] in whole
+    texts = ["".join(element.itertext()) for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert ("a<b" in texts and "a very long…" in texts) if period != 3 else texts.count("0") == 3
+
+
+def test_one_edge_is_one_line() -> None:
+    def lines(edges: list[tuple[int, int]]) -> int:
+        return len(
+            re.findall(r"M [\d.]+ [\d.]+ \nL [\d.]+ [\d.]+ \n\"", graph([edges], ["a", "b", "c"], label="graph"))
+        )
+
+    assert lines([(0, 1), (1, 2), (2, 0)]) - lines([(0, 1)]) == 2
+
+
+def test_curves_leave_gaps_and_draw_lines_of_reference() -> None:
+    series = Series(name="one", x=[0, 1, 2, 3], y=[1.0, None, 100.0, 1000.0], main=True)
+    picture = curves(
+        [series], "rounds", "loss", label="l", log_y=True, reference_lines=[Line(name="Pooled", y=10, colour=1)]
+    )
+    assert "Pooled" in picture and "var(--c1)" in picture
+    assert len(re.findall(r"<use [^>]*var\(--c0\)", picture)) == 4  # three points and the legend's
+    assert re.search(r">1000</text>", picture)
+
+
+def test_bars_as_long_as_their_rows() -> None:
+    picture = stacked_bars({"a": {"x": 30.0, "y": 10.0}, "b": {"y": 20.0}}, "rows", label="l")
+    shapes = re.findall(r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*"[^>]*fill: var\(--c(\d)\)', picture)
+    widths = {(colour, round(float(right) - float(left))) for left, right, colour in shapes}
+    unit = max(width for colour, width in widths if colour == "0") / 30
+    assert {round(width / unit) for colour, width in widths if colour == "1" and width > 5 * unit} >= {10, 20}

@@ -1,0 +1,259 @@
+"""`simulate` from config to run folder: what it leaves behind, resuming bit for bit, groups, and what adapters score."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import dlora
+from dlora.config import Config
+from dlora.data import collate
+from dlora.programs import simulate as program
+from dlora.programs.prepare import fitting_group_size, prepare
+from dlora.runlog import read_log
+
+MakeConfig = Callable[..., Config]
+
+
+def factors_of(config: Config, run: str = "dec-lora") -> dict[str, torch.Tensor]:
+    [folder] = Path(config.output_dir, "checkpoints", run).glob("round-*")
+    return load_file(folder / "factors.safetensors")
+
+
+def optimizer_of(config: Config, run: str = "dec-lora") -> dict[str, torch.Tensor]:
+    [folder] = Path(config.output_dir, "checkpoints", run).glob("round-*")
+    return load_file(folder / "optimizer.safetensors")
+
+
+def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def stop_after(rounds: int) -> Callable[[], bool]:
+    """A user who presses Ctrl-C during round number ``rounds`` (counted from 1, over all runs)."""
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == rounds
+
+    return stop
+
+
+def test_a_run_leaves_the_folder_of_the_design(make_config: MakeConfig) -> None:
+    config = make_config(**{"compare": ["pooled", "local", "fedavg"], "eval_every": 1})
+    summary = dlora.simulate(config)
+    run = Path(config.output_dir)
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "manifest.json", "log.jsonl", "summary.json", "report.html", "consensus", "peers", "checkpoints",
+    }  # fmt: skip
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert Config.load(run / "config.yaml") == config
+    assert list(summary["runs"]) == ["dec-lora", "pooled", "local", "fedavg"]
+    for name, result in summary["runs"].items():
+        assert set(result["consensus"]) == {"accuracy", "f1", "loss"}
+        assert list(result["peers"]) == ([] if name == "pooled" else [f"peer-{i}" for i in range(4)])
+        assert (result["bytes_on_wire"] > 0) == (name in ("dec-lora", "fedavg"))
+        assert result["participant_steps_per_second"] > 0
+    messages = 4 * 2 * config.train.rounds  # a ring of four: eight messages a round
+    assert summary["runs"]["dec-lora"]["bytes_on_wire"] == messages * summary["message_bytes"]
+    assert summary["runs"]["fedavg"]["consensus_distance"] < 1e-9 < summary["runs"]["local"]["consensus_distance"]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["labels"] == ["0", "1"]
+    assert len(manifest["initial_factors"]) == len(manifest["model"]) == 64
+
+
+def test_the_adapters_load_with_peft_and_give_the_printed_score(make_config: MakeConfig) -> None:
+    config = make_config("roberta", **{"train.rounds": 6})  # a head of two layers
+    summary = dlora.simulate(config)
+    scored = dlora.score(config.output_dir)
+    prepared = prepare(config)
+    batch = collate(prepared.data.evaluation, prepared.pad_token_id)
+    result = summary["runs"]["dec-lora"]
+    assert scored.keys() == {"consensus", *result["peers"]}
+    for name, expected in {"consensus": result["consensus"], **{f"peers/{peer}": own for peer, own in result["peers"].items()}}.items():
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=2)
+        model = peft.PeftModel.from_pretrained(base, Path(config.output_dir, name)).eval()
+        with torch.no_grad():
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+        accuracy = (output.logits.argmax(-1) == batch.labels).double().mean().item()
+        assert accuracy == expected["accuracy"]
+        assert output.loss.item() == pytest.approx(expected["loss"], abs=1e-5)
+        assert scored[name.removeprefix("peers/")] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"train.optimizer": "adamw", "peers.topology": {"kind": "base-k"}, "peers.count": 5},
+        {"train.optimizer": "sgd", "train.model_dropout": None, "lora.lora_dropout": 0.1},
+        {"peers.rule": "alternate", "peers.period": 2, "peers.wire": "bfloat16", "train.lr_scheduler_type": "linear"},
+        {"train.local_steps": None, "train.local_epochs": 1, "data.partition": {"kind": "dirichlet", "concentration": 0.5}},
+        {"peers.group_size": 3, "train.gradient_accumulation_steps": 2, "train.optimizer_state": "reset"},
+    ],
+    ids=["adamw-base-k", "sgd-dropout", "alternate-bfloat16", "local-epochs-dirichlet", "groups"],
+)
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    """Interrupted twice, once in Dec-LoRA and once in a baseline: factors, moments, log and summary are those of one go."""
+    overrides = {"train.rounds": 7, "save_every": 2, "eval_every": 2, "compare": ["local", "pooled"], **overrides}
+    whole = make_config(**overrides, output_dir=str(tmp_path / "whole"))
+    summary = dlora.simulate(whole)
+    parts = make_config(**overrides, output_dir=str(tmp_path / "parts"))
+    with pytest.raises(dlora.Interrupted, match="dec-lora stopped after round 3 of 7"):
+        program.simulate(parts, stop=stop_after(3))
+    with pytest.raises(dlora.Interrupted, match="local stopped after round 1 of 7"):
+        program.simulate(parts, resume=True, stop=stop_after(4 + 1))
+    resumed = program.simulate(parts, resume=True)
+    for run in ("dec-lora", "local", "pooled"):
+        assert_identical(factors_of(whole, run), factors_of(parts, run))
+        assert_identical(optimizer_of(whole, run), optimizer_of(parts, run))
+        for key in ("consensus", "peers", "peers_mean", "best", "bytes_on_wire", "consensus_distance"):
+            assert resumed["runs"][run][key] == summary["runs"][run][key]
+    assert story(whole) == story(parts)
+
+
+def test_a_crash_between_checkpoints_costs_the_rounds_since_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
+    whole = make_config(**{"train.rounds": 5, "save_every": 2, "eval_every": 1}, output_dir=str(tmp_path / "whole"))
+    dlora.simulate(whole)
+    crashed = make_config(**{"train.rounds": 5, "save_every": 2, "eval_every": 1}, output_dir=str(tmp_path / "crashed"))
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["event"] == "scores" and event["rounds_done"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dlora.simulate(crashed, listeners=[crash])
+    dlora.simulate(crashed, resume=True)
+    assert_identical(factors_of(whole), factors_of(crashed))
+    assert story(whole) == story(crashed)  # the log forgot what was run twice
+
+
+def test_more_rounds_go_on_bit_for_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+    long = make_config(**{"train.rounds": 6, "compare": ["pooled"]}, output_dir=str(tmp_path / "long"))
+    dlora.simulate(long)
+    short = make_config(**{"train.rounds": 4, "compare": ["pooled"]}, output_dir=str(tmp_path / "short"))
+    dlora.simulate(short)
+    longer = make_config(**{"train.rounds": 6, "compare": ["pooled"]}, output_dir=str(tmp_path / "short"))
+    summary = dlora.simulate(longer, resume=True)
+    for run in ("dec-lora", "pooled"):
+        assert_identical(factors_of(long, run), factors_of(longer, run))
+    assert summary["runs"]["dec-lora"]["bytes_on_wire"] == 6 * 8 * summary["message_bytes"]
+
+
+def test_groups_train_what_the_whole_stack_trains(make_config: MakeConfig, tmp_path: Path) -> None:
+    whole = make_config(**{"compare": ["pooled"], "train.optimizer": "sgd"}, output_dir=str(tmp_path / "whole"))
+    dlora.simulate(whole)
+    grouped = make_config(**{"compare": ["pooled"], "train.optimizer": "sgd", "peers.group_size": 3}, output_dir=str(tmp_path / "groups"))
+    summary = dlora.simulate(grouped)
+    assert summary["group_size"] == 3
+    for run in ("dec-lora", "pooled"):
+        for name, tensor in factors_of(whole, run).items():
+            torch.testing.assert_close(factors_of(grouped, run)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_the_group_shrinks_when_memory_is_short(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(make_config())
+    assert fitting_group_size(prepared) == 4
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2_000_000})())
+    shrunk = fitting_group_size(prepared)
+    assert 1 <= shrunk < 4
+
+
+def test_accumulated_gradients_are_those_of_the_larger_batch(make_config: MakeConfig, tmp_path: Path) -> None:
+    large = make_config("llama", "causal-lm", **{"train.optimizer": "sgd"}, output_dir=str(tmp_path / "large"))
+    dlora.simulate(large)
+    keys = {"train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 2, "train.optimizer": "sgd"}
+    small = make_config("llama", "causal-lm", **keys, output_dir=str(tmp_path / "small"))
+    dlora.simulate(small)
+    for name, tensor in factors_of(large).items():
+        torch.testing.assert_close(factors_of(small)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
+    plain = make_config(output_dir=str(tmp_path / "plain"))
+    dlora.simulate(plain)
+    spared = make_config(**{"train.gradient_checkpointing": True}, output_dir=str(tmp_path / "spared"))
+    dlora.simulate(spared)
+    for name, tensor in factors_of(plain).items():
+        torch.testing.assert_close(factors_of(spared)[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def test_a_resting_head_stays_is_not_sent_and_is_saved(make_config: MakeConfig) -> None:
+    config = make_config(**{"lora.train_head": False})
+    initial = prepare(config).model.initial
+    summary = dlora.simulate(config)
+    saved = load_file(Path(config.output_dir, "consensus/adapter_model.safetensors"))
+    assert torch.equal(saved["base_model.model.classifier.weight"], initial["classifier.weight"])
+    trained = sum(tensor.numel() for name, tensor in initial.items() if "lora_" in name)
+    assert summary["trainable_parameters"] == trained
+    assert summary["message_bytes"] < 4 * trained + 8000
+
+
+def test_ffa_leaves_A_alone_and_sends_half(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(**{"peers.rule": "ffa"})
+    initial = prepare(config).model.initial
+    summary = dlora.simulate(config)
+    for name, tensor in factors_of(config).items():
+        assert torch.equal(tensor, initial[name].expand_as(tensor)) == name.endswith("lora_A"), name
+    full = dlora.simulate(make_config(output_dir=str(tmp_path / "factor")))
+    assert summary["runs"]["dec-lora"]["bytes_on_wire"] < 0.7 * full["runs"]["dec-lora"]["bytes_on_wire"]
+
+
+@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")])
+def test_a_quantised_base_trains_and_the_loss_falls(make_config: MakeConfig, family: str, quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = make_config(family, **{"quantization": quantization, "train.rounds": 15})
+    dlora.simulate(config)
+    losses = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_bfloat16_is_autocast_and_what_trains_stays_float32(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("llama", **{"dtype": "bfloat16", "train.rounds": 15})
+    dlora.simulate(config)
+    assert {tensor.dtype for tensor in factors_of(config).values()} == {torch.float32}
+    losses = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    assert losses[-1] < losses[0] - 0.05
+    exact = make_config("llama", **{"train.rounds": 15}, output_dir=str(tmp_path / "exact"))
+    dlora.simulate(exact)
+    assert not torch.equal(factors_of(exact)["model.layers.0.mlp.down_proj.lora_B"], factors_of(config)["model.layers.0.mlp.down_proj.lora_B"])
+
+
+def test_language_models_are_scored_by_perplexity_and_by_choice(make_config: MakeConfig, tmp_path: Path) -> None:
+    rows = [{"prompt": "the film was", "options": ["good", "bad"], "answer": index % 2} for index in range(6)]
+    (tmp_path / "choices.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    config = make_config("llama", "causal-lm", **{"data.eval": str(tmp_path / "choices.jsonl")})
+    scores = dlora.simulate(config)["runs"]["dec-lora"]["consensus"]
+    assert scores["accuracy"] == 0.5  # the same question with either answer: half are right whatever the model thinks
+    assert scores["perplexity"] == pytest.approx(torch.tensor(scores["loss"], dtype=torch.float64).exp().item())
+
+
+def test_a_dry_run_writes_nothing(make_config: MakeConfig) -> None:
+    config = make_config()
+    plan = program.dry_run(config)
+    assert plan["local_steps"] == [2] * 4
+    assert sum(peer["rows"] for peer in plan["peers"]) == 64
+    assert not Path(config.output_dir).exists()
+
+
+def story(config: Config) -> list[dict[str, Any]]:
+    """The log without clocks and without the fact of having been resumed."""
+    clocks = {"time", "seconds"}
+    return [
+        {key: value for key, value in event.items() if key not in clocks}
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] not in ("resumed", "run", "done")
+    ]
