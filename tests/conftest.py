@@ -16,7 +16,8 @@ from dlora.config import Config
 transformers.utils.logging.set_verbosity_error()  # new heads are expected here
 transformers.utils.logging.disable_progress_bar()
 
-settings.register_profile("dlora", deadline=None, derandomize=True)  # a slow machine is no failure, and a failure repeats
+# A slow machine is no failure, and a failure repeats.
+settings.register_profile("dlora", deadline=None, derandomize=True)
 settings.load_profile("dlora")
 
 
@@ -35,7 +36,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
 
 @pytest.fixture
 def make_config(tmp_path: Path, model_folder: Callable[[str, str], Path]) -> Callable[..., Config]:
-    """``make_config(family, task, **{"train.rounds": 3})``: a run of four peers on 64 rows, every key overridable by its path."""
+    """``make_config(family, task, **{"train.rounds": 3})``: four peers on 64 rows; a path overrides any key."""
 
     def make(family: str = "bert", task: str = "classification", **overrides: Any) -> Config:
         tree: dict[str, Any] = {

@@ -16,9 +16,7 @@ from dlora.rows import read_rows
 Hands = dict[str, list[int]]
 
 
-def divide(
-    kind: str, peers: int | None, labels: list[int], seed: int = 0, num_labels: int | None = None, **keys: Any
-) -> Hands:
+def divide(kind: str, peers: int | None, labels: list[int], seed: int = 0, num_labels: int | None = None, **keys: Any) -> Hands:
     section = PartitionSection.model_validate({"kind": kind, **keys})
     rows = [{"text": "x"}] * len(labels)
     return partition(section, peers, labels, num_labels or max(labels) + 1, rows, seed)
@@ -95,9 +93,7 @@ def test_dirichlet_gives_up_in_words() -> None:
 def shared(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
     labels, peers = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     shares = draw(
-        st.lists(
-            st.lists(st.integers(0, 9), min_size=labels, max_size=labels).filter(any), min_size=peers, max_size=peers
-        )
+        st.lists(st.lists(st.integers(0, 9), min_size=labels, max_size=labels).filter(any), min_size=peers, max_size=peers)
     )
     sizes = draw(st.lists(st.sampled_from([1.0, 2.0, 3.5]), min_size=peers, max_size=peers))
     return draw(st.lists(st.integers(60, 300), min_size=labels, max_size=labels)), shares, sizes
@@ -122,10 +118,7 @@ def test_label_shares_are_kept_within_a_row(made: tuple[list[int], list[list[int
     for total, size in zip(totals, sizes, strict=True):
         assert abs(total - sum(totals) * size / sum(sizes)) <= len(sizes)
     # As large as possible: some label is used up to rounding, its rest is less than a row or two a peer.
-    demand = [
-        sum(s * row[i] / sum(row) for s, row in zip(sizes, shares, strict=True)) / sum(sizes)
-        for i in range(len(counts))
-    ]
+    demand = [sum(s * row[i] / sum(row) for s, row in zip(sizes, shares, strict=True)) / sum(sizes) for i in range(len(counts))]
     largest = min(count / need for count, need in zip(counts, demand, strict=True) if need)
     assert largest - 2 * len(shares) - 2 <= sum(totals) <= largest + 1e-9
 
@@ -175,9 +168,7 @@ def test_label_shares_round_within_the_rows_there_are() -> None:
         ),
     ],
 )
-def test_what_cannot_be_divided(
-    kind: str, peers: int | None, labels: list[int], keys: dict[str, Any], said: str
-) -> None:
+def test_what_cannot_be_divided(kind: str, peers: int | None, labels: list[int], keys: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
         divide(kind, peers, labels, **keys)
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -185,9 +176,7 @@ def test_what_cannot_be_divided(
 
 def by_column(values: list[Any], peers: int | None = None) -> Hands:
     rows = [{"site": value} for value in values]
-    return partition(
-        PartitionSection.model_validate({"kind": "by-column", "column": "site"}), peers, None, None, rows, 0
-    )
+    return partition(PartitionSection.model_validate({"kind": "by-column", "column": "site"}), peers, None, None, rows, 0)
 
 
 def test_by_column_names_the_peers() -> None:

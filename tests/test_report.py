@@ -117,9 +117,7 @@ def make_run(
             summary["runs"][run] = {
                 "consensus": scores(FINAL[run]),
                 "peers_mean": None if run == "pooled" else scores(FINAL[run] - 0.01),
-                "peers": {}
-                if run == "pooled"
-                else {name: scores(0.5 + index / 100) for index, name in enumerate(names)},
+                "peers": {} if run == "pooled" else {name: scores(0.5 + index / 100) for index, name in enumerate(names)},
                 "best": {"rounds_done": 4, **scores(FINAL[run] + 0.001)},
                 "bytes_on_wire": sent * 6,
                 "seconds": 12.0,
@@ -202,9 +200,7 @@ def test_causal_lm_speaks_of_perplexity_and_lower_is_better(tmp_path: Path) -> N
 def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>&'
     names = [evil, "$x^2$", "_hidden", "a'b"]
-    page = Page(
-        write_report(make_run(tmp_path, runs=("dec-lora",), names=names, labels=[evil, "_under", "$y$"], model=evil))
-    )
+    page = Page(write_report(make_run(tmp_path, runs=("dec-lora",), names=names, labels=[evil, "_under", "$y$"], model=evil)))
     assert "<script" not in page.source
     assert "script" not in {tag for tag, _ in page.seen}
     assert [name for name in names if name in page.text("th")] == names
@@ -214,9 +210,7 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
 
 def test_how_to_load_the_adapter_is_python(tmp_path: Path) -> None:
     page = Page(
-        write_report(
-            make_run(tmp_path, runs=("dec-lora",), labels=["a", "b", "c"], model="pkg://some_package/sub/model")
-        )
+        write_report(make_run(tmp_path, runs=("dec-lora",), labels=["a", "b", "c"], model="pkg://some_package/sub/model"))
     )
     code = html.unescape(re.findall(r"<pre><code>(.*?)</code>", page.source, re.S)[0])
     compile(code, "loading", "exec")
@@ -227,9 +221,7 @@ def test_how_to_load_the_adapter_is_python(tmp_path: Path) -> None:
 def test_many_peers_and_labels_are_shortened(tmp_path: Path) -> None:
     names = [f"peer-{number:02d}" for number in range(60)]
     labels = [f"label {number}" for number in range(12)]
-    page = Page(
-        write_report(make_run(tmp_path, names=names, labels=labels, kind="base-k", period=9, runs=("dec-lora",)))
-    )
+    page = Page(write_report(make_run(tmp_path, names=names, labels=labels, kind="base-k", period=9, runs=("dec-lora",))))
     text = page.text("text")
     assert "peer-38" in text and "peer-39" not in text and "21 more, mean" in text
     assert "5 other labels" in text and "round 8" in text
@@ -261,9 +253,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("period", [1, 3, 8])
 def test_a_graph_that_stands_alone(period: int) -> None:
     edges = [[(0, 1), (1, 2)]] * period
-    svg = ElementTree.fromstring(
-        graph(edges, ["a<b", "b&c", "a very long name of a peer"], label='a "graph"', standalone=True)
-    )
+    svg = ElementTree.fromstring(graph(edges, ["a<b", "b&c", "a very long name of a peer"], label='a "graph"', standalone=True))
     assert svg.tag.endswith("}svg") and svg.get("aria-label") == 'a "graph"'
     whole = ElementTree.tostring(svg, encoding="unicode")
     assert "var(" not in whole and "currentColor" not in whole and "#0000ff" not in whole  # colours of its own
@@ -274,18 +264,14 @@ def test_a_graph_that_stands_alone(period: int) -> None:
 
 def test_one_edge_is_one_line() -> None:
     def lines(edges: list[tuple[int, int]]) -> int:
-        return len(
-            re.findall(r"M [\d.]+ [\d.]+ \nL [\d.]+ [\d.]+ \n\"", graph([edges], ["a", "b", "c"], label="graph"))
-        )
+        return len(re.findall(r"M [\d.]+ [\d.]+ \nL [\d.]+ [\d.]+ \n\"", graph([edges], ["a", "b", "c"], label="graph")))
 
     assert lines([(0, 1), (1, 2), (2, 0)]) - lines([(0, 1)]) == 2
 
 
 def test_curves_leave_gaps_and_draw_lines_of_reference() -> None:
     series = Series(name="one", x=[0, 1, 2, 3], y=[1.0, None, 100.0, 1000.0], main=True)
-    picture = curves(
-        [series], "rounds", "loss", label="l", log_y=True, reference_lines=[Line(name="Pooled", y=10, colour=1)]
-    )
+    picture = curves([series], "rounds", "loss", label="l", log_y=True, reference_lines=[Line(name="Pooled", y=10, colour=1)])
     assert "Pooled" in picture and "var(--c1)" in picture
     assert len(re.findall(r"<use [^>]*var\(--c0\)", picture)) == 4  # three points and the legend's
     assert re.search(r">1000</text>", picture)

@@ -137,9 +137,7 @@ def test_a_folder_that_is_not_there_is_a_run_error(tmp_path: Path) -> None:
 
 
 def test_figures_as_people_write_them() -> None:
-    plain = [
-        text.replace("\u00a0", " ") for text in (bytes_text(0), bytes_text(999), bytes_text(1500), bytes_text(2.239e8))
-    ]
+    plain = [text.replace("\u00a0", " ") for text in (bytes_text(0), bytes_text(999), bytes_text(1500), bytes_text(2.239e8))]
     assert plain == ["0 B", "999 B", "1.5 kB", "224 MB"]
     assert [seconds_text(s).replace("\u00a0", " ") for s in (4.21, 59.96, 83, 7500)] == [
         "4.2 s",
@@ -169,7 +167,5 @@ def test_an_unfinished_run_is_told_by_its_latest_events() -> None:
     dec_lora, local = run_records(events, start, {})
     assert (dec_lora.rounds, dec_lora.rounds_done, dec_lora.done, local.rounds_done) == (4, 2, False, 0)
     assert dec_lora.last("bytes_on_wire") == 20  # the round's, not the older scores'
-    assert dec_lora.scores[1]["consensus"] == {"accuracy": 0.5} and dec_lora.scores[1]["peers_mean"] == {
-        "accuracy": 0.4
-    }
+    assert dec_lora.scores[1]["consensus"] == {"accuracy": 0.5} and dec_lora.scores[1]["peers_mean"] == {"accuracy": 0.4}
     assert local.figure({"consensus": {"loss": 1.0}, "peers_mean": {"loss": 2.0}}, "loss") == 2.0

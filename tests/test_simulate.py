@@ -1,4 +1,4 @@
-"""`simulate` from config to run folder: what it leaves behind, resuming bit for bit, groups, and what adapters score."""
+"""`simulate` from config to run folder: what it leaves behind, resuming bit for bit, groups, what adapters score."""
 
 from __future__ import annotations
 
@@ -74,23 +74,27 @@ def test_a_run_leaves_the_folder_of_the_design(make_config: MakeConfig) -> None:
     assert len(manifest["initial_factors"]) == len(manifest["model"]) == 64
 
 
-def test_the_adapters_load_with_peft_and_give_the_printed_score(make_config: MakeConfig) -> None:
-    config = make_config("roberta", **{"train.rounds": 6})  # a head of two layers
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_the_adapters_load_with_peft_and_give_the_printed_score(make_config: MakeConfig, pooling: str | None) -> None:
+    config = make_config("roberta", **{"train.rounds": 6, "pooling": pooling})  # its own head has two layers
     summary = dlora.simulate(config)
     scored = dlora.score(config.output_dir)
     prepared = prepare(config)
     batch = collate(prepared.data.evaluation, prepared.pad_token_id)
     result = summary["runs"]["dec-lora"]
     assert scored.keys() == {"consensus", *result["peers"]}
-    for name, expected in {"consensus": result["consensus"], **{f"peers/{peer}": own for peer, own in result["peers"].items()}}.items():
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=2)
-        model = peft.PeftModel.from_pretrained(base, Path(config.output_dir, name)).eval()
+    folders = {"consensus": result["consensus"], **{f"peers/{peer}": own for peer, own in result["peers"].items()}}
+    for folder, expected in folders.items():
+        base, _ = dlora.load_base(config.output_dir)
+        if pooling is None:  # the model's own head needs nothing of dlora's
+            base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=2)
+        model = peft.PeftModel.from_pretrained(base, Path(config.output_dir, folder)).eval()
         with torch.no_grad():
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
-        accuracy = (output.logits.argmax(-1) == batch.labels).double().mean().item()
-        assert accuracy == expected["accuracy"]
-        assert output.loss.item() == pytest.approx(expected["loss"], abs=1e-5)
-        assert scored[name.removeprefix("peers/")] == pytest.approx(expected, abs=1e-6)
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        assert (logits.argmax(-1) == batch.labels).double().mean().item() == expected["accuracy"]
+        loss = torch.nn.functional.cross_entropy(logits, batch.labels).item()
+        assert loss == pytest.approx(expected["loss"], abs=1e-5)
+        assert scored[folder.removeprefix("peers/")] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,11 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(make_config: Mak
         {"train.optimizer": "adamw", "peers.topology": {"kind": "base-k"}, "peers.count": 5},
         {"train.optimizer": "sgd", "train.model_dropout": None, "lora.lora_dropout": 0.1},
         {"peers.rule": "alternate", "peers.period": 2, "peers.wire": "bfloat16", "train.lr_scheduler_type": "linear"},
-        {"train.local_steps": None, "train.local_epochs": 1, "data.partition": {"kind": "dirichlet", "concentration": 0.5}},
+        {
+            "train.local_steps": None,
+            "train.local_epochs": 1,
+            "data.partition": {"kind": "dirichlet", "concentration": 0.5},
+        },
         {"peers.group_size": 3, "train.gradient_accumulation_steps": 2, "train.optimizer_state": "reset"},
     ],
     ids=["adamw-base-k", "sgd-dropout", "alternate-bfloat16", "local-epochs-dirichlet", "groups"],
@@ -107,7 +115,7 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(make_config: Mak
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
     make_config: MakeConfig, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
-    """Interrupted twice, once in Dec-LoRA and once in a baseline: factors, moments, log and summary are those of one go."""
+    """Interrupted twice, in Dec-LoRA and in a baseline: factors, moments, log and summary are those of one go."""
     overrides = {"train.rounds": 7, "save_every": 2, "eval_every": 2, "compare": ["local", "pooled"], **overrides}
     whole = make_config(**overrides, output_dir=str(tmp_path / "whole"))
     summary = dlora.simulate(whole)
@@ -156,7 +164,8 @@ def test_more_rounds_go_on_bit_for_bit(make_config: MakeConfig, tmp_path: Path) 
 def test_groups_train_what_the_whole_stack_trains(make_config: MakeConfig, tmp_path: Path) -> None:
     whole = make_config(**{"compare": ["pooled"], "train.optimizer": "sgd"}, output_dir=str(tmp_path / "whole"))
     dlora.simulate(whole)
-    grouped = make_config(**{"compare": ["pooled"], "train.optimizer": "sgd", "peers.group_size": 3}, output_dir=str(tmp_path / "groups"))
+    keys = {"compare": ["pooled"], "train.optimizer": "sgd", "peers.group_size": 3}
+    grouped = make_config(**keys, output_dir=str(tmp_path / "groups"))
     summary = dlora.simulate(grouped)
     assert summary["group_size"] == 3
     for run in ("dec-lora", "pooled"):
@@ -229,7 +238,8 @@ def test_bfloat16_is_autocast_and_what_trains_stays_float32(make_config: MakeCon
     assert losses[-1] < losses[0] - 0.05
     exact = make_config("llama", **{"train.rounds": 15}, output_dir=str(tmp_path / "exact"))
     dlora.simulate(exact)
-    assert not torch.equal(factors_of(exact)["model.layers.0.mlp.down_proj.lora_B"], factors_of(config)["model.layers.0.mlp.down_proj.lora_B"])
+    name = "model.layers.0.mlp.down_proj.lora_B"
+    assert not torch.equal(factors_of(exact)[name], factors_of(config)[name])
 
 
 def test_language_models_are_scored_by_perplexity_and_by_choice(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -79,9 +79,7 @@ def test_mixing_keeps_the_mean_and_never_spreads_the_peers(topology: Topology, s
 
 @quick
 @given(anything, st.integers(0, 50))
-def test_neighbours_and_edges_say_what_the_matrix_says_and_repeat_after_a_period(
-    topology: Topology, round: int
-) -> None:
+def test_neighbours_and_edges_say_what_the_matrix_says_and_repeat_after_a_period(topology: Topology, round: int) -> None:
     rebuilt = np.zeros((topology.num_peers, topology.num_peers))
     for peer in range(topology.num_peers):
         neighbours = topology.neighbours(peer, round)
@@ -393,6 +391,4 @@ def test_description_of_many_peers_is_short_and_narrow_and_shows_every_round(kin
 
 
 def test_description_of_sixteen_peers_names_them_all() -> None:
-    assert [line.split()[0] for line in describe(build("ring", 16)).splitlines()[3:19]] == [
-        f"peer-{i}" for i in range(16)
-    ]
+    assert [line.split()[0] for line in describe(build("ring", 16)).splitlines()[3:19]] == [f"peer-{i}" for i in range(16)]

@@ -9,15 +9,24 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = ["the", "a", "good", "bad", "fine", "awful", "film", "play", "book", "was", "is", "very", "not", "quite", "and", "but"]
+WORDS = [
+    "the", "a", "good", "bad", "fine", "awful", "film", "play",
+    "book", "was", "is", "very", "not", "quite", "and", "but",
+]  # fmt: skip
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 _VOCABULARY = len(SPECIAL) + len(WORDS)
 
 
 def config(family: str) -> transformers.PretrainedConfig:
     """Two layers of width 64 (a block of nf4); dropout 0.1, so that runs must switch it off to match."""
-    encoder: dict[str, Any] = {"vocab_size": _VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    encoder["initializer_range"] = 0.2  # at the usual 0.02 nothing so small passes any signal on, and updates drown in rounding
+    encoder: dict[str, Any] = {
+        "vocab_size": _VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "initializer_range": 0.2,  # at the usual 0.02 nothing so small passes any signal on; updates drown in rounding
+    }
     match family:
         case "bert":
             return transformers.BertConfig(**encoder, pad_token_id=0)
@@ -28,18 +37,21 @@ def config(family: str) -> transformers.PretrainedConfig:
         case "opt":
             return transformers.OPTConfig(
                 vocab_size=_VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
-                word_embed_proj_dim=64, init_std=0.2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                word_embed_proj_dim=64, init_std=0.2, max_position_embeddings=64,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
         case "gpt2":
             return transformers.GPT2Config(
-                vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2
-            )
+                vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
+                pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )  # fmt: skip
     raise ValueError(family)
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One word, one token."""
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(SPECIAL + WORDS)}, unk_token="<unk>"))
+    numbered = {word: index for index, word in enumerate(SPECIAL + WORDS)}
+    backend = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
@@ -71,6 +83,7 @@ def write_rows(path: Path, count: int, task: str = "classification", start: int 
     rows = []
     for index in range(start, start + count):
         text, label = sentence(index)
-        rows.append(f'{{"text": "{text}", "label": {label}}}' if task == "classification" else f'{{"text": "{text} {text}"}}')
+        classification = task == "classification"
+        rows.append(f'{{"text": "{text}", "label": {label}}}' if classification else f'{{"text": "{text} {text}"}}')
     path.write_text("\n".join(rows) + "\n")
     return path

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dlora.config import Config
     from dlora.decentralized.topology import Topology, build_topology, spectral_gap
     from dlora.errors import DloraError, Interrupted, UserError
-    from dlora.programs.score import score
+    from dlora.programs.score import load_base, score
     from dlora.programs.simulate import simulate
     from dlora.report import write_report
 
@@ -22,6 +22,7 @@ _HOMES = {
     "Topology": "dlora.decentralized.topology",
     "UserError": "dlora.errors",
     "build_topology": "dlora.decentralized.topology",
+    "load_base": "dlora.programs.score",
     "score": "dlora.programs.score",
     "simulate": "dlora.programs.simulate",
     "spectral_gap": "dlora.decentralized.topology",
@@ -35,6 +36,7 @@ __all__ = [
     "Topology",
     "UserError",
     "build_topology",
+    "load_base",
     "score",
     "simulate",
     "spectral_gap",

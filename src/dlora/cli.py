@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dlora.config import Config, TopologySection, parse_section
-from dlora.errors import DloraError, Interrupted
+from dlora.errors import ConfigError, DloraError, Interrupted
 from dlora.progress import Progress
+from dlora.runlog import bytes_text, score_text, seconds_text, to_json, write_atomically
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,13 +33,17 @@ app = typer.Typer(
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML of the run", show_default=False)]
 Overrides = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a key: --set train.rounds=50 (again for more)", show_default=False)
+    list[str],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="override a key: --set train.rounds=50 (again for more)", show_default=False
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document for machines instead of tables")]
 
 
 def main() -> None:
     """The console script: every DloraError is one line on stderr and its exit code."""
+    warnings.showwarning = _warn  # type: ignore[assignment]  # the place in our code is left out
     try:
         app(standalone_mode=False)
     except DloraError as error:
@@ -47,7 +54,7 @@ def main() -> None:
         _fail("interrupted", Interrupted.exit_code)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a mistake on the command line, as typer words it
-            _fail(error.format_message(), 2)
+            _fail(error.format_message() or "no command given; see above", 2)
         raise
 
 
@@ -57,12 +64,16 @@ def simulate(
     set_: Overrides = [],  # noqa: B006  # typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
     as_json: AsJson = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check config, data and model; say what would run; write nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check config, data and model; say what would run; write nothing")
+    ] = False,
 ) -> None:
     """Dec-LoRA on one machine: n peers in one process, and the baselines they are compared with.
 
     Example: dlora simulate examples/sst2-ring.yaml --set peers.count=16 --set train.rounds=50
     """
+    if dry_run and resume:
+        raise ConfigError("--dry-run and --resume: a dry run starts nothing and resumes nothing; give one of them")
     loaded = Config.load(config, set_)
     from dlora.programs import simulate as program
 
@@ -76,7 +87,9 @@ def simulate(
         except Interrupted as interrupted:
             raise Interrupted(f"{interrupted}; go on with: {_resume_command()}") from None
         except KeyboardInterrupt:
-            raise Interrupted(f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}") from None
+            raise Interrupted(
+                f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}"
+            ) from None
     _print(summary, as_json, _summary_table)
     if not as_json:
         Console().print(f"report: {Path(loaded.output_dir, 'report.html')}", soft_wrap=True)
@@ -100,7 +113,9 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, finished or not", show_default=False)]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run, finished or not", show_default=False)],
+) -> None:
     """Write RUN/report.html anew from its log.
 
     Example: dlora report runs/sst2-ring
@@ -112,11 +127,14 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder o
 
 @app.command()
 def topology(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="ring, complete, erdos-renyi, exponential, hypercube, base-k", show_default=False)],
+    kind: Annotated[
+        str,
+        typer.Argument(metavar="KIND", help="ring, complete, erdos-renyi, exponential, hypercube, base-k", show_default=False),
+    ],
     peers: Annotated[int, typer.Option("--peers", "-n", min=1, help="how many")] = 8,
     p: Annotated[float | None, typer.Option(help="erdos-renyi: probability of an edge")] = None,
-    seed: Annotated[int, typer.Option(help="erdos-renyi: seed of the graph")] = 0,
-    k: Annotated[int, typer.Option("-k", min=1, help="base-k: neighbours a round, at most")] = 1,
+    seed: Annotated[int | None, typer.Option(help="erdos-renyi: seed of the graph (default 0)")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="base-k: neighbours a round, at most (default 1)")] = None,
     weights: Annotated[str | None, typer.Option(help="metropolis or laplacian; null: what the topology takes")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="draw the graph into this .svg")] = None,
     as_json: AsJson = False,
@@ -131,22 +149,29 @@ def topology(
     built = graphs.build_topology(section, weights, [f"peer-{index}" for index in range(peers)])  # type: ignore[arg-type]
     if output is not None:
         from dlora.drawing import graph
-        from dlora.runlog import write_atomically
 
         edges = [built.edges(round) for round in range(built.period)]
-        write_atomically(output, graph(edges, built.names, standalone=True))
+        write_atomically(output, graph(edges, built.names, label=f"{kind} of {peers} peers", standalone=True))
     if as_json:
         rounds, messages = graphs.rounds_to_agree(built)
         neighbours = [[built.neighbours(peer, round) for peer in range(peers)] for round in range(built.period)]
         figures = {"spectral_gap": graphs.spectral_gap(built), "rounds_to_agree": rounds, "messages_to_agree": messages}
-        typer.echo(json.dumps({"kind": kind, "peers": peers, "neighbours": neighbours, **figures}))
+        typer.echo(to_json({"kind": kind, "peers": peers, "neighbours": neighbours, **figures}))
     else:
         typer.echo(graphs.describe(built))
 
 
 def _fail(message: str, exit_code: int) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {message}" if exit_code != Interrupted.exit_code else message, soft_wrap=True, highlight=False)
+    console = Console(stderr=True)
+    for line in message.splitlines():  # several mistakes in one config are a line each
+        head = "" if exit_code == Interrupted.exit_code else "[red]error:[/red] "
+        console.print(Text.from_markup(head).append(line), soft_wrap=True)
     sys.exit(exit_code)
+
+
+def _warn(message: Warning | str, *_where: Any) -> None:
+    """A warning as one line, without the place in our code that says nothing to a user."""
+    Console(stderr=True).print(Text.from_markup("[yellow]warning:[/yellow] ").append(str(message)), soft_wrap=True)
 
 
 @contextmanager
@@ -170,22 +195,23 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 def _resume_command() -> str:
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return " ".join(["dlora", *arguments, "--resume"])
+    return shlex.join(["dlora", *arguments, "--resume"])
 
 
 def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Table]) -> None:
     if as_json:
-        typer.echo(json.dumps(document))
+        typer.echo(to_json(document))
     else:
         Console().print(table(document))
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:
-    table = Table("run", "average", "peers' own", "best (round)", "on wire", "seconds", box=None)
+    metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
+    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", "on wire", "time", box=None)
     for name, run in summary["runs"].items():
-        best = f"{_score(run['best'])} ({run['best']['rounds_done']})"
-        own = _score(run["peers_mean"]) if run["peers_mean"] else "-"
-        table.add_row(name, _score(run["consensus"]), own, best, _bytes(run["bytes_on_wire"]), f"{run['seconds']:.0f}")
+        scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
+        scores[-1] += f" ({run['best']['rounds_done']})"
+        table.add_row(name, *scores, bytes_text(run["bytes_on_wire"]), seconds_text(run["seconds"]))
     return table
 
 
@@ -193,35 +219,28 @@ def _scores_table(scores: dict[str, Any]) -> Table:
     metrics = list(next(iter(scores.values())))
     table = Table("adapter", *metrics, box=None)
     for name, values in scores.items():
-        table.add_row(name, *(f"{values[metric]:.4f}" for metric in metrics))
+        table.add_row(name, *(score_text(values[metric], metric) for metric in metrics))
     return table
 
 
 def _plan_table(plan: dict[str, Any]) -> Table:
-    table = Table("peer", "rows", "local steps a round", "labels", box=None, title=f"would run {', '.join(plan['runs'])} on {plan['model']}")
+    table = Table(
+        "peer",
+        "rows",
+        "local steps a round",
+        "labels",
+        box=None,
+        title=f"would run {', '.join(plan['runs'])} on {plan['model']}",
+    )
     for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
         labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
         table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
     messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
     table.caption = (
         f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once; a message is"
-        f" {_bytes(plan['message_bytes'])}, a round {messages:.3g} messages; spectral gap {plan['spectral_gap']:.3f}"
+        f" {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages; spectral gap {plan['spectral_gap']:.3f}"
     )
     return table
-
-
-def _score(scores: dict[str, float]) -> str:
-    if "accuracy" in scores:
-        return f"{100 * scores['accuracy']:.1f} %"
-    return f"perplexity {scores['perplexity']:.2f}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            break
-        count /= 1000
-    return f"{count:.3g} {unit}"
 
 
 if __name__ == "__main__":

@@ -51,7 +51,14 @@ class PartitionSection(_Section):
 
     @model_validator(mode="after")
     def _needs(self) -> PartitionSection:
-        owner = {"concentration": ("dirichlet",), "shares": ("label-shares",), "column": ("by-column",), "sizes": ("iid", "label-shares")}
+        if any(size <= 0 for size in self.sizes or ()):
+            raise ValueError("sizes are relative numbers of rows, all above 0")
+        owner = {
+            "concentration": ("dirichlet",),
+            "shares": ("label-shares",),
+            "column": ("by-column",),
+            "sizes": ("iid", "label-shares"),
+        }
         for key, kinds in owner.items():
             given = getattr(self, key) is not None
             if given and self.kind not in kinds:
@@ -64,9 +71,7 @@ class PartitionSection(_Section):
 class DataSection(_Section):
     """The text, its columns and how it is divided."""
 
-    train: str | dict[str, str] = Field(
-        description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}"
-    )
+    train: str | dict[str, str] = Field(description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}")
     eval: str | dict[str, str] = Field(description="what every score is measured on; same forms as train")
     columns: tuple[str, ...] | None = Field(None, description="names of the columns of a csv or tsv without a header")
     text: str | tuple[str, str] = Field("text", description="classification: one column, or two for pairs")
@@ -79,6 +84,8 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _files(self) -> DataSection:
+        if self.train == {}:
+            raise ValueError("train names no peer; expected {peer: file}")
         if isinstance(self.train, dict) != (self.partition.kind == "files"):
             raise ValueError("train: {peer: file} and partition: {kind: files} go together; give both or neither")
         return self
@@ -116,23 +123,26 @@ class TopologySection(_Section):
 
     kind: Literal["ring", "complete", "erdos-renyi", "exponential", "hypercube", "base-k", "edges"] = "ring"
     p: float | None = Field(None, gt=0, le=1, description="erdos-renyi: probability of an edge")
-    seed: int = Field(0, ge=0, description="erdos-renyi: the first connected graph from this seed on")
-    k: int = Field(1, ge=1, description="base-k: neighbours a round, at most")
+    seed: int | None = Field(None, ge=0, description="erdos-renyi: the first connected graph from this seed on (default 0)")
+    k: int | None = Field(None, ge=1, description="base-k: neighbours a round, at most (default 1)")
     edges: tuple[tuple[str | int, str | int], ...] | None = Field(None, description="edges: pairs of peers, by name or index")
 
     @model_validator(mode="after")
     def _needs(self) -> TopologySection:
-        for key, kind in {"p": "erdos-renyi", "edges": "edges"}.items():
-            given = getattr(self, key) is not None
-            if given != (self.kind == kind):
-                raise ValueError(f"kind {kind} needs {key}" if not given else f"{key} belongs to kind {kind}, not to {self.kind}")
+        for key, kind in {"p": "erdos-renyi", "seed": "erdos-renyi", "k": "base-k", "edges": "edges"}.items():
+            if getattr(self, key) is not None and self.kind != kind:
+                raise ValueError(f"{key} belongs to kind {kind}, not to {self.kind}; remove it")
+            if getattr(self, key) is None and self.kind == kind and key in ("p", "edges"):
+                raise ValueError(f"kind {kind} needs {key}")
         return self
 
 
 class PeersSection(_Section):
     """The participants and how they agree."""
 
-    count: int | None = Field(None, ge=1, description="null: as many as the partition names (shares, files, column values)")
+    count: int | None = Field(
+        None, ge=1, description="null: as many as the partition names (shares, sizes, files, column values)"
+    )
     topology: TopologySection = TopologySection()
     weights: Literal["metropolis", "laplacian"] | None = Field(
         None, description="null: metropolis, or what the topology fixes; laplacian: the paper's I - 2L/(3 lambda_max)"
@@ -150,6 +160,10 @@ class Config(_Section):
 
     model: str = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
     task: Literal["classification", "causal-lm"] = "classification"
+    pooling: Literal["mean"] | None = Field(
+        None,
+        description="classification: null is the model's own head; mean: mean over tokens and one linear (sentence encoders)",
+    )
     quantization: Literal["none", "int8", "nf4"] = Field("none", description="of the frozen base only; needs dlora[4bit]")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast; what trains stays float32")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
@@ -169,8 +183,12 @@ class Config(_Section):
     def _combinations(self) -> Config:
         if len(set(self.compare)) != len(self.compare):
             raise ValueError("compare names a baseline twice")
+        if self.task == "causal-lm" and self.pooling is not None:
+            raise ValueError("pooling belongs to task classification; remove it")
         if self.task == "causal-lm" and self.data.partition.kind in ("dirichlet", "label-shares"):
-            raise ValueError(f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid, by-column or files")
+            raise ValueError(
+                f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid, by-column or files"
+            )
         return self
 
     @classmethod
@@ -180,15 +198,18 @@ class Config(_Section):
         Raises ConfigError naming the key, what came and what was expected.
         """
         try:
-            text = Path(path).read_text()
-        except OSError as error:
-            raise ConfigError(f"config {path} cannot be read ({error.strerror}); give the path of a YAML file") from error
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
+            raise ConfigError(f"config {path} cannot be read ({reason}); give the path of a YAML file") from error
         try:
             tree = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+            reason = " ".join(str(error).replace('in "<unicode string>",', "at").split())
+            raise ConfigError(f"config {path} is not YAML: {reason}") from error
         if not isinstance(tree, dict):
-            raise ConfigError(f"config {path} holds {type(tree).__name__}, expected keys such as model and data")
+            found = "nothing" if tree is None else f"a {type(tree).__name__}"
+            raise ConfigError(f"config {path} holds {found}, expected keys such as model and data")
         for override in overrides:
             _apply_override(tree, override)
         return cls.parse(tree)
@@ -208,7 +229,8 @@ def parse_section(section: type[S], tree: dict[str, Any]) -> S:
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(mistake, section) for mistake in error.errors())) from error
+        lines = dict.fromkeys(_explain(mistake, section, tree) for mistake in error.errors())
+        raise ConfigError("\n".join(lines)) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -254,23 +276,30 @@ def _substitute(value: Any, key: str = "") -> Any:
     return re.sub(r"\$\{(\w+)\}", look_up, value)
 
 
-def _explain(mistake: Any, root: type[_Section]) -> str:
+def _explain(mistake: Any, root: type[_Section], tree: Any) -> str:
     """One pydantic mistake as one line in the user's spelling."""
     path = [str(part) for part in mistake["loc"]]
-    key = ".".join(path) or "config"
+    key = ".".join(path)
+    section: Any = root
+    depth = 0
+    while depth < len(path) - 1 and (inner := _section_of(section, path[depth])):
+        section, depth = inner, depth + 1
+    form = next((at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None)
+    if form is not None:  # a key with several forms: pydantic names the form, and each of them complains
+        for part in mistake["loc"][:form]:
+            tree = tree[part]
+        return f"{'.'.join(path[:form])}: expected {section.model_fields[path[depth]].description}; got {tree!r}"
     if mistake["type"] == "extra_forbidden":
-        section: Any = root
-        for part in path[:-1]:
-            section = _section_of(section, part)
-        known = list(section.model_fields) if section else []
+        known = list(section.model_fields)
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"{key} is not a key; {hint}"
     if mistake["type"] == "missing":
         return f"{key} is missing; the config must say it"
-    message = mistake["msg"].removeprefix("Value error, ")
+    message = mistake["msg"].removeprefix("Value error, ").replace(" after validation", "")
+    message = re.sub(r"valid dictionary or instance of \w+", "block of keys", re.sub(r"[Tt]uple", "list", message))
     if isinstance(mistake["input"], dict):
-        return f"{key}: {message}"
+        return f"{key}: {message}".removeprefix(": ")
     return f"{key}: {message[0].lower()}{message[1:]}, got {mistake['input']!r}"
 
 

@@ -173,9 +173,7 @@ def graph(
 def _draw(axes: Axes, one: Series) -> None:
     colour, few = _colour(one.colour), len(one.x) <= 60
     y = [math.nan if value is None else value for value in one.y]
-    low, high = (
-        [math.nan if value is None else value for value in edge] if edge else y for edge in (one.low, one.high)
-    )
+    low, high = ([math.nan if value is None else value for value in edge] if edge else y for edge in (one.low, one.high))
     if one.points_only:
         below, above = ([abs(a - b) for a, b in zip(y, edge, strict=True)] for edge in (low, high))
         axes.errorbar(
@@ -227,9 +225,7 @@ def _draw_edges(axes: Axes, edges: Sequence[tuple[int, int]], peers: int, number
 def _draw_peers(axes: Axes, texts: Sequence[str], text_size: float, columns: int) -> None:
     places = [_place(index, len(texts)) for index in range(len(texts))]
     size = max(6, min(70, 1400 / max(1, len(texts)))) / columns
-    axes.scatter(
-        [x for x, _ in places], [y for _, y in places], s=size, color=_INK, edgecolors=_PAPER, linewidths=1, zorder=3
-    )
+    axes.scatter([x for x, _ in places], [y for _, y in places], s=size, color=_INK, edgecolors=_PAPER, linewidths=1, zorder=3)
     for (x, y), text in zip(places, texts, strict=True):
         across = "center" if abs(x) < 0.2 else "left" if x > 0 else "right"
         axes.text(1.09 * x, (1.1 + 0.04 * columns) * y, text, ha=across, va="center", fontsize=text_size)
@@ -304,9 +300,7 @@ def _svg(figure: Figure, label: str, standalone: bool = False) -> str:
 
     matplotlib.rcParams["svg.hashsalt"] = label  # within _figure's context; pictures on one page share no ids
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    )
+    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size, "matplotlib wrote an SVG without a viewBox"

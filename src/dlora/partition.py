@@ -34,9 +34,7 @@ def partition(
     Raises DataError or ConfigError when the rows cannot be divided as asked, saying what to change.
     """
     if num_peers is not None and num_peers > len(rows):
-        raise DataError(
-            f"{num_peers} peers asked for, {len(rows)} rows to divide; lower peers.count or bring more rows"
-        )
+        raise DataError(f"{num_peers} peers asked for, {len(rows)} rows to divide; lower peers.count or bring more rows")
     if section.kind == "by-column":
         return _by_column(section, num_peers, rows)
     generator = np.random.default_rng(derive_seed(seed, "partition"))

@@ -75,9 +75,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._forget()
         self._bars.stop()
 
@@ -94,9 +92,7 @@ class Progress:
     def _note(self, run: str, **news: str) -> None:
         notes = self._notes.setdefault(run, {})
         notes.update(news)
-        self._bars.update(
-            self._bar(run), note=", ".join(notes[key] for key in ("loss", "score", "sent") if key in notes)
-        )
+        self._bars.update(self._bar(run), note=", ".join(notes[key] for key in ("loss", "score", "sent") if key in notes))
 
     def _pass(self, text: str, done: int, total: int | None) -> None:
         if self._passing is None:

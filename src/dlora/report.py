@@ -61,13 +61,9 @@ def write_report(run_dir: str | Path) -> Path:
         summary = json.loads(_read(run_dir / "summary.json")) if (run_dir / "summary.json").exists() else {}
         config = yaml.safe_load(config_text)
     except (ValueError, yaml.YAMLError) as error:
-        raise RunError(
-            f"run {run_dir}: summary.json or config.yaml is damaged ({' '.join(str(error).split())})"
-        ) from error
+        raise RunError(f"run {run_dir}: summary.json or config.yaml is damaged ({' '.join(str(error).split())})") from error
     page = _Page(config, start, run_records(events, start, summary), finished=bool(summary))
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals |= {"bytes_text": bytes_text, "seconds_text": seconds_text}
     template = environment.from_string(files("dlora").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     path = run_dir / "report.html"
@@ -108,9 +104,7 @@ class _Page:
             return f"{self.title} started; nothing is scored yet."
         under_way = not self.finished and self.main.rounds_done < self.main.rounds
         so_far = f"So far, after {self.main.rounds_done} of {self.main.rounds} rounds: " if under_way else ""
-        figure = (
-            f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
-        )
+        figure = f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
         parts = [f"{so_far}{self.title} reached {figure} together"]
         phrases = {"pooled": "training on the pooled data {}", "fedavg": "FedAvg {}", "local": "alone they reached {}"}
         for run in sorted(self.others, key=lambda run: run.name == "local"):
@@ -148,9 +142,7 @@ class _Page:
     def best(self, run: RunRecord) -> str:
         """The best score of the average and the round it came after; none where nobody talks."""
         logged = [{"rounds_done": done} | (event.get("consensus") or {}) for done, event in run.scores.items()]
-        scored = [
-            scores for scores in (run.summary.get("best"), *logged) if scores and scores.get(self.key) is not None
-        ]
+        scored = [scores for scores in (run.summary.get("best"), *logged) if scores and scores.get(self.key) is not None]
         if run.name == "local" or not scored:
             return "–"
         best = (max if self.higher_is_better else min)(scored, key=lambda scores: scores[self.key])
@@ -362,8 +354,7 @@ class _Page:
         colour, dash = _LOOKS.get(run.name, (5, 3))
         band = key == "loss" and run is self.main
         spread = [
-            [value for value in event.get("losses") or [event.get(key)] if value is not None]
-            for event in events.values()
+            [value for value in event.get("losses") or [event.get(key)] if value is not None] for event in events.values()
         ]
         return Series(
             name=run.title,

@@ -45,9 +45,7 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
     return rows
 
 
-def read_placed(
-    source: str | Mapping[str, str], columns: Sequence[str] | None, required: Sequence[str]
-) -> list[PlacedRow]:
+def read_placed(source: str | Mapping[str, str], columns: Sequence[str] | None, required: Sequence[str]) -> list[PlacedRow]:
     """The rows of one source or of {peer: source}, one after the other; each has a value in the required columns.
 
     Raises DataError as `read_rows` and `require_column` do.

@@ -87,9 +87,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def _tell(self, entry: Event) -> None:
@@ -193,11 +191,7 @@ def bytes_text(count: float | None) -> str:
     if count is None:
         return "–"
     unit, factor = unit_of(count, BYTE_UNITS)
-    return (
-        f"{count / factor:.0f}{NBSP}{unit}"
-        if unit == "B" or count / factor >= 100
-        else f"{count / factor:.1f}{NBSP}{unit}"
-    )
+    return f"{count / factor:.0f}{NBSP}{unit}" if unit == "B" or count / factor >= 100 else f"{count / factor:.1f}{NBSP}{unit}"
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -79,7 +79,7 @@ def local_steps(
     learning_rates: Sequence[float],
     section: TrainSection,
     autocast_dtype: torch.dtype | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[int], None] = lambda num_participants: None,
 ) -> Tensor:
     """Train one group: one optimiser step for each entry of ``batches``, which is a step's micro-batches.
 
@@ -108,7 +108,7 @@ def local_steps(
         group.optimizer.step()
         group.optimizer.zero_grad()
         history.append(loss_P)
-        on_step()
+        on_step(num_participants)
     return torch.stack(history)
 
 
@@ -139,14 +139,15 @@ def num_targets(labels: Tensor, num_participants: int) -> Tensor:
 def clip_each(parameters: Sequence[Tensor], max_norm: float) -> None:
     """Scale each participant's gradient down to ``max_norm``: torch's clip_grad_norm_, a participant at a time."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm_P = torch.stack([gradient.flatten(1).square().sum(dim=1) for gradient in gradients]).sum(dim=0).sqrt()
+    norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
+    norm_P = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     factor_P = (max_norm / (norm_P + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor_P.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 def learning_rate(section: TrainSection, step: int, num_steps: int) -> float:
-    """The rate of local step ``step`` (from 0) of ``num_steps``: transformers' constant, linear and cosine schedules with warm-up."""
+    """The rate of local step ``step`` (from 0) of ``num_steps``: as transformers' schedules of the same names."""
     if step < section.warmup_steps:
         return section.learning_rate * step / section.warmup_steps
     progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
@@ -160,9 +161,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 
 
 def activation_bytes(model: StackedModel, factors: Factors, batch: Batch, autocast_dtype: torch.dtype | None) -> int:
-    """What one forward keeps for its backward, counted on the autograd graph: distinct storages, frozen weights left out."""
+    """What one forward keeps for its backward, counted on the autograd graph: distinct storages, not the parameters'."""
     model.use({name: tensor.detach().requires_grad_() for name, tensor in factors.items()})
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.network.parameters()}
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.network.parameters(), *factors.values())}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -23,14 +23,15 @@ class Transport(Protocol):
     """What moves a message along the edges of a round."""
 
     def exchange(self, round: int, sent: Mapping[str, Tensor], edges: Sequence[Edge]) -> Sequence[Edge]:
-        """Send each participant's message ((P, ...) tensors) over its ``edges``; return those that both ends committed."""
+        """Send each participant's message ((P, ...) tensors) over its ``edges``; return those both ends committed."""
 
 
 @dataclass
 class Gossip:
-    """Dec-LoRA, Algorithm 1, for every participant: K local steps on (A, B), then x_i <- sum_j w_ij x_j for A and B apart.
+    """Dec-LoRA, Algorithm 1, for every participant: K local steps on (A, B), then a mix of A and B apart.
 
-    A participant that fails between two commits loses the local steps since the last one, nothing else.
+    The mix is x_i <- sum_j w_ij x_j. A participant that fails between two commits loses the local steps since the last
+    one, nothing else.
     """
 
     factors: Factors

@@ -44,7 +44,7 @@ class Factor:
 
 
 class Ffa:
-    """FFA-LoRA (arXiv 2403.12313): A stays what it was at the start, alike for all, so averaging B is exact and half the bytes."""
+    """FFA-LoRA (arXiv 2403.12313): A stays as it started, alike for all, so averaging B is exact and half the bytes."""
 
     def trains(self, name: str, round: int) -> bool:
         """All but A."""
@@ -82,7 +82,7 @@ def build_rule(section: PeersSection) -> Rule:
 
 @torch.no_grad()
 def mix(factors: Factors, sent: Mapping[str, Tensor], mixing: np.ndarray, committed: Iterable[tuple[int, int]]) -> None:
-    """Mix all peers' ``factors`` ((P, ...) each) in place with what they ``sent``, over the ``committed`` edges (i < j).
+    """Mix all peers' ``factors`` ((P, ...) each) in place with what they ``sent`` over the ``committed`` edges (i < j).
 
     ``mixing`` is the round's (P, P) matrix, row = receiver.
     """
@@ -91,7 +91,7 @@ def mix(factors: Factors, sent: Mapping[str, Tensor], mixing: np.ndarray, commit
         weights[i, j], weights[j, i] = mixing[i, j], mixing[j, i]
     differences = torch.from_numpy(weights - np.diag(weights.sum(axis=1)))  # row i times x = sum_j w_ij (x_j - x_i)
     for name, message in sent.items():
-        # rows of `differences` sum to zero, so peer 0's value may be taken from all: between alike peers that is exact, and
-        # what is multiplied is small, so rounding is small against the change and not against the value
+        # rows of `differences` sum to zero, so peer 0's value may be taken from all: between alike peers that is exact,
+        # and what is multiplied is small, so rounding is small against the change and not against the value
         change = differences.to(message) @ (message - message[0]).flatten(1)
         factors[name] += change.view(factors[name].shape)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import networkx as nx
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from dlora.config import TopologySection
+from dlora.decentralized.finite_time import Matrix, base_k, hypercube
 from dlora.errors import TopologyError
 
 Weights = Literal["metropolis", "laplacian"]
-Matrix = NDArray[np.floating[Any]]  # (n, n) float64, row = receiver
 
 ROUNDING = 1e-12  # what float64 may leave of a sum, a symmetry or a disagreement that is exact on paper
 ERDOS_RENYI_TRIES = 1000  # seeds looked at before a graph that is hardly ever connected is given up
@@ -83,7 +83,7 @@ def build_topology(section: TopologySection, weights: Weights | None, names: Seq
     if section.kind in ("hypercube", "base-k"):
         if weights is not None:
             raise TopologyError(f"weights {weights}: topology {section.kind} fixes its weights; remove the key weights")
-        cycle = _hypercube(n) if section.kind == "hypercube" else _base_k(n, section.k)
+        cycle = hypercube(n) if section.kind == "hypercube" else base_k(n, section.k or 1)
         return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))  # a lone peer has nobody to meet
     graph = _graph(section, names)
     if not nx.is_connected(graph):
@@ -107,7 +107,7 @@ def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
         case "exponential":  # symmetric form of Ying et al. 2021, arXiv 2110.13363: hops of 1, 2, 4, ... both ways
             pairs = [(i, (i + 2**hop) % n) for i in range(n) for hop in range((n - 1).bit_length())]
         case "erdos-renyi":
-            pairs = _erdos_renyi(n, section.p or 0.0, section.seed)
+            pairs = _erdos_renyi(n, section.p or 0.0, section.seed or 0)
         case _:
             pairs = _given_pairs(section.edges or (), names)
     return _joined(n, pairs)
@@ -188,110 +188,6 @@ def _laplacian(graph: nx.Graph[int]) -> Matrix:
     laplacian = np.diag(adjacency.sum(axis=1)) - adjacency
     lambda_max = float(np.linalg.eigvalsh(laplacian)[-1]) or 1.0  # a lone peer's is 0, and so is its laplacian
     return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
-
-
-# --- graphs that change with the round and agree exactly after a cycle -----------------------------------------------
-
-
-def _hypercube(n: int) -> list[Matrix]:
-    """Round t pairs i with i XOR 2^t, and each pair takes its mean."""
-    if n & (n - 1):
-        below = 1 << (n.bit_length() - 1)
-        near = f"{below}, {2 * below}, or kind base-k, which takes any number"
-        raise TopologyError(f"topology hypercube needs a power of two, got {n} peers; take {near}")
-    return _hyper_hyper_cube(n, 1)
-
-
-def _base_k(n: int, k: int) -> list[Matrix]:
-    """The Base-(k+1) Graph (Takezawa et al. 2023, arXiv 2305.11420, Algorithm 3): exact for any n, degree at most k.
-
-    n = smooth * rest, where ``smooth`` holds all the factors up to k+1: first ``smooth`` teams of ``rest`` peers agree
-    each by itself, then the peers of equal place in their teams do. The plain Algorithm 2 is taken where it is shorter.
-    """
-    rest = n
-    for factor in range(2, k + 2):
-        while rest % factor == 0:
-            rest //= factor
-    smooth = n // rest
-    teams_first = [np.kron(np.eye(smooth), mixing) for mixing in _simple_base(rest, k)]
-    teams_first += [np.kron(mixing, np.eye(rest)) for mixing in _hyper_hyper_cube(smooth, k)]
-    return min(teams_first, _simple_base(n, k), key=len)
-
-
-def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
-    """The k-peer Hyper-Hypercube (Algorithm 1), for an n whose prime factors are all at most k+1.
-
-    Peers are numbers in a mixed radix; in a round those that differ in one digit only take their mean.
-    """
-    rounds, stride = list[Matrix](), 1
-    for base in reversed(_fewest_factors(n, k + 1) or ()):
-        mean = np.full((base, base), 1 / base)
-        rounds.append(np.kron(np.eye(n // (stride * base)), np.kron(mean, np.eye(stride))))
-        stride *= base
-    return rounds
-
-
-def _fewest_factors(n: int, largest: int) -> tuple[int, ...] | None:
-    """n as a product of as few falling factors from 2 to ``largest`` as can be; None when there is no such product."""
-    if n == 1:
-        return ()
-    firsts = [factor for factor in range(2, min(n, largest) + 1) if n % factor == 0]
-    found = [(first, *others) for first in firsts if (others := _fewest_factors(n // first, first)) is not None]
-    return min(found, key=len, default=None)
-
-
-def _simple_base(n: int, k: int) -> list[Matrix]:
-    """The Simple Base-(k+1) Graph (Algorithm 2): exact for any n, degree at most k.
-
-    1. Write n in base k+1. The peers of a digit are a part: ``num_blocks`` blocks, each a power of k+1 peers. Each part
-       takes its own mean.
-    2. Part by part, largest first: every peer of the later parts meets one peer of each of this part's blocks, weighted
-       such that each block's mean becomes the mean of all, and so does the mean of the parts still to come.
-    3. Each block then takes its mean, while the parts after it still do 2.
-    """
-    if _fewest_factors(n, k + 1) is not None:
-        return _hyper_hyper_cube(n, k)
-    parts = list(_digits(n, k + 1))
-    whole = [_hyper_hyper_cube(num_blocks * block, k) for _, num_blocks, block in parts]
-    blocks = [[np.kron(np.eye(num), mean) for mean in _hyper_hyper_cube(block, k)] for _, num, block in parts]
-    cycle: list[Matrix] = []
-    for turn in range(-len(whole[0]), 1 + len(blocks[0])):  # below 0: step 1; turn l >= 0: part l meets the later ones
-        mixing = np.eye(n)
-        for place, (start, num_blocks, block) in enumerate(parts):
-            if turn == place != len(parts) - 1:
-                _meet_later_parts(mixing, start, num_blocks, block, k)
-            elif turn < 0 or turn >= place:
-                # A part of single peers has no blocks to average; it agrees by then, and its mean keeps it so.
-                own = whole[place] if turn < 0 or block == 1 else blocks[place]
-                peers = slice(start, start + num_blocks * block)
-                if own:
-                    mixing[peers, peers] = own[(turn - place - 1) % len(own)]
-        cycle.append(mixing)
-    return cycle
-
-
-def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
-    """The parts of n peers: (first peer, num_blocks, peers in a block), from the highest digit that is not 0."""
-    start = 0
-    for block in (base**power for power in reversed(range(n.bit_length()))):
-        if num_blocks := (n - start) // block:
-            yield start, num_blocks, block
-            start += num_blocks * block
-
-
-def _meet_later_parts(mixing: Matrix, start: int, num_blocks: int, block: int, k: int) -> None:
-    """Step 2 of Algorithm 2, into ``mixing``; the part's peers that nobody meets take means of k+1 among themselves."""
-    firsts = range(start, start + num_blocks * block, block)
-    later = range(firsts[-1] + block, len(mixing))  # fewer than a block, being the digits that remain
-    weight = block / (len(mixing) - start)
-    for offset, peer in enumerate(later):
-        for other in (first + offset for first in firsts):
-            mixing[peer, other] = mixing[other, peer] = weight
-            mixing[other, other] = 1 - weight
-        mixing[peer, peer] = 1 - num_blocks * weight
-    unmet = [first + offset for first in firsts for offset in range(len(later), block)]
-    for group in (unmet[at : at + k + 1] for at in range(0, len(unmet), k + 1)):
-        mixing[np.ix_(group, group)] = 1 / len(group)
 
 
 # --- what a topology is worth ----------------------------------------------------------------------------------------

@@ -20,14 +20,20 @@ _WEIGHTS = "adapter_model.safetensors"
 
 def save_adapter(folder: Path, factors: Mapping[str, Tensor], peft_config: peft.LoraConfig) -> None:
     """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base, folder)`` loads them."""
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {_to_peft(name): tensor[0].detach().float().cpu().contiguous() for name, tensor in factors.items()}
-    write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
-    copy.deepcopy(peft_config).save_pretrained(str(folder))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
+        copy.deepcopy(peft_config).save_pretrained(str(folder))
+    except OSError as error:
+        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then go on with --resume") from error
 
 
 def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read one participant's factors as (1, ...) tensors; they must have the names and shapes of ``expected`` (no participant dimension)."""
+    """Read one participant's factors as (1, ...) tensors.
+
+    Raises RunError unless they have the names and shapes of ``expected``, which has no participant dimension.
+    """
     try:
         stored = load_file(folder / _WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
@@ -37,7 +43,9 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
         if name not in factors:
             raise RunError(f"adapter {folder}: holds no {name}; it belongs to another model or another lora.target_modules")
         if factors[name].shape[1:] != tensor.shape:
-            raise RunError(f"adapter {folder}: {name} has shape {tuple(factors[name].shape[1:])}, expected {tuple(tensor.shape)}")
+            raise RunError(
+                f"adapter {folder}: {name} has shape {tuple(factors[name].shape[1:])}, expected {tuple(tensor.shape)}"
+            )
     return factors
 
 

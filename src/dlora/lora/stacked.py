@@ -6,20 +6,24 @@ each participant its own update, so one forward and backward trains P participan
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dlora.model import LINEAR, FrozenModel, block_linears  # first: it quiets what peft brings in
+
+# isort: split
 import peft
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dlora.config import LoraSection
 from dlora.errors import ModelError
 from dlora.lora.factors import Factors
-from dlora.model import LINEAR, FrozenModel, block_linears
 
 
 class StackedLora(nn.Module):
@@ -44,8 +48,10 @@ class StackedLora(nn.Module):
         x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
         x_PNI = x.reshape(len(self.lora_A), -1, x.shape[-1])
         x_PNR = torch.bmm(x_PNI, self.lora_A.transpose(1, 2))
-        update_PNO = torch.bmm(x_PNR, self.lora_B.transpose(1, 2))
-        return torch.add(result, update_PNO.view(result.shape), alpha=self.scaling).to(result.dtype)
+        result_PNO = result.reshape(len(self.lora_A), -1, result.shape[-1]).to(x_PNR.dtype)
+        # a product that adds: an update of its own would cost (P, N, O) of fresh memory, forward and backward
+        y_PNO = torch.baddbmm(result_PNO, x_PNR, self.lora_B.transpose(1, 2), alpha=self.scaling)
+        return y_PNO.view(result.shape).to(result.dtype)
 
 
 class StackedLinear(nn.Module):
@@ -86,7 +92,8 @@ class StackedModel:
     @property
     def device(self) -> torch.device:
         """Where the frozen weights are, and so where factors and batches belong."""
-        return next(self.network.parameters()).device
+        device: torch.device = next(self.network.parameters()).device
+        return device
 
 
 def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> StackedModel:
@@ -98,16 +105,26 @@ def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> S
     network, head = frozen.network, frozen.head
     names = [name for name, _ in network.named_modules()]
     targets = block_linears(network) if section.target_modules == "all-linear" else section.target_modules
-    if isinstance(targets, tuple):
-        for target in targets:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ModelError(f"lora.target_modules: {target} matches no module; the linears here are {_suffixes(network)}")
+    for target in [targets] if isinstance(targets, str) else targets or [""]:
+        try:  # as PEFT reads them: a string is a regex, a list holds names or their ends
+            pattern = target if isinstance(targets, str) else f"(.*\\.)?{re.escape(target)}"
+            found = any(re.fullmatch(pattern, name) for name in names if name)
+        except re.error as error:
+            raise ModelError(
+                f"lora.target_modules: {target} is no regex ({error}); give names in a list, or mend it"
+            ) from error
+        if not found:
+            raise ModelError(
+                f"lora.target_modules: {target or section.target_modules} matches no module;"
+                f" the linears here are {_suffixes(network)}"
+            )
     peft_config = peft.LoraConfig(
         r=section.r,
-        lora_alpha=section.lora_alpha,  # type: ignore[arg-type]  # PEFT's annotation says int, its code takes any number
+        lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=[name for name in names if name.startswith(tuple(head))] if head else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),  # GPT-2 stores weights transposed
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
     )
     try:
@@ -124,10 +141,9 @@ def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> S
     for name, layer in list(network.named_modules()):
         if isinstance(layer, LoraLayer):
             if not isinstance(layer.get_base_layer(), LINEAR):
-                raise ModelError(f"lora.target_modules: {name} is a {type(layer.get_base_layer()).__name__}, no linear")
+                raise ModelError(f"lora.target_modules: {name} is no linear but {type(layer.get_base_layer()).__name__}")
             initial[f"{name}.lora_A"] = _fresh(layer.lora_A["default"].weight)
             initial[f"{name}.lora_B"] = _fresh(layer.lora_B["default"].weight)
-            peft_config.fan_in_fan_out = bool(getattr(layer, "fan_in_fan_out", False))
             _replace(network, name, StackedLora(layer.get_base_layer(), layer.scaling["default"], section.lora_dropout))
     head_factors: Factors = {}
     for name, layer in list(network.named_modules()):
@@ -152,5 +168,7 @@ def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def _suffixes(network: nn.Module) -> str:
-    linears = {name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, (*LINEAR, StackedLora))}
+    linears = {
+        name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, (*LINEAR, StackedLora))
+    }
     return ", ".join(sorted(linears))

@@ -11,10 +11,10 @@ from dlora.net.codec import encode
 
 
 class MemoryTransport:
-    """Carries messages between participants stacked in one process; ``bytes_on_wire`` counts serialised messages, both directions.
+    """Carries messages between participants stacked in one process.
 
-    All participants' messages of a round have the same names, shapes and dtype, so one of them is serialised and stands for all;
-    its length depends on nothing else.
+    ``bytes_on_wire`` counts serialised messages, both directions. All participants' messages of a round have the same
+    names, shapes and dtype, so one of them is serialised and stands for all; its length depends on nothing else.
     """
 
     def __init__(self, wire: torch.dtype = torch.float32, bytes_on_wire: int = 0) -> None:

@@ -83,6 +83,7 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None) 
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "task": config.task,
+        "pooling": config.pooling,
         "quantization": config.quantization,
         "labels": data.label_names,
         "max_length": config.data.max_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dlora.config import Config
-from dlora.errors import RunError
+from dlora.config import Config, parse_section
+from dlora.errors import ConfigError, RunError
 from dlora.runlog import write_atomically
 
 
@@ -42,24 +43,39 @@ class RunFolder:
         """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
         path = Path(config.output_dir)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            what = "another run" if (path / "config.yaml").exists() else "files that are no run"
-            raise RunError(f"output_dir {path} holds {what}; choose another with --set output_dir=..., remove it, or add --resume")
+            if not (path / "config.yaml").is_file():
+                what = "holds files that are no run" if path.is_dir() else "is a file"
+                raise RunError(f"output_dir {path} {what}; choose another with --set output_dir=..., or remove it")
+            raise RunError(
+                f"output_dir {path} holds another run; choose another with --set output_dir=..., remove it, or add --resume"
+            )
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
-        """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken."""
+        """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
         cls.check_new(config)
         folder = cls(Path(config.output_dir))
+        made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"output_dir {folder.path} cannot be made ({error.strerror}); choose another") from error
-        write_atomically(folder.path / "config.yaml", config.dump())
+            write_atomically(folder.path / "config.yaml", config.dump())
+        except (OSError, RunError) as error:
+            for path in made:  # innermost first; what we did not make stays
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            cause = error if isinstance(error, OSError) else error.__cause__
+            reason = getattr(cause, "strerror", None) or cause
+            raise RunError(
+                f"output_dir {folder.path} cannot be made ({reason}); mend that, or choose another with --set output_dir=..."
+            ) from error
         return folder
 
     @classmethod
-    def resume(cls, config: Config) -> RunFolder:
-        """Take up the run in ``output_dir``. Raises RunError when there is none, or when a key differs; `train.rounds` may grow."""
+    def resume(cls, config: Config, manifest: str) -> RunFolder:
+        """Take up the run in ``output_dir``; `train.rounds` may grow.
+
+        Raises RunError when there is no run, or when a key of the config or of the manifest (canonical JSON) differs.
+        """
         folder = cls(Path(config.output_dir))
         stored = read_config(folder.path)
         before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
@@ -73,26 +89,36 @@ class RunFolder:
                     f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but under a"
                     f" {config.train.lr_scheduler_type} learning rate a longer run takes other steps from the start; start anew"
                 )
-            raise RunError(f"resume: {key} was {before.get(key)} and is {now.get(key)}; put it back, or start anew in another output_dir")
+            raise _changed(key, before.get(key), now.get(key))
+        agreed = _read_manifest(folder.path)
+        for key, value in json.loads(manifest).items():
+            if agreed is not None and agreed.get(key) != value:
+                raise _changed(f"the {key} of manifest.json", agreed.get(key), value)
         write_atomically(folder.path / "config.yaml", config.dump())
         return folder
 
     def save(self, run: str, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint beside the last one, then drop the last one; a crash leaves one of them whole."""
+        """Write a checkpoint beside the last one, then drop the last one; a crash leaves one of them whole.
+
+        Raises RunError when there is no space left, or no right to write; the last one then stays.
+        """
         runs = self.path / "checkpoints" / run
         target = runs / f"round-{checkpoint.rounds_done:06d}"
         partial = runs / f".{target.name}.partial"
         older = [path for path in runs.glob("round-*") if path != target]
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in runs.glob(".*.partial"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
+            write_atomically(partial / "factors.safetensors", save(checkpoint.factors))
+            write_atomically(partial / "optimizer.safetensors", save(checkpoint.optimizer))
+            write_atomically(partial / "state.json", json.dumps(checkpoint.state, indent=1))
+            shutil.rmtree(target, ignore_errors=True)  # only there when the same rounds were run again
+            partial.rename(target)
         except OSError as error:
-            raise RunError(f"checkpoint {target} cannot be made ({error.strerror})") from error
-        write_atomically(partial / "factors.safetensors", save(checkpoint.factors))
-        write_atomically(partial / "optimizer.safetensors", save(checkpoint.optimizer))
-        write_atomically(partial / "state.json", json.dumps(checkpoint.state, indent=1))
-        shutil.rmtree(target, ignore_errors=True)  # only there when the same rounds were run again
-        partial.rename(target)
+            raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); mend that, then add --resume") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
         for path in older:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -109,19 +135,40 @@ class RunFolder:
         try:
             state = json.loads((folder / "state.json").read_text())
             factors, optimizer = (load_file(folder / f"{part}.safetensors") for part in ("factors", "optimizer"))
+            finished = folder / "result.json"
+            result = json.loads(finished.read_text()) if finished.exists() else None
         except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise RunError(f"checkpoint {folder} cannot be read ({error}); remove it and start anew") from error
-        finished = folder / "result.json"
-        result = json.loads(finished.read_text()) if finished.exists() else None
+            raise RunError(f"checkpoint {folder} cannot be read ({error}); start anew in another output_dir") from error
         return Checkpoint(int(folder.name.removeprefix("round-")), factors, optimizer, state, result)
 
 
 def read_config(path: Path) -> Config:
-    """The resolved config of the run in ``path``. Raises RunError when there is no run."""
+    """The resolved config of the run in ``path``. Raises RunError when there is no run, or its config is damaged."""
     try:
-        return Config.model_validate(yaml.safe_load((path / "config.yaml").read_text()))
+        return parse_section(Config, yaml.safe_load((path / "config.yaml").read_text()))
     except OSError as error:
-        raise RunError(f"{path} holds no run (no config.yaml); start it without --resume, or name the folder of a run") from error
+        raise RunError(
+            f"{path} holds no run (no config.yaml); give the folder of a run, or start one without --resume"
+        ) from error
+    except (ValueError, yaml.YAMLError, ConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """What the run's participants agreed on; None where it stopped before that was written."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}/manifest.json cannot be read ({error}); restore it, or start anew") from error
+
+
+def _changed(key: str, before: Any, now: Any) -> RunError:
+    was, now_is = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (before, now))
+    return RunError(f"resume: {key} was {was} and is {now_is}; put it back, or start anew in another output_dir")
 
 
 def environment(group_size: int) -> dict[str, Any]:

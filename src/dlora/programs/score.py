@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dlora.config import Config
 from dlora.data import encode_evaluation
 from dlora.errors import RunError
 from dlora.evaluate import Scores, evaluate
@@ -18,6 +20,16 @@ from dlora.programs.run_folder import read_config
 from dlora.runlog import Listener
 
 
+def load_base(run: Path | str) -> tuple[Any, Any]:
+    """The frozen model and the tokenizer of a run: what ``PeftModel.from_pretrained(base, RUN/consensus)`` takes.
+
+    A head the run began with is in it; the adapter folder brings the trained one. Raises UserError when ``run`` is no run.
+    """
+    config, labels = _read_run(Path(run))
+    tokenizer = load_tokenizer(config.model)
+    return load_model(config, tokenizer, labels).network.eval(), tokenizer
+
+
 def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Listener] = ()) -> dict[str, Scores]:
     """Scores of ``RUN/consensus`` and every ``RUN/peers/<name>``, by name, on the run's evaluation data or on ``data``.
 
@@ -25,18 +37,14 @@ def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Liste
     or ``data`` does not have the run's form.
     """
     run = Path(run)
-    config = read_config(run)
-    try:
-        labels = json.loads((run / "manifest.json").read_text())["labels"]
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{run}: manifest.json cannot be read ({error}); restore it, or run again") from error
+    config, labels = _read_run(run)
     if not (run / "consensus").is_dir():
         raise RunError(f"{run} has no adapters yet; finish it with: dlora simulate {run}/config.yaml --resume")
     section = config.data if data is None else config.data.model_copy(update={"eval": data, "eval_limit": None})
     tokenizer = load_tokenizer(config.model)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
     model = attach(load_model(config, tokenizer, labels), config.lora, config.task, config.seed)
-    folders = {"consensus": run / "consensus", **{folder.name: folder for folder in sorted((run / "peers").iterdir())}}
+    folders = {"consensus": run / "consensus", **{folder.name: folder for folder in sorted((run / "peers").glob("*"))}}
 
     def score_one(name: str) -> Scores:
         factors = load_adapter(folders[name], model.initial)
@@ -57,3 +65,12 @@ def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Liste
         )
 
     return {name: score_one(name) for name in folders}
+
+
+def _read_run(run: Path) -> tuple[Config, list[str] | None]:
+    """The run's config and its labels in order."""
+    config = read_config(run)
+    try:
+        return config, json.loads((run / "manifest.json").read_text())["labels"]
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{run}: manifest.json cannot be read ({error}); restore it, or run again") from error

@@ -1,0 +1,121 @@
+"""Topologies that agree exactly after finitely many rounds: hypercube and base-k.
+
+Both are cycles of mixing matrices whose product is the mean of all peers; the cycle of a lone peer is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dlora.errors import TopologyError
+
+Matrix = NDArray[np.floating[Any]]  # (n, n) float64, row = receiver
+
+
+def hypercube(n: int) -> list[Matrix]:
+    """Round t pairs i with i XOR 2^t, and each pair takes its mean: log2(n) matrices of (n, n).
+
+    Raises TopologyError when n is no power of two.
+    """
+    if n & (n - 1):
+        below = 1 << (n.bit_length() - 1)
+        near = f"{below}, {2 * below}, or kind base-k, which takes any number"
+        raise TopologyError(f"topology hypercube needs a power of two, got {n} peers; take {near}")
+    return _hyper_hyper_cube(n, 1)
+
+
+def base_k(n: int, k: int) -> list[Matrix]:
+    """The Base-(k+1) Graph (Takezawa et al. 2023, arXiv 2305.11420, Algorithm 3): exact for any n, degree at most k.
+
+    n = smooth * rest, where ``smooth`` holds all the factors up to k+1: first ``smooth`` teams of ``rest`` peers agree
+    each by itself, then the peers of equal place in their teams do. The plain Algorithm 2 is taken where it is shorter.
+    Returns the cycle: matrices of (n, n).
+    """
+    rest = n
+    for factor in range(2, k + 2):
+        while rest % factor == 0:
+            rest //= factor
+    smooth = n // rest
+    teams_first = [np.kron(np.eye(smooth), mixing) for mixing in _simple_base(rest, k)]
+    teams_first += [np.kron(mixing, np.eye(rest)) for mixing in _hyper_hyper_cube(smooth, k)]
+    return min(teams_first, _simple_base(n, k), key=len)
+
+
+def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
+    """The k-peer Hyper-Hypercube (Algorithm 1), for an n whose prime factors are all at most k+1.
+
+    Peers are numbers in a mixed radix; in a round those that differ in one digit only take their mean.
+    """
+    rounds, stride = list[Matrix](), 1
+    for base in reversed(_fewest_factors(n, k + 1) or ()):
+        mean = np.full((base, base), 1 / base)
+        rounds.append(np.kron(np.eye(n // (stride * base)), np.kron(mean, np.eye(stride))))
+        stride *= base
+    return rounds
+
+
+def _fewest_factors(n: int, largest: int) -> tuple[int, ...] | None:
+    """n as a product of as few falling factors from 2 to ``largest`` as can be; None when there is no such product."""
+    if n == 1:
+        return ()
+    firsts = [factor for factor in range(2, min(n, largest) + 1) if n % factor == 0]
+    found = [(first, *others) for first in firsts if (others := _fewest_factors(n // first, first)) is not None]
+    return min(found, key=len, default=None)
+
+
+def _simple_base(n: int, k: int) -> list[Matrix]:
+    """The Simple Base-(k+1) Graph (Algorithm 2): exact for any n, degree at most k.
+
+    1. Write n in base k+1. The peers of a digit are a part: ``num_blocks`` blocks, each a power of k+1 peers. Each part
+       takes its own mean.
+    2. Part by part, largest first: every peer of the later parts meets one peer of each of this part's blocks, weighted
+       such that each block's mean becomes the mean of all, and so does the mean of the parts still to come.
+    3. Each block then takes its mean, while the parts after it still do 2.
+    """
+    if _fewest_factors(n, k + 1) is not None:
+        return _hyper_hyper_cube(n, k)
+    parts = list(_digits(n, k + 1))
+    whole = [_hyper_hyper_cube(num_blocks * block, k) for _, num_blocks, block in parts]
+    blocks = [[np.kron(np.eye(num), mean) for mean in _hyper_hyper_cube(block, k)] for _, num, block in parts]
+    cycle: list[Matrix] = []
+    for turn in range(-len(whole[0]), 1 + len(blocks[0])):  # below 0: step 1; turn l >= 0: part l meets the later ones
+        mixing = np.eye(n)
+        for place, (start, num_blocks, block) in enumerate(parts):
+            if turn == place != len(parts) - 1:
+                _meet_later_parts(mixing, start, num_blocks, block, k)
+            elif turn < 0 or turn >= place:
+                # A part of single peers has no blocks to average; it agrees by then, and its mean keeps it so.
+                own = whole[place] if turn < 0 or block == 1 else blocks[place]
+                peers = slice(start, start + num_blocks * block)
+                if own:
+                    mixing[peers, peers] = own[(turn - place - 1) % len(own)]
+        cycle.append(mixing)
+    return cycle
+
+
+def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
+    """The parts of n peers: (first peer, num_blocks, peers in a block), from the highest digit that is not 0."""
+    start = 0
+    for block in (base**power for power in reversed(range(n.bit_length()))):
+        if num_blocks := (n - start) // block:
+            yield start, num_blocks, block
+            start += num_blocks * block
+
+
+def _meet_later_parts(mixing: Matrix, start: int, num_blocks: int, block: int, k: int) -> None:
+    """Step 2 of Algorithm 2, into ``mixing``; the part's peers that nobody meets take means of k+1 among themselves."""
+    firsts = range(start, start + num_blocks * block, block)
+    later = range(firsts[-1] + block, len(mixing))  # fewer than a block, being the digits that remain
+    weight = block / (len(mixing) - start)
+    for offset, peer in enumerate(later):
+        for other in (first + offset for first in firsts):
+            mixing[peer, other] = mixing[other, peer] = weight
+            mixing[other, other] = 1 - weight
+        mixing[peer, peer] = 1 - num_blocks * weight
+    unmet = [first + offset for first in firsts for offset in range(len(later), block)]
+    for group in (unmet[at : at + k + 1] for at in range(0, len(unmet), k + 1)):
+        mixing[np.ix_(group, group)] = 1 / len(group)

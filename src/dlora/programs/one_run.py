@@ -1,0 +1,263 @@
+"""One run of a simulation, Dec-LoRA or a baseline, round after round until it is scored."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlora.config import PeersSection, TopologySection
+from dlora.data import Batch, collate
+from dlora.decentralized.gossip import Gossip
+from dlora.decentralized.mixing import Rule, build_rule
+from dlora.decentralized.topology import Topology, build_topology
+from dlora.errors import Interrupted
+from dlora.evaluate import Scores, better, evaluate, mean_scores
+from dlora.lora.adapter_io import save_adapter
+from dlora.lora.factors import average, consensus_distance, one
+from dlora.net.memory import MemoryTransport
+from dlora.programs.prepare import WIRE_DTYPES, Prepared
+from dlora.programs.run_folder import Checkpoint, RunFolder, environment
+from dlora.runlog import RunLog
+from dlora.seeds import derive_seed
+from dlora.train import Group, Participants, learning_rate, local_steps
+
+
+class Run:
+    """Who takes part, over which topology, and the state between two rounds.
+
+    ``name``: dec-lora, or a baseline on the same data and seed: local (nobody talks), fedavg (everybody does, uniform
+    weights), pooled (one participant, whose batch is all peers' batches joined).
+    """
+
+    def __init__(
+        self, name: str, prepared: Prepared, folder: RunFolder, log: RunLog, group_size: int, stop: Callable[[], bool]
+    ) -> None:
+        self.name, self.prepared, self.folder, self.log = name, prepared, folder, log
+        self.group_size, self.stop = group_size, stop
+        self.pooled = name == "pooled"
+        config = prepared.config
+        self.local_steps = self._local_steps()
+        groups = _groups(self.local_steps, group_size)
+        self.participants = Participants(prepared.model.initial, groups, config.train, prepared.model.device)
+        self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
+        self.trained = {key: self.participants.factors[key] for key in prepared.trained}
+        self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire)
+        self.rounds_done = 0
+        self.steps_done = 0  # local steps of all participants, for the progress bar
+        self.seconds = 0.0  # of training and exchange, without scoring
+        self.best: dict[str, Any] = {}
+
+    def result(self, stored: Checkpoint | None) -> dict[str, Any]:
+        """Go on from ``stored``, run what is left of the rounds, save, score; raises Interrupted when told to stop."""
+        config = self.prepared.config
+        if stored is not None:
+            self._restore(stored)
+        self.log.emit(
+            "run", run=self.name, rounds=config.train.rounds, local_steps=self.local_steps, participants=len(self.local_steps)
+        )
+        if stored is not None:
+            self.log.emit("resumed", run=self.name, rounds_done=self.rounds_done)
+        else:
+            self._score(peers=False)
+        while self.rounds_done < config.train.rounds:
+            self._round()
+            self._after_round()
+        consensus, peers = self._score(peers=True)
+        if self.name == "dec-lora":
+            self._write_adapters()
+        result = {
+            "consensus": consensus,
+            "peers_mean": mean_scores(peers) if peers else None,
+            "peers": peers,
+            "best": self.best,
+            "bytes_on_wire": self.transport.bytes_on_wire,
+            "consensus_distance": consensus_distance(self.trained),
+            "seconds": self.seconds,
+            "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
+            "local_steps": self.local_steps,
+        }
+        shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
+        self.log.emit("run-done", run=self.name, **shown)
+        self.folder.finish(self.name, self.rounds_done, {"result": result, "log_position": self.log.position})
+        return result
+
+    def _round(self) -> None:
+        began = time.monotonic()
+        losses = self.gossip.round(self.rounds_done, self._train)
+        self.seconds += time.monotonic() - began
+        self.log.emit(
+            "round",
+            run=self.name,
+            round=self.rounds_done,
+            loss=losses.mean().item(),
+            losses=losses.tolist(),
+            learning_rate=self._learning_rates(self.local_steps[0])[-1],
+            consensus_distance=consensus_distance(self.trained),
+            bytes_on_wire=self.transport.bytes_on_wire,
+            seconds=self.seconds,
+        )
+        self.rounds_done += 1
+
+    def _local_steps(self) -> list[int]:
+        """Of each participant in a round; pooled training takes as many as the peers do on average."""
+        steps = self.prepared.local_steps
+        return [round(sum(steps) / len(steps))] if self.pooled else steps
+
+    def _topology(self) -> Topology:
+        """Who talks to whom: as configured, everybody (fedavg), or nobody."""
+        if self.name == "dec-lora":
+            return self.prepared.topology
+        names = self.prepared.names
+        if self.name == "fedavg":
+            return build_topology(TopologySection(kind="complete"), None, names)
+        alone = ("pooled",) if self.pooled else names
+        return Topology("alone", alone, (torch.eye(len(alone), dtype=torch.float64).numpy(),))
+
+    def _rule(self) -> Rule:
+        """The configured rule for Dec-LoRA; the baselines are plain LoRA."""
+        return build_rule(self.prepared.config.peers if self.name == "dec-lora" else PeersSection())
+
+    def _restore(self, stored: Checkpoint) -> None:
+        state, here = stored.state, environment(self.group_size)
+        if state["environment"] != here:
+            warnings.warn(
+                f"this run was saved with {state['environment']} and goes on with {here}: right, but not bit for bit",
+                stacklevel=2,
+            )
+        self.participants.load(stored.factors, stored.optimizer)
+        self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
+        self.steps_done = self.rounds_done * sum(self.local_steps)
+        self.transport.bytes_on_wire = state["bytes_on_wire"]
+
+    def _train(self, names: frozenset[str]) -> Tensor:
+        """The local steps of one round, group after group; returns each participant's mean loss (P,)."""
+        losses = []
+        for group in self.participants.groups:
+            group.train_only(names)
+            if self.prepared.config.train.optimizer_state == "reset":
+                group.optimizer.state.clear()
+            steps = self.local_steps[group.first]
+            with torch.random.fork_rng():  # dropout follows from the position in the run, so a checkpoint need not hold it
+                torch.manual_seed(derive_seed(self.prepared.config.seed, "dropout", self.rounds_done, group.first))
+                history = local_steps(
+                    self.prepared.model,
+                    group,
+                    self._batches(group, self.rounds_done * steps, steps),
+                    self._learning_rates(steps),
+                    self.prepared.config.train,
+                    self.prepared.autocast_dtype,
+                    self._tick_step,
+                )
+            losses.append(history.mean(dim=0))
+        return torch.cat(losses)
+
+    def _batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
+        """Each step's micro-batches. The pooled participant takes all peers' rows, in portions that fit."""
+        section = self.prepared.config.train
+        rows = section.per_device_train_batch_size
+        names, data, streams = self.prepared.names, self.prepared.data.peers, self.prepared.streams
+        portions = _groups([0] * len(names), self.group_size) if self.pooled else [range(group.first, group.last)]
+        for micro_step in range(
+            start * section.gradient_accumulation_steps, (start + steps) * section.gradient_accumulation_steps
+        ):
+            if micro_step % section.gradient_accumulation_steps == 0:
+                micro_batches: list[Batch] = []
+            for portion in portions:
+                chosen = [data[names[peer]][row] for peer in portion for row in streams[peer].take(micro_step * rows, rows)]
+                micro_batches.append(collate(chosen, self.prepared.pad_token_id))
+            if (micro_step + 1) % section.gradient_accumulation_steps == 0:
+                yield micro_batches
+
+    def _learning_rates(self, steps: int) -> list[float]:
+        """Those of this round for participants who take ``steps`` local steps in it."""
+        section, start = self.prepared.config.train, self.rounds_done * steps
+        return [learning_rate(section, step, section.rounds * steps) for step in range(start, start + steps)]
+
+    def _after_round(self) -> None:
+        """Score and save when it is time; stop when asked to."""
+        config, last = self.prepared.config, self.rounds_done == self.prepared.config.train.rounds
+        peers = bool(config.eval_peers_every) and self.rounds_done % config.eval_peers_every == 0
+        if not last and (peers or (config.eval_every and self.rounds_done % config.eval_every == 0)):
+            self._score(peers=peers)
+        stopping = self.stop() and not last
+        if last or stopping or self.rounds_done % config.save_every == 0:
+            self.folder.save(
+                self.name,
+                Checkpoint(
+                    self.rounds_done,
+                    self.participants.factors,
+                    self.participants.optimizer_state(),
+                    {
+                        "bytes_on_wire": self.transport.bytes_on_wire,
+                        "seconds": self.seconds,
+                        "best": self.best,
+                        "log_position": self.log.position,
+                        "environment": environment(self.group_size),
+                    },
+                ),
+            )
+        if stopping:
+            raise Interrupted(
+                f"{self.name} stopped after round {self.rounds_done} of {config.train.rounds}, finished and saved"
+            )
+
+    def _score(self, peers: bool) -> tuple[Scores, dict[str, Scores]]:
+        """Score the average, and each peer's own where asked; remember the best average."""
+        consensus = self._evaluate(average(self.participants.factors), "average")
+        own: dict[str, Scores] = {}
+        if peers and not self.pooled:
+            own = {name: self._evaluate(one(self.participants.factors, i), name) for i, name in enumerate(self.prepared.names)}
+        if not self.best or better(consensus, self.best):
+            self.best = {"rounds_done": self.rounds_done, **consensus}
+        self.log.emit(
+            "scores",
+            run=self.name,
+            rounds_done=self.rounds_done,
+            consensus=consensus,
+            peers=own or None,
+            peers_mean=mean_scores(own) if own else None,
+            bytes_on_wire=self.transport.bytes_on_wire,
+            seconds=self.seconds,
+        )
+        return consensus, own
+
+    def _evaluate(self, factors: dict[str, Tensor], what: str) -> Scores:
+        prepared = self.prepared
+        return evaluate(
+            prepared.model,
+            factors,
+            prepared.data.evaluation,
+            prepared.data.choices,
+            pad_token_id=prepared.pad_token_id,
+            batch_size=prepared.config.per_device_eval_batch_size,
+            autocast_dtype=prepared.autocast_dtype,
+            on_batch=lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total),
+        )
+
+    def _write_adapters(self) -> None:
+        save_adapter(self.folder.path / "consensus", average(self.participants.factors), self.prepared.model.peft_config)
+        for index, name in enumerate(self.prepared.names):
+            save_adapter(
+                self.folder.path / "peers" / name, one(self.participants.factors, index), self.prepared.model.peft_config
+            )
+
+    def _tick_step(self, num_participants: int) -> None:
+        self.steps_done += num_participants
+        total = sum(self.local_steps) * self.prepared.config.train.rounds
+        self.log.tick("step", run=self.name, done=self.steps_done, total=total)
+
+
+def _groups(local_steps: Sequence[int], group_size: int) -> list[range]:
+    """Neighbouring participants with equally many local steps go together, at most ``group_size`` of them."""
+    groups, first = [], 0
+    for _, alike in itertools.groupby(local_steps):
+        last = first + len(list(alike))
+        groups += [range(start, min(start + group_size, last)) for start in range(first, last, group_size)]
+        first = last
+    return groups

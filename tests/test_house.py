@@ -1,0 +1,192 @@
+"""The house keeps its shape: imports go down, libraries stay in their rooms, files stay small, importing is cheap."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dlora
+
+SOURCE = Path(__file__).parents[1] / "src" / "dlora"
+
+# Top to bottom. A file imports from the floors below it, never from above. Files on one floor may not import one
+# another unless they share a folder. "folder/" stands for every file in it.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("__init__", "__main__"),
+    ("cli",),
+    ("programs/",),
+    ("report",),
+    ("decentralized/gossip", "evaluate", "net/"),
+    ("train",),
+    ("lora/stacked", "lora/adapter_io"),
+    ("data", "model"),
+    ("decentralized/topology", "decentralized/mixing", "formats", "partition", "drawing", "progress"),
+    ("decentralized/finite_time", "lora/factors", "runlog"),
+    ("rows", "seeds"),
+    ("config",),
+    ("errors",),
+)
+# Folders that never know of each other, whatever their floors.
+STRANGERS = (("decentralized/", "net/"),)
+
+# Third parties and the only files that import them; an empty set is nobody.
+ROOMS: dict[str, set[str]] = {
+    "transformers": {"model", "lora/stacked", "lora/adapter_io"},
+    "peft": {"model", "lora/stacked", "lora/adapter_io"},
+    "typer": {"cli", "progress"},
+    "rich": {"cli", "progress"},
+    **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
+}
+MAX_LINES, MAX_COLUMNS = 400, 120
+
+FILES = {path.relative_to(SOURCE).with_suffix("").as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
+PACKAGES = {name for name in FILES if name.endswith("/__init__")}  # of the subfolders
+each_file = pytest.mark.parametrize("name", FILES)
+
+
+def covers(pattern: str, name: str) -> bool:
+    return name.startswith(pattern) if pattern.endswith("/") else name == pattern
+
+
+def floor_of(name: str) -> int:
+    """Floors counted from the top. An unlisted file is a mistake in the table, not a pass."""
+    for number, patterns in enumerate(FLOORS):
+        if any(covers(pattern, name) for pattern in patterns):
+            return number
+    raise AssertionError(f"src/dlora/{name}.py has no floor; add it to FLOORS in tests/test_house.py")
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full dotted names of everything imported, at the top or inside a function, for types only or not."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"line {node.lineno}: relative import; write it from dlora on"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def file_of(dotted: str) -> str | None:
+    """The file of src/dlora that an imported name lives in; None for a third party's and for `dlora` itself."""
+    top, *parts = dotted.split(".")
+    if top != "dlora":
+        return None
+    while parts:
+        for name in ("/".join(parts), "/".join([*parts, "__init__"])):
+            if name in FILES:
+                return name
+        parts.pop()
+    return None
+
+
+def complaint(importer: str, target: str) -> str | None:
+    """Why one file may not import another; None when it may."""
+    for one, other in STRANGERS:
+        if (covers(one, importer) and covers(other, target)) or (covers(other, importer) and covers(one, target)):
+            return f"{importer} imports {target}: {one} and {other} never know of each other"
+    here, there = floor_of(importer), floor_of(target)
+    if there > here:
+        return None
+    folder = Path(importer).parent
+    if there == here and folder == Path(target).parent != Path("."):
+        return None
+    return f"{importer} imports {target}, which is {'on its own floor' if there == here else 'above it'}"
+
+
+def parse(name: str) -> ast.Module:
+    return ast.parse(FILES[name].read_text(encoding="utf-8"))
+
+
+def run_python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in PACKAGES])
+def test_imports_go_down(name: str) -> None:
+    floor_of(name)
+    targets = {file for dotted in imported(parse(name)) if (file := file_of(dotted)) and file != name}
+    assert [wrong for target in sorted(targets) if (wrong := complaint(name, target))] == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "target", "allowed"),
+    [
+        ("cli", "errors", True),
+        ("errors", "config", False),
+        ("train", "evaluate", False),
+        ("data", "model", False),
+        ("formats", "data", False),
+        ("runlog", "progress", False),
+        ("model", "lora/stacked", False),
+        ("lora/stacked", "lora/adapter_io", True),
+        ("programs/simulate", "programs/prepare", True),
+        ("report", "programs/simulate", False),
+        ("decentralized/gossip", "net/memory", False),
+        ("net/memory", "decentralized/topology", False),
+        ("net/memory", "net/codec", True),
+        ("decentralized/gossip", "decentralized/mixing", True),
+    ],
+)
+def test_the_rule_itself(importer: str, target: str, allowed: bool) -> None:
+    assert (complaint(importer, target) is None) == allowed
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    code = "import dlora.errors\nif x:\n    from dlora.lora import factors\ndef f():\n    from dlora import rows"
+    assert {file_of(name) for name in imported(ast.parse(code))} == {"errors", "lora/factors", "rows"}
+
+
+@each_file
+def test_third_parties_stay_in_their_rooms(name: str) -> None:
+    tops = {dotted.split(".")[0] for dotted in imported(parse(name))}
+    assert [top for top in sorted(tops) if name not in ROOMS.get(top, {name})] == []
+
+
+@pytest.mark.parametrize("name", sorted(PACKAGES))
+def test_a_folder_is_a_caption_only(name: str) -> None:
+    """Code in a folder's __init__ would run, and import, whenever one of its files is wanted."""
+    assert len(parse(name).body) == 1
+
+
+@each_file
+def test_files_are_small_rooms_with_a_caption(name: str) -> None:
+    text = FILES[name].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    first = text.splitlines()[0]
+    assert first.startswith('"""') and len(first) <= MAX_COLUMNS
+    caption = (ast.get_docstring(parse(name)) or "").splitlines()[0]
+    assert caption.endswith("."), "the first line is a sentence"
+
+
+def test_importing_is_cheap() -> None:
+    code = "import sys, dlora, dlora.errors, dlora.config; print(*{name.split('.')[0] for name in sys.modules})"
+    loaded = set(run_python(code).split())
+    assert {"dlora", "pydantic"} <= loaded
+    assert loaded & {"torch", "transformers", "peft", "datasets", "matplotlib", "typer", "numpy"} == set()
+
+
+def test_all_is_what_is_public() -> None:
+    """What a type checker sees in __init__.py, what __all__ lists and what an import gives are one set of names."""
+    public = {}
+    for node in ast.walk(parse("__init__")):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dlora"):
+            public |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+    assert public
+    code = "import dlora; print(*dlora.__all__)"
+    assert run_python(code).split() == sorted(public)
+    for name, (module, original) in public.items():
+        assert getattr(dlora, name) is getattr(importlib.import_module(module), original)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    code = "import dlora\ntry:\n    dlora.nonsense\nexcept AttributeError as error:\n    print(error)"
+    assert "nonsense" in run_python(code)
