@@ -15,8 +15,7 @@ from torch import Tensor
 from dlora.config import DataSection
 from dlora.errors import ConfigError, DataError
 from dlora.formats import IGNORED, encode_causal
-from dlora.formats import Choice as Choice  # re-exported: whoever takes data takes these with it
-from dlora.formats import Example as Example
+from dlora.formats import Choice, Example
 from dlora.partition import by_owner, partition
 from dlora.rows import PlacedRow, as_text, read_placed
 from dlora.seeds import derive_seed

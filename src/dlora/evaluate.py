@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dlora.data import Choice, Example, collate
+from dlora.data import collate
+from dlora.formats import Choice, Example
 from dlora.lora.stacked import StackedModel
 from dlora.train import autocast, forward, num_targets, summed_loss
 
