@@ -18,7 +18,8 @@ def main(folder: Path) -> None:
     speeches = []
     for speech in gzip.decompress(play.read_bytes()).decode().strip().split("\n\n"):
         speaker, _, text = speech.partition(":\n")
-        speeches.append({"speaker": speaker, "text": text})
+        if text:  # a stage direction has none
+            speeches.append({"speaker": speaker, "text": text})
     folder.mkdir(parents=True, exist_ok=True)
     for name, chosen in {"test": speeches[9::10], "train": [s for i, s in enumerate(speeches) if i % 10 != 9]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(speech) + "\n" for speech in chosen))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from dlora.config import DataSection
 from dlora.errors import ConfigError, DataError
-from dlora.formats import IGNORED, encode_causal
-from dlora.formats import Choice, Example
+from dlora.formats import IGNORED, Choice, Example, encode_causal
 from dlora.partition import by_owner, partition
 from dlora.rows import PlacedRow, as_text, read_placed
 from dlora.seeds import derive_seed
