@@ -152,7 +152,6 @@ def test_label_shares_round_within_the_rows_there_are() -> None:
             {"sizes": (1, 1, 1)},
             "the number of peers is 2 by peers.count, 3 by sizes; make them equal",
         ),
-        ("iid", None, [0] * 9, {"sizes": (1, -1)}, "sizes must all be above 0, got -1"),
         ("iid", None, [0] * 9, {"sizes": (1, 1000)}, "the partition leaves peer-0 without rows"),
         ("dirichlet", None, [0, 1], {"concentration": 1}, "partition dirichlet does not say how many peers"),
         ("label-shares", 3, [0, 1] * 9, {"shares": ((1, 1), (1, 1))}, "3 by peers.count, 2 by shares"),

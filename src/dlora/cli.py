@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -92,7 +92,7 @@ def simulate(
             ) from None
     _print(summary, as_json, _summary_table)
     if not as_json:
-        Console().print(f"report: {Path(loaded.output_dir, 'report.html')}", soft_wrap=True)
+        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
 
 
 @app.command(name="eval")
@@ -198,11 +198,11 @@ def _resume_command() -> str:
     return shlex.join(["dlora", *arguments, "--resume"])
 
 
-def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], Table]) -> None:
+def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:
     if as_json:
         typer.echo(to_json(document))
     else:
-        Console().print(table(document))
+        Console(markup=False, emoji=False).print(table(document))  # a label may be called [red]
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:
@@ -223,24 +223,19 @@ def _scores_table(scores: dict[str, Any]) -> Table:
     return table
 
 
-def _plan_table(plan: dict[str, Any]) -> Table:
-    table = Table(
-        "peer",
-        "rows",
-        "local steps a round",
-        "labels",
-        box=None,
-        title=f"would run {', '.join(plan['runs'])} on {plan['model']}",
-    )
+def _plan_table(plan: dict[str, Any]) -> Group:
+    table = Table("peer", "rows", "local steps a round", "labels", box=None)
     for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
         labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
         table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
     messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
-    table.caption = (
-        f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once; a message is"
-        f" {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages; spectral gap {plan['spectral_gap']:.3f}"
+    return Group(
+        f"would run {', '.join(plan['runs'])} on {plan['model']}",
+        table,
+        f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
+        f"a message is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
+        f" spectral gap {plan['spectral_gap']:.3f}",
     )
-    return table
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class PartitionSection(_Section):
     @model_validator(mode="after")
     def _needs(self) -> PartitionSection:
         if any(size <= 0 for size in self.sizes or ()):
-            raise ValueError("sizes are relative numbers of rows, all above 0")
+            raise ValueError(f"sizes must all be above 0, got {min(self.sizes or ()):g}")
         owner = {
             "concentration": ("dirichlet",),
             "shares": ("label-shares",),

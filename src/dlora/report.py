@@ -276,20 +276,12 @@ class _Page:
     @property
     def loading(self) -> str:
         """Python that loads the averaged adapter with PEFT."""
-        model, causal = str(self.config.get("model", "")), self.start["task"] == "causal-lm"
-        auto = "AutoModelForCausalLM" if causal else "AutoModelForSequenceClassification"
-        lines = ["from peft import PeftModel", f"from transformers import {auto}", ""]
-        base = repr(model)
-        if model.startswith("pkg://"):
-            package, _, folder = model.removeprefix("pkg://").partition("/")
-            lines.insert(0, "from importlib.resources import files")
-            base = f"files({package!r}) / {folder!r}"
-        labels = {name for peer in self.start["peers"] for name in peer.get("labels") or {}}
-        count = "" if causal else f", num_labels={max(2, len(self.config.get('data', {}).get('labels') or labels))}"
-        adapter = f"{self.config.get('output_dir', 'RUN')}/consensus"
-        lines.append(f"base = {auto}.from_pretrained({base}{count})")
-        lines.append(f"model = PeftModel.from_pretrained(base, {adapter!r})")
-        return "\n".join(lines)
+        run = str(self.config.get("output_dir", "RUN"))
+        return (
+            "import dlora, peft\n\n"
+            f"base, tokenizer = dlora.load_base({run!r})  # the frozen model of this run\n"
+            f"model = peft.PeftModel.from_pretrained(base, {run + '/consensus'!r})"
+        )
 
     def _own(self, run: RunRecord | None) -> Mapping[str, Any]:
         return (run.last("peers") or {}) if run else {}

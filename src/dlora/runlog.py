@@ -243,7 +243,7 @@ def _sync_folder(folder: Path) -> None:
 def _cannot_write(path: Path, error: OSError) -> RunError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"no space left on device while writing {path}; free some, then go on with --resume")
-    return RunError(f"{path} cannot be written ({error.strerror}); choose an output_dir where you may write")
+    return RunError(f"{path} cannot be written ({error.strerror}); choose a place where you may write")
 
 
 def _torn_bytes(file: io.FileIO) -> int:
