@@ -267,3 +267,9 @@ def story(config: Config) -> list[dict[str, Any]]:
         for event in read_log(Path(config.output_dir, "log.jsonl"))
         if event["event"] not in ("resumed", "run", "done")
     ]
+
+
+def test_a_run_that_diverges_says_so(make_config: MakeConfig) -> None:
+    config = make_config(**{"train.learning_rate": 1e30, "train.optimizer": "sgd", "train.max_grad_norm": None})
+    with pytest.raises(dlora.UserError, match=r"dec-lora diverged in round \d: the loss of peer-.* lower train.learning_rate"):
+        dlora.simulate(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from dlora.data import Batch, collate
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
-from dlora.errors import Interrupted
+from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better, evaluate, mean_scores
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
@@ -91,6 +92,14 @@ class Run:
         began = time.monotonic()
         losses = self.gossip.round(self.rounds_done, self._train)
         self.seconds += time.monotonic() - began
+        if not losses.isfinite().all():
+            lost = ", ".join(
+                name for name, loss in zip(self.gossip.topology.names, losses.tolist(), strict=True) if not math.isfinite(loss)
+            )
+            raise RunError(
+                f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no number any more; lower"
+                " train.learning_rate and start anew in another output_dir"
+            )
         self.log.emit(
             "round",
             run=self.name,
