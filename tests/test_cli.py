@@ -123,10 +123,11 @@ def test_a_language_model_is_shown_by_its_perplexity(tmp_path: Path, model_folde
     assert f"  {summary['runs']['dec-lora']['consensus']['perplexity']:.2f}  " in outcome.out
 
 
-def test_a_run_that_diverges_is_still_json(work: Path) -> None:
+def test_a_run_that_diverges_says_so(work: Path) -> None:
     overrides = ["--set", "train.learning_rate=1e30", "--set", "output_dir=diverged", "--set", "compare=[]"]
-    summary = one_document(call("simulate", "run.yaml", "--json", *overrides))
-    assert summary["runs"]["dec-lora"]["consensus"]["loss"] is None
+    outcome = call("simulate", "run.yaml", "--json", *overrides)
+    assert (outcome.exit_code, outcome.out) == (2, "")
+    assert "dec-lora diverged in round" in outcome.err and "lower train.learning_rate" in outcome.err
 
 
 def test_set_overrides_the_config(work: Path) -> None:
