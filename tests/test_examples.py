@@ -1,0 +1,19 @@
+"""Every shipped config is one the program takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dlora.config import Config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("benchmarks/*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_config_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DLORA_ASSETS", "DEMO_DATA", "SHAKESPEARE"):
+        monkeypatch.setenv(name, "somewhere")
+    assert Config.load(path).data.train
