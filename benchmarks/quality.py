@@ -18,6 +18,10 @@ from pathlib import Path
 
 CONFIG = Path(__file__).with_name("quality.yaml")
 DIRICHLET = ["data.partition.kind=dirichlet", "data.partition.concentration=0.1", "data.partition.min_rows=8"]
+# Peers of one label: AdamW steps as far from a satisfied gradient as from a large one, so the label that more peers hold wins.
+# A plain gradient, unclipped, vanishes where a peer is satisfied; one local step a round leaves it no time to drift.
+DIRICHLET += ["train.optimizer=sgd", "train.learning_rate=0.3", "train.max_grad_norm=null"]
+DIRICHLET += ["train.rounds=100", "train.local_steps=1"]
 STUDIES = {
     "iid": {
         "ring-factor": ["compare=[pooled]"],
