@@ -22,15 +22,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("programs/",),
     ("report",),
-    ("decentralized/gossip", "evaluate", "net/"),
+    ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/"),
     ("train",),
     ("lora/stacked", "lora/adapter_io"),
     ("data", "model"),
-    ("decentralized/topology", "decentralized/mixing", "formats", "partition", "drawing", "progress"),
+    ("decentralized/topology", "decentralized/mixing", "decentralized/ledger", "formats", "partition", "drawing", "progress"),
     ("decentralized/finite_time", "lora/factors", "runlog"),
     ("rows", "seeds"),
     ("config",),
-    ("errors",),
+    ("errors", "frames"),
 )
 # Folders that never know of each other, whatever their floors.
 STRANGERS = (("decentralized/", "net/"),)
@@ -39,6 +39,9 @@ STRANGERS = (("decentralized/", "net/"),)
 ROOMS: dict[str, set[str]] = {
     "transformers": {"model", "lora/stacked", "lora/adapter_io"},
     "peft": {"model", "lora/stacked", "lora/adapter_io"},
+    "grpc": {"net/grpc"},
+    "google": {"net/codec", "net/peer_pb2"},
+    "cryptography": {"net/identity"},
     "typer": {"cli", "progress"},
     "rich": {"cli", "progress"},
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},

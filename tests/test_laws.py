@@ -70,7 +70,7 @@ def train_with_peft(config: Config, prepared: Prepared, peers: range) -> tuple[l
             for row in prepared.streams[peer].take(step * rows, rows)
         ]
         batch = collate(examples, prepared.pad_token_id)
-        torch.manual_seed(derive_seed(config.seed, "dropout", step, 0))
+        torch.manual_seed(derive_seed(config.seed, "dropout", step, "peer-0"))
         loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
         loss.backward()
         if train.max_grad_norm is not None:

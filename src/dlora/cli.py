@@ -81,18 +81,57 @@ def simulate(
         plan = program.dry_run(loaded)
         _print(plan, as_json, _plan_table)
         return
-    with Progress() as progress, _stop_on_interrupt() as stop:
-        try:
-            summary = program.simulate(loaded, resume=resume, listeners=[progress], stop=stop)
-        except Interrupted as interrupted:
-            raise Interrupted(f"{interrupted}; go on with: {_resume_command()}") from None
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}"
-            ) from None
+    with Progress() as progress, _resumable() as stop:
+        summary = program.simulate(loaded, resume=resume, listeners=[progress], stop=stop)
     _print(summary, as_json, _summary_table)
     if not as_json:
         typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+
+
+@app.command()
+def peer(
+    config: ConfigPath,
+    name: Annotated[str, typer.Option(help="this member's name in peers.members", show_default=False)],
+    key: Annotated[Path, typer.Option(help="its key file, from: dlora identity new", show_default=False)],
+    federation: Annotated[Path, typer.Option(help="the members' certificates, from: dlora identity federation")],
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="accept links here; default: the port of this member's address")
+    ] = None,
+    set_: Overrides = [],  # noqa: B006  # typer copies it
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last commit in output_dir")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Dec-LoRA between machines: one peer, beside its own data; start one at each member.
+
+    Example: dlora peer run.yaml --name north --key north.key --federation federation.yaml
+    """
+    loaded = Config.load(config, set_)
+    from dlora.programs.peer import peer as program
+
+    with Progress() as progress, _resumable() as stop:
+        summary = program(
+            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=[progress], stop=stop
+        )
+    _print(summary, as_json, _summary_table)
+    if not as_json:
+        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    name: Annotated[str | None, typer.Option(help="the member whose data are at hand; default: all data are")] = None,
+    set_: Overrides = [],  # noqa: B006  # typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """What a run will cost before it runs: bytes over each edge, time on slow lines, memory.
+
+    Example: dlora plan run.yaml --name north --set peers.wire=bfloat16
+    """
+    loaded = Config.load(config, set_)
+    from dlora.programs.plan import plan as program
+
+    _print(program(loaded, name), as_json, _cost_table)
 
 
 @app.command(name="eval")
@@ -161,6 +200,56 @@ def topology(
         typer.echo(graphs.describe(built))
 
 
+identities = typer.Typer(no_args_is_help=True, help="Keys, certificates and the federation file: who is who, without a centre.")
+app.add_typer(identities, name="identity")
+
+
+@identities.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="of this member, as the config names it", show_default=False)],
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="HOST:PORT", help="where others dial it; without: it only dials")
+    ] = None,
+    role: Annotated[str, typer.Option("--role", metavar="ROLE", help="peer, cloud or device")] = "peer",
+    folder: Annotated[Path, typer.Option("--folder", metavar="FOLDER", help="where to write the two files")] = Path("."),
+) -> None:
+    """Make a key, which stays here, and a member file to send to the others.
+
+    Example: dlora identity new clinic-a --address clinic-a.example.org:7000
+    """
+    from dlora.net.identity import describe, new_identity
+
+    key_path, member_path = new_identity(name, address, role, folder)  # type: ignore[arg-type]  # checked there
+    typer.echo(f"{key_path}: the key; it stays here, nobody else may read it\n{member_path}: send it to the others")
+    typer.echo(describe(member_path))
+
+
+@identities.command()
+def federation(
+    members: Annotated[list[Path], typer.Argument(metavar="MEMBER...", help="the member files of all", show_default=False)],
+) -> None:
+    """Print the federation file made of member files: whom to trust, the same file for every member.
+
+    Example: dlora identity federation clinic-a.member.yaml clinic-b.member.yaml > federation.yaml
+    """
+    from dlora.net.identity import federation_text
+
+    typer.echo(federation_text(members), nl=False)
+
+
+@identities.command()
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a key, member or federation file", show_default=False)],
+) -> None:
+    """Print names, roles, addresses, validity and the fingerprints to read out over the phone; never a key.
+
+    Example: dlora identity show federation.yaml
+    """
+    from dlora.net.identity import describe
+
+    typer.echo(describe(file))
+
+
 def _fail(message: str, exit_code: int) -> None:
     console = Console(stderr=True)
     for line in message.splitlines():  # several mistakes in one config are a line each
@@ -175,8 +264,8 @@ def _warn(message: Warning | str, *_where: Any) -> None:
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the round finish and saves; the second gives it up."""
+def _resumable() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the round finish and saves; the second gives it up. Either way: how to go on."""
     asked = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -189,6 +278,10 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield lambda: asked
+    except Interrupted as interrupted:
+        raise Interrupted(f"{interrupted}; go on with: {_resume_command()}") from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}") from None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -235,6 +328,21 @@ def _plan_table(plan: dict[str, Any]) -> Group:
         f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
         f"a message is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
         f" spectral gap {plan['spectral_gap']:.3f}",
+    )
+
+
+def _cost_table(costs: dict[str, Any]) -> Group:
+    edges = Table("edge", "on wire", box=None)
+    for edge, count in costs["edges"].items():
+        edges.add_row(edge, bytes_text(count))
+    lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
+    return Group(
+        f"{costs['peers']} peers, {costs['rounds']} rounds; a message is {bytes_text(costs['message_bytes'])}",
+        edges,
+        f"{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once",
+        f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
+        f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])} for what trains, and"
+        " activations",
     )
 
 

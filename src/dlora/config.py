@@ -152,7 +152,20 @@ class PeersSection(_Section):
     )
     period: int = Field(5, ge=1, description="alternate: rounds before the other factor's turn")
     wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of what is sent")
+    members: tuple[str, ...] | None = Field(None, description="names instead of a count: who takes part (`dlora peer`)")
+    silence_s: float = Field(60, gt=0, description="a neighbour from which nothing comes for so long is left out of the round")
+    round_limit_s: float = Field(3600, gt=0, description="the longest a round waits for a neighbour, whatever still comes")
+    catch_up_after: int = Field(10, ge=1, description="rounds behind its neighbours after which a peer takes their state")
     group_size: int | None = Field(None, ge=1, description="participants trained at once; null: as many as fit")
+
+    @model_validator(mode="after")
+    def _who(self) -> PeersSection:
+        if self.members is not None and self.count is not None:
+            raise ValueError("members and count are two ways to say who takes part; keep one")
+        twice = sorted({name for name in self.members or () if (self.members or ()).count(name) > 1})
+        if twice:
+            raise ValueError(f"members names {twice[0]} twice; name each peer once")
+        return self
 
 
 class Config(_Section):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.config import DataSection
+from dlora.config import DataSection, PartitionSection
 from dlora.errors import ConfigError, DataError
 from dlora.formats import IGNORED, Choice, Example, encode_causal
 from dlora.partition import by_owner, partition
@@ -50,11 +50,13 @@ class Batch:
         return replace(self, **tensors)
 
 
-def load_data(section: DataSection, task: str, num_peers: int | None, tokenizer: Any, seed: int) -> FederatedData:
-    """Read, check, divide and tokenise. A pure function of the files, the arguments and the tokenizer.
+def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None, tokenizer: Any, seed: int) -> FederatedData:
+    """Read, check, divide among ``peers`` (how many, or their names) and tokenise. A pure function of files and arguments.
 
     Raises DataError or ConfigError: what is wrong, in which file, column or row, and what to do.
     """
+    members = None if peers is None or isinstance(peers, int) else tuple(peers)
+    num_peers = peers if peers is None or isinstance(peers, int) else len(peers)
     owner = [section.partition.column] if section.partition.column else []
     train = read_placed(section.train, section.columns, _required(section, task) + owner)
     names = _label_names(section, train) if task == "classification" else None
@@ -69,6 +71,46 @@ def load_data(section: DataSection, task: str, num_peers: int | None, tokenizer:
     else:
         rows = [placed.row for placed in train]
         hands = partition(section.partition, num_peers, labels, len(names) if names else None, rows, seed)
+    if members is not None:
+        if section.partition.kind != "files":
+            hands = dict(zip(members, hands.values(), strict=True))
+        elif set(hands) != set(members):
+            odd = ", ".join(sorted(set(hands) ^ set(members)))
+            raise ConfigError(f"data.train and peers.members must name the same peers; only one of them names {odd}")
+        hands = {name: hands[name] for name in members}
+    return _federated(section, task, tokenizer, seed, train, hands, labels, names)
+
+
+def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, seed: int) -> FederatedData:
+    """The rows of one real peer: all of ``data.train``, or its own file where that names one for each peer.
+
+    Raises as `load_data`, and ConfigError where labels would have to be guessed: nobody sees those of all peers.
+    """
+    if isinstance(section.train, dict):
+        if name not in section.train:
+            raise ConfigError(f"data.train names no file for {name}; add one, or give this peer's own file alone")
+        section = section.model_copy(update={"train": section.train[name], "partition": PartitionSection()})
+    if section.partition.kind != "iid":
+        raise ConfigError(
+            f"data.partition {section.partition.kind} divides rows among peers; a real peer has its own: remove it"
+        )
+    if task == "classification" and section.labels is None:
+        raise ConfigError("data.labels is missing; a peer sees only its own labels, so the config must list all, in one order")
+    train = _draw(read_placed(section.train, section.columns, _required(section, task)), section.limit, seed, "train")
+    labels = _label_indices(section, train, section.labels) if section.labels else None
+    return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, section.labels)
+
+
+def _federated(
+    section: DataSection,
+    task: str,
+    tokenizer: Any,
+    seed: int,
+    train: list[PlacedRow],
+    hands: dict[str, list[int]],
+    labels: list[int] | None,
+    names: tuple[str, ...] | None,
+) -> FederatedData:
     counts = None
     if labels and names:
         held = {peer: Counter(labels[index] for index in hand) for peer, hand in hands.items()}

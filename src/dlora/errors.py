@@ -6,10 +6,12 @@
     │   ├── DataError           a file, a column, a row, a label, a partition
     │   ├── ModelError          a model folder, its weights, its modules
     │   ├── TopologyError       a graph or matrix that cannot be mixed on
-    │   └── RunError            a run folder: another run's, changed, damaged, no space left
+    │   ├── RunError            a run folder: another run's, changed, damaged, no space left
+    │   └── IdentityError       a key, a certificate, a federation file
+    ├── NeighbourError          the other side's: it is in another run     exit code 3
     └── Interrupted             Ctrl-C; the run is saved and resumable    exit code 4
 
-Exit code 0 is a finished run. Exit code 3, the other side's fault, belongs to the programs that talk to one.
+Exit code 0 is a finished run.
 """
 
 
@@ -43,6 +45,16 @@ class TopologyError(UserError):
 
 class RunError(UserError):
     """The run folder cannot be written, resumed or read."""
+
+
+class IdentityError(UserError):
+    """A key, a certificate or the federation file cannot be used."""
+
+
+class NeighbourError(DloraError):
+    """The other side is not in this run; nothing was exchanged with it."""
+
+    exit_code = 3
 
 
 class Interrupted(DloraError):

@@ -169,7 +169,9 @@ class _Page:
         return [
             *notes,
             (self.key.capitalize(), f"{better} is better; in bold the figure that counts."),
-            ("Sent", "by all peers together; 1 MB is 1,000,000 bytes."),
+            ("Sent", "and received, by this peer; 1 MB is 1,000,000 bytes.")
+            if "own" in self.start
+            else ("Sent", "by all peers together; 1 MB is 1,000,000 bytes."),
             ("Steps/s", "local steps of all participants in a second."),
         ]
 
@@ -189,14 +191,19 @@ class _Page:
         better = "higher" if self.higher_is_better else "lower"
         sent, seconds = self.main.last("bytes_on_wire", 0), max(run.last("seconds", 0) or 0 for run in self.runs)
         unit, factor = unit_of(sent, BYTE_UNITS)
+        who, by = (
+            ("sent and received by this peer", "")
+            if "own" in self.start
+            else ("sent by all peers", ", which trained all peers itself")
+        )
         clock, _ = unit_of(seconds, {"s": 1, "min": 120, "h": 7200})
         axes = [
             ("rounds_done", "rounds done", 1.0, f"Score after each round; {better} is better. "
              "Diamonds: the mean of the peers' own scores, from the worst peer to the best."),
-            ("bytes_on_wire", f"sent by all peers ({unit})", factor, "The same scores against what was sent. "
+            ("bytes_on_wire", f"{who} ({unit})", factor, "The same scores against what was sent. "
              "Runs that send nothing are level lines at their final score."),
             ("seconds", f"training and exchange ({clock})", {"s": 1, "min": 60, "h": 3600}[clock], "The same scores "
-             "against time on this machine, which trained all peers itself; evaluation is not counted."),
+             f"against time on this machine{by}; evaluation is not counted."),
         ]  # fmt: skip
         return [(self._scores(*axis), axis[-1]) for axis in axes]
 
@@ -216,7 +223,7 @@ class _Page:
     @property
     def label_picture(self) -> tuple[str, str]:
         """Who holds which labels; only the rows when there are no labels."""
-        peers = self.start["peers"]
+        peers = [peer for peer in self.start["peers"] if peer["rows"] is not None]  # a real peer knows its own only
         totals: dict[str, float] = {}
         for peer in peers:
             for name, count in (peer.get("labels") or {"rows": peer["rows"]}).items():
@@ -269,9 +276,21 @@ class _Page:
             return self.score((of.get(name) or {}).get(self.key))
 
         return [
-            (name, f"{peer['rows']:,}", _label_text(peer.get("labels") or {}), score(own, name), score(alone, name))
+            (
+                name,
+                "–" if peer["rows"] is None else f"{peer['rows']:,}",
+                _label_text(peer.get("labels") or {}),
+                score(own, name),
+                score(alone, name),
+            )
             for name, peer in zip(self.names, self.start["peers"], strict=True)
         ]
+
+    @property
+    def edge_rows(self) -> list[tuple[str, ...]]:
+        """(neighbour, rounds mixed, rounds left out, in doubt) of a real peer."""
+        counts = self.main.summary.get("edges") or {}
+        return [(name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt"))) for name, edge in counts.items()]
 
     @property
     def loading(self) -> str:

@@ -1,19 +1,25 @@
 """One participant's life in rounds: train, exchange, mix, commit. No sockets, no clock in it.
 
-Written for all the participants that live in this process at once ((P, ...) tensors): n of them in a simulation.
+Written twice: `Gossip` for all the participants of a simulation at once ((P, ...) tensors), `PeerGossip` for one peer among
+others that may be late, gone or broken. While nothing fails they are the same to rounding (law 5).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dlora.decentralized.mixing import Rule, mix
+from dlora.decentralized.exchange import BEATS, Exchange
+from dlora.decentralized.ledger import Ledger, round_message, round_of
+from dlora.decentralized.mixing import Rule, mix, mix_edge
 from dlora.decentralized.topology import Topology
+from dlora.errors import NeighbourError
 from dlora.lora.factors import Factors
 
 Edge = tuple[int, int]
@@ -42,7 +48,7 @@ class Gossip:
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
         """One round. ``train`` takes the names that train and returns losses (P,), which are returned."""
-        losses = train(frozenset(name for name in self.factors if self.rule.trains(name, number)))
+        losses = train(trained(self.factors, self.rule, number))
         sent = {
             name: tensor.to(self.wire).to(tensor.dtype)  # both sides of a difference are what travelled
             for name, tensor in self.factors.items()
@@ -51,3 +57,143 @@ class Gossip:
         committed = self.transport.exchange(number, sent, self.topology.edges(number))
         mix(self.factors, sent, self.topology.mixing(number), committed)
         return losses
+
+
+def trained(factors: Factors, rule: Rule, round: int) -> frozenset[str]:
+    """The tensors that take local steps in a round."""
+    return frozenset(name for name in factors if rule.trains(name, round))
+
+
+@dataclass
+class Progress:
+    """What a commit holds beside factors and optimiser."""
+
+    rounds_done: int = 0
+    position: int = 0  # of the ledger: the entries up to here are in the factors
+    since_round: int = 0  # the round to which the peer last caught up; differences of earlier ones are moot
+
+
+@dataclass
+class PeerGossip:
+    """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends committed.
+
+    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round, names)``, ``encode`` and
+    ``decode`` (tensors <-> a message of that name), ``commit`` (factors, optimiser and progress to disk, all or nothing) and
+    ``restart_optimizer``.
+    """
+
+    name: str
+    factors: Factors
+    topology: Topology
+    rule: Rule
+    ledger: Ledger
+    exchange: Exchange
+    rounds: int
+    catch_up_after: int  # rounds behind a neighbour before its state is taken
+    train: Callable[[int, frozenset[str]], Awaitable[object]]
+    encode: Callable[[str, Mapping[str, Tensor]], bytes]
+    decode: Callable[[str, Path], Mapping[str, Tensor]]
+    commit: Callable[[Progress], object]
+    restart_optimizer: Callable[[], object]
+    progress: Progress
+
+    @property
+    def index(self) -> int:
+        """This peer's row of the mixing matrix."""
+        return self.topology.names.index(self.name)
+
+    async def run(self) -> tuple[Factors, int]:
+        """All rounds that are left, then the average of all peers ((1, ...) each) and how many of them are in it."""
+        first = self.progress.rounds_done == 0
+        self.exchange.enter(self.progress.rounds_done)
+        await self.exchange.greeted(self.exchange.patience.round_limit_s if first else self.exchange.patience.silence_s / BEATS)
+        refused = [neighbour.refused for neighbour in self.exchange.neighbours.values() if neighbour.refused]
+        if first and refused:
+            raise NeighbourError(refused[0])
+        while self.progress.rounds_done < self.rounds:
+            await self._catch_up()
+            await self._round()
+        self.exchange.enter(self.rounds)
+        await self.exchange.settled(self.rounds)
+        self._mix()
+        self.commit(self.progress)
+        consensus, num_peers = await self._reduce()
+        self.exchange.enter(self.rounds + 1)
+        await self.exchange.settled(self.rounds + 1)
+        return consensus, num_peers
+
+    async def _round(self) -> None:
+        """Algorithm 1 at one peer."""
+        number = self.progress.rounds_done
+        self.exchange.enter(number)
+        await self.train(number, trained(self.factors, self.rule, number))
+        sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number)}
+        message = round_message(number)
+        self.ledger.keep(message, self.encode(message, sent))
+        await self.exchange.mix_round(self.topology.names[other] for other in self.topology.neighbours(self.index, number))
+        self._mix()
+        self.progress.rounds_done = number + 1
+        self.commit(self.progress)
+        self.ledger.clean(number + 1)
+
+    def _mix(self) -> None:
+        """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix: this round's, and doubts now settled."""
+        position = self.ledger.position
+        for due in self.ledger.due(self.progress.position, self.progress.since_round):
+            weight = self.topology.mixing(due.round)[self.index, self.topology.names.index(due.neighbour)]
+            name = round_message(due.round)
+            mix_edge(self.factors, float(weight), self.decode(name, due.own), self.decode(name, due.theirs))
+        self.progress.position = position
+
+    async def _catch_up(self) -> None:
+        """Far behind the neighbours: take the mean of what they last sent, and go on from their round.
+
+        The mean over peers is not kept here; what this peer learnt since it left is given up.
+        """
+        ahead = {
+            name: offer.name
+            for name, neighbour in self.exchange.neighbours.items()
+            if (offer := neighbour.offers.get("round")) is not None
+            and (round_of(offer.name) or 0) - self.progress.rounds_done > self.catch_up_after
+        }
+        paths = await asyncio.gather(*(self.exchange.fetch(name, message) for name, message in ahead.items()))
+        states = [(message, path) for message, path in zip(ahead.values(), paths, strict=True) if path is not None]
+        if not states:
+            return
+        taken = [self.decode(message, path) for message, path in states]
+        with torch.no_grad():
+            for name in taken[0]:
+                self.factors[name].copy_(torch.stack([state[name] for state in taken if name in state]).mean(dim=0))
+        self.restart_optimizer()
+        was, now = self.progress.rounds_done, max(round_of(message) or 0 for message, _ in states)
+        self.progress = Progress(now, self.ledger.position, now)
+        self.commit(self.progress)
+        self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
+
+    async def _reduce(self) -> tuple[Factors, int]:
+        """The exact average of all peers over a tree of neighbours: sums go up to the first peer, the average comes down.
+
+        2 (n - 1) messages in all, in the factors' own dtype. What cannot be reached is left out: below a peer that is gone
+        each branch has the average of its own.
+        """
+        parent, children = self.topology.tree(self.index)
+        names = self.topology.names
+        if self.ledger.own("sum") is None:
+            paths = await asyncio.gather(*(self.exchange.fetch(names[child], "sum") for child in children))
+            sums = [self.factors | {"num_peers": torch.ones(1, 1)}]
+            sums += [dict(self.decode("sum", path)) for path in paths if path is not None]
+            self.ledger.keep("sum", self.encode("sum", {name: sum(part[name] for part in sums) for name in sums[0]}))  # type: ignore[misc]
+        own = self.ledger.own("sum")
+        assert own is not None
+        came = None
+        if parent is not None:
+            self.exchange.offer([names[parent]], "sum")
+            came = await self.exchange.fetch(names[parent], "average")
+        average = dict(self.decode("average", came) if came else self.decode("sum", own.path))
+        num_peers = round(average["num_peers"].item())
+        if came is None:
+            average = {name: tensor / num_peers for name, tensor in average.items()} | {"num_peers": average["num_peers"]}
+        self.ledger.keep("average", self.encode("average", average))
+        self.exchange.offer([names[child] for child in children], "average")
+        average.pop("num_peers")
+        return average, num_peers

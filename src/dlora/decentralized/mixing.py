@@ -95,3 +95,10 @@ def mix(factors: Factors, sent: Mapping[str, Tensor], mixing: np.ndarray, commit
         # and what is multiplied is small, so rounding is small against the change and not against the value
         change = differences.to(message) @ (message - message[0]).flatten(1)
         factors[name] += change.view(factors[name].shape)
+
+
+@torch.no_grad()
+def mix_edge(factors: Factors, weight: float, sent: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
+    """One peer's ``factors`` ((1, ...) each) after one committed edge, in place: what it sent, what it received."""
+    for name, message in sent.items():
+        factors[name] += weight * (received[name] - message).to(factors[name].device)

@@ -64,6 +64,17 @@ class Topology:
         row = self.mixing(round)[peer]
         return {int(j): float(row[j]) for j in np.flatnonzero(row) if j != peer}
 
+    def all_neighbours(self, peer: int) -> list[int]:
+        """Everybody whom one peer ever talks to."""
+        return sorted({other for round in range(self.period) for other in self.neighbours(peer, round)})
+
+    def tree(self, peer: int) -> tuple[int | None, list[int]]:
+        """The parent (None at the root, peer 0) and the children of one peer in a breadth-first tree over all edges ever."""
+        graph = nx.Graph(edge for round in range(self.period) for edge in self.edges(round))
+        graph.add_nodes_from(range(self.num_peers))
+        tree = nx.bfs_tree(graph, 0, sort_neighbors=sorted)
+        return next(iter(tree.predecessors(peer)), None), sorted(tree.successors(peer))
+
     def edges(self, round: int) -> list[tuple[int, int]]:
         """The pairs i < j that exchange in a round; each exchange is two messages."""
         return [(int(i), int(j)) for i, j in np.argwhere(np.triu(self.mixing(round), k=1))]

@@ -1,13 +1,19 @@
-"""A wire inside one process: every exchange succeeds, and is counted as the bytes it would have sent."""
+"""Wires inside one process: one that only counts bytes, and one of queues that keeps the contract."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from dlora.net.codec import encode
+from dlora.frames import Frame
+from dlora.net.codec import decode_frame, encode, encode_frame
+from dlora.net.transport import LinkDown, Talk, Traffic
+
+WINDOW_FRAMES = 8  # that one end may be ahead of the other
 
 
 class MemoryTransport:
@@ -29,3 +35,139 @@ class MemoryTransport:
             self._message_bytes[names] = len(encode({name: tensor[0] for name, tensor in sent.items()}, self.wire))
         self.bytes_on_wire += 2 * len(edges) * self._message_bytes[names]
         return edges
+
+
+class MemoryLink:
+    """One end of a link: frames are serialised, queued, and read again at the other end."""
+
+    def __init__(self, hub: MemoryHub, here: str, there: str, traffic: Traffic) -> None:
+        self.hub, self.here, self.there, self.traffic = hub, here, there, traffic
+        self.inbox: asyncio.Queue[bytes | None] = asyncio.Queue(WINDOW_FRAMES)
+        self.down = asyncio.Event()
+        self.other: MemoryLink  # set by the hub
+
+    async def send(self, frame: Frame) -> None:
+        """Queue a frame for the other end; waits while its window is full, and for ever where frames are lost."""
+        data = encode_frame(frame)
+        await self._unless_down(self.hub.way(self.here, self.there).wait())
+        await self._unless_down(self.other.inbox.put(data))
+        self.traffic.sent(self.there, len(data))
+
+    async def receive(self) -> Frame:
+        """The next frame."""
+        data = await self._unless_down(self.inbox.get())
+        assert data is not None
+        self.traffic.received(self.there, len(data))
+        return decode_frame(data)
+
+    def close(self) -> None:
+        """End the link, both ends."""
+        self.down.set()
+        self.other.down.set()
+
+    async def _unless_down(self, waiting: object) -> bytes | None:
+        task = asyncio.ensure_future(waiting)  # type: ignore[call-overload]
+        down = asyncio.ensure_future(self.down.wait())
+        try:
+            await asyncio.wait({task, down}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise LinkDown(f"the link from {self.here} to {self.there} has ended")
+            return task.result()  # type: ignore[no-any-return]
+        finally:
+            task.cancel()
+            down.cancel()
+
+
+class MemoryHub:
+    """The networks of several participants in one event loop, and what can go wrong between them.
+
+    ``neighbours`` names who links with whom; the smaller name dials.
+    """
+
+    def __init__(self, neighbours: Mapping[str, Sequence[str]], redial_s: float = 0.2) -> None:
+        self.neighbours, self.redial_s = neighbours, redial_s
+        self._served: dict[str, MemoryNetwork] = {}
+        self._ways: dict[tuple[str, str], asyncio.Event] = {}
+        self._cut: set[frozenset[str]] = set()
+
+    def network(self, name: str) -> MemoryNetwork:
+        """The network of one participant; a participant that starts again takes a new one."""
+        return MemoryNetwork(self, name)
+
+    def way(self, here: str, there: str) -> asyncio.Event:
+        """Set while frames from ``here`` reach ``there``: clear it and they are held back, one way."""
+        if (here, there) not in self._ways:
+            self._ways[here, there] = asyncio.Event()
+            self._ways[here, there].set()
+        return self._ways[here, there]
+
+    def cut(self, one: str, two: str) -> None:
+        """End the link between two participants and let no new one come up."""
+        self._cut.add(frozenset((one, two)))
+        for network in (self._served.get(one), self._served.get(two)):
+            for link in network.links if network else ():
+                if {link.here, link.there} == {one, two}:
+                    link.close()
+
+    def mend(self, one: str, two: str) -> None:
+        """Let links between two participants come up again."""
+        self._cut.discard(frozenset((one, two)))
+
+    def dial(self, here: MemoryNetwork, there: str) -> tuple[MemoryLink, MemoryNetwork] | None:
+        """A link to ``there``; None while it cannot be reached."""
+        other = self._served.get(there)
+        if other is None or frozenset((here.name, there)) in self._cut:
+            return None
+        link, back = MemoryLink(self, here.name, there, here.traffic), MemoryLink(self, there, here.name, other.traffic)
+        link.other, back.other = back, link
+        return link, other
+
+    def listen(self, network: MemoryNetwork, listening: bool) -> None:
+        """Be reachable, or no longer."""
+        if listening:
+            self._served[network.name] = network
+        elif self._served.get(network.name) is network:
+            del self._served[network.name]
+
+
+class MemoryNetwork:
+    """All links of one participant in memory; keeps the contract of `transport.py`."""
+
+    def __init__(self, hub: MemoryHub, name: str) -> None:
+        self.hub, self.name, self.traffic = hub, name, Traffic()
+        self.links: set[MemoryLink] = set()
+        self._talk: Talk
+        self._tasks: asyncio.TaskGroup
+
+    async def serve(self, talk: Talk) -> None:
+        """Until cancelled: take links, dial those of larger names, again after each end."""
+        self._talk = talk
+        self.hub.listen(self, True)
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                for other in self.hub.neighbours[self.name]:
+                    if self.name < other:
+                        self._tasks.create_task(self._dial(other))
+                await asyncio.Event().wait()
+        finally:
+            self.hub.listen(self, False)
+            for link in [*self.links]:
+                link.close()
+
+    async def _dial(self, other: str) -> None:
+        while True:
+            made = self.hub.dial(self, other)
+            if made is not None:
+                link, network = made
+                network._tasks.create_task(network._run(link.other))
+                await self._run(link)
+            await asyncio.sleep(self.hub.redial_s)
+
+    async def _run(self, link: MemoryLink) -> None:
+        self.links.add(link)
+        try:
+            with contextlib.suppress(Exception):  # whatever ends a conversation ends its link, nothing else
+                await self._talk(link.there, link)
+        finally:
+            self.links.discard(link)
+            link.close()

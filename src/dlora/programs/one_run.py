@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlora.config import PeersSection, TopologySection
-from dlora.data import Batch, collate
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
-from dlora.evaluate import Scores, better, evaluate, mean_scores
+from dlora.evaluate import Scores, better, mean_scores
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
 from dlora.net.memory import MemoryTransport
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment
+from dlora.programs.training import Training
 from dlora.runlog import RunLog
-from dlora.seeds import derive_seed
-from dlora.train import Group, Participants, learning_rate, local_steps
 
 
 class Run:
@@ -44,10 +42,10 @@ class Run:
         self.pooled = name == "pooled"
         config = prepared.config
         self.local_steps = self._local_steps()
-        groups = _groups(self.local_steps, group_size)
-        self.participants = Participants(prepared.model.initial, groups, config.train, prepared.model.device)
+        self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step)
+        self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
-        self.trained = {key: self.participants.factors[key] for key in prepared.trained}
+        self.trained = self.training.trained
         self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire)
         self.rounds_done = 0
         self.steps_done = 0  # local steps of all participants, for the progress bar
@@ -90,7 +88,7 @@ class Run:
 
     def _round(self) -> None:
         began = time.monotonic()
-        losses = self.gossip.round(self.rounds_done, self._train)
+        losses = self.gossip.round(self.rounds_done, partial(self.training.round, self.rounds_done))
         self.seconds += time.monotonic() - began
         if not losses.isfinite().all():
             lost = ", ".join(
@@ -106,7 +104,7 @@ class Run:
             round=self.rounds_done,
             loss=losses.mean().item(),
             losses=losses.tolist(),
-            learning_rate=self._learning_rates(self.local_steps[0])[-1],
+            learning_rate=self.training.learning_rates(self.rounds_done, self.local_steps[0])[-1],
             consensus_distance=consensus_distance(self.trained),
             bytes_on_wire=self.transport.bytes_on_wire,
             seconds=self.seconds,
@@ -143,50 +141,6 @@ class Run:
         self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
         self.steps_done = self.rounds_done * sum(self.local_steps)
         self.transport.bytes_on_wire = state["bytes_on_wire"]
-
-    def _train(self, names: frozenset[str]) -> Tensor:
-        """The local steps of one round, group after group; returns each participant's mean loss (P,)."""
-        losses = []
-        for group in self.participants.groups:
-            group.train_only(names)
-            if self.prepared.config.train.optimizer_state == "reset":
-                group.optimizer.state.clear()
-            steps = self.local_steps[group.first]
-            with torch.random.fork_rng():  # dropout follows from the position in the run, so a checkpoint need not hold it
-                torch.manual_seed(derive_seed(self.prepared.config.seed, "dropout", self.rounds_done, group.first))
-                history = local_steps(
-                    self.prepared.model,
-                    group,
-                    self._batches(group, self.rounds_done * steps, steps),
-                    self._learning_rates(steps),
-                    self.prepared.config.train,
-                    self.prepared.autocast_dtype,
-                    self._tick_step,
-                )
-            losses.append(history.mean(dim=0))
-        return torch.cat(losses)
-
-    def _batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
-        """Each step's micro-batches. The pooled participant takes all peers' rows, in portions that fit."""
-        section = self.prepared.config.train
-        rows = section.per_device_train_batch_size
-        names, data, streams = self.prepared.names, self.prepared.data.peers, self.prepared.streams
-        portions = _groups([0] * len(names), self.group_size) if self.pooled else [range(group.first, group.last)]
-        for micro_step in range(
-            start * section.gradient_accumulation_steps, (start + steps) * section.gradient_accumulation_steps
-        ):
-            if micro_step % section.gradient_accumulation_steps == 0:
-                micro_batches: list[Batch] = []
-            for portion in portions:
-                chosen = [data[names[peer]][row] for peer in portion for row in streams[peer].take(micro_step * rows, rows)]
-                micro_batches.append(collate(chosen, self.prepared.pad_token_id))
-            if (micro_step + 1) % section.gradient_accumulation_steps == 0:
-                yield micro_batches
-
-    def _learning_rates(self, steps: int) -> list[float]:
-        """Those of this round for participants who take ``steps`` local steps in it."""
-        section, start = self.prepared.config.train, self.rounds_done * steps
-        return [learning_rate(section, step, section.rounds * steps) for step in range(start, start + steps)]
 
     def _after_round(self) -> None:
         """Score and save when it is time; stop when asked to."""
@@ -237,16 +191,8 @@ class Run:
         return consensus, own
 
     def _evaluate(self, factors: dict[str, Tensor], what: str) -> Scores:
-        prepared = self.prepared
-        return evaluate(
-            prepared.model,
-            factors,
-            prepared.data.evaluation,
-            prepared.data.choices,
-            pad_token_id=prepared.pad_token_id,
-            batch_size=prepared.config.per_device_eval_batch_size,
-            autocast_dtype=prepared.autocast_dtype,
-            on_batch=lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total),
+        return self.prepared.evaluate(
+            factors, lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total)
         )
 
     def _write_adapters(self) -> None:
@@ -260,13 +206,3 @@ class Run:
         self.steps_done += num_participants
         total = sum(self.local_steps) * self.prepared.config.train.rounds
         self.log.tick("step", run=self.name, done=self.steps_done, total=total)
-
-
-def _groups(local_steps: Sequence[int], group_size: int) -> list[range]:
-    """Neighbouring participants with equally many local steps go together, at most ``group_size`` of them."""
-    groups, first = [], 0
-    for _, alike in itertools.groupby(local_steps):
-        last = first + len(list(alike))
-        groups += [range(start, min(start + group_size, last)) for start in range(first, last, group_size)]
-        first = last
-    return groups

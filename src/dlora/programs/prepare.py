@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ import psutil
 import torch
 
 from dlora.config import Config
-from dlora.data import BatchStream, FederatedData, collate, load_data
+from dlora.data import BatchStream, FederatedData, collate, load_data, load_own_data
 from dlora.decentralized.topology import Topology, build_topology
+from dlora.evaluate import Scores, evaluate
 from dlora.lora.factors import digest, num_parameters, stack, target_names
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model import fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
@@ -33,14 +34,14 @@ class Prepared:
     data: FederatedData
     topology: Topology
     model: StackedModel
-    streams: tuple[BatchStream, ...]  # one a peer
+    streams: tuple[BatchStream, ...]  # one for each of those that train here
     pad_token_id: int
     manifest: dict[str, Any]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The peers, in order."""
-        return self.topology.names
+        """The peers that train here, in order: all of a simulation's, or one real peer."""
+        return tuple(self.data.peers)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -57,6 +58,19 @@ class Prepared:
         rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
         return [max(1, math.ceil(section.local_epochs * len(rows) / rows_a_step)) for rows in self.data.peers.values()]
 
+    def evaluate(self, factors: Mapping[str, torch.Tensor], on_batch: Callable[[int, int], None]) -> Scores:
+        """Scores of one participant's factors ((1, ...) each) on the evaluation data."""
+        return evaluate(
+            self.model,
+            factors,
+            self.data.evaluation,
+            self.data.choices,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.config.per_device_eval_batch_size,
+            autocast_dtype=self.autocast_dtype,
+            on_batch=on_batch,
+        )
+
     @property
     def message_bytes(self) -> int:
         """One serialised message with everything the model trains in it."""
@@ -68,12 +82,18 @@ class Prepared:
         return {name: tensor for name, tensor in self.model.initial.items() if name not in self.model.frozen_head}
 
 
-def prepare(config: Config, phase: Callable[[str], object] = lambda text: None) -> Prepared:
-    """Read the data, build the topology, load the model. Raises the UserError that names what is wrong."""
+def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, own: str | None = None) -> Prepared:
+    """Read the data, build the topology, load the model; ``own`` is the name of a real peer, which has only its own data.
+
+    Raises the UserError that names what is wrong.
+    """
     phase("reading data")
     tokenizer = load_tokenizer(config.model)
-    data = load_data(config.data, config.task, config.peers.count, tokenizer, config.seed)
-    names = tuple(data.peers)
+    if own is None:
+        data = load_data(config.data, config.task, config.peers.members or config.peers.count, tokenizer, config.seed)
+    else:
+        data = load_own_data(config.data, config.task, own, tokenizer, config.seed)
+    names = (config.peers.members or ()) if own else tuple(data.peers)
     topology = build_topology(config.peers.topology, config.peers.weights, names)
     phase("loading model")
     frozen = load_model(config, tokenizer, data.label_names)

@@ -1,0 +1,334 @@
+"""One peer's conversations with its neighbours: offers, promises, decisions. No sockets, no clock.
+
+Time is the event loop's, so a loop with a virtual clock runs it in virtual time. The rules:
+
+- A message is offered once its sender's local steps are done; the receiver asks for it from the byte it already has.
+- An edge is mixed by both ends or by neither. Its named end, the smaller name, decides: committed once it holds the
+  other's message and the other's promise (`Have`), dropped when its round ends without. The decision is on its disk before
+  it is told. The other end, having promised, waits for the decision; if its round ends first, it asks on every new link.
+- A wait ends when the neighbour is decided about, has left the round, was silent for ``patience_s``, or after
+  ``round_limit_s`` whatever still comes. Anything that comes counts as news, and a peer says where it is while it trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlora.decentralized.ledger import Ledger, round_message, round_of
+from dlora.decentralized.neighbour import Link, Misbehaviour, Neighbour
+from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+
+BEATS = 4  # times within `patience_s` that a peer with nothing to say says where it is
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a neighbour."""
+
+    silence_s: float  # without a single frame
+    round_limit_s: float  # for one round's exchange, whatever still comes
+
+
+class Exchange:
+    """All edges of the peer ``name``. ``check(message_name, path)`` raises ValueError unless a file is what it should be.
+
+    ``num_bytes(message_name)`` is the only size a message of that name can have. ``report(event, **fields)`` hears what
+    happened and why.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        manifest: str,
+        run: str,
+        ledger: Ledger,
+        neighbours: Iterable[str],
+        patience: Patience,
+        num_bytes: Callable[[str], int],
+        check: Callable[[str, Path], object],
+        report: Callable[..., object],
+    ) -> None:
+        self.name, self.manifest, self.run, self.ledger = name, manifest, run, ledger
+        self.patience, self.num_bytes, self.check, self.report = patience, num_bytes, check, report
+        self.neighbours = {other: Neighbour(other) for other in neighbours}
+        self.round = 0
+        self.wanted: set[tuple[str, str]] = set()  # (neighbour, message) asked for beside this round's edges
+        self._edges: frozenset[str] = frozenset()  # the neighbours of the exchange under way
+        self._changed = asyncio.Event()
+
+    # What the peer's life calls
+
+    def enter(self, round: int) -> None:
+        """A round begins, with local steps; say so to everybody."""
+        self.round, self._edges = round, frozenset()
+        for neighbour in self.neighbours.values():
+            neighbour.say(Status(round))
+
+    async def mix_round(self, neighbours: Iterable[str]) -> None:
+        """Exchange this round's message, which the ledger holds, with ``neighbours``; returns when each edge is done with."""
+        self._edges = frozenset(neighbours)
+        started_at = asyncio.get_running_loop().time()
+        for other in self._edges:
+            self._offer(self.neighbours[other], round_message(self.round))
+            self._consider(self.neighbours[other])
+        await asyncio.gather(*(self._edge(self.neighbours[other], started_at) for other in self._edges))
+
+    async def fetch(self, neighbour: str, message: str) -> Path | None:
+        """A message of a neighbour beside the rounds' own, waited for; None when it does not come."""
+        other = self.neighbours[neighbour]
+        self.wanted.add((neighbour, message))
+        self._consider(other)
+        reason = await self._until(
+            other, lambda: self.ledger.received(neighbour, message) is not None, asyncio.get_running_loop().time()
+        )
+        self.wanted.discard((neighbour, message))
+        if reason is not None:
+            self.report("not-fetched", neighbour=neighbour, message=message, reason=reason)
+        return self.ledger.received(neighbour, message)
+
+    def offer(self, neighbours: Iterable[str], message: str) -> None:
+        """Tell ``neighbours`` that a message of ours is there."""
+        for other in neighbours:
+            self._offer(self.neighbours[other], message)
+
+    async def greeted(self, limit_s: float) -> None:
+        """Return when every neighbour has said hello or was refused, at the latest after ``limit_s``."""
+        limit = asyncio.get_running_loop().time() + limit_s
+        while asyncio.get_running_loop().time() < limit and any(
+            other.link is None and not other.refused for other in self.neighbours.values()
+        ):
+            await self._change(limit)
+
+    async def settled(self, last: int) -> None:
+        """Return when no edge with a neighbour that is here is in doubt, and all that are here are in round ``last``.
+
+        Who was away gets another ``silence_s`` to come back.
+        """
+        began_at = asyncio.get_running_loop().time()
+        for other in self.neighbours.values():
+            other.away = False
+
+        def done(other: Neighbour) -> bool:
+            return not self.ledger.in_doubt(other.name) and other.round is not None and other.round >= last
+
+        await asyncio.gather(
+            *(self._until(other, lambda other=other: done(other), began_at) for other in self.neighbours.values())  # type: ignore[misc]
+        )
+
+    def decides(self, neighbour: str) -> bool:
+        """Whether this peer is the named end of the edge with ``neighbour``."""
+        return self.name < neighbour
+
+    # What the network calls
+
+    async def talk(self, name: str, link: Link) -> None:
+        """The conversation on one link with the neighbour ``name``, until it ends."""
+        other = self.neighbours[name]
+        await link.send(Hello(self.run, self.manifest, self.round))
+        try:
+            async with asyncio.timeout(self.patience.silence_s):
+                hello = await link.receive()
+        except TimeoutError:
+            return
+        if not isinstance(hello, Hello):
+            self.report("unlinked", neighbour=name, reason=f"refused: it began with {type(hello).__name__} instead of Hello")
+            return
+        if hello.run != self.run:
+            self._refuse(other, difference(self.name, self.manifest, name, hello.manifest))
+            return
+        other.linked(link)
+        self.report("linked", neighbour=name, round=hello.round)
+        for round in self.ledger.in_doubt(name):
+            other.say(Have(round))
+        other.say(Status(self.round))  # after the promises, or the other end would leave them out
+        newest = self.ledger.newest_round_sent()
+        if newest is not None:
+            self._offer(other, round_message(newest))
+        for message in ("sum", "average"):
+            if self.ledger.own(message):
+                self._offer(other, message)
+        writer = asyncio.ensure_future(other.write(link, self.ledger, lambda: self.round, self.patience.silence_s / BEATS))
+        reason = "the link broke"
+        try:
+            self._heard(other)
+            while True:
+                async with asyncio.timeout(self.patience.silence_s):
+                    frame = await link.receive()
+                self._hear(other, frame)
+                self._heard(other)
+        except TimeoutError:
+            reason = f"nothing came for {self.patience.silence_s:g} s"
+        except Misbehaviour as error:
+            reason = f"refused: {error}"
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+            if other.link is link:
+                other.link = None
+            self.report("unlinked", neighbour=name, reason=reason)
+            self._pulse()
+
+    def _hear(self, other: Neighbour, frame: Frame) -> None:
+        match frame:
+            case Status(round):
+                other.round = round
+            case Offer():
+                if frame.num_bytes != self.num_bytes(frame.name):
+                    expected = self.num_bytes(frame.name)
+                    raise Misbehaviour(f"it offered {frame.name} of {frame.num_bytes} bytes; that has {expected}")
+                kind = frame.name if round_of(frame.name) is None else "round"
+                if kind not in other.offers or other.offers[kind].name != frame.name:
+                    other.offers[kind] = frame
+                self._consider(other)
+            case Want(name, offset):
+                message = self.ledger.own(name)
+                if message is not None and offset < message.num_bytes:
+                    other.outgoing = (name, offset)
+                    other.wake.set()
+            case Chunk(name):
+                arrived = other.store(frame, self.ledger, self.check)
+                if arrived and round_of(name) == self.round and other.name in self._edges:
+                    self._promise(other, self.round)
+            case Have(round):
+                if not self.decides(other.name):
+                    raise Misbehaviour(f"it promised in round {round}, which is its own to decide")
+                if round <= self.round:
+                    other.promised.add(round)
+                    self._decide(other, round)
+            case Decided(round, committed):
+                if self.decides(other.name):
+                    raise Misbehaviour(f"it decided round {round}, which is not its to decide")
+                if self.ledger.state(round, other.name) == "promised":
+                    self._record(other, round, committed, "decided")
+            case Hello():
+                raise Misbehaviour("it said Hello twice")
+
+    def _consider(self, other: Neighbour) -> None:
+        """Fetch what the neighbour offers, if it is for now; promise what is already here."""
+        for offer in other.offers.values():
+            mixes = round_of(offer.name) == self.round and other.name in self._edges
+            if not mixes and (other.name, offer.name) not in self.wanted:
+                continue
+            if self.ledger.received(other.name, offer.name):
+                if mixes:
+                    self._promise(other, self.round)
+            else:
+                other.fetch(offer, self.ledger)
+
+    def _promise(self, other: Neighbour, round: int) -> None:
+        """The neighbour's message is here: promise to mix it, or decide when that is ours."""
+        if self.decides(other.name):
+            self._decide(other, round)
+        elif self.ledger.state(round, other.name) in (None, "promised"):
+            if self.ledger.state(round, other.name) is None:
+                self.ledger.record(round, other.name, "promised")
+            other.say(Have(round))
+
+    def _decide(self, other: Neighbour, round: int) -> None:
+        """Commit the edge if both messages are where they should be; answer what is already decided."""
+        name = round_message(round)
+        state = self.ledger.state(round, other.name)
+        if state is None and round == self.round and self.ledger.own(name) and self.ledger.received(other.name, name):
+            if round in other.promised:
+                self._record(other, round, True, "both messages arrived")
+        elif state is not None:
+            other.say(Decided(round, state == "committed"))
+        elif round < self.round:
+            self._record(other, round, False, "the round is over")
+
+    def _record(self, other: Neighbour, round: int, committed: bool, reason: str) -> None:
+        self.ledger.record(round, other.name, "committed" if committed else "dropped")
+        self.report("edge", neighbour=other.name, round=round, committed=committed, reason=reason)
+        if self.decides(other.name):
+            other.say(Decided(round, committed))
+        self._pulse()
+
+    async def _edge(self, other: Neighbour, started_at: float) -> None:
+        """Wait until this round's edge is decided or given up; leave it out then."""
+        round = self.round
+
+        def state() -> str | None:
+            return self.ledger.state(round, other.name)
+
+        reason = await self._until(
+            other,
+            lambda: (
+                state() in ("committed", "dropped")
+                or (state() is None and other.round is not None and other.round > round and other.link is not None)
+            ),
+            started_at,
+        )
+        if state() in ("committed", "dropped"):
+            return
+        reason = reason or f"it is already in round {other.round}"
+        if self.decides(other.name):
+            self._record(other, round, False, reason)
+        else:
+            doubt = state() == "promised"
+            self.report("edge", neighbour=other.name, round=round, committed=None if doubt else False, reason=reason)
+
+    async def _until(self, other: Neighbour, done: Callable[[], bool], started_at: float) -> str | None:
+        """Wait for ``done``; else say why the wait ended."""
+        loop = asyncio.get_running_loop()
+        limit_at = started_at + self.patience.round_limit_s
+        while not done():
+            if other.refused:
+                return other.refused
+            if other.away:
+                return "it is away"
+            silent_at = max(other.heard_at, started_at) + self.patience.silence_s
+            if loop.time() >= silent_at:
+                other.away = True
+                return f"nothing came for {self.patience.silence_s:g} s"
+            if loop.time() >= limit_at:
+                return f"the round has waited {self.patience.round_limit_s:g} s"
+            await self._change(min(silent_at, limit_at))
+        return None
+
+    async def _change(self, until: float) -> None:
+        """Wait until something changed, or until that loop time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(until):
+                await self._changed.wait()
+
+    def _pulse(self) -> None:
+        """Wake everybody who waits for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _heard(self, other: Neighbour) -> None:
+        other.heard_at, other.away = asyncio.get_running_loop().time(), False
+        self._pulse()
+
+    def _offer(self, other: Neighbour, name: str) -> None:
+        message = self.ledger.own(name)
+        assert message is not None, "a message is kept before it is offered"
+        other.say(Offer(name, message.num_bytes, message.sha256))
+
+    def _refuse(self, other: Neighbour, reason: str) -> None:
+        if other.refused != reason:
+            other.refused = reason
+            self.report("refused", neighbour=other.name, reason=reason)
+        self._pulse()
+
+
+def difference(here: str, manifest: str, there: str, other_manifest: str) -> str:
+    """The first key in which two manifests differ, with both values."""
+    try:
+        other: Any = json.loads(other_manifest)
+    except ValueError:
+        other = None
+    if not isinstance(other, Mapping):
+        return f"{there} is in another run, and its manifest cannot be read"
+    own = json.loads(manifest)
+    for key in sorted(own.keys() | other.keys()):
+        if own.get(key) != other.get(key):
+            mine, theirs = (json.dumps(tree.get(key), ensure_ascii=False)[:200] for tree in (own, other))
+            return f"{there} is in another run: {key} is {mine} at {here} and {theirs} at {there}; make them alike"
+    return f"{there} is in another run, though the manifests read alike; the versions of dlora may differ"

@@ -1,0 +1,69 @@
+"""What two peers say to each other, frame by frame; how a frame travels is the wire's business."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+MAX_CHUNK_BYTES = 1 << 20  # of payload in one frame
+MAX_MANIFEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first frame each end sends on a link: which run it is in, and where."""
+
+    run: str  # SHA-256 of the manifest, hex
+    manifest: str  # canonical JSON, so that a mismatch can be named
+    round: int  # the round it is in
+
+
+@dataclass(frozen=True)
+class Status:
+    """Alive, and in this round: sent when a round begins and again while nothing else is said."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A message is ready. It never changes: (sender, name) means the same bytes for ever."""
+
+    name: str  # of the message, such as round-000012
+    num_bytes: int
+    sha256: str  # of the whole message, hex
+
+
+@dataclass(frozen=True)
+class Want:
+    """Send the offered message from this byte on."""
+
+    name: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Part of a message, in order."""
+
+    name: str
+    offset: int
+    data: bytes  # at most MAX_CHUNK_BYTES
+
+
+@dataclass(frozen=True)
+class Have:
+    """The promise: your message of this round is on my disk, and I mix it if you decide so (again on every new link)."""
+
+    round: int
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The decision about (this edge, this round), by the edge's named end, after it is on that end's disk."""
+
+    round: int
+    committed: bool
+
+
+Frame: TypeAlias = Hello | Status | Offer | Want | Chunk | Have | Decided

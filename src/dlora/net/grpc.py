@@ -1,0 +1,393 @@
+"""The wire between machines: gRPC over mutual TLS 1.3, one stream a link; keeps the contract of `transport.py`.
+
+Who is at the other end is proved before a link exists. A dialler trusts the certificates of the one member it dials. The
+listener's TLS layer trusts its neighbours' certificates; then the handler wants the very certificate that the federation
+file lists for the name in it, that name to be a neighbour, and TLS 1.3. A link ends when the file's certificates for the
+other end change, and is dialled again with the new ones.
+
+Two ends may dial each other at once. Of two links the one dialled by the smaller name stays, and of two dialled by the same
+end the newer one. Both ends judge alike, so one link stays. So that the other one seldom comes to be at all, the smaller
+name, while its own attempt is under way, lets a call wait for up to a second; the larger name never does, so the two cannot
+wait for each other. A conversation begins when the one before it, if any, was told that its link is down and has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeAlias, TypeVar
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every stranger that is turned away prints a line here
+
+import grpc
+
+from dlora.errors import ConfigError
+from dlora.frames import Frame
+from dlora.net.codec import MAX_FRAME_BYTES, FrameError, decode_frame, encode_frame
+from dlora.net.identity import FederationFile, Identity
+from dlora.net.transport import LinkDown, Talk, Traffic
+
+MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 10.0  # between two attempts to dial; doubled each time
+DIAL_S = 20.0  # for name lookup, TCP, TLS and the other end's consent
+COURTESY_S = 1.0  # a call waits for our own attempt to dial the caller
+FIRST_FRAME_S = 20.0  # a link that stays silent from the start is ended
+FLUSH_S = 1.0  # for the last frames to leave when a conversation ends
+SETTLE_S = 0.03  # for what gRPC still has to report of cancelled calls: it must not find the event loop closed
+MAX_CONNECTIONS = 256  # from outside, strangers' included: file descriptors must remain for the run's own files
+
+_SERVICE, _METHOD = "dlora.Peer", "Talk"
+_ACCEPTED = ("dlora-link", "accepted")  # the listener's first headers
+_BOTH_ENDS = [
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),  # by its announced length, before memory is taken
+    ("grpc.max_metadata_size", 8192),
+    ("grpc.keepalive_time_ms", 20_000),  # a machine that vanished without a word is noticed within 30 s
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # What may be under way on a link, and what a neighbour can make us hold for a conversation that does not read. gRPC's
+    # own choice grows beyond 16 MiB on a fast link. With this one, 160 Mbit/s go over a link of 200 ms.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4 << 20),
+]
+_LISTENER = [
+    *_BOTH_ENDS,
+    ("grpc.so_reuseport", 0),  # else two processes share a port and each gets half of the links
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.max_concurrent_streams", 1),  # a connection is a link
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 20_000),  # without a stream
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # the dialler's keepalive is no flood
+]
+_DIALLER = [
+    *_BOTH_ENDS,
+    ("grpc.use_local_subchannel_pool", 1),  # an attempt knows nothing of the failures before it
+    ("grpc.enable_retries", 0),
+    ("grpc.service_config_disable_resolution", 1),  # no settings out of the DNS
+    # http_proxy and https_proxy are meant for fetching web pages, and must not carry a run's traffic by surprise. grpc_proxy
+    # is meant for this, and gRPC reads it before the other two; TLS stays end to end.
+    ("grpc.enable_http_proxy", int("grpc_proxy" in os.environ)),
+]
+
+# What gRPC raises when a stream has ended, whichever end it was that ended it.
+_ENDED = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
+_Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
+_Stream: TypeAlias = "_Context | _Call"
+_T = TypeVar("_T")
+
+
+class _Slot(Generic[_T]):
+    """Room for one thing between two tasks, where either can be cancelled while it waits and nothing is lost."""
+
+    def __init__(self) -> None:
+        self._items: deque[_T] = deque()
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    async def put(self, item: _T) -> None:
+        """Waits while there is no room. Raises LinkDown once closed."""
+        while self._items and not self._closed:
+            await self._change()
+        if self._closed:
+            raise LinkDown("the link has ended")
+        self._items.append(item)
+        self._changed.set()
+
+    async def get(self) -> _T:
+        """Waits while there is nothing. Raises LinkDown once closed and empty."""
+        while not self._items:
+            if self._closed:
+                raise LinkDown("the link has ended")
+            await self._change()
+        self._changed.set()
+        return self._items.popleft()
+
+    def close(self) -> None:
+        """No more is put."""
+        self._closed = True
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+class GrpcLink:
+    """One end of a link; tasks of the network carry frames between its two slots and the stream."""
+
+    def __init__(self, neighbour: str, dialled_by: str, stream: _Stream) -> None:
+        self.neighbour, self.dialled_by, self.stream = neighbour, dialled_by, stream
+        self.incoming: _Slot[Frame] = _Slot()
+        self.outgoing: _Slot[bytes] = _Slot()
+
+    async def send(self, frame: Frame) -> None:
+        """Hand a frame to the wire; waits while the one before it has not left. Raises LinkDown."""
+        await self.outgoing.put(encode_frame(frame))
+
+    async def receive(self) -> Frame:
+        """The next frame. Raises LinkDown at the end."""
+        return await self.incoming.get()
+
+    def close(self) -> None:
+        """End the link."""
+        self.incoming.close()
+        self.outgoing.close()
+
+
+class GrpcNetwork:
+    """All links of one participant.
+
+    ``listen`` is HOST:PORT to be dialled at, port 0 for any free one, or None to dial only. ``on_refused`` hears, in one
+    line, of everything that was turned away or ended for what it sent, as far as it came through TLS. ``bound`` is set
+    while it serves; ``port`` is the one listened on.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        federation: FederationFile,
+        neighbours: Sequence[str],
+        listen: str | None,
+        on_refused: Callable[[str], object] = lambda reason: None,
+    ) -> None:
+        self.identity, self.federation, self.neighbours, self.listen = identity, federation, tuple(neighbours), listen
+        self.traffic = Traffic()
+        self.port: int | None = None
+        self.bound = asyncio.Event()
+        self._on_refused = on_refused
+        self._links: dict[str, GrpcLink] = {}
+        self._unlinked = {name: asyncio.Event() for name in neighbours}
+        self._attempted = {name: asyncio.Event() for name in neighbours}  # not set while we dial
+        self._turns = {name: asyncio.Lock() for name in neighbours}  # one conversation at a time
+        self._said: dict[str, str] = {}  # why a neighbour cannot be dialled, told once
+        for name in neighbours:
+            self._unlinked[name].set()
+            self._attempted[name].set()
+
+    async def serve(self, talk: Talk) -> None:
+        """Until cancelled: listen, dial, and talk over every link; then let the last frames go.
+
+        Whatever ends a conversation ends its link and nothing else. Raises ConfigError when ``listen`` cannot be had.
+        """
+        self._talk = talk
+        server = self._listener() if self.listen is not None else None
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                if server is not None:
+                    await server.start()
+                self.bound.set()
+                for name in self.neighbours:
+                    self._tasks.create_task(self._keep_dialling(name))
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.bound.clear()
+        finally:
+            if server is not None:
+                await server.stop(FLUSH_S)
+            await asyncio.sleep(SETTLE_S)
+
+    # The listening end
+
+    def _listener(self) -> grpc.aio.Server:
+        credentials = grpc.dynamic_ssl_server_credentials(
+            self._listener_tls(), self._listener_tls, require_client_authentication=True
+        )
+        server = grpc.aio.server(options=_LISTENER)
+        handler: grpc.RpcMethodHandler[bytes, bytes]  # no serialisers: bytes as they came
+        handler = grpc.stream_stream_rpc_method_handler(self._accept)
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})])
+        try:
+            self.port = server.add_secure_port(str(self.listen), credentials)
+        except RuntimeError:
+            raise ConfigError(
+                f"cannot listen on {self.listen}: another program does, or it is no address of this machine; "
+                "stop that program or listen on another HOST:PORT"
+            ) from None
+        return server
+
+    def _listener_tls(self) -> grpc.ServerCertificateConfiguration:
+        """Asked for at every handshake, so that a changed federation file counts at once."""
+        # Without any root gRPC would keep the former ones. Our own certificate lets nobody in: we are not our neighbour.
+        roots = b"".join(map(self._trusted, self.neighbours)) or self.identity.certificate_pem
+        return grpc.ssl_server_certificate_configuration([(self.identity.key_pem, self.identity.certificate_pem)], roots)
+
+    def _trusted(self, name: str) -> bytes:
+        federation = self.federation.current
+        return federation.trusted([name]) if name in federation.members else b""
+
+    async def _accept(self, _: object, context: _Context) -> None:
+        name, reason = self._who(context)
+        if reason is not None:
+            self._on_refused(f"{context.peer()}: {reason}")
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
+
+        if self.identity.name < name:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COURTESY_S):
+                    await self._attempted[name].wait()
+        link = GrpcLink(name, name, context)
+        if not self._is_taken(link):
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, "there is a link already")
+        try:
+            await context.send_initial_metadata([_ACCEPTED])
+        except BaseException:
+            self._forget(link)
+            raise
+        if not self.bound.is_set():
+            return  # we are going
+        conversation = self._tasks.create_task(self._converse(link))
+        try:
+            await asyncio.wait({conversation})
+        finally:
+            link.close()  # gRPC cancels this task, not the conversation, when the other end has gone
+
+    def _who(self, context: _Context) -> tuple[str, str | None]:
+        """The name of the caller, and why it is refused."""
+        facts = {key: next(iter(values), b"") for key, values in context.auth_context().items()}
+        name = facts.get("x509_common_name", b"").decode(errors="replace")
+        version = facts.get("ssl_tls_version", b"no TLS").decode(errors="replace")
+        if version != "TLSv1.3":
+            return name, f"{version} instead of TLSv1.3"
+        if name not in self.neighbours:
+            return name, f"{name!r} is not a neighbour of {self.identity.name}"
+        der = ssl.PEM_cert_to_DER_cert(facts.get("x509_pem_cert", b"").decode())
+        if not self.federation.current.is_listed(name, der):
+            return name, f"not a certificate that {self.identity.name}'s federation file lists for {name}"
+        return name, None
+
+    # The dialling end
+
+    async def _keep_dialling(self, name: str) -> None:
+        pause_s = MIN_PAUSE_S
+        while True:
+            if name in self._links:
+                await self._unlinked[name].wait()
+                pause_s = MIN_PAUSE_S
+            members = self.federation.current.members
+            address = members[name].address if name in members else None
+            lived_s = await self._dial(name, address) if address is not None else 0.0
+            pause_s = MIN_PAUSE_S if lived_s > pause_s else pause_s
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_PAUSE_S)
+
+    async def _dial(self, name: str, address: str) -> float:
+        """Dial once and talk; seconds that the link lived."""
+        tls = grpc.ssl_channel_credentials(self._trusted(name), self.identity.key_pem, self.identity.certificate_pem)
+        options = [*_DIALLER, ("grpc.ssl_target_name_override", name)]
+        async with grpc.aio.secure_channel(address, tls, options) as channel:
+            call: _Call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")()
+            link = GrpcLink(name, self.identity.name, call)
+            self._attempted[name].clear()
+            try:
+                async with asyncio.timeout(DIAL_S):
+                    if _ACCEPTED not in list(await call.initial_metadata()):  # of a failed call they are empty
+                        self._explain(name, await call.code(), await call.details())
+                        return 0.0
+                if not self._is_taken(link):
+                    return 0.0
+            except (*_ENDED, TimeoutError):
+                return 0.0
+            finally:
+                self._attempted[name].set()
+            self._said.pop(name, None)
+            clock = asyncio.get_running_loop()
+            began_at = clock.time()
+            await self._converse(link)
+            lived_s = clock.time() - began_at
+            with contextlib.suppress(*_ENDED, TimeoutError):
+                async with asyncio.timeout(FLUSH_S):  # the other end has read everything when it hangs up as well
+                    await call.done_writing()
+                    await call.code()
+            return lived_s
+
+    def _explain(self, name: str, code: grpc.StatusCode, details: str | None) -> None:
+        """Say once what stands between us and a neighbour; that it is not there yet is nothing to be said."""
+        text = ascii(details or "")[:300]
+        if (code is grpc.StatusCode.PERMISSION_DENIED or "handshake failed" in text) and self._said.get(name) != text:
+            self._said[name] = text
+            self._on_refused(f"dialling {name}: {text}")
+
+    # Both ends
+
+    def _is_taken(self, link: GrpcLink) -> bool:
+        """Make this the neighbour's link, or not; see the caption for the rule."""
+        name, old = link.neighbour, self._links.get(link.neighbour)
+        if old is not None:
+            if old.dialled_by < link.dialled_by:
+                return False
+            old.close()
+        self._links[name] = link
+        self._unlinked[name].clear()
+        return True
+
+    async def _converse(self, link: GrpcLink) -> None:
+        """Talk over a link until it ends."""
+        name = link.neighbour
+        try:
+            async with self._turns[name]:
+                reading, writing = asyncio.create_task(self._read(link)), asyncio.create_task(self._write(link))
+                try:
+                    await self._talk(name, link)
+                except LinkDown:
+                    pass
+                except Exception as error:  # a conversation must not take the others with it
+                    self._on_refused(f"{name}: the conversation failed: {type(error).__name__}: {error}")
+                finally:
+                    link.outgoing.close()
+                    await asyncio.wait({writing}, timeout=FLUSH_S)
+                    for task in (reading, writing):
+                        task.cancel()
+                    for failure in await asyncio.gather(reading, writing, return_exceptions=True):
+                        if isinstance(failure, Exception):
+                            self._on_refused(f"{name}: the link failed: {type(failure).__name__}: {failure}")
+        finally:
+            link.close()
+            self._forget(link)
+
+    def _forget(self, link: GrpcLink) -> None:
+        if self._links.get(link.neighbour) is link:
+            del self._links[link.neighbour]
+            self._unlinked[link.neighbour].set()
+
+    async def _read(self, link: GrpcLink) -> None:
+        """Frames into the link, one ahead of the conversation; the rest waits in HTTP/2's window, then at the other end."""
+        name, trusted = link.neighbour, self._trusted(link.neighbour)
+        limit_s: float | None = FIRST_FRAME_S
+        reason: str | None = None
+        try:
+            while True:
+                async with asyncio.timeout(limit_s):
+                    data = await link.stream.read()
+                if not isinstance(data, bytes):  # the end
+                    return
+                if self._trusted(name) != trusted:
+                    reason = "its certificates in the federation file have changed"
+                    return
+                self.traffic.received(name, len(data))
+                await link.incoming.put(decode_frame(data))
+                limit_s = None
+        except TimeoutError:
+            reason = f"no frame within {FIRST_FRAME_S:g} s"
+        except FrameError as error:
+            reason = str(error)
+        except (*_ENDED, LinkDown):
+            pass
+        finally:
+            link.close()
+            if reason is not None:
+                self._on_refused(f"{name}: {reason}")
+
+    async def _write(self, link: GrpcLink) -> None:
+        """Frames out of the link; gRPC's write returns once HTTP/2 had room for the frame."""
+        with contextlib.suppress(*_ENDED, LinkDown):
+            try:
+                while True:
+                    data = await link.outgoing.get()
+                    self.traffic.sent(link.neighbour, len(data))
+                    await link.stream.write(data)
+            finally:
+                link.outgoing.close()

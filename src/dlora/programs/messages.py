@@ -1,0 +1,45 @@
+"""What a real peer's messages hold: names, dtypes and shapes by the message's name, agreed before anything is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dlora.decentralized.ledger import round_of
+from dlora.decentralized.mixing import build_rule
+from dlora.net.codec import Expected, decode_tensors, encode
+from dlora.programs.prepare import WIRE_DTYPES, Prepared
+
+REDUCTION = ("sum", "average")  # of the end of a run; always float32, for nothing mixes their rounding away
+
+
+def expected_tensors(prepared: Prepared, message: str) -> Expected:
+    """Name -> dtype and shape in a message of that name; nothing for a name that no peer sends."""
+    round = round_of(message)
+    shapes = {name: tuple(tensor.shape) for name, tensor in prepared.trained.items()}
+    if round is not None:
+        rule, wire = build_rule(prepared.config.peers), WIRE_DTYPES[prepared.config.peers.wire]
+        return {name: (wire, shape) for name, shape in shapes.items() if rule.sends(name, round)}
+    if message in REDUCTION:
+        return {name: (torch.float32, shape) for name, shape in shapes.items()} | {"num_peers": (torch.float32, (1,))}
+    return {}
+
+
+def encode_message(prepared: Prepared, message: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """One participant's tensors ((1, ...) each) as that message."""
+    wire = torch.float32 if message in REDUCTION else WIRE_DTYPES[prepared.config.peers.wire]
+    return encode({name: tensor[0] for name, tensor in tensors.items()}, wire)
+
+
+def decode_message(prepared: Prepared, message: str, path: Path) -> dict[str, Tensor]:
+    """The tensors of a message in float32, (1, ...) each.
+
+    Raises ValueError unless the file holds exactly what a message of that name must, every value finite.
+    """
+    tensors = decode_tensors(path, expected_tensors(prepared, message))
+    if "num_peers" in tensors and tensors["num_peers"].item() not in range(1, prepared.topology.num_peers + 1):
+        raise ValueError(f"it counts {tensors['num_peers'].item():g} peers of {prepared.topology.num_peers}")
+    return {name: tensor.float().unsqueeze(0) for name, tensor in tensors.items()}

@@ -1,0 +1,219 @@
+"""Peers on random quadratics in one process and in virtual time, who can be killed at any write and any frame."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dlora.config import PeersSection
+from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.gossip import PeerGossip, Progress
+from dlora.decentralized.ledger import Ledger
+from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.topology import Topology, build_topology
+from dlora.frames import Frame, Hello, Status
+from dlora.lora.factors import Factors
+from dlora.net.memory import MemoryHub, MemoryNetwork
+
+SIZE = 3
+PATIENCE = Patience(silence_s=60, round_limit_s=600)
+
+
+class Killed(BaseException):
+    """This peer's process is gone: nothing after this line happened."""
+
+
+class World:
+    """n peers; ``rate`` 0 trains nothing, so that the sum over peers is what it was."""
+
+    def __init__(self, folder: Path, topology: str = "ring", num_peers: int = 4, rounds: int = 3, rate: float = 0.0) -> None:
+        self.folder, self.rounds, self.rate = folder, rounds, rate
+        names = [chr(ord("a") + index) for index in range(num_peers)]
+        section = PeersSection.model_validate({"count": num_peers, "topology": {"kind": topology}})
+        self.topology: Topology = build_topology(section.topology, None, names)
+        self.rule = build_rule(section)
+        self.hub = MemoryHub({name: self.neighbours(name) for name in names})
+        generator = torch.Generator().manual_seed(7)
+        self.targets = {name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names}
+        self.start = {name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names}
+        self.commits: dict[str, tuple[Tensor, Progress]] = {}  # each peer's disk, beside its ledger
+        self.results: dict[str, tuple[Tensor, int]] = {}
+        self.rounds_now: dict[str, int] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.story: list[tuple[float, str, str, dict[str, Any]]] = []
+        self.fault: Callable[[str, str], bool] = lambda name, what: False  # asked before every frame and write
+        self.on_frame: Callable[[World, str, str, int], None] | None = None  # sender, receiver, the sender's round
+        self.manifests = dict.fromkeys(names, '{"r":8}')
+        self.catch_up_after = 10
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.topology.names
+
+    def neighbours(self, name: str) -> list[str]:
+        return [self.topology.names[other] for other in self.topology.all_neighbours(self.topology.names.index(name))]
+
+    # Starting and stopping
+
+    def begin(self, name: str) -> asyncio.Task[None]:
+        self.tasks[name] = asyncio.create_task(self._live(name))
+        return self.tasks[name]
+
+    async def run(self, plan: Callable[[World], Any] | None = None, limit_s: float = 1e5) -> None:
+        """Start everybody, let ``plan`` happen, and wait until all that live are done."""
+        for name in self.names:
+            self.begin(name)
+        if plan is not None:
+            await plan(self)
+        async with asyncio.timeout(limit_s):
+            while not all(task.done() for task in self.tasks.values()):
+                await asyncio.wait([task for task in self.tasks.values() if not task.done()])
+        for task in self.tasks.values():
+            if not task.cancelled():
+                task.result()
+
+    def kill(self, name: str) -> None:
+        self.tasks[name].cancel()
+
+    async def _live(self, name: str) -> None:
+        network = FaultyNetwork(self, name)
+        ledger = FaultyLedger(self, name)
+        start, progress = self.commits.get(name, (self.start[name], Progress()))
+        factors: Factors = {"x": start.clone()}
+        exchange = Exchange(
+            name,
+            self.manifests[name],
+            self.manifests[name].encode().hex().ljust(64, "0")[:64],
+            ledger,
+            self.neighbours(name),
+            PATIENCE,
+            lambda message: len(self._encode(message, {"x": torch.zeros(1, SIZE), "num_peers": torch.ones(1, 1)})),
+            lambda message, path: self._decode(message, path),
+            lambda event, **fields: self.story.append((asyncio.get_running_loop().time(), name, event, fields)),
+        )
+
+        def commit(progress: Progress) -> None:
+            self._ask(name, "commit")
+            self.commits[name] = (factors["x"].clone(), Progress(**vars(progress)))
+
+        async def train(round: int, names: frozenset[str]) -> None:
+            self.rounds_now[name] = round
+            await asyncio.sleep(1.0 + 0.1 * self.names.index(name))
+            factors["x"] -= self.rate * (factors["x"] - self.targets[name])
+
+        gossip = PeerGossip(
+            name, factors, self.topology, self.rule, ledger, exchange, self.rounds, self.catch_up_after,
+            train, self._encode, self._decode, commit, lambda: None, Progress(**vars(progress)),
+        )  # fmt: skip
+        serving = asyncio.create_task(network.serve(exchange.talk))
+        life = asyncio.create_task(gossip.run())
+        try:
+            done, _ = await asyncio.wait({serving, life}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                result = task.result()
+                assert result is not None
+                self.results[name] = (result[0]["x"], result[1])
+        except Killed:
+            pass
+        finally:
+            network.dead = True
+            for task in (serving, life):
+                task.cancel()
+            await asyncio.gather(serving, life, return_exceptions=True)
+            ledger.close()
+
+    def _ask(self, name: str, what: str) -> None:
+        if self.fault(name, what):
+            self.tasks[name].cancel()
+            raise asyncio.CancelledError
+
+    @staticmethod
+    def _encode(message: str, tensors: Mapping[str, Tensor]) -> bytes:
+        names = ("x", "num_peers") if message in ("sum", "average") else ("x",)
+        return save({name: tensors[name].to(torch.float64).contiguous() for name in names})
+
+    @staticmethod
+    def _decode(message: str, path: Path) -> dict[str, Tensor]:
+        return load_file(path)
+
+    # What must hold
+
+    def ledger(self, name: str) -> set[tuple[int, str]]:
+        ledger = Ledger(self.folder / name)
+        ledger.close()
+        return ledger.committed()
+
+    def doubts(self) -> list[list[int]]:
+        """The rounds in which each peer is in doubt."""
+        ledgers = [Ledger(self.folder / name) for name in self.names]
+        for ledger in ledgers:
+            ledger.close()
+        return [[round for other in self.names for round in ledger.in_doubt(other)] for ledger in ledgers]
+
+    def total(self) -> np.ndarray:
+        """Of what the peers have committed; those that never did are where they started."""
+        return sum(self.commits.get(name, (self.start[name], None))[0] for name in self.names).numpy()  # type: ignore[union-attr]
+
+    def check_ledgers(self) -> int:
+        """Both ends of every edge know the same commits, and nothing is in doubt; returns how many there were."""
+        known = {name: self.ledger(name) for name in self.names}
+        for one, two in itertools.combinations(self.names, 2):
+            here = {round for round, other in known[one] if other == two}
+            there = {round for round, other in known[two] if other == one}
+            assert here == there, f"{one} and {two}: {sorted(here)} and {sorted(there)}"
+        assert not any(self.doubts()), self.doubts()
+        return sum(len(edges) for edges in known.values()) // 2
+
+
+class FaultyLedger(Ledger):
+    """A ledger whose every write may be the last thing before the kill, or be missed by it."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world, self.name = world, name
+        super().__init__(world.folder / name)
+
+    def keep(self, name: str, content: bytes) -> Any:
+        self.world._ask(self.name, "keep")
+        return super().keep(name, content)
+
+    def arrived(self, neighbour: str, name: str, partial: Path) -> None:
+        self.world._ask(self.name, "arrived")
+        super().arrived(neighbour, name, partial)
+
+    def record(self, round: int, neighbour: str, state: Any) -> None:
+        self.world._ask(self.name, "before " + state)
+        super().record(round, neighbour, state)
+        self.world._ask(self.name, "after " + state)
+
+
+class FaultyNetwork(MemoryNetwork):
+    """A network that is silent once its peer is dead, and asks before each frame."""
+
+    dead = False
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world.hub, name)
+        self.world = world
+
+    async def serve(self, talk: Any) -> None:
+        async def faulty(neighbour: str, link: Any) -> None:
+            send = link.send
+
+            async def ask(frame: Frame) -> None:
+                self.world._ask(self.name, type(frame).__name__)
+                if self.world.on_frame and not isinstance(frame, Hello | Status):
+                    self.world.on_frame(self.world, self.name, neighbour, self.world.rounds_now[self.name])
+                await send(frame)
+
+            link.send = ask
+            await talk(neighbour, link)
+
+        await super().serve(faulty)
