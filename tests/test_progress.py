@@ -67,6 +67,17 @@ def test_a_resumed_run_starts_in_the_middle_and_alone_shows_the_peers_mean() -> 
     assert "✓" in next(line for line in shown.splitlines() if "Dec-LoRA" in line)
 
 
+def test_a_real_peer_shows_who_is_here() -> None:
+    with Progress(terminal()) as progress:
+        for event in STORY:
+            progress(event)
+        progress({"event": "linked", "neighbour": "west", "round": 0})
+        progress({"event": "linked", "neighbour": "north", "round": 0})
+        assert "1.4 MB, north here, west here" in drawn(progress)
+        progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})
+        assert "north here, west away" in drawn(progress)
+
+
 def test_nothing_where_there_is_no_terminal() -> None:
     file = io.StringIO()
     with Progress(Console(file=file, force_terminal=False)) as progress:

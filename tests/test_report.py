@@ -282,3 +282,24 @@ def test_bars_as_long_as_their_rows() -> None:
     widths = {(colour, round(float(right) - float(left))) for left, right, colour in shapes}
     unit = max(width for colour, width in widths if colour == "0") / 30
     assert {round(width / unit) for colour, width in widths if colour == "1" and width > 5 * unit} >= {10, 20}
+
+
+def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, runs=("dec-lora",), names=["north", "south", "west"], labels=["no", "yes"])
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    start = json.loads(lines[0]) | {"own": "south"}
+    for peer in start["peers"]:
+        if peer["name"] != "south":
+            peer.update(rows=None, labels=None)
+    (folder / "log.jsonl").write_text("\n".join([json.dumps(start), *lines[1:]]) + "\n")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["runs"]["dec-lora"]["edges"] = {
+        "north": {"mixed": 5, "left_out": 1, "in_doubt": 0},
+        "west": {"mixed": 6, "left_out": 0, "in_doubt": 0},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(folder))
+    cells = page.text("td", "th")
+    assert "north 5 1 0" in cells and "west 6 0 0" in cells
+    assert "north –" in cells and "south 101" in cells
+    assert "sent by all peers" not in page.text()

@@ -31,6 +31,7 @@ class Progress:
         self._runs: dict[str, bars.TaskID] = {}
         self._notes: dict[str, dict[str, str]] = {}  # run -> loss, score, bytes: what stands behind its bar
         self._rounds: dict[str, int] = {}
+        self._neighbours: dict[str, str] = {}  # of a real peer: here, away or refused
         self._metric = "loss"
         self._passing: bars.TaskID | None = None  # the phase or the scoring that shows now and then goes
 
@@ -68,6 +69,10 @@ class Progress:
                 bar = self._bar(event["run"])
                 total = next(task.total for task in self._bars.tasks if task.id == bar)
                 self._bars.update(bar, total=total or 1, completed=total or 1)
+            case "linked" | "unlinked" | "refused" as what:
+                self._neighbours[event["neighbour"]] = {"linked": "here", "unlinked": "away", "refused": "refused"}[what]
+                here = ", ".join(f"{name} {state}" for name, state in sorted(self._neighbours.items()))
+                self._note("dec-lora", neighbours=here)
             case "interrupted" | "done":
                 self._forget()
 
@@ -92,7 +97,9 @@ class Progress:
     def _note(self, run: str, **news: str) -> None:
         notes = self._notes.setdefault(run, {})
         notes.update(news)
-        self._bars.update(self._bar(run), note=", ".join(notes[key] for key in ("loss", "score", "sent") if key in notes))
+        self._bars.update(
+            self._bar(run), note=", ".join(notes[key] for key in ("loss", "score", "sent", "neighbours") if key in notes)
+        )
 
     def _pass(self, text: str, done: int, total: int | None) -> None:
         if self._passing is None:

@@ -127,7 +127,8 @@ class _Page:
                 better = "" if self.higher_is_better else "; lower is better"
                 cards.append((f"{sign}{abs(change):.{digits}f}{unit}", words + better))
         if (sent := self.main.last("bytes_on_wire")) is not None:
-            cards.append((bytes_text(sent), "sent by all peers together: adapters, no rows of data"))
+            by = "sent and received by this peer" if "own" in self.start else "sent by all peers together"
+            cards.append((bytes_text(sent), f"{by}: adapters, no rows of data"))
         return cards
 
     def score(self, value: float | None) -> str:

@@ -327,7 +327,7 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
     if not isinstance(other, Mapping):
         return f"{there} is in another run, and its manifest cannot be read"
     own = json.loads(manifest)
-    for key in sorted(own.keys() | other.keys()):
+    for key in sorted(own.keys() | other.keys(), key=lambda key: (key == "initial_factors", key)):  # they follow from the rest
         if own.get(key) != other.get(key):
             mine, theirs = (json.dumps(tree.get(key), ensure_ascii=False)[:200] for tree in (own, other))
             return f"{there} is in another run: {key} is {mine} at {here} and {theirs} at {there}; make them alike"

@@ -17,9 +17,8 @@ import asyncio
 import contextlib
 import os
 import ssl
-from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every stranger that is turned away prints a line here
 
@@ -29,6 +28,7 @@ from dlora.errors import ConfigError
 from dlora.frames import Frame
 from dlora.net.codec import MAX_FRAME_BYTES, FrameError, decode_frame, encode_frame
 from dlora.net.identity import FederationFile, Identity
+from dlora.net.slot import Slot
 from dlora.net.transport import LinkDown, Talk, Traffic
 
 MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 10.0  # between two attempts to dial; doubled each time
@@ -37,8 +37,10 @@ COURTESY_S = 1.0  # a call waits for our own attempt to dial the caller
 FIRST_FRAME_S = 20.0  # a link that stays silent from the start is ended
 FLUSH_S = 1.0  # for the last frames to leave when a conversation ends
 SETTLE_S = 0.03  # for what gRPC still has to report of cancelled calls: it must not find the event loop closed
+RELOAD_S = 1.0  # between two looks at the federation file
 MAX_CONNECTIONS = 256  # from outside, strangers' included: file descriptors must remain for the run's own files
 
+_FOR_EVER_S = 1e6
 _SERVICE, _METHOD = "dlora.Peer", "Talk"
 _ACCEPTED = ("dlora-link", "accepted")  # the listener's first headers
 _BOTH_ENDS = [
@@ -76,43 +78,6 @@ _ENDED = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 _Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _Stream: TypeAlias = "_Context | _Call"
-_T = TypeVar("_T")
-
-
-class _Slot(Generic[_T]):
-    """Room for one thing between two tasks, where either can be cancelled while it waits and nothing is lost."""
-
-    def __init__(self) -> None:
-        self._items: deque[_T] = deque()
-        self._closed = False
-        self._changed = asyncio.Event()
-
-    async def put(self, item: _T) -> None:
-        """Waits while there is no room. Raises LinkDown once closed."""
-        while self._items and not self._closed:
-            await self._change()
-        if self._closed:
-            raise LinkDown("the link has ended")
-        self._items.append(item)
-        self._changed.set()
-
-    async def get(self) -> _T:
-        """Waits while there is nothing. Raises LinkDown once closed and empty."""
-        while not self._items:
-            if self._closed:
-                raise LinkDown("the link has ended")
-            await self._change()
-        self._changed.set()
-        return self._items.popleft()
-
-    def close(self) -> None:
-        """No more is put."""
-        self._closed = True
-        self._changed.set()
-
-    async def _change(self) -> None:
-        self._changed.clear()
-        await self._changed.wait()
 
 
 class GrpcLink:
@@ -120,8 +85,8 @@ class GrpcLink:
 
     def __init__(self, neighbour: str, dialled_by: str, stream: _Stream) -> None:
         self.neighbour, self.dialled_by, self.stream = neighbour, dialled_by, stream
-        self.incoming: _Slot[Frame] = _Slot()
-        self.outgoing: _Slot[bytes] = _Slot()
+        self.incoming: Slot[Frame] = Slot()
+        self.outgoing: Slot[bytes] = Slot()
 
     async def send(self, frame: Frame) -> None:
         """Hand a frame to the wire; waits while the one before it has not left. Raises LinkDown."""
@@ -173,11 +138,12 @@ class GrpcNetwork:
         Whatever ends a conversation ends its link and nothing else. Raises ConfigError when ``listen`` cannot be had.
         """
         self._talk = talk
-        server = self._listener() if self.listen is not None else None
+        self._servers = [] if self.listen is None else [self._listener(self.listen, self._roots())]
         try:
             async with asyncio.TaskGroup() as self._tasks:
-                if server is not None:
-                    await server.start()
+                if self._servers:
+                    await self._servers[0].start()
+                    self._tasks.create_task(self._keep_listening())
                 self.bound.set()
                 for name in self.neighbours:
                     self._tasks.create_task(self._keep_dialling(name))
@@ -186,34 +152,51 @@ class GrpcNetwork:
                 finally:
                     self.bound.clear()
         finally:
-            if server is not None:
-                await server.stop(FLUSH_S)
+            await asyncio.gather(*(server.stop(FLUSH_S) for server in self._servers))
             await asyncio.sleep(SETTLE_S)
 
     # The listening end
 
-    def _listener(self) -> grpc.aio.Server:
-        credentials = grpc.dynamic_ssl_server_credentials(
-            self._listener_tls(), self._listener_tls, require_client_authentication=True
-        )
+    async def _keep_listening(self) -> None:
+        """A new listener on the same port whenever the certificates to trust change; links through the one before live on.
+
+        gRPC's own way, `dynamic_ssl_server_credentials`, is no way: 200 strangers' connections at once then abort the process
+        or crash it (1.85.1; the test of that in `tests/test_attacks.py` shows it in half of its runs).
+        """
+        roots = self._roots()
+        while True:
+            await asyncio.sleep(RELOAD_S)
+            changed = self._roots()
+            if changed == roots:
+                continue
+            roots = b""  # nothing is trusted until the next one listens
+            self._tasks.create_task(self._servers[-1].stop(_FOR_EVER_S))  # of its links; it stops listening now
+            await asyncio.sleep(0)
+            with contextlib.suppress(ConfigError):  # the port is not free yet: once more
+                server = self._listener(f"{str(self.listen).rpartition(':')[0]}:{self.port}", changed)
+                self._servers.append(server)
+                await server.start()
+                roots = changed
+
+    def _listener(self, address: str, roots: bytes) -> grpc.aio.Server:
+        pair = (self.identity.key_pem, self.identity.certificate_pem)
+        credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
         server = grpc.aio.server(options=_LISTENER)
         handler: grpc.RpcMethodHandler[bytes, bytes]  # no serialisers: bytes as they came
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})])
         try:
-            self.port = server.add_secure_port(str(self.listen), credentials)
+            self.port = server.add_secure_port(address, credentials)
         except RuntimeError:
             raise ConfigError(
-                f"cannot listen on {self.listen}: another program does, or it is no address of this machine; "
+                f"cannot listen on {address}: another program does, or it is no address of this machine; "
                 "stop that program or listen on another HOST:PORT"
             ) from None
         return server
 
-    def _listener_tls(self) -> grpc.ServerCertificateConfiguration:
-        """Asked for at every handshake, so that a changed federation file counts at once."""
-        # Without any root gRPC would keep the former ones. Our own certificate lets nobody in: we are not our neighbour.
-        roots = b"".join(map(self._trusted, self.neighbours)) or self.identity.certificate_pem
-        return grpc.ssl_server_certificate_configuration([(self.identity.key_pem, self.identity.certificate_pem)], roots)
+    def _roots(self) -> bytes:
+        """Never empty, which gRPC refuses; our own certificate lets nobody in, because we are not our neighbour."""
+        return b"".join(map(self._trusted, self.neighbours)) or self.identity.certificate_pem
 
     def _trusted(self, name: str) -> bytes:
         federation = self.federation.current

@@ -221,7 +221,8 @@ class _PeerRun:
             seconds=self.seconds,
         )
         config = self.prepared.config
-        if progress.rounds_done < last and config.eval_peers_every and progress.rounds_done % config.eval_peers_every == 0:
+        every = config.eval_peers_every or config.eval_every  # nobody has the average before the end
+        if progress.rounds_done < last and every and progress.rounds_done % every == 0:
             own = self._evaluate(self.training.participants.factors, self.name)
             self._emit_scores(None, own)
         if self.stop() and progress.rounds_done < last:

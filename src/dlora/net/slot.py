@@ -1,0 +1,47 @@
+"""Room for one thing between two tasks, where either can be cancelled while it waits and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Generic, TypeVar
+
+from dlora.net.transport import LinkDown
+
+_T = TypeVar("_T")
+
+
+class Slot(Generic[_T]):
+    """One end puts, the other gets; ``close`` wakes both."""
+
+    def __init__(self) -> None:
+        self._items: deque[_T] = deque()
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    async def put(self, item: _T) -> None:
+        """Waits while there is no room. Raises LinkDown once closed."""
+        while self._items and not self._closed:
+            await self._change()
+        if self._closed:
+            raise LinkDown("the link has ended")
+        self._items.append(item)
+        self._changed.set()
+
+    async def get(self) -> _T:
+        """Waits while there is nothing. Raises LinkDown once closed and empty."""
+        while not self._items:
+            if self._closed:
+                raise LinkDown("the link has ended")
+            await self._change()
+        self._changed.set()
+        return self._items.popleft()
+
+    def close(self) -> None:
+        """No more is put."""
+        self._closed = True
+        self._changed.set()
+
+    async def _change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
