@@ -10,6 +10,7 @@ import pytest
 import virtual
 from world import PATIENCE, World
 
+from dlora.decentralized.ledger import Ledger
 from dlora.errors import NeighbourError
 
 
@@ -165,6 +166,46 @@ def test_a_peer_that_was_away_for_long_takes_its_neighbours_state(tmp_path: Path
     assert len(caught_up) == 1 and caught_up[0]["round"] - caught_up[0]["was"] > 5
     world.check_ledgers()
     assert {num_peers for _, num_peers in world.results.values()} == {4}
+
+
+def test_a_doubt_about_a_round_that_the_decider_skipped_is_settled(tmp_path: Path) -> None:
+    """a dies holding b's promise but not b's message, catches up past that round, and must say that it was dropped."""
+    world = World(tmp_path, rounds=60, rate=0.1)
+    world.catch_up_after = 5
+    told: list[str] = []
+
+    def fault(name: str, what: str) -> bool:
+        if (name, what) == ("b", "after promised") and not told:
+            world.hub.way("b", "a").set()
+            told.append("promised")
+        if (name, what) == ("b", "Chunk") and not told:
+            world.hub.way("b", "a").clear()  # b's message stays on its way until b has promised
+        return (name, what) == ("a", "arrived") and told == ["promised"] and told.append("dead") is None
+
+    world.fault = fault
+
+    async def plan(world: World) -> None:
+        while not world.tasks["a"].done():
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(PATIENCE.silence_s + 20)
+        world.begin("a")
+
+    virtual.run(world.run(plan))
+    assert world.story_of("a", "caught-up")
+    told_b = [fields for fields in world.story_of("b", "edge") if fields["round"] == 0 and fields["neighbour"] == "a"]
+    assert [fields["committed"] for fields in told_b] == [None, False], "in doubt, then dropped"
+    world.check_ledgers()
+    assert max(time for time, *_ in world.story) < PATIENCE.round_limit_s, "nobody waited for an answer that does not come"
+
+
+def test_what_was_once_offered_never_changes(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    first = ledger.keep("round-000003", b"what my neighbour may have")
+    ledger.close()
+    again = Ledger(tmp_path)
+    assert again.keep("round-000003", b"what training gives this time") == first
+    assert first.path.read_bytes() == b"what my neighbour may have"
+    again.close()
 
 
 def test_a_dead_neighbour_is_waited_for_once(tmp_path: Path) -> None:

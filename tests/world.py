@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dlora.config import PeersSection
 from dlora.decentralized.exchange import Exchange, Patience
 from dlora.decentralized.gossip import PeerGossip, Progress
-from dlora.decentralized.ledger import Ledger
+from dlora.decentralized.ledger import Ledger, round_of
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.frames import Frame, Hello, Status
 from dlora.lora.factors import Factors
+from dlora.net.codec import Expected, decode_tensors, encode, message_num_bytes
 from dlora.net.memory import MemoryHub, MemoryNetwork
 
 SIZE = 3
@@ -29,6 +29,14 @@ PATIENCE = Patience(silence_s=60, round_limit_s=600)
 
 class Killed(BaseException):
     """This peer's process is gone: nothing after this line happened."""
+
+
+def expected(message: str) -> Expected:
+    """What a message of that name holds."""
+    if round_of(message) is None and message not in ("sum", "average"):
+        return {}
+    tensors: Expected = {"x": (torch.float64, (SIZE,))}
+    return {**tensors, "num_peers": (torch.float64, (1,))} if message in ("sum", "average") else tensors
 
 
 class World:
@@ -67,10 +75,11 @@ class World:
         self.tasks[name] = asyncio.create_task(self._live(name))
         return self.tasks[name]
 
-    async def run(self, plan: Callable[[World], Any] | None = None, limit_s: float = 1e5) -> None:
-        """Start everybody, let ``plan`` happen, and wait until all that live are done."""
+    async def run(self, plan: Callable[[World], Any] | None = None, without: str = "", limit_s: float = 1e5) -> None:
+        """Start everybody but ``without``, let ``plan`` happen, and wait until all that live are done."""
         for name in self.names:
-            self.begin(name)
+            if name != without:
+                self.begin(name)
         if plan is not None:
             await plan(self)
         async with asyncio.timeout(limit_s):
@@ -95,8 +104,8 @@ class World:
             ledger,
             self.neighbours(name),
             PATIENCE,
-            lambda message: len(self._encode(message, {"x": torch.zeros(1, SIZE), "num_peers": torch.ones(1, 1)})),
-            lambda message, path: self._decode(message, path),
+            lambda message: message_num_bytes(expected(message)),
+            self._decode,
             lambda event, **fields: self.story.append((asyncio.get_running_loop().time(), name, event, fields)),
         )
 
@@ -137,12 +146,11 @@ class World:
 
     @staticmethod
     def _encode(message: str, tensors: Mapping[str, Tensor]) -> bytes:
-        names = ("x", "num_peers") if message in ("sum", "average") else ("x",)
-        return save({name: tensors[name].to(torch.float64).contiguous() for name in names})
+        return encode({name: tensors[name][0] for name in expected(message)}, torch.float64)
 
     @staticmethod
     def _decode(message: str, path: Path) -> dict[str, Tensor]:
-        return load_file(path)
+        return {name: tensor.unsqueeze(0) for name, tensor in decode_tensors(path, expected(message)).items()}
 
     # What must hold
 
@@ -150,6 +158,10 @@ class World:
         ledger = Ledger(self.folder / name)
         ledger.close()
         return ledger.committed()
+
+    def story_of(self, name: str, event: str) -> list[dict[str, Any]]:
+        """The fields of a peer's events of one kind."""
+        return [fields for _, who, what, fields in self.story if (who, what) == (name, event)]
 
     def doubts(self) -> list[list[int]]:
         """The rounds in which each peer is in doubt."""

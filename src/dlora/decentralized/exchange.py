@@ -68,6 +68,9 @@ class Exchange:
         """A round begins, with local steps; say so to everybody."""
         self.round, self._edges = round, frozenset()
         for neighbour in self.neighbours.values():
+            for passed in sorted(neighbour.promised):  # in rounds that were skipped to catch up
+                if passed < round and self.ledger.state(passed, neighbour.name) is None:
+                    self._record(neighbour, passed, False, "the round was skipped")
             neighbour.say(Status(round))
 
     async def mix_round(self, neighbours: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from dlora.frames import Frame
 from dlora.net.codec import decode_frame, encode, encode_frame
 from dlora.net.transport import LinkDown, Talk, Traffic
 
+MAX_PAUSE_S = 10.0  # between two attempts to dial
 WINDOW_FRAMES = 8  # that one end may be ahead of the other
 
 
@@ -155,13 +156,16 @@ class MemoryNetwork:
                 link.close()
 
     async def _dial(self, other: str) -> None:
+        clock, pause_s = asyncio.get_running_loop(), self.hub.redial_s
         while True:
-            made = self.hub.dial(self, other)
+            made, began_at = self.hub.dial(self, other), clock.time()
             if made is not None:
                 link, network = made
                 network._tasks.create_task(network._run(link.other))
                 await self._run(link)
-            await asyncio.sleep(self.hub.redial_s)
+            lived = clock.time() - began_at > pause_s
+            pause_s = self.hub.redial_s if lived else min(2 * pause_s, MAX_PAUSE_S)
+            await asyncio.sleep(pause_s)
 
     async def _run(self, link: MemoryLink) -> None:
         self.links.add(link)
