@@ -104,7 +104,7 @@ class Exchange:
         """Return when every neighbour has said hello or was refused, at the latest after ``limit_s``."""
         limit = asyncio.get_running_loop().time() + limit_s
         while asyncio.get_running_loop().time() < limit and any(
-            other.link is None and not other.refused for other in self.neighbours.values()
+            other.round is None and not other.refused for other in self.neighbours.values()
         ):
             await self._change(limit)
 
@@ -149,13 +149,13 @@ class Exchange:
         self.report("linked", neighbour=name, round=hello.round)
         for round in self.ledger.in_doubt(name):
             other.say(Have(round))
-        other.say(Status(self.round))  # after the promises, or the other end would leave them out
         newest = self.ledger.newest_round_sent()
         if newest is not None:
             self._offer(other, round_message(newest))
         for message in ("sum", "average"):
             if self.ledger.own(message):
                 self._offer(other, message)
+        other.say(Status(self.round))  # after the promises, or the other end would leave them out; after what is to be had
         writer = asyncio.ensure_future(other.write(link, self.ledger, lambda: self.round, self.patience.silence_s / BEATS))
         reason = "the link broke"
         try:
