@@ -6,6 +6,8 @@ import json
 import math
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -304,3 +306,20 @@ def test_any_json_is_a_header_or_a_message_error(entries: dict[str, Any]) -> Non
         decode_tensors(message, EXPECTED)
     except MessageError as error:
         assert "\n" not in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_two_minutes_of_fuzzing_find_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
+    seeds = [
+        encode_frame(frame) for frame in (Hello("0" * 64, "{}", 1), Offer("sum", 9, "a" * 64), Chunk("sum", 0, b"xyz"), Have(2))
+    ]
+    seeds.append(encode({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2), "bias": torch.ones(4)}, torch.float32))
+    for number, seed in enumerate(seeds):
+        (tmp_path / str(number)).write_bytes(seed)
+    fuzzer = Path(__file__).with_name("fuzz_wire.py")
+    options = ["-max_total_time=120", "-print_final_stats=1", f"-artifact_prefix={tmp_path}/"]
+    done = subprocess.run([sys.executable, str(fuzzer), *options, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print([line for line in done.stderr.splitlines() if line.startswith("stat::")])
