@@ -75,7 +75,7 @@ class Federation:
     def __init__(
         self,
         folder: Path,
-        model: Path,
+        model: Path | str,
         changes: Mapping[str, Any] | None = None,
         names: Sequence[str] = NAMES,
         dial_only: Sequence[str] = (),
@@ -144,8 +144,8 @@ class Federation:
         assert exit_code is not None, f"{name} still runs after {limit_s:g} s"
         return Outcome(exit_code, self._said(name, "out").read_text(), self._said(name, "err").read_text())
 
-    def finish_all(self) -> dict[str, Outcome]:
-        return {name: self.finish(name) for name in self.names}
+    def finish_all(self, limit_s: float = LIMIT_S) -> dict[str, Outcome]:
+        return {name: self.finish(name, limit_s) for name in self.names}
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)
@@ -155,7 +155,12 @@ class Federation:
         return Path(f"/proc/{self.processes[name].pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def kill_in(self, name: str, phase: Callable[[], bool], what: str) -> None:
-        """kill -9 within a phase that may be short: stop the process, look whether the phase still is, else go on."""
+        """kill -9 within a phase, however short."""
+        self.freeze_in(name, phase, what)
+        self.kill(name)
+
+    def freeze_in(self, name: str, phase: Callable[[], bool], what: str) -> None:
+        """SIGSTOP within a phase that may be short: stop the process, look whether the phase still is, else go on."""
 
         def caught() -> bool:
             assert self.processes[name].is_alive(), f"{name} ended before: {what}\n{self._said(name, 'err').read_text()}"
@@ -169,7 +174,6 @@ class Federation:
             return False
 
         until(caught, what)
-        self.kill(name)
 
     def kill(self, name: str) -> None:
         self.processes[name].kill()

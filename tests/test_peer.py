@@ -14,7 +14,7 @@ from typing import NamedTuple
 import peft
 import pytest
 import torch
-from command import Outcome, call, contents, finish, start
+from command import Outcome, call, contents
 from federation import NAMES, Federation, running
 from safetensors.torch import load_file
 from test_laws import UPDATE_BOUND, assert_same, relative_difference, update_of
@@ -113,7 +113,8 @@ def test_a_peer_leaves_a_run_folder_without_its_key(finished: Finished) -> None:
     for name in NAMES:
         run = finished.peers.run(name)
         assert {path.name for path in run.iterdir()} == {
-            "config.yaml", "manifest.json", "log.jsonl", "summary.json", "report.html", "consensus", "peers", "checkpoints", "exchange",
+            "config.yaml", "manifest.json", "log.jsonl", "summary.json", "report.html", "consensus", "peers", "checkpoints",
+            "exchange",
         }  # fmt: skip
         key = (finished.peers.folder / f"{name}.key").read_text()
         secret = key.split("-----")[2].split("\n")[1].encode()
@@ -219,17 +220,11 @@ def test_without_a_run_there_is_nothing_to_resume(lonely: Federation) -> None:
 
 
 def test_peers_in_different_runs_name_the_key_and_both_values(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
-    """Two processes as a user starts them."""
     peers = Federation(tmp_path, model_folder("bert"), names=("north", "east"))
-    north = start(tmp_path, *peers.arguments("north"))
-    try:
-        east = start(tmp_path, *peers.arguments("east", "--set", "lora.r=2"))
-        try:
-            outcomes = {"north": finish(north), "east": finish(east)}
-        finally:
-            east.kill()
-    finally:
-        north.kill()
+    with running(peers):
+        peers.start("north")
+        peers.start("east", "--set", "lora.r=2")
+        outcomes = peers.finish_all()
     for (name, outcome), other in zip(outcomes.items(), ("east", "north"), strict=True):
         assert (outcome.exit_code, outcome.out) == (3, ""), outcome
         assert outcome.err.count("\n") == 1

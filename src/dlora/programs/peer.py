@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import errno
 import math
+import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from dlora.decentralized.gossip import PeerGossip, Progress
 from dlora.decentralized.ledger import Ledger
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology, spectral_gap
-from dlora.errors import ConfigError, Interrupted, RunError
+from dlora.errors import ConfigError, Interrupted, NeighbourError, RunError
 from dlora.evaluate import Scores, better, primary_metric
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors, num_parameters, stack
@@ -35,7 +36,7 @@ from dlora.programs.prepare import Prepared, manifest_hash, manifest_text, prepa
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment
 from dlora.programs.training import Training
 from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, to_json, write_atomically
+from dlora.runlog import Listener, RunLog, read_log, to_json, write_atomically
 
 Summary = dict[str, Any]
 RUN = "dec-lora"
@@ -90,6 +91,10 @@ def peer(
         try:
             run = _PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored)
             result = asyncio.run(run.live(neighbours))
+        except NeighbourError:
+            if not resume:  # nothing was trained: once the config is mended, the same command starts anew
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         finally:
             ledger.close()
         summary = _summary(prepared, name, manifest, result)
@@ -119,6 +124,9 @@ class _PeerRun:
         self.steps_done = 0
         self.training = Training(prepared, prepared.local_steps, 1, False, self._tick_step)
         self.progress = Progress()
+        self.round: dict[str, Any] = {}  # the last round's event
+        self.trained_round: int | None = None  # since the last commit
+        self.abandoned = False
         self.best: dict[str, Any] = {}
         self.seconds = 0.0  # of training and exchange, waiting included
         self.bytes_before = 0  # on the wire, in earlier processes of this run
@@ -127,6 +135,7 @@ class _PeerRun:
             self.progress = Progress(**stored.state["progress"])
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
             self.bytes_before = stored.state["bytes_on_wire"]
+            self.round = stored.state["round"]
             self.steps_done = self.progress.rounds_done * self.training.local_steps[0]
         self.began_at = time.monotonic() - self.seconds
         self.loss = math.nan
@@ -136,6 +145,9 @@ class _PeerRun:
         config = self.prepared.config
         self.log.emit("run", run=RUN, rounds=config.train.rounds, local_steps=self.training.local_steps, participants=1)
         if self.progress.rounds_done:
+            logged = {event.get("round") for event in read_log(self.folder.log_path) if event["event"] == "round"}
+            if self.round and self.round["round"] not in logged:
+                self.log.emit("round", **self.round)  # the kill came between the commit and its line
             self.log.emit("resumed", run=RUN, rounds_done=self.progress.rounds_done)
         exchange = Exchange(
             self.name,
@@ -172,14 +184,19 @@ class _PeerRun:
                 serving.result()  # raises: it ends only with an error
             consensus, num_peers = life.result()
         finally:
+            self.abandoned = True  # a second Ctrl-C need not wait for the local steps to end
             for task in (life, serving):
                 task.cancel()
             await asyncio.gather(life, serving, return_exceptions=True)
         return self._finish(self.training.participants.factors | consensus, num_peers)
 
     async def _train(self, number: int, names: frozenset[str]) -> None:
+        every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
+        if number and every and number % every == 0:  # its own score: nobody has the average before the end
+            own = await asyncio.to_thread(self._evaluate, self.training.participants.factors, self.name)
+            self._emit_scores(None, own)
         losses = await asyncio.to_thread(self.training.round, number, names)
-        self.loss = losses.item()
+        self.loss, self.trained_round = losses.item(), number
         if not math.isfinite(self.loss):
             raise RunError(
                 f"the loss of {self.name} is no number any more in round {number}; lower train.learning_rate and start anew"
@@ -189,6 +206,9 @@ class _PeerRun:
     def _commit(self, progress: Progress) -> None:
         """Factors, optimiser and progress to disk; then the round is done."""
         self.seconds = time.monotonic() - self.began_at
+        last, trained = self.prepared.config.train.rounds, self.trained_round
+        if trained is not None:
+            self.round = self._round_event(trained)
         self.folder.save(
             RUN,
             Checkpoint(
@@ -200,33 +220,31 @@ class _PeerRun:
                     "bytes_on_wire": self._bytes_on_wire(),
                     "seconds": self.seconds,
                     "best": self.best,
-                    "log_position": self.log.position,
+                    "round": self.round,
                     "environment": environment(1),
                 },
             ),
         )
-        last = self.prepared.config.train.rounds
-        if progress.rounds_done == self.progress.rounds_done and progress.rounds_done == last:
-            return  # a commit of the closing, no round
         self.progress = Progress(**vars(progress))
-        self.log.emit(
-            "round",
-            run=RUN,
-            round=progress.rounds_done - 1,
-            loss=self.loss,
-            losses=[self.loss],
-            learning_rate=self.training.learning_rates(progress.rounds_done - 1, self.training.local_steps[0])[-1],
-            consensus_distance=None,
-            bytes_on_wire=self._bytes_on_wire(),
-            seconds=self.seconds,
-        )
-        config = self.prepared.config
-        every = config.eval_peers_every or config.eval_every  # nobody has the average before the end
-        if progress.rounds_done < last and every and progress.rounds_done % every == 0:
-            own = self._evaluate(self.training.participants.factors, self.name)
-            self._emit_scores(None, own)
+        if trained is None:
+            return  # no round: the peer caught up, or doubts were settled after the last
+        self.trained_round = None
+        self.log.emit("round", **self.round)
         if self.stop() and progress.rounds_done < last:
             raise Interrupted(f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and saved")
+
+    def _round_event(self, number: int) -> dict[str, Any]:
+        """What the log says of a round; the commit holds it too, for a kill may come between the two."""
+        return {
+            "run": RUN,
+            "round": number,
+            "loss": self.loss,
+            "losses": [self.loss],
+            "learning_rate": self.training.learning_rates(number, self.training.local_steps[0])[-1],
+            "consensus_distance": None,
+            "bytes_on_wire": self._bytes_on_wire(),
+            "seconds": self.seconds,
+        }
 
     def _restart_optimizer(self) -> None:
         for group in self.training.participants.groups:
@@ -283,6 +301,8 @@ class _PeerRun:
         return self.bytes_before + sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 
     def _tick_step(self, num_participants: int) -> None:
+        if self.abandoned:
+            raise Interrupted("given up")
         self.steps_done += num_participants
         total = self.training.local_steps[0] * self.prepared.config.train.rounds
         self.log.tick("step", run=RUN, done=self.steps_done, total=total)

@@ -1,0 +1,217 @@
+"""A slow, long line between two peers: 4 Mbit/s each way, 200 ms there and back, between namespaces made for it.
+
+The line is a thread here between two tunnel devices, so that no kernel needs a traffic shaper.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import random
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.ledger import Ledger, round_message
+from dlora.net.grpc import GrpcNetwork
+from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
+
+ADDRESSES = {"east": "10.213.7.1", "west": "10.213.7.2"}
+PORT = 7000  # in namespaces of our own nobody else listens
+MESSAGE_BYTES = 20_000_000
+LINE_BYTES_S, ONE_WAY_S, QUEUE_S = 500_000, 0.1, 0.6
+HEADER_BYTES = 20 + 32  # IPv4, TCP with timestamps, of each packet
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces: needs root"),
+    pytest.mark.skipif(shutil.which("ip") is None, reason="needs ip, of iproute2"),
+    pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="needs /dev/net/tun"),
+]
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def node(name: str, folder: Path) -> None:
+    """One end: a round's exchange of a message of random bytes, without training. Prints what it came to."""
+    [other] = set(ADDRESSES) - {name}
+    path = folder / "federation.yaml"
+    identity = Identity.load(name, folder / f"{name}.key", Federation.load(path))
+    network = GrpcNetwork(identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}")
+    ledger, story = Ledger(folder / name), []
+    exchange = Exchange(
+        name, "{}", "0" * 64, ledger, [other], Patience(60.0, 600.0), lambda message: MESSAGE_BYTES,
+        lambda message, path: None, lambda event, **fields: story.append([event, fields]),
+    )  # fmt: skip
+
+    async def live() -> float:
+        serving = asyncio.create_task(network.serve(exchange.talk))
+        exchange.enter(0)
+        await exchange.greeted(60.0)
+        ledger.keep(round_message(0), random.Random(name).randbytes(MESSAGE_BYTES))
+        began_at = time.monotonic()
+        await exchange.mix_round([other])
+        seconds = time.monotonic() - began_at
+        exchange.enter(1)
+        await exchange.settled(1)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        return seconds
+
+    before_bytes = peak_bytes()
+    seconds = asyncio.run(live())
+    result = {
+        "state": ledger.state(0, other),
+        "seconds": seconds,
+        "sent_bytes": sum(network.traffic.sent_bytes.values()),
+        "grown_bytes": peak_bytes() - before_bytes,
+        "links": sum(event == "linked" for event, _ in story),
+        "story": story,
+    }
+    ledger.close()
+    print(json.dumps(result))
+
+
+def command(*words: object) -> str:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"{' '.join(map(str, words))}: {done.stderr.strip()}")
+    return done.stdout
+
+
+class Line(threading.Thread):
+    """A line each way between two tunnel devices: packets wait their turn, travel, or are dropped when too many wait."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(daemon=True)
+        self.ends = []
+        for name in names:
+            end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+            self.ends.append(end)
+            fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
+        self.over = False
+
+    def run(self) -> None:
+        """Carry packets until ``over``."""
+        free_at = dict.fromkeys(self.ends, 0.0)  # when the last byte accepted has left this end
+        flying: deque[tuple[float, int, bytes]] = deque()  # (arrival, end, packet) of both directions
+        other = dict(zip(self.ends, reversed(self.ends), strict=True))
+        while not self.over:
+            ready, _, _ = select.select(self.ends, [], [], 0.002 if flying else 0.1)
+            now = time.monotonic()
+            for end in ready:
+                with suppress(OSError):
+                    packet = os.read(end, 65536)
+                    if free_at[end] - now < QUEUE_S:
+                        free_at[end] = max(free_at[end], now) + len(packet) / LINE_BYTES_S
+                        flying.append((free_at[end] + ONE_WAY_S, other[end], packet))
+            for _ in range(len(flying)):
+                arrival, end, packet = flying.popleft()
+                if arrival > now:
+                    flying.append((arrival, end, packet))  # the order within a direction stays: all are looked at
+                else:
+                    with suppress(OSError):
+                        os.write(end, packet)
+
+    def close(self) -> None:
+        """End the line; the devices go with it."""
+        self.over = True
+        if self.is_alive():
+            self.join(5)
+        for end in self.ends:
+            os.close(end)
+
+
+@contextmanager
+def slow_line() -> Iterator[dict[str, str]]:
+    """Member -> the name of its network namespace; the two have one line between them and nothing else."""
+    spaces = {name: f"dlora-{os.getpid()}-{name}" for name in ADDRESSES}
+    devices = {name: f"dl{os.getpid()}{name[0]}" for name in ADDRESSES}
+    with ExitStack() as undo:
+        for space in spaces.values():
+            command("ip", "netns", "add", space)
+            undo.callback(command, "ip", "netns", "delete", space)
+        line = Line(list(devices.values()))
+        undo.callback(line.close)
+        for name, space in spaces.items():
+            command("ip", "link", "set", devices[name], "netns", space, "name", "line")
+            command("ip", "-n", space, "address", "add", f"{ADDRESSES[name]}/24", "dev", "line")
+            for device in ("lo", "line"):
+                command("ip", "-n", space, "link", "set", device, "up")
+        line.start()
+        yield spaces
+
+
+def on_the_line(space: str) -> tuple[int, int]:
+    """Bytes and packets that left this end of the line, by the system's counters."""
+    [line] = json.loads(command("ip", "-n", space, "-json", "-statistics", "link", "show", "dev", "line"))
+    sent = line["stats64"]["tx"]
+    return sent["bytes"], sent["packets"]
+
+
+@pytest.mark.timeout(400)
+def test_an_adapter_of_20_mb_crosses_a_slow_line(tmp_path: Path) -> None:
+    members = [new_identity(name, f"{address}:{PORT}", "peer", tmp_path)[1] for name, address in ADDRESSES.items()]
+    (tmp_path / "federation.yaml").write_text(federation_text(members))
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        line = ExitStack()
+        spaces = line.enter_context(slow_line())
+    except OSError as error:
+        pytest.skip(f"no slow line can be made here: {error}")
+    with line:
+        before = {name: on_the_line(space) for name, space in spaces.items()}
+        processes = {
+            name: subprocess.Popen(
+                ["ip", "netns", "exec", space, sys.executable, __file__, name, str(tmp_path)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for name, space in spaces.items()
+        }
+        try:
+            for name, process in processes.items():
+                results[name] = json.loads(process.communicate(timeout=300)[0])
+        finally:
+            for process in processes.values():
+                process.kill()
+                process.wait()
+        after = {name: on_the_line(space) for name, space in spaces.items()}
+    ideal_s = MESSAGE_BYTES / LINE_BYTES_S
+    for name, result in results.items():
+        num_bytes, packets = (late - early for late, early in zip(after[name], before[name], strict=True))
+        frames, payload = result["sent_bytes"], num_bytes - HEADER_BYTES * packets
+        print(
+            f"{name}: {result['seconds']:.1f} s (the bytes alone: {ideal_s:.0f} s); frames {frames}, with TLS and HTTP/2"
+            f" {payload} ({100 * (payload / frames - 1):+.2f} %), with {packets} packets' headers {num_bytes}"
+            f" ({100 * (num_bytes / frames - 1):+.2f} %); memory grew by {result['grown_bytes'] / 1e6:.1f} MB"
+        )
+        assert result["state"] == "committed", result["story"]
+        assert result["links"] == 1, result["story"]  # it never broke
+        assert payload == pytest.approx(frames, rel=0.03)  # law 8
+        assert frames == pytest.approx(MESSAGE_BYTES, rel=0.001)
+        assert result["grown_bytes"] <= 4 * MESSAGE_BYTES
+        assert result["seconds"] < 1.5 * ideal_s
+
+
+if __name__ == "__main__":
+    node(sys.argv[1], Path(sys.argv[2]))
