@@ -23,6 +23,8 @@ from dlora.runlog import NBSP, read_log
 REPOSITORY = Path(__file__).parents[1]
 OPTIONS = {
     "simulate": ["CONFIG", "--set", "--resume", "--json", "--dry-run"],
+    "peer": ["CONFIG", "--name", "--key", "--federation", "--listen", "--set", "--resume", "--json"],
+    "plan": ["CONFIG", "--name", "--set", "--json"],
     "eval": ["RUN", "--data", "--json"],
     "report": ["RUN"],
     "topology": ["KIND", "--peers", "--p", "--seed", "-k", "--weights", "--output", "--json"],
@@ -70,7 +72,8 @@ def test_help_names_the_commands_and_the_exit_codes() -> None:
     assert (outcome.exit_code, outcome.err) == (0, "")
     text = words(outcome.out)
     assert [command for command in OPTIONS if f" {command} " not in text] == []
-    assert "Exit codes: 0 done, 2 your mistake (the message says how to mend it), 4 interrupted and resumable." in text
+    codes = "0 done, 2 your mistake (the message says how to mend it), 3 the other side's, 4 interrupted and resumable."
+    assert f"Exit codes: {codes}" in text
 
 
 def test_without_a_command_there_is_the_help() -> None:

@@ -152,6 +152,28 @@ def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(tmp_path: Path,
     assert [event["was"] < event["round"] for event in peers.events("east", "caught-up")] == [True]
 
 
+def test_stopped_before_anybody_came_and_resumed_after_the_end(tmp_path: Path, model_folder: ModelFolder) -> None:
+    """SIGTERM, as services send it, while the first neighbour is awaited; later a finished run is resumed once more."""
+    peers = Federation(tmp_path, model_folder("bert"), {"peers.silence_s": 3.0}, names=("north", "south"))
+    with running(peers):
+        peers.start("north")
+        until(lambda: peers.events("north", "run"), "north to wait")
+        peers.signal("north", signal.SIGTERM)
+        outcome = peers.finish("north")
+        assert outcome.exit_code == 4
+        assert "north stopped while it waited for its neighbours; nothing was lost; go on with: dlora peer" in outcome.err
+        peers.start("north", "--resume")
+        peers.start("south")
+        assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
+        peers.assert_agreed()
+        before = {name: (peers.run(name) / "summary.json").read_bytes() for name in peers.names}
+        for name in peers.names:
+            peers.start(name, "--resume")
+        assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
+    assert {name: (peers.run(name) / "summary.json").read_bytes() for name in peers.names} == before
+    assert [event["round"] for event in peers.events("north", "round")] == list(range(peers.config.train.rounds))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("topology", ["ring", "base-k"])

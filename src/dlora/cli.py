@@ -275,7 +275,8 @@ def _resumable() -> Iterator[Callable[[], bool]]:
         asked = True
         Console(stderr=True).print("stopping after this round; Ctrl-C again discards it")
 
-    before = signal.signal(signal.SIGINT, interrupt)
+    asking = (signal.SIGINT, signal.SIGTERM)  # services send the second
+    before = [signal.signal(number, interrupt) for number in asking]
     try:
         yield lambda: asked
     except Interrupted as interrupted:
@@ -283,7 +284,8 @@ def _resumable() -> Iterator[Callable[[], bool]]:
     except KeyboardInterrupt:
         raise Interrupted(f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}") from None
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(asking, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _resume_command() -> str:
@@ -295,7 +297,7 @@ def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, A
     if as_json:
         typer.echo(to_json(document))
     else:
-        Console(markup=False, emoji=False).print(table(document))  # a label may be called [red]
+        Console(markup=False, emoji=False).print(table(document), soft_wrap=True)  # a label may be called [red]
 
 
 def _summary_table(summary: dict[str, Any]) -> Table:

@@ -120,6 +120,7 @@ class PeerGossip:
         consensus, num_peers = await self._reduce()
         self.exchange.enter(self.rounds + 1)
         await self.exchange.settled(self.rounds + 1)
+        self.commit(self.progress)
         return consensus, num_peers
 
     async def _round(self) -> None:

@@ -1,0 +1,267 @@
+"""One real peer's run: training, messages and commits that the protocol is handed, and the scores at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.gossip import PeerGossip, Progress
+from dlora.decentralized.ledger import Ledger
+from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.topology import Topology
+from dlora.errors import Interrupted, RunError
+from dlora.evaluate import Scores, better
+from dlora.lora.adapter_io import save_adapter
+from dlora.lora.factors import Factors
+from dlora.net.codec import message_num_bytes
+from dlora.net.grpc import GrpcNetwork
+from dlora.programs.messages import decode_message, encode_message, expected_tensors
+from dlora.programs.prepare import Prepared, manifest_hash, manifest_text
+from dlora.programs.run_folder import Checkpoint, RunFolder, environment
+from dlora.programs.training import Training
+from dlora.runlog import RunLog, read_log
+
+RUN = "dec-lora"
+
+
+class PeerRun:
+    """The state of one peer between two rounds, on its disk after each."""
+
+    def __init__(
+        self,
+        name: str,
+        prepared: Prepared,
+        manifest: dict[str, Any],
+        folder: RunFolder,
+        log: RunLog,
+        ledger: Ledger,
+        network: GrpcNetwork,
+        stop: Callable[[], bool],
+        stored: Checkpoint | None,
+    ) -> None:
+        self.name, self.prepared, self.manifest = name, prepared, manifest
+        self.folder, self.log, self.ledger, self.network, self.stop = folder, log, ledger, network, stop
+        self.steps_done = 0
+        self.training = Training(prepared, prepared.local_steps, 1, False, self._tick_step)
+        self.progress = Progress()
+        self.round: dict[str, Any] = {}  # the last round's event
+        self.trained_round: int | None = None  # since the last commit
+        self.began = self.abandoned = False
+        self.best: dict[str, Any] = {}
+        self.seconds = 0.0  # of training and exchange, waiting included
+        self.bytes_before = 0  # on the wire, in earlier processes of this run
+        if stored is not None:
+            self.training.participants.load(stored.factors, stored.optimizer)
+            self.progress = Progress(**stored.state["progress"])
+            self.best, self.seconds = stored.state["best"], stored.state["seconds"]
+            self.bytes_before = stored.state["bytes_on_wire"]
+            self.round = stored.state["round"]
+            self.steps_done = self.progress.rounds_done * self.training.local_steps[0]
+        self.began_at = time.monotonic() - self.seconds
+        self.loss = math.nan
+
+    async def live(self, neighbours: list[str]) -> tuple[Factors, int]:
+        """The run, while the network serves; returns the average of all and how many peers are in it."""
+        config = self.prepared.config
+        self.log.emit("run", run=RUN, rounds=config.train.rounds, local_steps=self.training.local_steps, participants=1)
+        if self.progress.rounds_done:
+            logged = {event.get("round") for event in read_log(self.folder.log_path) if event["event"] == "round"}
+            if self.round and self.round["round"] not in logged:
+                self.log.emit("round", **self.round)  # the kill came between the commit and its line
+            self.log.emit("resumed", run=RUN, rounds_done=self.progress.rounds_done)
+        exchange = Exchange(
+            self.name,
+            manifest_text(self.manifest),
+            manifest_hash(self.manifest),
+            self.ledger,
+            neighbours,
+            Patience(config.peers.silence_s, config.peers.round_limit_s),
+            lambda message: message_num_bytes(expected_tensors(self.prepared, message)),
+            partial(decode_message, self.prepared),
+            self.log.emit,
+        )
+        gossip = PeerGossip(
+            self.name,
+            self.training.trained,
+            self.prepared.topology,
+            build_rule(config.peers),
+            self.ledger,
+            exchange,
+            config.train.rounds,
+            config.peers.catch_up_after,
+            self._train,
+            partial(encode_message, self.prepared),
+            partial(decode_message, self.prepared),
+            self._commit,
+            self._restart_optimizer,
+            self.progress,
+        )
+        ended = self.progress.rounds_done == config.train.rounds
+        self.log.tick("phase", text="finished; answering neighbours that are not" if ended else "waiting for the neighbours")
+        serving = asyncio.create_task(self.network.serve(exchange.talk))
+        life = asyncio.create_task(gossip.run())
+        waiting = asyncio.create_task(self._stopped_before_training())
+        try:
+            done, _ = await asyncio.wait({serving, life, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting not in done:
+                waiting.cancel()
+            elif waiting.result():
+                raise Interrupted(f"{self.name} stopped while it waited for its neighbours; nothing was lost")
+            else:
+                await asyncio.wait({serving, life}, return_when=asyncio.FIRST_COMPLETED)
+            if serving.done() and not life.done():
+                serving.result()  # raises: it ends only with an error
+            consensus, num_peers = life.result()
+        finally:
+            self.abandoned = True  # a second Ctrl-C need not wait for the local steps to end
+            for task in (life, serving, waiting):
+                task.cancel()
+            await asyncio.gather(life, serving, waiting, return_exceptions=True)
+        return self.training.participants.factors | consensus, num_peers
+
+    async def _stopped_before_training(self) -> bool:
+        """Whether the user stops before the first local step here; until then there is no round to finish."""
+        while not self.began:
+            if self.stop():
+                return True
+            await asyncio.sleep(0.2)
+        return False
+
+    async def _train(self, number: int, names: frozenset[str]) -> None:
+        self.began = True
+        every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
+        if number and every and number % every == 0:  # its own score: nobody has the average before the end
+            own = await asyncio.to_thread(self._evaluate, self.training.participants.factors, self.name)
+            self._emit_scores(None, own)
+        losses = await asyncio.to_thread(self.training.round, number, names)
+        self.loss, self.trained_round = losses.item(), number
+        if not math.isfinite(self.loss):
+            raise RunError(
+                f"the loss of {self.name} is no number any more in round {number}; lower train.learning_rate and start anew"
+                " in another output_dir"
+            )
+
+    def _commit(self, progress: Progress) -> None:
+        """Factors, optimiser and progress to disk; then the round is done."""
+        self.seconds = time.monotonic() - self.began_at
+        last, trained = self.prepared.config.train.rounds, self.trained_round
+        if trained is not None:
+            self.round = self._round_event(trained)
+        self.folder.save(
+            RUN,
+            Checkpoint(
+                progress.rounds_done,
+                self.training.participants.factors,
+                self.training.participants.optimizer_state(),
+                {
+                    "progress": vars(progress),
+                    "bytes_on_wire": self._bytes_on_wire(),
+                    "seconds": self.seconds,
+                    "best": self.best,
+                    "round": self.round,
+                    "environment": environment(1),
+                },
+            ),
+        )
+        self.progress = Progress(**vars(progress))
+        if trained is None:
+            return  # no round: the peer caught up, or doubts were settled after the last
+        self.trained_round = None
+        self.log.emit("round", **self.round)
+        if self.stop() and progress.rounds_done < last:
+            raise Interrupted(f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and saved")
+
+    def _round_event(self, number: int) -> dict[str, Any]:
+        """What the log says of a round; the commit holds it too, for a kill may come between the two."""
+        return {
+            "run": RUN,
+            "round": number,
+            "loss": self.loss,
+            "losses": [self.loss],
+            "learning_rate": self.training.learning_rates(number, self.training.local_steps[0])[-1],
+            "consensus_distance": None,
+            "bytes_on_wire": self._bytes_on_wire(),
+            "seconds": self.seconds,
+        }
+
+    def _restart_optimizer(self) -> None:
+        for group in self.training.participants.groups:
+            group.optimizer.state.clear()
+
+    # The end
+
+    def finish(self, consensus: Factors, num_peers: int) -> dict[str, Any]:
+        """Score and write the two adapters; returns the result that the summary shows."""
+        own = self._evaluate(self.training.participants.factors, self.name)
+        average = self._evaluate(consensus, "average")
+        if not self.best or better(average, self.best):
+            self.best = {"rounds_done": self.progress.rounds_done, **average}
+        self._emit_scores(average, own)
+        save_adapter(self.folder.path / "consensus", consensus, self.prepared.model.peft_config)
+        save_adapter(
+            self.folder.path / "peers" / self.name, self.training.participants.factors, self.prepared.model.peft_config
+        )
+        result = {
+            "consensus": average,
+            "peers_mean": own,
+            "peers": {self.name: own},
+            "best": self.best,
+            "consensus_peers": num_peers,
+            "bytes_on_wire": self._bytes_on_wire(),
+            "consensus_distance": None,
+            "seconds": self.seconds,
+            "local_steps": self.training.local_steps,
+            "edges": _edge_counts(self.name, self.prepared.topology, self.ledger, self.prepared.config.train.rounds),
+        }
+        shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
+        self.log.emit("run-done", run=RUN, **shown)
+        return result
+
+    def _evaluate(self, factors: Mapping[str, Tensor], what: str) -> Scores:
+        return self.prepared.evaluate(
+            factors, lambda done, total: self.log.tick("evaluating", run=RUN, what=what, done=done, total=total)
+        )
+
+    def _emit_scores(self, consensus: Scores | None, own: Scores) -> None:
+        self.log.emit(
+            "scores",
+            run=RUN,
+            rounds_done=self.progress.rounds_done,
+            consensus=consensus,
+            peers={self.name: own},
+            peers_mean=own,
+            bytes_on_wire=self._bytes_on_wire(),
+            seconds=self.seconds,
+        )
+
+    def _bytes_on_wire(self) -> int:
+        """Serialised frames this peer sent and received, in all processes of the run."""
+        traffic = self.network.traffic
+        return self.bytes_before + sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
+
+    def _tick_step(self, num_participants: int) -> None:
+        if self.abandoned:
+            raise Interrupted("given up")
+        self.steps_done += num_participants
+        total = self.training.local_steps[0] * self.prepared.config.train.rounds
+        self.log.tick("step", run=RUN, done=self.steps_done, total=total)
+
+
+def _edge_counts(name: str, topology: Topology, ledger: Ledger, rounds: int) -> dict[str, dict[str, int]]:
+    """For each neighbour, how many of the run's rounds with it were mixed, left out, or are still in doubt."""
+    index, committed = topology.names.index(name), ledger.committed()
+    counts = {}
+    for other in topology.all_neighbours(index):
+        neighbour = topology.names[other]
+        due = [round for round in range(rounds) if other in topology.neighbours(index, round)]
+        mixed = sum((round, neighbour) in committed for round in due)
+        doubts = len(ledger.in_doubt(neighbour))
+        counts[neighbour] = {"mixed": mixed, "left_out": len(due) - mixed - doubts, "in_doubt": doubts}
+    return counts
