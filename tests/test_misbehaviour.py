@@ -13,6 +13,8 @@ import torch
 import virtual
 from world import PATIENCE, SIZE, World, expected
 
+from dlora.decentralized.exchange import difference
+from dlora.decentralized.neighbour import Neighbour
 from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from dlora.net.codec import encode, message_num_bytes
 from dlora.net.transport import Link
@@ -33,6 +35,14 @@ async def until(link: Link, kind: type[Frame]) -> Frame:
     while not isinstance(frame := await link.receive(), kind):
         pass
     return frame
+
+
+async def offers_an_alias(link: Link) -> None:
+    await link.send(Offer("round-0000000", NUM_BYTES, "0" * 64))
+
+
+async def offers_a_round_beyond_the_run(link: Link) -> None:
+    await link.send(Offer("round-900000", NUM_BYTES, "0" * 64))
 
 
 async def sends_oversized(link: Link) -> None:
@@ -77,7 +87,9 @@ NOT_FINITE = [message(torch.full((SIZE,), value)) for value in (math.nan, math.i
 OTHER_SHAPE = message(torch.ones(SIZE + 1))
 REFUSED = {
     "oversized": (sends_oversized, "1099511627776 bytes"),
-    "unknown message": (offers_an_unknown_message, "it offered weights"),
+    "another spelling of a round": (offers_an_alias, "no message of this run"),
+    "a round beyond the run": (offers_a_round_beyond_the_run, "no message of this run"),
+    "unknown message": (offers_an_unknown_message, "no message of this run"),
     "another content than offered": (sends(message(), "0" * 64), "not the content that was offered"),
     "not a number": (sends(NOT_FINITE[0]), "not finite"),
     "infinity": (sends(NOT_FINITE[1]), "not finite"),
@@ -193,3 +205,49 @@ def test_a_slow_drip_costs_the_edge_and_no_more_than_the_limit_a_round(tmp_path:
     run_with(world, drips)
     waits = [fields["reason"] for _, name, event, fields in world.story if (name, event) == ("a", "edge")]
     assert waits.count(f"the round has waited {PATIENCE.round_limit_s:g} s") == world.rounds
+
+
+def test_one_neighbour_that_says_it_is_far_ahead_is_not_followed(tmp_path: Path) -> None:
+    """Its state would replace this peer's, and the run would be over: it takes more than half of the neighbours."""
+    world = World(tmp_path, rounds=30)
+    content = message(torch.full((SIZE,), 9.0))
+
+    async def pretends(link: Link) -> None:
+        await link.send(offered(content, "round-000028"))
+        while True:
+            if isinstance(await link.receive(), Want):
+                await link.send(Chunk("round-000028", 0, content))
+
+    run_with(world, pretends)
+    assert not any(world.story_of(name, "caught-up") for name in "acd")
+
+
+def test_a_sum_of_more_peers_than_there_are_below_is_left_out(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    content = encode({"x": torch.ones(SIZE), "num_peers": torch.tensor([4.0])}, torch.float64)
+
+    async def counts_too_many(link: Link) -> None:
+        async for frame in forever(link):
+            if isinstance(frame, Status) and frame.round >= world.rounds:
+                await link.send(Status(frame.round))
+                await link.send(Offer("sum", len(content), hashlib.sha256(content).hexdigest()))
+            elif isinstance(frame, Want):
+                await link.send(Chunk(frame.name, 0, content))
+
+    run_with(world, counts_too_many)
+    assert [fields["neighbour"] for fields in world.story_of("a", "left-out")] == ["b"]
+    assert world.results["a"][1] == 2, "a and d; c hangs below b"
+
+
+def test_asking_again_and_again_fills_no_memory() -> None:
+    neighbour = Neighbour("b")
+    neighbour.linked(object())  # type: ignore[arg-type]  # nothing is sent here
+    for _ in range(1000):
+        neighbour.say(Decided(0, True))
+    assert len(neighbour.queue) == 1
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"\\u001b[2J": 1}', '{"' + "k" * 500_000 + '": 1}'])
+def test_what_a_stranger_run_says_of_itself_is_shown_short_and_harmless(manifest: str) -> None:
+    said = difference("a", '{"r":8}', "b", manifest)
+    assert len(said) < 600 and said.isprintable() and said.isascii()

@@ -18,7 +18,7 @@ from dlora.decentralized.gossip import PeerGossip, Progress
 from dlora.decentralized.ledger import Ledger, round_of
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology, build_topology
-from dlora.frames import Frame, Hello, Status
+from dlora.frames import Frame
 from dlora.lora.factors import Factors
 from dlora.net.codec import Expected, decode_tensors, encode, message_num_bytes
 from dlora.net.memory import MemoryHub, MemoryNetwork
@@ -58,7 +58,7 @@ class World:
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.story: list[tuple[float, str, str, dict[str, Any]]] = []
         self.fault: Callable[[str, str], bool] = lambda name, what: False  # asked before every frame and write
-        self.on_frame: Callable[[World, str, str, int], None] | None = None  # sender, receiver, the sender's round
+        self.on_frame: Callable[[World, str, str, Frame], None] = lambda world, here, there, frame: None  # before it is sent
         self.manifests = dict.fromkeys(names, '{"r":8}')
         self.catch_up_after = 10
 
@@ -104,7 +104,7 @@ class World:
             ledger,
             self.neighbours(name),
             PATIENCE,
-            lambda message: message_num_bytes(expected(message)),
+            self._num_bytes,
             self._decode,
             lambda event, **fields: self.story.append((asyncio.get_running_loop().time(), name, event, fields)),
         )
@@ -125,7 +125,7 @@ class World:
         serving = asyncio.create_task(network.serve(exchange.talk))
         life = asyncio.create_task(gossip.run())
         try:
-            done, _ = await asyncio.wait({serving, life}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({serving, life, exchange.failed}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 result = task.result()
                 assert result is not None
@@ -143,6 +143,10 @@ class World:
         if self.fault(name, what):
             self.tasks[name].cancel()
             raise asyncio.CancelledError
+
+    def _num_bytes(self, message: str) -> int:
+        known = expected(message) and (round_of(message) or 0) < self.rounds
+        return message_num_bytes(expected(message)) if known else 0
 
     @staticmethod
     def _encode(message: str, tensors: Mapping[str, Tensor]) -> bytes:
@@ -221,8 +225,7 @@ class FaultyNetwork(MemoryNetwork):
 
             async def ask(frame: Frame) -> None:
                 self.world._ask(self.name, type(frame).__name__)
-                if self.world.on_frame and not isinstance(frame, Hello | Status):
-                    self.world.on_frame(self.world, self.name, neighbour, self.world.rounds_now[self.name])
+                self.world.on_frame(self.world, self.name, neighbour, frame)
                 await send(frame)
 
             link.send = ask

@@ -22,6 +22,7 @@ from typing import Any
 
 from dlora.decentralized.ledger import Ledger, round_message, round_of
 from dlora.decentralized.neighbour import Link, Misbehaviour, Neighbour
+from dlora.errors import RunError
 from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 
 BEATS = 4  # times within `patience_s` that a peer with nothing to say says where it is
@@ -38,8 +39,8 @@ class Patience:
 class Exchange:
     """All edges of the peer ``name``. ``check(message_name, path)`` raises ValueError unless a file is what it should be.
 
-    ``num_bytes(message_name)`` is the only size a message of that name can have. ``report(event, **fields)`` hears what
-    happened and why.
+    ``num_bytes(message_name)`` is the only size a message of that name can have, 0 where no peer sends one.
+    ``report(event, **fields)`` hears what happened and why. ``failed`` ends with the error of this peer's own disk.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Exchange:
         self.wanted: set[tuple[str, str]] = set()  # (neighbour, message) asked for beside this round's edges
         self._edges: frozenset[str] = frozenset()  # the neighbours of the exchange under way
         self._changed = asyncio.Event()
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # What the peer's life calls
 
@@ -83,13 +85,24 @@ class Exchange:
         await asyncio.gather(*(self._edge(self.neighbours[other], started_at) for other in self._edges))
 
     async def fetch(self, neighbour: str, message: str) -> Path | None:
-        """A message of a neighbour beside the rounds' own, waited for; None when it does not come."""
-        other = self.neighbours[neighbour]
+        """A message of a neighbour beside the rounds' own, waited for; None when it does not come.
+
+        A round's message is there already, or never: it is given up when its bytes stop coming or another is offered.
+        """
+        clock, other = asyncio.get_running_loop(), self.neighbours[neighbour]
+        began_at, of_round = clock.time(), round_of(message) is not None
         self.wanted.add((neighbour, message))
         self._consider(other)
-        reason = await self._until(
-            other, lambda: self.ledger.received(neighbour, message) is not None, asyncio.get_running_loop().time()
-        )
+
+        def done() -> bool:
+            if self.ledger.received(neighbour, message) is not None:
+                return True
+            offer = other.offers.get("round")
+            replaced = offer is not None and offer.name != message
+            stalled = clock.time() >= max(began_at, other.stored_at) + self.patience.silence_s
+            return of_round and (replaced or stalled)
+
+        reason = await self._until(other, done, began_at)
         self.wanted.discard((neighbour, message))
         if reason is not None:
             self.report("not-fetched", neighbour=neighbour, message=message, reason=reason)
@@ -169,6 +182,12 @@ class Exchange:
             reason = f"nothing came for {self.patience.silence_s:g} s"
         except Misbehaviour as error:
             reason = f"refused: {error}"
+        except (RunError, OSError) as error:  # this peer's own disk: no neighbour is to blame, and nothing may go on
+            reason = "this peer's disk failed"
+            if not self.failed.done():
+                where = getattr(error, "filename", None) or self.ledger.folder
+                told = f"{where} cannot be used ({getattr(error, 'strerror', None) or error}); mend that, then add --resume"
+                self.failed.set_exception(error if isinstance(error, RunError) else RunError(told))
         finally:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
@@ -182,8 +201,10 @@ class Exchange:
             case Status(round):
                 other.round = round
             case Offer():
-                if frame.num_bytes != self.num_bytes(frame.name):
-                    expected = self.num_bytes(frame.name)
+                expected = self.num_bytes(frame.name)
+                if not expected:
+                    raise Misbehaviour(f"it offered {frame.name}, which is no message of this run")
+                if frame.num_bytes != expected:
                     raise Misbehaviour(f"it offered {frame.name} of {frame.num_bytes} bytes; that has {expected}")
                 kind = frame.name if round_of(frame.name) is None else "round"
                 if kind not in other.offers or other.offers[kind].name != frame.name:
@@ -325,13 +346,14 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
     """The first key in which two manifests differ, with both values."""
     try:
         other: Any = json.loads(other_manifest)
-    except ValueError:
+    except (ValueError, RecursionError):
         other = None
     if not isinstance(other, Mapping):
         return f"{there} is in another run, and its manifest cannot be read"
     own = json.loads(manifest)
     for key in sorted(own.keys() | other.keys(), key=lambda key: (key == "initial_factors", key)):  # they follow from the rest
         if own.get(key) != other.get(key):
-            mine, theirs = (json.dumps(tree.get(key), ensure_ascii=False)[:200] for tree in (own, other))
-            return f"{there} is in another run: {key} is {mine} at {here} and {theirs} at {there}; make them alike"
+            mine, theirs = (json.dumps(tree.get(key))[:200] for tree in (own, other))  # ASCII: it goes to a terminal
+            name = key if key in own else json.dumps(key)[:80]
+            return f"{there} is in another run: {name} is {mine} at {here} and {theirs} at {there}; make them alike"
     return f"{there} is in another run, though the manifests read alike; the versions of dlora may differ"

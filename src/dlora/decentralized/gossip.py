@@ -19,7 +19,7 @@ from dlora.decentralized.exchange import BEATS, Exchange
 from dlora.decentralized.ledger import Ledger, round_message, round_of
 from dlora.decentralized.mixing import Rule, mix, mix_edge
 from dlora.decentralized.topology import Topology
-from dlora.errors import NeighbourError
+from dlora.errors import NeighbourError, RunError
 from dlora.lora.factors import Factors
 
 Edge = tuple[int, int]
@@ -105,6 +105,8 @@ class PeerGossip:
     async def run(self) -> tuple[Factors, int]:
         """All rounds that are left, then the average of all peers ((1, ...) each) and how many of them are in it."""
         first = self.progress.rounds_done == 0
+        if self.progress.rounds_done == self.rounds:
+            self.ledger.forget_reduction()  # who was missing then may be here now
         self.exchange.enter(self.progress.rounds_done)
         await self.exchange.greeted(self.exchange.patience.round_limit_s if first else self.exchange.patience.silence_s / BEATS)
         refused = [neighbour.refused for neighbour in self.exchange.neighbours.values() if neighbour.refused]
@@ -130,7 +132,13 @@ class PeerGossip:
         await self.train(number, trained(self.factors, self.rule, number))
         sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number)}
         message = round_message(number)
-        self.ledger.keep(message, self.encode(message, sent))
+        try:
+            self.decode(message, self.ledger.keep(message, self.encode(message, sent)).path)
+        except ValueError as error:
+            raise RunError(
+                f"the factors of {self.name} cannot be sent in round {number}: {error}; lower train.learning_rate and start"
+                " anew in another output_dir"
+            ) from error
         await self.exchange.mix_round(self.topology.names[other] for other in self.topology.neighbours(self.index, number))
         self._mix()
         self.progress.rounds_done = number + 1
@@ -151,12 +159,15 @@ class PeerGossip:
 
         The mean over peers is not kept here; what this peer learnt since it left is given up.
         """
+        here = [neighbour for neighbour in self.exchange.neighbours.values() if neighbour.link is not None]
         ahead = {
-            name: offer.name
-            for name, neighbour in self.exchange.neighbours.items()
+            neighbour.name: offer.name
+            for neighbour in here
             if (offer := neighbour.offers.get("round")) is not None
             and (round_of(offer.name) or 0) - self.progress.rounds_done > self.catch_up_after
         }
+        if 2 * len(ahead) <= len(here):
+            return  # one neighbour that is ahead, or says so, is not the run
         paths = await asyncio.gather(*(self.exchange.fetch(name, message) for name, message in ahead.items()))
         states = [(message, path) for message, path in zip(ahead.values(), paths, strict=True) if path is not None]
         if not states:
@@ -166,7 +177,8 @@ class PeerGossip:
             for name in taken[0]:
                 self.factors[name].copy_(torch.stack([state[name] for state in taken if name in state]).mean(dim=0))
         self.restart_optimizer()
-        was, now = self.progress.rounds_done, max(round_of(message) or 0 for message, _ in states)
+        rounds = sorted(round_of(message) or 0 for message, _ in states)
+        was, now = self.progress.rounds_done, rounds[(len(rounds) - 1) // 2]
         self.progress = Progress(now, self.ledger.position, now)
         self.commit(self.progress)
         self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
@@ -174,26 +186,31 @@ class PeerGossip:
     async def _reduce(self) -> tuple[Factors, int]:
         """The exact average of all peers over a tree of neighbours: sums go up to the first peer, the average comes down.
 
-        2 (n - 1) messages in all, in the factors' own dtype. What cannot be reached is left out: below a peer that is gone
-        each branch has the average of its own.
+        2 (n - 1) messages in all, in float32, on the CPU. What cannot be reached is left out: below a peer that is gone each
+        branch has the average of its own. So is a sum that counts more peers than there are below, or that overflows.
         """
         parent, children = self.topology.tree(self.index)
         names = self.topology.names
-        if self.ledger.own("sum") is None:
-            paths = await asyncio.gather(*(self.exchange.fetch(names[child], "sum") for child in children))
-            sums = [self.factors | {"num_peers": torch.ones(1, 1)}]
-            sums += [dict(self.decode("sum", path)) for path in paths if path is not None]
-            self.ledger.keep("sum", self.encode("sum", {name: sum(part[name] for part in sums) for name in sums[0]}))  # type: ignore[misc]
-        own = self.ledger.own("sum")
-        assert own is not None
-        came = None
+        paths = await asyncio.gather(*(self.exchange.fetch(names[child], "sum") for child in children))
+        total = {name: tensor.cpu() for name, tensor in self.factors.items()} | {"num_peers": torch.ones(1, 1)}
+        for (child, num_below), path in zip(children.items(), paths, strict=True):
+            if path is None:
+                continue
+            part = self.decode("sum", path)
+            joined = {name: tensor + part[name] for name, tensor in total.items()}
+            if part["num_peers"].item() > num_below or not all(tensor.isfinite().all() for tensor in joined.values()):
+                self.exchange.report("left-out", neighbour=names[child], reason=f"its sum is not that of {num_below} peers")
+                continue
+            total = joined
+        num_peers = round(total["num_peers"].item())
+        average = {name: tensor / num_peers for name, tensor in total.items()} | {"num_peers": total["num_peers"]}
         if parent is not None:
+            self.ledger.keep("sum", self.encode("sum", total))
             self.exchange.offer([names[parent]], "sum")
             came = await self.exchange.fetch(names[parent], "average")
-        average = dict(self.decode("average", came) if came else self.decode("sum", own.path))
-        num_peers = round(average["num_peers"].item())
-        if came is None:
-            average = {name: tensor / num_peers for name, tensor in average.items()} | {"num_peers": average["num_peers"]}
+            if came is not None:
+                average = dict(self.decode("average", came))
+                num_peers = round(average["num_peers"].item())
         self.ledger.keep("average", self.encode("average", average))
         self.exchange.offer([names[child] for child in children], "average")
         average.pop("num_peers")

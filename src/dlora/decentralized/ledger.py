@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dlora.runlog import RunLog, read_log, write_atomically
+from dlora.runlog import RunLog, read_log, sync_folder, write_atomically
 
 State = Literal["promised", "committed", "dropped"]
 _ROUND = re.compile(r"round-(\d{6,})")
@@ -31,9 +31,9 @@ def round_message(round: int) -> str:
 
 
 def round_of(message: str) -> int | None:
-    """The round of such a name; None for any other message."""
+    """The round of such a name; None for any other message, and for any other spelling: a round has one name."""
     match = _ROUND.fullmatch(message)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and round_message(int(match[1])) == message else None
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Ledger:
         self.folder = folder
         for part in ("sent", "received"):
             (folder / part).mkdir(parents=True, exist_ok=True)
+        sync_folder(folder)
         path = folder / "edges.jsonl"
         self._log = RunLog(path)  # cuts off a line that a crash tore
         self._entries: list[tuple[int, str, State]] = [
@@ -117,6 +118,14 @@ class Ledger:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, self._received(neighbour, name))
+        sync_folder(partial.parent)
+
+    def forget_reduction(self) -> None:
+        """Remove the messages that are no round's: the end of the run is to be gone through again."""
+        for path in [*(self.folder / "sent").glob("*.safetensors"), *(self.folder / "received").glob("*/*.safetensors")]:
+            if round_of(path.stem) is None:
+                path.unlink()
+                self._own.pop(path.stem, None)
 
     # Edges
 
@@ -148,7 +157,8 @@ class Ledger:
     def due(self, position: int, since_round: int = 0) -> Iterator[Due]:
         """The edges committed after ``position``, in order; those before ``since_round`` are moot (the peer caught up)."""
         for round, neighbour, state in self._entries[position:]:
-            if state == "committed" and round >= since_round:
+            # the last entry of an edge counts, should a write that failed have left one before it
+            if state == "committed" == self._states[round, neighbour] and round >= since_round:
                 name = round_message(round)
                 yield Due(round, neighbour, self._sent(name), self._received(neighbour, name))
 

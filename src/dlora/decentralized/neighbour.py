@@ -40,6 +40,7 @@ class Neighbour:
     offers: dict[str, Offer] = field(default_factory=dict)  # its latest round's, and any others by name
     promised: set[int] = field(default_factory=set)  # rounds whose message of ours it holds
     incoming: Offer | None = None  # being fetched on this link
+    stored_at: float = float("-inf")  # loop time of the last chunk of it
     queue: deque[Frame] = field(default_factory=deque)  # to be said on this link
     outgoing: tuple[str, int] | None = None  # our message it wants, and from which byte on
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -53,7 +54,7 @@ class Neighbour:
 
     def say(self, frame: Frame) -> None:
         """Queue a frame; without a link it is lost, and said again on the next where that matters."""
-        if self.link is not None:
+        if self.link is not None and frame not in self.queue:  # so that who asks again and again fills no memory
             self.queue.append(frame)
             self.wake.set()
 
@@ -104,6 +105,7 @@ class Neighbour:
             raise Misbehaviour(f"it sent bytes from {chunk.offset} of {name}, expected from {have} of {offer.num_bytes}")
         with open(partial, "ab") as file:
             file.write(chunk.data)
+        self.stored_at = asyncio.get_running_loop().time()
         if have + len(chunk.data) < offer.num_bytes:
             return False
         self.incoming = None

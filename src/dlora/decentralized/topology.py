@@ -68,12 +68,16 @@ class Topology:
         """Everybody whom one peer ever talks to."""
         return sorted({other for round in range(self.period) for other in self.neighbours(peer, round)})
 
-    def tree(self, peer: int) -> tuple[int | None, list[int]]:
-        """The parent (None at the root, peer 0) and the children of one peer in a breadth-first tree over all edges ever."""
+    def tree(self, peer: int) -> tuple[int | None, dict[int, int]]:
+        """One peer's place in a breadth-first tree over all edges ever: its parent (None at the root, peer 0) and its children.
+
+        Child -> how many peers are below it, itself included.
+        """
         graph = nx.Graph(edge for round in range(self.period) for edge in self.edges(round))
         graph.add_nodes_from(range(self.num_peers))
         tree = nx.bfs_tree(graph, 0, sort_neighbors=sorted)
-        return next(iter(tree.predecessors(peer)), None), sorted(tree.successors(peer))
+        below = {child: 1 + len(nx.descendants(tree, child)) for child in sorted(tree.successors(peer))}
+        return next(iter(tree.predecessors(peer)), None), below
 
     def edges(self, round: int) -> list[tuple[int, int]]:
         """The pairs i < j that exchange in a round; each exchange is two messages."""

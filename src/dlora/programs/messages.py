@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlora.decentralized.ledger import round_of
 from dlora.decentralized.mixing import build_rule
-from dlora.net.codec import Expected, decode_tensors, encode
+from dlora.net.codec import Expected, decode_tensors, encode, message_num_bytes
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
 
 REDUCTION = ("sum", "average")  # of the end of a run; always float32, for nothing mixes their rounding away
@@ -20,12 +20,18 @@ def expected_tensors(prepared: Prepared, message: str) -> Expected:
     """Name -> dtype and shape in a message of that name; nothing for a name that no peer sends."""
     round = round_of(message)
     shapes = {name: tuple(tensor.shape) for name, tensor in prepared.trained.items()}
-    if round is not None:
+    if round is not None and round < prepared.config.train.rounds:
         rule, wire = build_rule(prepared.config.peers), WIRE_DTYPES[prepared.config.peers.wire]
         return {name: (wire, shape) for name, shape in shapes.items() if rule.sends(name, round)}
     if message in REDUCTION:
         return {name: (torch.float32, shape) for name, shape in shapes.items()} | {"num_peers": (torch.float32, (1,))}
     return {}
+
+
+def message_bytes(prepared: Prepared, message: str) -> int:
+    """The only length a message of that name can have; 0 for a name that no peer sends."""
+    expected = expected_tensors(prepared, message)
+    return message_num_bytes(expected) if expected else 0
 
 
 def encode_message(prepared: Prepared, message: str, tensors: Mapping[str, Tensor]) -> bytes:

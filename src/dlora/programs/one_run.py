@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
 from dlora.net.memory import MemoryTransport
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
-from dlora.programs.run_folder import Checkpoint, RunFolder, environment
+from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
 from dlora.programs.training import Training
 from dlora.runlog import RunLog
 
@@ -132,11 +131,7 @@ class Run:
 
     def _restore(self, stored: Checkpoint) -> None:
         state, here = stored.state, environment(self.group_size)
-        if state["environment"] != here:
-            warnings.warn(
-                f"this run was saved with {state['environment']} and goes on with {here}: right, but not bit for bit",
-                stacklevel=2,
-            )
+        warn_of_another(state["environment"], here)
         self.participants.load(stored.factors, stored.optimizer)
         self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
         self.steps_done = self.rounds_done * sum(self.local_steps)

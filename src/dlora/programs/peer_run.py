@@ -20,11 +20,10 @@ from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
-from dlora.net.codec import message_num_bytes
 from dlora.net.grpc import GrpcNetwork
-from dlora.programs.messages import decode_message, encode_message, expected_tensors
+from dlora.programs.messages import decode_message, encode_message, message_bytes
 from dlora.programs.prepare import Prepared, manifest_hash, manifest_text
-from dlora.programs.run_folder import Checkpoint, RunFolder, environment
+from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
 from dlora.programs.training import Training
 from dlora.runlog import RunLog, read_log
 
@@ -62,6 +61,7 @@ class PeerRun:
             self.progress = Progress(**stored.state["progress"])
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
             self.bytes_before = stored.state["bytes_on_wire"]
+            warn_of_another(stored.state["environment"], environment(1))
             self.round = stored.state["round"]
             self.steps_done = self.progress.rounds_done * self.training.local_steps[0]
         self.began_at = time.monotonic() - self.seconds
@@ -83,7 +83,7 @@ class PeerRun:
             self.ledger,
             neighbours,
             Patience(config.peers.silence_s, config.peers.round_limit_s),
-            lambda message: message_num_bytes(expected_tensors(self.prepared, message)),
+            partial(message_bytes, self.prepared),
             partial(decode_message, self.prepared),
             self.log.emit,
         )
@@ -107,32 +107,26 @@ class PeerRun:
         self.log.tick("phase", text="finished; answering neighbours that are not" if ended else "waiting for the neighbours")
         serving = asyncio.create_task(self.network.serve(exchange.talk))
         life = asyncio.create_task(gossip.run())
-        waiting = asyncio.create_task(self._stopped_before_training())
+        stopping = asyncio.create_task(self._stopped_outside_a_round())
+        ends: list[asyncio.Future[Any]] = [exchange.failed, serving, stopping, life]  # all but life end only with an error
         try:
-            done, _ = await asyncio.wait({serving, life, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if waiting not in done:
-                waiting.cancel()
-            elif waiting.result():
-                raise Interrupted(f"{self.name} stopped while it waited for its neighbours; nothing was lost")
-            else:
-                await asyncio.wait({serving, life}, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done() and not life.done():
-                serving.result()  # raises: it ends only with an error
-            consensus, num_peers = life.result()
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            consensus, num_peers = next(end for end in ends if end.done()).result()
+        except ExceptionGroup as group:  # of the network's tasks: the first says it
+            raise group.exceptions[0] from group
         finally:
             self.abandoned = True  # a second Ctrl-C need not wait for the local steps to end
-            for task in (life, serving, waiting):
-                task.cancel()
-            await asyncio.gather(life, serving, waiting, return_exceptions=True)
-        return self.training.participants.factors | consensus, num_peers
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        device = self.prepared.model.device
+        return self.training.participants.factors | {name: tensor.to(device) for name, tensor in consensus.items()}, num_peers
 
-    async def _stopped_before_training(self) -> bool:
-        """Whether the user stops before the first local step here; until then there is no round to finish."""
-        while not self.began:
-            if self.stop():
-                return True
+    async def _stopped_outside_a_round(self) -> None:
+        """Raise Interrupted when the user stops before the first local step or after the last: there is no round to finish."""
+        while not self.stop() or (self.began and self.progress.rounds_done < self.prepared.config.train.rounds):
             await asyncio.sleep(0.2)
-        return False
+        raise Interrupted(f"{self.name} stopped while it waited for its neighbours; nothing was lost")
 
     async def _train(self, number: int, names: frozenset[str]) -> None:
         self.began = True

@@ -12,8 +12,8 @@ from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology
 from dlora.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from dlora.lora.factors import num_parameters, stack
-from dlora.net.codec import encode_frame, message_num_bytes
-from dlora.programs.messages import expected_tensors
+from dlora.net.codec import encode_frame
+from dlora.programs.messages import message_bytes
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 
 LINES_MBIT_S = (4, 20, 100)
@@ -40,7 +40,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "peers": topology.num_peers,
         "rounds": rounds,
         "trainable_parameters": parameters,
-        "message_bytes": message_num_bytes(expected_tensors(prepared, round_message(0))),
+        "message_bytes": message_bytes(prepared, round_message(0)),
         "edges": {f"{topology.names[one]} - {topology.names[two]}": count for (one, two), count in sorted(edges.items())},
         "bytes_a_round": sum(edges.values()) / rounds,
         "bytes_on_wire": sum(edges.values()),
@@ -76,7 +76,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
 
 def transfer(prepared: Prepared, message: str) -> Iterator[Frame]:
     """The frames that carry one message, and that ask for it."""
-    num_bytes = message_num_bytes(expected_tensors(prepared, message))
+    num_bytes = message_bytes(prepared, message)
     yield Offer(message, num_bytes, _HASH)
     yield Want(message, 0)
     for offset in range(0, num_bytes, MAX_CHUNK_BYTES):

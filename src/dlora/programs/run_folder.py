@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from dlora.config import Config, parse_section
 from dlora.errors import ConfigError, RunError
-from dlora.runlog import write_atomically
+from dlora.runlog import sync_folder, write_atomically
+
+# What may change from start to start: where the run lies, and how long one peer waits for its neighbours.
+LOCAL_KEYS = {"output_dir", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class RunFolder:
         stored = read_config(folder.path)
         before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or key == "output_dir":
+            if before.get(key) == now.get(key) or key in LOCAL_KEYS:
                 continue
             if key == "train.rounds" and config.train.rounds > stored.train.rounds:
                 if config.train.lr_scheduler_type == "constant":
@@ -105,7 +109,8 @@ class RunFolder:
         runs = self.path / "checkpoints" / run
         target = runs / f"round-{checkpoint.rounds_done:06d}"
         partial = runs / f".{target.name}.partial"
-        older = [path for path in runs.glob("round-*") if path != target]
+        aside = runs / f"{target.name}.before"
+        older = [path for path in runs.glob("round-*") if path not in (target, aside)]
         for leftover in runs.glob(".*.partial"):  # of a process that was killed while it saved
             shutil.rmtree(leftover, ignore_errors=True)
         try:
@@ -113,13 +118,15 @@ class RunFolder:
             write_atomically(partial / "factors.safetensors", save(checkpoint.factors))
             write_atomically(partial / "optimizer.safetensors", save(checkpoint.optimizer))
             write_atomically(partial / "state.json", json.dumps(checkpoint.state, indent=1))
-            shutil.rmtree(target, ignore_errors=True)  # only there when the same rounds were run again
+            if target.exists():  # the same rounds again: at no moment is there no whole checkpoint
+                target.rename(aside)
             partial.rename(target)
+            sync_folder(runs)
         except OSError as error:
             raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); mend that, then add --resume") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
-        for path in older:
+        for path in (*older, aside):
             shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, run: str, rounds_done: int, result: dict[str, Any]) -> None:
@@ -128,10 +135,10 @@ class RunFolder:
 
     def latest(self, run: str) -> Checkpoint | None:
         """The newest checkpoint of ``run``, or None before its first. Raises RunError when it is damaged."""
-        found = sorted((self.path / "checkpoints" / run).glob("round-*"))
-        if not found:
+        found = (self.path / "checkpoints" / run).glob("round-*")
+        folder = max(found, key=lambda path: (path.stem, path.suffix == ""), default=None)
+        if folder is None:
             return None
-        folder = found[-1]
         try:
             state = json.loads((folder / "state.json").read_text())
             factors, optimizer = (load_file(folder / f"{part}.safetensors") for part in ("factors", "optimizer"))
@@ -139,7 +146,7 @@ class RunFolder:
             result = json.loads(finished.read_text()) if finished.exists() else None
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise RunError(f"checkpoint {folder} cannot be read ({error}); start anew in another output_dir") from error
-        return Checkpoint(int(folder.name.removeprefix("round-")), factors, optimizer, state, result)
+        return Checkpoint(int(folder.stem.removeprefix("round-")), factors, optimizer, state, result)
 
 
 def read_config(path: Path) -> Config:
@@ -174,6 +181,12 @@ def _changed(key: str, before: Any, now: Any) -> RunError:
 def environment(group_size: int) -> dict[str, Any]:
     """What bit-for-bit resuming depends on beside the config."""
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "group_size": group_size}
+
+
+def warn_of_another(stored: dict[str, Any], here: dict[str, Any]) -> None:
+    """Say so when a run was saved by another torch, with other threads or another group size."""
+    if stored != here:
+        warnings.warn(f"this run was saved with {stored} and goes on with {here}: right, but not bit for bit", stacklevel=2)
 
 
 def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
