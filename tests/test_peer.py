@@ -184,6 +184,13 @@ def test_an_address_in_use_is_refused(lonely: Federation) -> None:
         assert str(taken.getsockname()[1]) in line and "listen" in line
 
 
+@pytest.mark.parametrize(
+    "listen", ["7000", ":7000", "127.0.0.1:99999", "127.0.0.1:http", "no-such-host.invalid:7000", "192.0.2.1:7000"]
+)
+def test_a_place_where_nobody_can_listen_is_refused(lonely: Federation, listen: str) -> None:
+    assert f"listen {listen}" in refused(lonely, *lonely.arguments("north", "--listen", listen)).replace("listen on", "listen")
+
+
 def test_a_certificate_that_is_not_yet_valid_is_refused(lonely: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock of this machine is a day slow."""
 

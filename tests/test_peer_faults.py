@@ -196,7 +196,7 @@ def test_kill_9_at_any_instant(tmp_path: Path, model_folder: ModelFolder, topolo
             peers.kill(name)
             times[name] += 1
             peers.start(name, "--resume")
-        outcomes = peers.finish_all()
+        outcomes = peers.finish_all(limit_s=240)
     assert {name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()} == dict.fromkeys(NAMES, (0, ""))
     peers.assert_agreed()
     for name in NAMES:

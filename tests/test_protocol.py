@@ -150,6 +150,7 @@ def test_a_fifth_of_the_exchanges_fails(tmp_path: Path, topology: str, seed: int
                 asyncio.get_running_loop().call_later(PATIENCE.silence_s + 10, world.hub.mend, here, there)
 
     disturbed.on_frame = cut
+    disturbed.catch_up_after = rounds  # what is taken over from neighbours keeps no mean
     for world in (disturbed, undisturbed):
         virtual.run(world.run())
     lost = sum(len(disturbed.topology.edges(round)) for round in range(rounds)) - disturbed.check_ledgers()
@@ -323,3 +324,26 @@ def test_a_broken_link_while_catching_up_holds_nobody_up(tmp_path: Path) -> None
     assert broken and world.story_of("b", "caught-up")
     world.check_ledgers()
     assert max(time for time, *_ in world.story) < PATIENCE.round_limit_s
+
+
+def test_killed_when_it_already_had_the_average(tmp_path: Path) -> None:
+    """The others have ended; what is on its disk is all there is, and all there needs to be."""
+    world = World(tmp_path)
+    commits: list[str] = []
+
+    def fault(name: str, what: str) -> bool:
+        if (name, what) == ("d", "commit"):
+            commits.append(what)
+        return len(commits) == world.rounds + 2 and (name, what) == ("d", "commit")  # the one after the reduction
+
+    world.fault = fault
+
+    async def plan(world: World) -> None:
+        while not all(task.done() for task in world.tasks.values()):
+            await asyncio.sleep(1.0)
+        assert "d" not in world.results
+        world.begin("d")
+
+    virtual.run(world.run(plan))
+    consensus, num_peers = world.results["d"]
+    assert num_peers == 4 and consensus.equal(world.results["a"][0])

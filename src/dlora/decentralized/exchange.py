@@ -121,14 +121,14 @@ class Exchange:
         ):
             await self._change(limit)
 
-    async def settled(self, last: int) -> None:
-        """Return when no edge with a neighbour that is here is in doubt, and all that are here are in round ``last``.
-
-        Who was away gets another ``silence_s`` to come back.
-        """
-        began_at = asyncio.get_running_loop().time()
+    def wait_anew(self) -> None:
+        """Give who is away another ``silence_s`` to come back."""
         for other in self.neighbours.values():
             other.away = False
+
+    async def settled(self, last: int) -> None:
+        """Return when no edge with a neighbour that is here is in doubt, and all that are here are in round ``last``."""
+        began_at = asyncio.get_running_loop().time()
 
         def done(other: Neighbour) -> bool:
             return not self.ledger.in_doubt(other.name) and other.round is not None and other.round >= last
@@ -157,6 +157,9 @@ class Exchange:
             return
         if hello.run != self.run:
             self._refuse(other, difference(self.name, self.manifest, name, hello.manifest))
+            with contextlib.suppress(TimeoutError):  # the other end may not have read our Hello yet
+                async with asyncio.timeout(self.patience.silence_s):
+                    await link.receive()
             return
         other.linked(link)
         self.report("linked", neighbour=name, round=hello.round)

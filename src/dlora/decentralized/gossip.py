@@ -23,6 +23,7 @@ from dlora.errors import NeighbourError, RunError
 from dlora.lora.factors import Factors
 
 Edge = tuple[int, int]
+PARTING_S = 2.0  # for a neighbour in another run to read why this peer goes
 
 
 class Transport(Protocol):
@@ -105,17 +106,19 @@ class PeerGossip:
     async def run(self) -> tuple[Factors, int]:
         """All rounds that are left, then the average of all peers ((1, ...) each) and how many of them are in it."""
         first = self.progress.rounds_done == 0
-        if self.progress.rounds_done == self.rounds:
+        if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
             self.ledger.forget_reduction()  # who was missing then may be here now
         self.exchange.enter(self.progress.rounds_done)
         await self.exchange.greeted(self.exchange.patience.round_limit_s if first else self.exchange.patience.silence_s / BEATS)
         refused = [neighbour.refused for neighbour in self.exchange.neighbours.values() if neighbour.refused]
         if first and refused:
+            await asyncio.sleep(PARTING_S)
             raise NeighbourError(refused[0])
         while self.progress.rounds_done < self.rounds:
             await self._catch_up()
             await self._round()
         self.exchange.enter(self.rounds)
+        self.exchange.wait_anew()
         await self.exchange.settled(self.rounds)
         self._mix()
         self.commit(self.progress)
@@ -124,6 +127,10 @@ class PeerGossip:
         await self.exchange.settled(self.rounds + 1)
         self.commit(self.progress)
         return consensus, num_peers
+
+    def _has_average_of_all(self) -> bool:
+        own = self.ledger.own("average")
+        return own is not None and self.decode("average", own.path)["num_peers"].item() == self.topology.num_peers
 
     async def _round(self) -> None:
         """Algorithm 1 at one peer."""

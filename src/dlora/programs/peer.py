@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import difflib
 import errno
 import json
@@ -119,19 +118,26 @@ def _members(config: Config, name: str) -> tuple[str, ...]:
 
 
 def _check_listen(listen: str) -> None:
-    """Raise ConfigError when another program listens there: later there would be a run folder to remove."""
+    """Raise ConfigError when nobody can listen there: later there would be a run folder to remove."""
     host, _, port = listen.rpartition(":")
-    with contextlib.suppress(socket.gaierror):  # what is no address gRPC refuses in its own words
-        for family, kind, protocol, _, address in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM):
-            try:
-                with socket.socket(family, kind, protocol) as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a closed link is in nobody's way
-                    probe.bind(address)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise ConfigError(
-                        f"cannot listen on {listen}: another program does; stop that program or --listen on another HOST:PORT"
-                    ) from None
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--listen {listen}: expected HOST:PORT, such as 0.0.0.0:7000 or [::]:7000")
+    try:
+        places = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ConfigError(f"--listen {listen}: {host} is no address of this machine ({error.strerror})") from error
+    for family, kind, protocol, _, address in places:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a closed link is in nobody's way
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EAFNOSUPPORT:
+                continue  # a machine without IPv6; gRPC then takes the IPv4 wildcard
+            what = "another program does" if error.errno == errno.EADDRINUSE else error.strerror
+            raise ConfigError(
+                f"cannot listen on {listen}: {what}; stop that program or --listen on another HOST:PORT"
+            ) from None
 
 
 def _introduction(prepared: Prepared, name: str) -> dict[str, Any]:
