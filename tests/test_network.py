@@ -301,6 +301,9 @@ def test_a_receive_that_is_given_up_loses_no_frame(pair: Pair) -> None:
     run(main())
 
 
+NUM_CHUNKS = (64 << 20) // MAX_CHUNK_BYTES
+
+
 def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
     """And what lies between the two is bounded, whatever is said."""
 
@@ -311,7 +314,7 @@ def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
         async def writes(_: str, link: Link) -> None:
             nonlocal sent
             await link.send(Status(0))
-            for offset in range(64):
+            for offset in range(NUM_CHUNKS):
                 sending = asyncio.ensure_future(link.send(Chunk("x", offset, bytes(MAX_CHUNK_BYTES))))
                 done, _ = await asyncio.wait({sending}, timeout=0.5)
                 if not done:
@@ -323,12 +326,12 @@ def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
         async def reads(_: str, link: Link) -> None:
             await link.receive()
             await stuck.wait()
-            got = await take(link, 64)
-            assert [frame.offset for frame in got if isinstance(frame, Chunk)] == list(range(64))
+            got = await take(link, NUM_CHUNKS)
+            assert [frame.offset for frame in got if isinstance(frame, Chunk)] == list(range(NUM_CHUNKS))
             await met.wait()
 
         await both(pair, writes, reads)
-        assert sent <= 16  # MiB
+        assert sent * MAX_CHUNK_BYTES <= 16 << 20
 
     run(main())
 

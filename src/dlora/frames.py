@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-MAX_CHUNK_BYTES = 1 << 20  # of payload in one frame
+MAX_CHUNK_BYTES = 1 << 18  # of payload in one frame: a chunk is a sign of life, on slow lines too
 MAX_MANIFEST_BYTES = 1 << 20
 
 
