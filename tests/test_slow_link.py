@@ -58,12 +58,12 @@ def node(name: str, folder: Path) -> None:
     identity = Identity.load(name, folder / f"{name}.key", Federation.load(path))
     network = GrpcNetwork(identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}")
     ledger, story = Ledger(folder / name), []
-    exchange = Exchange(
-        name, "{}", "0" * 64, ledger, [other], Patience(60.0, 600.0), lambda message: MESSAGE_BYTES,
-        lambda message, path: None, lambda event, **fields: story.append([event, fields]),
-    )  # fmt: skip
 
     async def live() -> float:
+        exchange = Exchange(
+            name, "{}", "0" * 64, ledger, [other], Patience(60.0, 600.0), lambda message: MESSAGE_BYTES,
+            lambda message, path: None, lambda event, **fields: story.append([event, fields]),
+        )  # fmt: skip
         serving = asyncio.create_task(network.serve(exchange.talk))
         exchange.enter(0)
         await exchange.greeted(60.0)
