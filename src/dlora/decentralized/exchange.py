@@ -6,7 +6,7 @@ Time is the event loop's, so a loop with a virtual clock runs it in virtual time
 - An edge is mixed by both ends or by neither. Its named end, the smaller name, decides: committed once it holds the
   other's message and the other's promise (`Have`), dropped when its round ends without. The decision is on its disk before
   it is told. The other end, having promised, waits for the decision; if its round ends first, it asks on every new link.
-- A wait ends when the neighbour is decided about, has left the round, was silent for ``patience_s``, or after
+- A wait ends when the neighbour is decided about, has left the round, was silent for ``silence_s``, or after
   ``round_limit_s`` whatever still comes. Anything that comes counts as news, and a peer says where it is while it trains.
 """
 
@@ -25,7 +25,7 @@ from dlora.decentralized.neighbour import Link, Misbehaviour, Neighbour
 from dlora.errors import RunError
 from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 
-BEATS = 4  # times within `patience_s` that a peer with nothing to say says where it is
+BEATS = 4  # times within `silence_s` that a peer with nothing to say says where it is
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,17 @@ class Exchange:
         """Return when no edge with a neighbour that is here is in doubt, and all that are here are in round ``last``."""
         began_at = asyncio.get_running_loop().time()
 
-        def done(other: Neighbour) -> bool:
-            return not self.ledger.in_doubt(other.name) and other.round is not None and other.round >= last
+        async def settle(other: Neighbour) -> None:
+            reason = await self._until(
+                other,
+                lambda: not self.ledger.in_doubt(other.name) and other.round is not None and other.round >= last,
+                began_at,
+            )
+            if reason is not None:
+                doubts = len(self.ledger.in_doubt(other.name))
+                self.report("ended-without", neighbour=other.name, reason=reason, in_doubt=doubts)
 
-        await asyncio.gather(
-            *(self._until(other, lambda other=other: done(other), began_at) for other in self.neighbours.values())  # type: ignore[misc]
-        )
+        await asyncio.gather(*(settle(other) for other in self.neighbours.values()))
 
     def decides(self, neighbour: str) -> bool:
         """Whether this peer is the named end of the edge with ``neighbour``."""
