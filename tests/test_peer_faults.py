@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -170,7 +171,14 @@ def test_stopped_before_anybody_came_and_resumed_after_the_end(tmp_path: Path, m
         for name in peers.names:
             peers.start(name, "--resume")
         assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
-    assert {name: (peers.run(name) / "summary.json").read_bytes() for name in peers.names} == before
+        assert {name: (peers.run(name) / "summary.json").read_bytes() for name in peers.names} == before
+        told = peers.summary("north")  # as if south had been missing at the end
+        told["runs"]["dec-lora"]["consensus_peers"] = 1
+        (peers.run("north") / "summary.json").write_text(json.dumps(told))
+        for name in peers.names:
+            peers.start(name, "--resume")
+        assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
+    assert peers.summary("north")["runs"]["dec-lora"]["consensus_peers"] == 2, "written anew"
     assert [event["round"] for event in peers.events("north", "round")] == list(range(peers.config.train.rounds))
 
 

@@ -27,7 +27,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Offer:
-    """A message is ready. It never changes: (sender, name) means the same bytes for ever."""
+    """A message is ready. A round's never changes; the end's may, when it is gone through again: the hash decides."""
 
     name: str  # of the message, such as round-000012
     num_bytes: int

@@ -86,8 +86,8 @@ def peer(
             raise
         finally:
             ledger.close()
-        if finished is not None and ledger.position == position:
-            return finished  # nobody had a question left: all is as it was
+        if finished and ledger.position == position and finished["runs"][RUN]["consensus_peers"] == num_peers:
+            return finished  # no doubt was settled and nobody new is in the average: all is as it was
         result = run.finish(consensus, num_peers)
         summary = _summary(prepared, name, manifest, result)
         log.emit("done", seconds=result["seconds"])
