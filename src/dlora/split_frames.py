@@ -99,4 +99,8 @@ class Drop:
     call: int
 
 
+class ChannelDown(Exception):
+    """The link under a conversation has ended, whoever ended it."""
+
+
 SplitFrame: TypeAlias = Open | Opened | Refused | Begin | Values | Done | Failed | Drop
