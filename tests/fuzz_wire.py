@@ -7,8 +7,9 @@ import sys
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["dlora.net.codec", "json"]):
-    from dlora.net import codec
+with atheris.instrument_imports(include=["dlora.net.codec", "dlora.net.split_codec", "json"]):
+    from dlora.net import codec, split_codec
+    from dlora.split_frames import WIRES, Begin, Values
 
 EXPECTED: codec.Expected = {
     "a.lora_A": (torch.float32, (2, 3)),
@@ -19,7 +20,7 @@ NUM_BYTES = codec.message_num_bytes(EXPECTED)
 
 
 def one_input(data: bytes) -> None:
-    """Neither decoder may raise anything but its own error."""
+    """No decoder may raise anything but its own error."""
     try:
         frame = codec.decode_frame(data)
     except codec.FrameError:
@@ -32,6 +33,15 @@ def one_input(data: bytes) -> None:
         pass
     else:
         assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == EXPECTED
+    for wire in WIRES:
+        try:
+            split = split_codec.decode_split(data, wire)
+        except codec.FrameError:
+            continue
+        tensor = split.embedded if isinstance(split, Begin) else split.tensor if isinstance(split, Values) else None
+        assert tensor is None or (tensor.dtype == torch.float32 and tensor.dim() == 2 and bool(tensor.isfinite().all()))
+        if wire != "int8":  # whose largest values, once rounded, are too large to be sent
+            assert len(split_codec.encode_split(split, wire)) == split_codec.split_num_bytes(split, wire)
 
 
 if __name__ == "__main__":

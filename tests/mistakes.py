@@ -35,6 +35,27 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a-baseline-without-list": ({"compare": "local"}, ["compare", "list", "'local'"]),
     "three-texts": ({"data.text": ["a", "b", "c"]}, ["data.text", "one column, or two for pairs", "['a', 'b', 'c']"]),
     "a-word-for-a-block": ({"peers.topology": "ring"}, ["peers.topology", "a block of keys", "'ring'"]),
+    # the frozen model elsewhere
+    "split-a-word": ({"split": "hub"}, ["split", "a block of keys", "'hub'"]),
+    "split-without-cloud": ({"split": {"wire": "int8"}}, ["split.cloud is missing"]),
+    "split-typo": ({"split": {"cloud": "hub", "wires": "int8"}}, ["split.wires is not a key", "did you mean wire?"]),
+    "split-wire": (
+        {"split": {"cloud": "hub", "wire": "float16"}},
+        ["split.wire", "'float32', 'bfloat16' or 'int8'", "'float16'"],
+    ),
+    "split-pipeline": ({"split": {"cloud": "hub", "pipeline": 0}}, ["split.pipeline", "1", "got 0"]),
+    "split-checkpointing": (
+        {"split": {"cloud": "hub"}, "train.gradient_checkpointing": True},
+        ["split", "the cloud runs the body", "remove train.gradient_checkpointing"],
+    ),
+    "split-quantised": (
+        {"split": {"cloud": "hub"}, "quantization": "int8"},
+        ["split", "quantise it in the cloud's own config"],
+    ),
+    "split-groups": (
+        {"split": {"cloud": "hub"}, "peers.group_size": 2},
+        ["split", "travel by themselves", "remove peers.group_size, which is 2"],
+    ),
     # data files
     "missing-file": ({"data.train": "trian.jsonl"}, ["trian.jsonl does not exist", "beside it lies train.jsonl"]),
     "missing-folder": ({"data.eval": "there/eval.jsonl"}, ["there/eval.jsonl does not exist", "nor does its folder"]),
@@ -162,6 +183,22 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "output-dir-is-a-file": ({"output_dir": "train.jsonl"}, ["output_dir train.jsonl is a file", "--set output_dir="]),
     "output-dir-in-a-file": ({"output_dir": "train.jsonl/run"}, ["train.jsonl/run cannot be made", "Not a directory"]),
     "output-dir-of-others": ({"output_dir": "model"}, ["output_dir model holds files that are no run"]),
+}  # fmt: skip
+
+# keys of a cloud's config beside `model` -> their mistaken values; what is said
+CLOUDS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "no-model": ({"model": None}, ["model", "None"]),
+    "keys-of-a-run": ({"lora": {"r": 4}}, ["lora is not a key", "known here: model, quantization"]),
+    "quantization": ({"quantization": "int4"}, ["quantization", "'none', 'int8' or 'nf4'", "'int4'"]),
+    "dtype": ({"dtype": "float16"}, ["dtype", "'float32' or 'bfloat16'", "'float16'"]),
+    "two-places": ({"device": "cpu", "device_map": "auto"}, ["device and device_map", "keep one"]),
+    "device-map": ({"device_map": ["cpu"]}, ["device_map", "{module: device}", "['cpu']"]),
+    "no-devices": ({"limits": {"max_devices": 0}}, ["limits.max_devices", "1", "got 0"]),
+    "no-tokens": ({"limits": {"max_tokens": 0}}, ["limits.max_tokens", "1", "got 0"]),
+    "no-parts": ({"limits": {"max_parts": 0}}, ["limits.max_parts", "1", "got 0"]),
+    "half-a-byte": ({"limits": {"memory_bytes": 0.5}}, ["limits.memory_bytes", "integer", "0.5"]),
+    "no-patience": ({"limits": {"idle_s": 0}}, ["limits.idle_s", "greater than 0", "got 0"]),
+    "typo-in-limits": ({"limits": {"max_token": 9}}, ["limits.max_token is not a key", "did you mean max_tokens?"]),
 }  # fmt: skip
 
 # keys; the files they name; what is said

@@ -21,7 +21,8 @@ from test_network import Loopback, run, running
 from dlora.frames import MAX_CHUNK_BYTES, Frame, Status
 from dlora.net import peer_pb2
 from dlora.net.codec import MAX_FRAME_BYTES, encode_frame
-from dlora.net.grpc import MAX_CONNECTIONS, GrpcNetwork
+from dlora.net.grpc import GrpcNetwork
+from dlora.net.grpc_options import MAX_CONNECTIONS
 from dlora.net.identity import federation_text, new_identity
 from dlora.net.transport import Link, LinkDown
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from command import Outcome, assert_identical, call, change, contents, final_factors, finish, furnish, start
-from mistakes import COMMANDS, CONFIGS, DATA
+from mistakes import CLOUDS, COMMANDS, CONFIGS, DATA
 
+from dlora.config import CloudConfig
+from dlora.errors import ConfigError
 from dlora.programs.run_folder import RunFolder
 
 
@@ -73,6 +75,16 @@ def test_a_config_that_cannot_run(name: str, work: Path) -> None:
     changes, says = CONFIGS[name]
     set_keys(changes)
     assert_refuses(says, "simulate", "run.yaml")
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_cloud_config_that_cannot_run(name: str) -> None:
+    changes, says = CLOUDS[name]
+    with pytest.raises(ConfigError) as refusal:
+        CloudConfig.parse({"model": "model"} | changes)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert [part for part in says if part not in message] == [], message
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -170,7 +182,11 @@ def test_the_output_folder_of_another_run_stays_as_it_is(after_a_run: Path) -> N
 
 
 RUNS: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
-    "config": (lambda: cut("run/config.yaml"), ["simulate", "run.yaml", "--resume"], ["run/config.yaml"]),
+    "config": (
+        lambda: write({"run/config.yaml": Path("run/config.yaml").read_text().partition("  eval:")[0]}),
+        ["simulate", "run.yaml", "--resume"],
+        ["run/config.yaml", "data.eval is missing"],
+    ),
     "manifest": (lambda: cut("run/manifest.json"), ["simulate", "run.yaml", "--resume"], ["run/manifest.json"]),
     "manifest-eval": (lambda: cut("run/manifest.json"), ["eval", "run"], ["manifest.json cannot be read"]),
     "factors": (

@@ -21,29 +21,43 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
     ("programs/",),
-    ("report",),
-    ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/"),
+    ("report", "cloud_view"),
+    ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/", "split/"),
     ("train",),
     ("lora/stacked", "lora/adapter_io"),
     ("data", "model"),
-    ("decentralized/topology", "decentralized/mixing", "decentralized/ledger", "formats", "partition", "drawing", "progress"),
+    (
+        "decentralized/topology",
+        "decentralized/mixing",
+        "decentralized/ledger",
+        "formats",
+        "partition",
+        "drawing",
+        "progress",
+        "cloud_record",
+        "cloud_metrics",
+        "tables",
+    ),
     ("decentralized/finite_time", "lora/factors", "runlog"),
     ("rows", "seeds"),
     ("config",),
-    ("errors", "frames"),
+    ("config_file",),
+    ("errors", "frames", "split_frames"),
 )
 # Folders that never know of each other, whatever their floors.
-STRANGERS = (("decentralized/", "net/"),)
+STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentralized/"))
 
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
     "transformers": {"model", "lora/stacked", "lora/adapter_io"},
     "peft": {"model", "lora/stacked", "lora/adapter_io"},
     "grpc": {"net/grpc"},
-    "google": {"net/codec", "net/peer_pb2"},
+    "grpc_health": {"net/grpc"},
+    "google": {"net/codec", "net/peer_pb2", "net/split_codec", "net/split_pb2"},
     "cryptography": {"net/identity"},
+    "prometheus_client": {"cloud_metrics"},
     "typer": {"cli", "progress"},
-    "rich": {"cli", "progress"},
+    "rich": {"cli", "progress", "cloud_view", "tables"},
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }
 MAX_LINES, MAX_COLUMNS = 400, 120

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dlora.config import Config
+    from dlora.config import CloudConfig, Config
     from dlora.decentralized.topology import Topology, build_topology, spectral_gap
-    from dlora.errors import DloraError, Interrupted, UserError
+    from dlora.errors import CloudError, DloraError, Interrupted, UserError
+    from dlora.programs.connect import connect
     from dlora.programs.score import load_base, score
     from dlora.programs.simulate import simulate
     from dlora.report import write_report
 
 _HOMES = {
+    "CloudConfig": "dlora.config",
+    "CloudError": "dlora.errors",
     "Config": "dlora.config",
     "DloraError": "dlora.errors",
     "Interrupted": "dlora.errors",
     "Topology": "dlora.decentralized.topology",
     "UserError": "dlora.errors",
     "build_topology": "dlora.decentralized.topology",
+    "connect": "dlora.programs.connect",
     "load_base": "dlora.programs.score",
     "score": "dlora.programs.score",
     "simulate": "dlora.programs.simulate",
@@ -30,12 +34,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "CloudConfig",
+    "CloudError",
     "Config",
     "DloraError",
     "Interrupted",
     "Topology",
     "UserError",
     "build_topology",
+    "connect",
     "load_base",
     "score",
     "simulate",

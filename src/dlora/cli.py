@@ -13,14 +13,16 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Console, RenderableType
 from rich.text import Text
 
-from dlora.config import Config, TopologySection, parse_section
+from dlora.cloud_view import CloudView
+from dlora.config import CloudConfig, Config, TopologySection
+from dlora.config_file import parse_section
 from dlora.errors import ConfigError, DloraError, Interrupted
 from dlora.progress import Progress
-from dlora.runlog import bytes_text, score_text, seconds_text, to_json, write_atomically
+from dlora.runlog import to_json, write_atomically
+from dlora.tables import cost_table, plan_table, scores_table, served_table, summary_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +39,13 @@ Overrides = Annotated[
     typer.Option(
         "--set", metavar="KEY=VALUE", help="override a key: --set train.rounds=50 (again for more)", show_default=False
     ),
+]
+KeyPath = Annotated[Path, typer.Option(help="its key file, from: dlora identity new", show_default=False)]
+FederationPath = Annotated[
+    Path, typer.Option(help="the members' certificates, from: dlora identity federation", show_default=False)
+]
+ListenAt = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="accept links here; default: the port of this member's address")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON document for machines instead of tables")]
 
@@ -79,11 +88,11 @@ def simulate(
 
     if dry_run:
         plan = program.dry_run(loaded)
-        _print(plan, as_json, _plan_table)
+        _print(plan, as_json, plan_table)
         return
     with Progress() as progress, _resumable() as stop:
         summary = program.simulate(loaded, resume=resume, listeners=[progress], stop=stop)
-    _print(summary, as_json, _summary_table)
+    _print(summary, as_json, summary_table)
     if not as_json:
         typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
 
@@ -92,11 +101,9 @@ def simulate(
 def peer(
     config: ConfigPath,
     name: Annotated[str, typer.Option(help="this member's name in peers.members", show_default=False)],
-    key: Annotated[Path, typer.Option(help="its key file, from: dlora identity new", show_default=False)],
-    federation: Annotated[Path, typer.Option(help="the members' certificates, from: dlora identity federation")],
-    listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="accept links here; default: the port of this member's address")
-    ] = None,
+    key: KeyPath,
+    federation: FederationPath,
+    listen: ListenAt = None,
     set_: Overrides = [],  # noqa: B006  # typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last commit in output_dir")] = False,
     as_json: AsJson = False,
@@ -112,7 +119,53 @@ def peer(
         summary = program(
             loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=[progress], stop=stop
         )
-    _print(summary, as_json, _summary_table)
+    _print(summary, as_json, summary_table)
+    if not as_json:
+        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+
+
+@app.command()
+def cloud(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML of the cloud: its model", show_default=False)],
+    name: Annotated[str, typer.Option(help="this cloud's name in the federation", show_default=False)],
+    key: KeyPath,
+    federation: FederationPath,
+    listen: ListenAt = None,
+    set_: Overrides = [],  # noqa: B006  # typer copies it
+    as_json: AsJson = False,
+) -> None:
+    """DLoRA, the cloud: run the frozen model for many devices; Ctrl-C stops it, and nothing of theirs is kept.
+
+    Example: dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml --set limits.max_devices=8
+    """
+    loaded = CloudConfig.load(config, set_)
+    with CloudView(quiet=as_json) as view, _stopping("stopping; devices dial again when the cloud is back") as stop:
+        from dlora.programs.cloud import cloud as program
+
+        summary = program(loaded, name=name, key=key, federation=federation, listen=listen, listeners=[view], stop=stop)
+    _print(summary, as_json, served_table)
+
+
+@app.command()
+def device(
+    config: ConfigPath,
+    name: Annotated[str, typer.Option(help="this device's name in the federation", show_default=False)],
+    key: KeyPath,
+    federation: FederationPath,
+    set_: Overrides = [],  # noqa: B006  # typer copies it
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """DLoRA, the device: text, labels, factors and optimiser stay here; the frozen model of split.cloud runs there.
+
+    Example: dlora device run.yaml --name phone --key phone.key --federation federation.yaml --set split.wire=int8
+    """
+    loaded = Config.load(config, set_)
+    from dlora.programs.device import device as program
+
+    with Progress() as progress, _resumable() as stop:
+        summary = program(loaded, name=name, key=key, federation=federation, resume=resume, listeners=[progress], stop=stop)
+    _print(summary, as_json, summary_table)
     if not as_json:
         typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
 
@@ -131,7 +184,7 @@ def plan(
     loaded = Config.load(config, set_)
     from dlora.programs.plan import plan as program
 
-    _print(program(loaded, name), as_json, _cost_table)
+    _print(program(loaded, name), as_json, cost_table)
 
 
 @app.command(name="eval")
@@ -148,7 +201,7 @@ def evaluate(
 
     with Progress() as progress:
         scores = score(run, data, listeners=[progress])
-    _print(scores, as_json, _scores_table)
+    _print(scores, as_json, scores_table)
 
 
 @app.command()
@@ -264,8 +317,8 @@ def _warn(message: Warning | str, *_where: Any) -> None:
 
 
 @contextmanager
-def _resumable() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the round finish and saves; the second gives it up. Either way: how to go on."""
+def _stopping(answer: str) -> Iterator[Callable[[], bool]]:
+    """Whether the first Ctrl-C (or SIGTERM) has come, to which ``answer`` is printed; the second is a KeyboardInterrupt."""
     asked = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -273,19 +326,27 @@ def _resumable() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        Console(stderr=True).print("stopping after this round; Ctrl-C again discards it")
+        Console(stderr=True).print(answer)
 
     asking = (signal.SIGINT, signal.SIGTERM)  # services send the second
     before = [signal.signal(number, interrupt) for number in asking]
     try:
         yield lambda: asked
+    finally:
+        for number, handler in zip(asking, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _resumable() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the round finish and saves; the second gives it up. Either way: how to go on."""
+    try:
+        with _stopping("stopping after this round; Ctrl-C again discards it") as stop:
+            yield stop
     except Interrupted as interrupted:
         raise Interrupted(f"{interrupted}; go on with: {_resume_command()}") from None
     except KeyboardInterrupt:
         raise Interrupted(f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}") from None
-    finally:
-        for number, handler in zip(asking, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _resume_command() -> str:
@@ -298,54 +359,6 @@ def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, A
         typer.echo(to_json(document))
     else:
         Console(markup=False, emoji=False).print(table(document), soft_wrap=True)  # a label may be called [red]
-
-
-def _summary_table(summary: dict[str, Any]) -> Table:
-    metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
-    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", "on wire", "time", box=None)
-    for name, run in summary["runs"].items():
-        scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
-        scores[-1] += f" ({run['best']['rounds_done']})"
-        table.add_row(name, *scores, bytes_text(run["bytes_on_wire"]), seconds_text(run["seconds"]))
-    return table
-
-
-def _scores_table(scores: dict[str, Any]) -> Table:
-    metrics = list(next(iter(scores.values())))
-    table = Table("adapter", *metrics, box=None)
-    for name, values in scores.items():
-        table.add_row(name, *(score_text(values[metric], metric) for metric in metrics))
-    return table
-
-
-def _plan_table(plan: dict[str, Any]) -> Group:
-    table = Table("peer", "rows", "local steps a round", "labels", box=None)
-    for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
-        labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
-        table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
-    messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
-    return Group(
-        f"would run {', '.join(plan['runs'])} on {plan['model']}",
-        table,
-        f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
-        f"a message is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
-        f" spectral gap {plan['spectral_gap']:.3f}",
-    )
-
-
-def _cost_table(costs: dict[str, Any]) -> Group:
-    edges = Table("edge", "on wire", box=None)
-    for edge, count in costs["edges"].items():
-        edges.add_row(edge, bytes_text(count))
-    lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
-    return Group(
-        f"{costs['peers']} peers, {costs['rounds']} rounds; a message is {bytes_text(costs['message_bytes'])}",
-        edges,
-        f"{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once",
-        f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
-        f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])} for what trains, and"
-        " activations",
-    )
 
 
 if __name__ == "__main__":

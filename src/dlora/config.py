@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import re
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from dlora.errors import ConfigError
+from dlora.config_file import Document, Section
 
 Baseline = Literal["pooled", "local", "fedavg"]
+Quantization = Literal["none", "int8", "nf4"]
 
 
-class _Section(BaseModel):
-    """One block of the YAML: immutable, and every key in it is a known one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-S = TypeVar("S", bound=_Section)
-
-
-class LoraSection(_Section):
+class LoraSection(Section):
     """The shape of the adapter; names and meaning are PEFT's."""
 
     r: int = Field(8, ge=1, description="rank of every pair (A, B)")
@@ -37,7 +24,7 @@ class LoraSection(_Section):
     train_head: bool = Field(True, description="classification: train, mix and send the new head too")
 
 
-class PartitionSection(_Section):
+class PartitionSection(Section):
     """Whose rows are whose."""
 
     kind: Literal["iid", "dirichlet", "label-shares", "by-column", "files"] = "iid"
@@ -68,7 +55,7 @@ class PartitionSection(_Section):
         return self
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """The text, its columns and how it is divided."""
 
     train: str | dict[str, str] = Field(description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}")
@@ -91,7 +78,7 @@ class DataSection(_Section):
         return self
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """Local training between two exchanges; names and meaning are those of transformers' TrainingArguments."""
 
     rounds: int = Field(20, ge=1, description="exchanges with the neighbours")
@@ -118,7 +105,7 @@ class TrainSection(_Section):
         return self
 
 
-class TopologySection(_Section):
+class TopologySection(Section):
     """Who talks to whom."""
 
     kind: Literal["ring", "complete", "erdos-renyi", "exponential", "hypercube", "base-k", "edges"] = "ring"
@@ -137,7 +124,7 @@ class TopologySection(_Section):
         return self
 
 
-class PeersSection(_Section):
+class PeersSection(Section):
     """The participants and how they agree."""
 
     count: int | None = Field(
@@ -168,7 +155,17 @@ class PeersSection(_Section):
         return self
 
 
-class Config(_Section):
+class SplitSection(Section):
+    """The frozen model elsewhere: data, labels, factors and head stay here."""
+
+    cloud: str = Field(min_length=1, description="the member that runs the frozen model, by its name in the federation")
+    wire: Literal["float32", "bfloat16", "int8"] = Field(
+        "bfloat16", description="dtype of hidden states and updates on their way; int8: dynamic, a scale for each token"
+    )
+    pipeline: int = Field(1, ge=1, description="micro-batches on their way at once, so that the cloud works while one travels")
+
+
+class Config(Document):
     """One run. `Config.load` reads it from YAML; every field has a default that works but `model`'s and `data`'s."""
 
     model: str = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
@@ -177,13 +174,14 @@ class Config(_Section):
         None,
         description="classification: null is the model's own head; mean: mean over tokens and one linear (sentence encoders)",
     )
-    quantization: Literal["none", "int8", "nf4"] = Field("none", description="of the frozen base only; needs dlora[4bit]")
+    quantization: Quantization = Field("none", description="of the frozen base only; needs dlora[4bit]")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast; what trains stays float32")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
     peers: PeersSection = PeersSection()
+    split: SplitSection | None = Field(None, description="the frozen model runs in this member's cloud; null: here")
     eval_every: int = Field(5, ge=0, description="rounds between scores of the average; 0: at the end only")
     eval_peers_every: int = Field(0, ge=0, description="rounds between scores of each peer's own; 0: at the end only")
     per_device_eval_batch_size: int = Field(64, ge=1)
@@ -202,121 +200,51 @@ class Config(_Section):
             raise ValueError(
                 f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid, by-column or files"
             )
+        if self.split is not None:
+            self._check_split()
         return self
 
-    @classmethod
-    def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-        """Read a YAML file, apply ``key.sub=value`` overrides, fill in ``${NAME}`` from the environment.
-
-        Raises ConfigError naming the key, what came and what was expected.
-        """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
-            raise ConfigError(f"config {path} cannot be read ({reason}); give the path of a YAML file") from error
-        try:
-            tree = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).replace('in "<unicode string>",', "at").split())
-            raise ConfigError(f"config {path} is not YAML: {reason}") from error
-        if not isinstance(tree, dict):
-            found = "nothing" if tree is None else f"a {type(tree).__name__}"
-            raise ConfigError(f"config {path} holds {found}, expected keys such as model and data")
-        for override in overrides:
-            _apply_override(tree, override)
-        return cls.parse(tree)
-
-    @classmethod
-    def parse(cls, tree: dict[str, Any]) -> Config:
-        """Check a nested dict of keys. Raises ConfigError with one line for each mistake."""
-        return parse_section(cls, _substitute(tree))
-
-    def dump(self) -> str:
-        """The resolved YAML: every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    def _check_split(self) -> None:
+        if self.train.gradient_checkpointing:
+            raise ValueError(
+                "split: the cloud runs the body, nothing is checkpointed here: remove train.gradient_checkpointing"
+            )
+        if self.quantization != "none":
+            raise ValueError("split: the frozen body is the cloud's: quantise it in the cloud's own config, remove it here")
+        if self.peers.group_size not in (None, 1):
+            raise ValueError(
+                f"split: each device's tokens travel by themselves: remove peers.group_size, which is {self.peers.group_size}"
+            )
 
 
-def parse_section(section: type[S], tree: dict[str, Any]) -> S:
-    """Check one block on its own. Raises ConfigError with one line for each mistake."""
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        lines = dict.fromkeys(_explain(mistake, section, tree) for mistake in error.errors())
-        raise ConfigError("\n".join(lines)) from error
+class LimitsSection(Section):
+    """What the cloud gives at most, so that no device takes it from the others."""
+
+    max_devices: int = Field(64, ge=1, description="linked at once; the next one is refused")
+    max_tokens: int = Field(16384, ge=1, description="of one device, in the cloud at once")
+    max_parts: int = Field(64, ge=1, description="micro-batches of one device, in the cloud at once")
+    memory_bytes: int | None = Field(
+        None, ge=1, description="for what all devices have on their way; null: 60 % of what is free once the model is loaded"
+    )
+    idle_s: float = Field(120, gt=0, description="what a device left unfinished is forgotten when it is silent for so long")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text (it wants 1.0e-3); people write 1e-3."""
+class CloudConfig(Document):
+    """One cloud: the frozen model and what it gives. `CloudConfig.load` reads it from YAML; only `model` must be given."""
 
+    model: str = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
+    quantization: Quantization = Field("none", description="of the frozen weights; needs dlora[4bit]")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device_map: str | dict[str, int | str] | None = Field(
+        None, description="null, or a word or {module: device} as in transformers: the model over several devices"
+    )
+    limits: LimitsSection = LimitsSection()
+    listen: str | None = Field(None, description="HOST:PORT; null: all interfaces at the port of this member's address")
+    metrics: str | None = Field(None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere")
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, equals, value = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override}: expected key=value, such as --set train.rounds=50")
-    *parents, leaf = path.split(".")
-    branch = tree
-    for parent in parents:
-        branch = branch.setdefault(parent, {})
-        if not isinstance(branch, dict):
-            raise ConfigError(f"--set {override}: {parent} is a value, not a block of keys")
-    try:
-        branch[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {value} is not YAML") from error
-
-
-def _substitute(value: Any, key: str = "") -> Any:
-    """Replace every ``${NAME}`` by the environment's value; an unset one is an error."""
-    if isinstance(value, dict):
-        return {name: _substitute(inner, f"{key}.{name}".strip(".")) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_substitute(inner, key) for inner in value]
-    if not isinstance(value, str):
-        return value
-
-    def look_up(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in os.environ:
-            raise ConfigError(f"{key} uses ${{{name}}}, which is not set in the environment; export {name}=...")
-        return os.environ[name]
-
-    return re.sub(r"\$\{(\w+)\}", look_up, value)
-
-
-def _explain(mistake: Any, root: type[_Section], tree: Any) -> str:
-    """One pydantic mistake as one line in the user's spelling."""
-    path = [str(part) for part in mistake["loc"]]
-    key = ".".join(path)
-    section: Any = root
-    depth = 0
-    while depth < len(path) - 1 and (inner := _section_of(section, path[depth])):
-        section, depth = inner, depth + 1
-    form = next((at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None)
-    if form is not None:  # a key with several forms: pydantic names the form, and each of them complains
-        for part in mistake["loc"][:form]:
-            tree = tree[part]
-        return f"{'.'.join(path[:form])}: expected {section.model_fields[path[depth]].description}; got {tree!r}"
-    if mistake["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{key} is not a key; {hint}"
-    if mistake["type"] == "missing":
-        return f"{key} is missing; the config must say it"
-    message = mistake["msg"].removeprefix("Value error, ").replace(" after validation", "")
-    message = re.sub(r"valid dictionary or instance of \w+", "block of keys", re.sub(r"[Tt]uple", "list", message))
-    if isinstance(mistake["input"], dict):
-        return f"{key}: {message}".removeprefix(": ")
-    return f"{key}: {message[0].lower()}{message[1:]}, got {mistake['input']!r}"
-
-
-def _section_of(section: Any, key: str) -> type[_Section] | None:
-    field = section.model_fields.get(key) if section else None
-    candidates = (field.annotation, *get_args(field.annotation)) if field else ()
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None)
+    @model_validator(mode="after")
+    def _one_place(self) -> CloudConfig:
+        if self.device_map is not None and self.device != "auto":
+            raise ValueError("device and device_map are two ways to say where the model is; keep one")
+        return self

@@ -81,10 +81,12 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
     return _federated(section, task, tokenizer, seed, train, hands, labels, names)
 
 
-def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, seed: int) -> FederatedData:
-    """The rows of one real peer: all of ``data.train``, or its own file where that names one for each peer.
+def load_own_data(
+    section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False
+) -> FederatedData:
+    """The rows of one real participant: all of ``data.train``, or its own file where that names one for each.
 
-    Raises as `load_data`, and ConfigError where labels would have to be guessed: nobody sees those of all peers.
+    Raises as `load_data`, and ConfigError where labels would have to be guessed: with neighbours nobody sees those of all.
     """
     if isinstance(section.train, dict):
         if name not in section.train:
@@ -94,11 +96,13 @@ def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, se
         raise ConfigError(
             f"data.partition {section.partition.kind} divides rows among peers; a real peer has its own: remove it"
         )
-    if task == "classification" and section.labels is None:
+    if task == "classification" and section.labels is None and not alone:
         raise ConfigError("data.labels is missing; a peer sees only its own labels, so the config must list all, in one order")
-    train = _draw(read_placed(section.train, section.columns, _required(section, task)), section.limit, seed, "train")
-    labels = _label_indices(section, train, section.labels) if section.labels else None
-    return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, section.labels)
+    train = read_placed(section.train, section.columns, _required(section, task))
+    names = _label_names(section, train) if task == "classification" else None
+    train = _draw(train, section.limit, seed, "train")
+    labels = _label_indices(section, train, names) if names else None
+    return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names)
 
 
 def _federated(

@@ -9,6 +9,7 @@
     │   ├── RunError            a run folder: another run's, changed, damaged, no space left
     │   └── IdentityError       a key, a certificate, a federation file
     ├── NeighbourError          the other side's: it is in another run     exit code 3
+    ├── CloudError              the other side's: the cloud refused, or cannot do it    exit code 3
     └── Interrupted             Ctrl-C; the run is saved and resumable    exit code 4
 
 Exit code 0 is a finished run.
@@ -53,6 +54,12 @@ class IdentityError(UserError):
 
 class NeighbourError(DloraError):
     """The other side is not in this run; nothing was exchanged with it."""
+
+    exit_code = 3
+
+
+class CloudError(DloraError):
+    """The cloud refused this device, or cannot do what it asked; no local step is half done."""
 
     exit_code = 3
 

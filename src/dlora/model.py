@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from dlora.config import Config
+from dlora.config import CloudConfig, Config
 from dlora.errors import ModelError
 
 _FORMS = "give a folder with config.json, weights and tokenizer, a hub name (owner/name) or pkg://package/folder"
@@ -106,8 +106,11 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None) -> FrozenModel:
-    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises ModelError."""
+def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None, blocks: bool = True) -> FrozenModel:
+    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises ModelError.
+
+    ``blocks=False``: without its transformer blocks, whose weights are not read either; the rest is the same to the bit.
+    """
     source = find_model(config.model)
     arguments: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": tokenizer.pad_token_id}
     arguments["ignore_mismatched_sizes"] = True  # another task's head makes room for ours; for the body, see _new_modules
@@ -127,6 +130,10 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
                 arguments |= dict.fromkeys(_dropout_keys(model_config), config.train.model_dropout)
             if config.quantization != "none":
                 arguments["quantization_config"] = _quantization(config.quantization, factory, model_config)
+            if not blocks:
+                arguments["num_hidden_layers"] = 0
+                if getattr(model_config, "layer_types", None) is not None:
+                    arguments["layer_types"] = []
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 network, report = factory.from_pretrained(source, output_loading_info=True, **arguments)
@@ -154,6 +161,33 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
     if config.quantization == "none" or device.type != "cpu":
         network.to(device)
     return FrozenModel(network, source, _new_modules(network, missing, config))
+
+
+def load_body_network(config: CloudConfig) -> Any:
+    """The body that a cloud serves, on its device or devices. Raises ModelError; weights that are missing are an error too."""
+    source = find_model(config.model)
+    arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    with _quiet():
+        try:
+            if config.quantization != "none":
+                model_config = transformers.AutoConfig.from_pretrained(source)
+                arguments["quantization_config"] = _quantization(config.quantization, transformers.AutoModel, model_config)
+            if config.device_map is not None:
+                arguments["device_map"] = config.device_map
+            network, report = transformers.AutoModel.from_pretrained(source, output_loading_info=True, **arguments)
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {_FORMS}"
+            ) from error
+    missing = {key for key in report["missing_keys"] if not key.startswith("pooler.")}
+    if missing:
+        raise ModelError(f"model {config.model}: its folder has no weights for {', '.join(sorted(missing)[:3])}")
+    if report["missing_keys"]:
+        network.pooler = None  # nobody shall train on a random one
+    device = resolve_device(config.device)
+    if config.device_map is None and (config.quantization == "none" or device.type != "cpu"):
+        network.to(device)
+    return network
 
 
 def resolve_device(device: str) -> torch.device:

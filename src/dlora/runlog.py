@@ -19,7 +19,7 @@ from dlora.errors import RunError
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
-TITLES = {"dec-lora": "Dec-LoRA", "pooled": "Pooled", "local": "Alone", "fedavg": "FedAvg"}
+TITLES = {"dec-lora": "Dec-LoRA", "dlora": "DLoRA", "pooled": "Pooled", "local": "Alone", "fedavg": "FedAvg"}
 BYTE_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 NBSP = "\u00a0"  # keeps a number and its unit on one line
 
@@ -44,7 +44,7 @@ class RunLog:
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one line, then tell the listeners; a number that is not finite becomes null."""
-        entry: Event = {"event": event, "time": _now(), **fields}
+        entry: Event = {"event": event, "time": now(), **fields}
         line = (to_json(entry) + "\n").encode()
         start = self._file.seek(0, os.SEEK_END)
         try:
@@ -59,7 +59,7 @@ class RunLog:
 
     def tick(self, event: str, **fields: Any) -> None:
         """Tell the listeners only: progress within a round, too frequent for the file."""
-        self._tell({"event": event, "time": _now(), **fields})
+        self._tell({"event": event, "time": now(), **fields})
 
     @property
     def position(self) -> int:
@@ -259,7 +259,8 @@ def _torn_bytes(file: io.FileIO) -> int:
     return torn
 
 
-def _now() -> str:
+def now() -> str:
+    """The time of an event: UTC, ISO 8601, milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

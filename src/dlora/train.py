@@ -117,6 +117,8 @@ def forward(model: StackedModel, batch: Batch) -> Tensor:
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids
+    if model.loss_positions and batch.labels.dim() == 2:
+        arguments["loss_positions"] = F.pad(batch.labels[:, 1:] != -100, (0, 1))  # position l predicts token l + 1
     logits: Tensor = model.network(**arguments).logits
     return logits
 

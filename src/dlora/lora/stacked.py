@@ -75,13 +75,15 @@ class StackedModel:
 
     ``initial``: name -> the value every participant starts from (on the CPU, no participant dimension).
     ``frozen_head``: what of ``initial`` rests for the whole run (a new head under ``train_head: false``).
-    ``peft_config``: what an adapter folder of this model says of itself.
+    ``peft_config``: what an adapter folder of this model says of itself. ``loss_positions``: the network is to be told which
+    positions of a text the loss looks at.
     """
 
     network: Any
     initial: dict[str, Tensor]
     frozen_head: frozenset[str]
     peft_config: peft.LoraConfig
+    loss_positions: bool = False
 
     def use(self, factors: Mapping[str, Tensor]) -> None:
         """Bind every layer to these (P, ...) tensors until the next call; nothing is copied."""

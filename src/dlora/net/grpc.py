@@ -17,60 +17,36 @@ import asyncio
 import contextlib
 import os
 import ssl
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every stranger that is turned away prints a line here
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from dlora.errors import ConfigError
-from dlora.frames import Frame
-from dlora.net.codec import MAX_FRAME_BYTES, FrameError, decode_frame, encode_frame
-from dlora.net.identity import FederationFile, Identity
+from dlora.errors import ConfigError, IdentityError
+from dlora.net.codec import FrameError
+from dlora.net.grpc_options import (
+    COURTESY_S,
+    DIAL_S,
+    FIRST_FRAME_S,
+    FLUSH_S,
+    MAX_PAUSE_S,
+    MIN_PAUSE_S,
+    RELOAD_S,
+    SETTLE_S,
+    dialler_options,
+    listener_options,
+)
+from dlora.net.identity import Federation, FederationFile, Identity, Member, Role
 from dlora.net.slot import Slot
-from dlora.net.transport import LinkDown, Talk, Traffic
-
-MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 10.0  # between two attempts to dial; doubled each time
-DIAL_S = 20.0  # for name lookup, TCP, TLS and the other end's consent
-COURTESY_S = 1.0  # a call waits for our own attempt to dial the caller
-FIRST_FRAME_S = 20.0  # a link that stays silent from the start is ended
-FLUSH_S = 1.0  # for the last frames to leave when a conversation ends
-SETTLE_S = 0.03  # for what gRPC still has to report of cancelled calls: it must not find the event loop closed
-RELOAD_S = 1.0  # between two looks at the federation file
-MAX_CONNECTIONS = 256  # from outside, strangers' included: file descriptors must remain for the run's own files
+from dlora.net.transport import PEERS, FrameKind, LinkDown, Talk, Traffic
 
 _FOR_EVER_S = 1e6
-_SERVICE, _METHOD = "dlora.Peer", "Talk"
+_METHOD = "Talk"
 _ACCEPTED = ("dlora-link", "accepted")  # the listener's first headers
-_BOTH_ENDS = [
-    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),  # by its announced length, before memory is taken
-    ("grpc.max_metadata_size", 8192),
-    ("grpc.keepalive_time_ms", 20_000),  # a machine that vanished without a word is noticed within 30 s
-    ("grpc.keepalive_timeout_ms", 10_000),
-    # What may be under way on a link, and what a neighbour can make us hold for a conversation that does not read. gRPC's
-    # own choice grows beyond 16 MiB on a fast link. With this one, 160 Mbit/s go over a link of 200 ms.
-    ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 4 << 20),
-]
-_LISTENER = [
-    *_BOTH_ENDS,
-    ("grpc.so_reuseport", 0),  # else two processes share a port and each gets half of the links
-    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
-    ("grpc.max_concurrent_streams", 1),  # a connection is a link
-    ("grpc.server_handshake_timeout_ms", 10_000),
-    ("grpc.max_connection_idle_ms", 20_000),  # without a stream
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # the dialler's keepalive is no flood
-]
-_DIALLER = [
-    *_BOTH_ENDS,
-    ("grpc.use_local_subchannel_pool", 1),  # an attempt knows nothing of the failures before it
-    ("grpc.enable_retries", 0),
-    ("grpc.service_config_disable_resolution", 1),  # no settings out of the DNS
-    # http_proxy and https_proxy are meant for fetching web pages, and must not carry a run's traffic by surprise. grpc_proxy
-    # is meant for this, and gRPC reads it before the other two; TLS stays end to end.
-    ("grpc.enable_http_proxy", int("grpc_proxy" in os.environ)),
-]
 
 # What gRPC raises when a stream has ended, whichever end it was that ended it.
 _ENDED = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
@@ -80,19 +56,30 @@ _Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 _Stream: TypeAlias = "_Context | _Call"
 
 
+def member_of_role(federation: Federation, name: str, role: Role) -> Member:
+    """The member of that name. Raises IdentityError when it has another role."""
+    member = federation.member(name)
+    if member.role != role:
+        known = ", ".join(sorted(other.name for other in federation.members.values() if other.role == role)) or "none"
+        advice = f"name one of the members whose role is {role}: {known}"
+        raise IdentityError(f"{name} is a {member.role} in {federation.source}, not a {role}; {advice}")
+    return member
+
+
 class GrpcLink:
     """One end of a link; tasks of the network carry frames between its two slots and the stream."""
 
-    def __init__(self, neighbour: str, dialled_by: str, stream: _Stream) -> None:
-        self.neighbour, self.dialled_by, self.stream = neighbour, dialled_by, stream
-        self.incoming: Slot[Frame] = Slot()
+    def __init__(self, neighbour: str, dialled_by: str, stream: _Stream, kind: FrameKind, trusted: bytes) -> None:
+        self.neighbour, self.dialled_by, self.stream, self.kind = neighbour, dialled_by, stream, kind
+        self.trusted = trusted  # the neighbour's certificates when the link was made
+        self.incoming: Slot[Any] = Slot()
         self.outgoing: Slot[bytes] = Slot()
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, frame: Any) -> None:
         """Hand a frame to the wire; waits while the one before it has not left. Raises LinkDown."""
-        await self.outgoing.put(encode_frame(frame))
+        await self.outgoing.put(self.kind.encode(frame))
 
-    async def receive(self) -> Frame:
+    async def receive(self) -> Any:
         """The next frame. Raises LinkDown at the end."""
         return await self.incoming.get()
 
@@ -105,39 +92,50 @@ class GrpcLink:
 class GrpcNetwork:
     """All links of one participant.
 
-    ``listen`` is HOST:PORT to be dialled at, port 0 for any free one, or None to dial only. ``on_refused`` hears, in one
-    line, of everything that was turned away or ended for what it sent, as far as it came through TLS. ``bound`` is set
-    while it serves; ``port`` is the one listened on.
+    ``neighbours`` are dialled where they have an address; None makes a cloud, which dials nobody, lets in whoever has the
+    role device in the federation file as it then is, and answers gRPC's health checks on the same port. ``listen`` is
+    HOST:PORT to be dialled at, port 0 for any free one, or None to dial only. ``on_refused`` hears, in one line, of
+    everything that was turned away or ended for what it sent, as far as it came through TLS. ``kind`` is what the links
+    carry. ``bound`` is set while it serves; ``port`` is the one listened on.
     """
 
     def __init__(
         self,
         identity: Identity,
         federation: FederationFile,
-        neighbours: Sequence[str],
+        neighbours: Sequence[str] | None,
         listen: str | None,
         on_refused: Callable[[str], object] = lambda reason: None,
+        kind: FrameKind = PEERS,
     ) -> None:
-        self.identity, self.federation, self.neighbours, self.listen = identity, federation, tuple(neighbours), listen
+        self.identity, self.federation, self.listen, self.kind = identity, federation, listen, kind
+        self.is_cloud, self._dialled = neighbours is None, tuple(neighbours or ())
         self.traffic = Traffic()
         self.port: int | None = None
         self.bound = asyncio.Event()
         self._on_refused = on_refused
         self._links: dict[str, GrpcLink] = {}
-        self._unlinked = {name: asyncio.Event() for name in neighbours}
-        self._attempted = {name: asyncio.Event() for name in neighbours}  # not set while we dial
-        self._turns = {name: asyncio.Lock() for name in neighbours}  # one conversation at a time
+        self._unlinked = {name: asyncio.Event() for name in self._dialled}
+        self._attempted = {name: asyncio.Event() for name in self._dialled}  # not set while we dial
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one conversation at a time
         self._said: dict[str, str] = {}  # why a neighbour cannot be dialled, told once
-        for name in neighbours:
+        for name in self._dialled:
             self._unlinked[name].set()
             self._attempted[name].set()
+
+    @property
+    def neighbours(self) -> tuple[str, ...]:
+        """With whom there can be a link now."""
+        members = self.federation.current.members.values() if self.is_cloud else ()
+        return self._dialled + tuple(member.name for member in members if member.role == "device")
 
     async def serve(self, talk: Talk) -> None:
         """Until cancelled: listen, dial, and talk over every link; then let the last frames go.
 
         Whatever ends a conversation ends its link and nothing else. Raises ConfigError when ``listen`` cannot be had.
         """
-        self._talk = talk
+        self._talk, self._health = talk, health.aio.HealthServicer()
+        await self._health.set(self.kind.service, health_pb2.HealthCheckResponse.SERVING)
         self._servers = [] if self.listen is None else [self._listener(self.listen, self._roots())]
         try:
             async with asyncio.TaskGroup() as self._tasks:
@@ -145,7 +143,7 @@ class GrpcNetwork:
                     await self._servers[0].start()
                     self._tasks.create_task(self._keep_listening())
                 self.bound.set()
-                for name in self.neighbours:
+                for name in self._dialled:
                     self._tasks.create_task(self._keep_dialling(name))
                 try:
                     await asyncio.Event().wait()
@@ -181,10 +179,12 @@ class GrpcNetwork:
     def _listener(self, address: str, roots: bytes) -> grpc.aio.Server:
         pair = (self.identity.key_pem, self.identity.certificate_pem)
         credentials = grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
-        server = grpc.aio.server(options=_LISTENER)
+        server = grpc.aio.server(options=listener_options(self.kind.max_bytes))
         handler: grpc.RpcMethodHandler[bytes, bytes]  # no serialisers: bytes as they came
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler})])
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(self.kind.service, {_METHOD: handler})])
+        if self.is_cloud:
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
             self.port = server.add_secure_port(address, credentials)
         except RuntimeError:
@@ -199,8 +199,10 @@ class GrpcNetwork:
         return b"".join(map(self._trusted, self.neighbours)) or self.identity.certificate_pem
 
     def _trusted(self, name: str) -> bytes:
+        """The certificates of whom a link may be with; nothing for others."""
         federation = self.federation.current
-        return federation.trusted([name]) if name in federation.members else b""
+        member = federation.members.get(name)
+        return b"" if member is None or (self.is_cloud and member.role != "device") else federation.trusted([name])
 
     async def _accept(self, _: object, context: _Context) -> None:
         name, reason = self._who(context)
@@ -208,11 +210,11 @@ class GrpcNetwork:
             self._on_refused(f"{context.peer()}: {reason}")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
 
-        if self.identity.name < name:
+        if self.identity.name < name and name in self._attempted:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(COURTESY_S):
                     await self._attempted[name].wait()
-        link = GrpcLink(name, name, context)
+        link = GrpcLink(name, name, context, self.kind, self._trusted(name))
         if not self._is_taken(link):
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, "there is a link already")
         try:
@@ -236,7 +238,8 @@ class GrpcNetwork:
         if version != "TLSv1.3":
             return name, f"{version} instead of TLSv1.3"
         if name not in self.neighbours:
-            return name, f"{name!r} is not a neighbour of {self.identity.name}"
+            wanted = "device in the federation file" if self.is_cloud else "neighbour"
+            return name, f"{name!r} is not a {wanted} of {self.identity.name}"
         der = ssl.PEM_cert_to_DER_cert(facts.get("x509_pem_cert", b"").decode())
         if not self.federation.current.is_listed(name, der):
             return name, f"not a certificate that {self.identity.name}'s federation file lists for {name}"
@@ -259,11 +262,12 @@ class GrpcNetwork:
 
     async def _dial(self, name: str, address: str) -> float:
         """Dial once and talk; seconds that the link lived."""
-        tls = grpc.ssl_channel_credentials(self._trusted(name), self.identity.key_pem, self.identity.certificate_pem)
-        options = [*_DIALLER, ("grpc.ssl_target_name_override", name)]
+        trusted = self._trusted(name)
+        tls = grpc.ssl_channel_credentials(trusted, self.identity.key_pem, self.identity.certificate_pem)
+        options = dialler_options(self.kind.max_bytes, name)
         async with grpc.aio.secure_channel(address, tls, options) as channel:
-            call: _Call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")()
-            link = GrpcLink(name, self.identity.name, call)
+            call: _Call = channel.stream_stream(f"/{self.kind.service}/{_METHOD}")()
+            link = GrpcLink(name, self.identity.name, call, self.kind, trusted)
             self._attempted[name].clear()
             try:
                 async with asyncio.timeout(DIAL_S):
@@ -304,7 +308,8 @@ class GrpcNetwork:
                 return False
             old.close()
         self._links[name] = link
-        self._unlinked[name].clear()
+        if name in self._unlinked:
+            self._unlinked[name].clear()
         return True
 
     async def _converse(self, link: GrpcLink) -> None:
@@ -334,11 +339,12 @@ class GrpcNetwork:
     def _forget(self, link: GrpcLink) -> None:
         if self._links.get(link.neighbour) is link:
             del self._links[link.neighbour]
-            self._unlinked[link.neighbour].set()
+            if link.neighbour in self._unlinked:
+                self._unlinked[link.neighbour].set()
 
     async def _read(self, link: GrpcLink) -> None:
         """Frames into the link, one ahead of the conversation; the rest waits in HTTP/2's window, then at the other end."""
-        name, trusted = link.neighbour, self._trusted(link.neighbour)
+        name = link.neighbour
         limit_s: float | None = FIRST_FRAME_S
         reason: str | None = None
         try:
@@ -347,11 +353,11 @@ class GrpcNetwork:
                     data = await link.stream.read()
                 if not isinstance(data, bytes):  # the end
                     return
-                if self._trusted(name) != trusted:
+                if self._trusted(name) != link.trusted:
                     reason = "its certificates in the federation file have changed"
                     return
                 self.traffic.received(name, len(data))
-                await link.incoming.put(decode_frame(data))
+                await link.incoming.put(self.kind.decode(data))
                 limit_s = None
         except TimeoutError:
             reason = f"no frame within {FIRST_FRAME_S:g} s"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlora.frames import Frame
-from dlora.net.codec import decode_frame, encode, encode_frame
-from dlora.net.transport import LinkDown, Talk, Traffic
+from dlora.net.codec import FrameError, encode
+from dlora.net.transport import PEERS, FrameKind, LinkDown, Talk, Traffic
 
 MAX_PAUSE_S = 10.0  # between two attempts to dial
 WINDOW_FRAMES = 8  # that one end may be ahead of the other
@@ -47,19 +47,21 @@ class MemoryLink:
         self.down = asyncio.Event()
         self.other: MemoryLink  # set by the hub
 
-    async def send(self, frame: Frame) -> None:
+    async def send(self, frame: Any) -> None:
         """Queue a frame for the other end; waits while its window is full, and for ever where frames are lost."""
-        data = encode_frame(frame)
+        data = self.hub.kind.encode(frame)
         await self._unless_down(self.hub.way(self.here, self.there).wait())
         await self._unless_down(self.other.inbox.put(data))
         self.traffic.sent(self.there, len(data))
 
-    async def receive(self) -> Frame:
+    async def receive(self) -> Any:
         """The next frame."""
         data = await self._unless_down(self.inbox.get())
         assert data is not None
+        if len(data) > self.hub.kind.max_bytes:
+            raise FrameError(f"a frame of {len(data)} bytes; at most {self.hub.kind.max_bytes} are allowed")
         self.traffic.received(self.there, len(data))
-        return decode_frame(data)
+        return self.hub.kind.decode(data)
 
     def close(self) -> None:
         """End the link, both ends."""
@@ -85,8 +87,8 @@ class MemoryHub:
     ``neighbours`` names who links with whom; the smaller name dials.
     """
 
-    def __init__(self, neighbours: Mapping[str, Sequence[str]], redial_s: float = 0.2) -> None:
-        self.neighbours, self.redial_s = neighbours, redial_s
+    def __init__(self, neighbours: Mapping[str, Sequence[str]], redial_s: float = 0.2, kind: FrameKind = PEERS) -> None:
+        self.neighbours, self.redial_s, self.kind = neighbours, redial_s, kind
         self._served: dict[str, MemoryNetwork] = {}
         self._ways: dict[tuple[str, str], asyncio.Event] = {}
         self._cut: set[frozenset[str]] = set()

@@ -29,12 +29,20 @@ from dlora.runlog import RunLog
 class Run:
     """Who takes part, over which topology, and the state between two rounds.
 
-    ``name``: dec-lora, or a baseline on the same data and seed: local (nobody talks), fedavg (everybody does, uniform
-    weights), pooled (one participant, whose batch is all peers' batches joined).
+    ``name``: dec-lora; dlora, one device by itself; or a baseline on the same data and seed: local (nobody talks), fedavg
+    (everybody does, uniform weights), pooled (one participant, whose batch is all peers' batches joined). ``cloud_bytes``
+    counts what has gone between devices and their cloud in this process, where there is one.
     """
 
     def __init__(
-        self, name: str, prepared: Prepared, folder: RunFolder, log: RunLog, group_size: int, stop: Callable[[], bool]
+        self,
+        name: str,
+        prepared: Prepared,
+        folder: RunFolder,
+        log: RunLog,
+        group_size: int,
+        stop: Callable[[], bool],
+        cloud_bytes: Callable[[], int] | None = None,
     ) -> None:
         self.name, self.prepared, self.folder, self.log = name, prepared, folder, log
         self.group_size, self.stop = group_size, stop
@@ -50,6 +58,13 @@ class Run:
         self.steps_done = 0  # local steps of all participants, for the progress bar
         self.seconds = 0.0  # of training and exchange, without scoring
         self.best: dict[str, Any] = {}
+        self._cloud_bytes = cloud_bytes
+        self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0  # of this run in earlier processes, less other runs'
+
+    @property
+    def _with_cloud(self) -> dict[str, int]:
+        """Bytes with the cloud, for a run that has one."""
+        return {} if self._cloud_bytes is None else {"cloud_bytes": self._cloud_bytes_before + self._cloud_bytes()}
 
     def result(self, stored: Checkpoint | None) -> dict[str, Any]:
         """Go on from ``stored``, run what is left of the rounds, save, score; raises Interrupted when told to stop."""
@@ -67,7 +82,7 @@ class Run:
             self._round()
             self._after_round()
         consensus, peers = self._score(peers=True)
-        if self.name == "dec-lora":
+        if self.name in ("dec-lora", "dlora"):
             self._write_adapters()
         result = {
             "consensus": consensus,
@@ -75,13 +90,14 @@ class Run:
             "peers": peers,
             "best": self.best,
             "bytes_on_wire": self.transport.bytes_on_wire,
+            **self._with_cloud,
             "consensus_distance": consensus_distance(self.trained),
             "seconds": self.seconds,
             "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
             "local_steps": self.local_steps,
         }
         shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
-        self.log.emit("run-done", run=self.name, **shown)
+        self.log.emit("run-done", run=self.name, **shown, **self._with_cloud)
         self.folder.finish(self.name, self.rounds_done, {"result": result, "log_position": self.log.position})
         return result
 
@@ -106,6 +122,7 @@ class Run:
             learning_rate=self.training.learning_rates(self.rounds_done, self.local_steps[0])[-1],
             consensus_distance=consensus_distance(self.trained),
             bytes_on_wire=self.transport.bytes_on_wire,
+            **self._with_cloud,
             seconds=self.seconds,
         )
         self.rounds_done += 1
@@ -136,6 +153,7 @@ class Run:
         self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
         self.steps_done = self.rounds_done * sum(self.local_steps)
         self.transport.bytes_on_wire = state["bytes_on_wire"]
+        self._cloud_bytes_before += state.get("cloud_bytes", 0)
 
     def _after_round(self) -> None:
         """Score and save when it is time; stop when asked to."""
@@ -153,6 +171,7 @@ class Run:
                     self.participants.optimizer_state(),
                     {
                         "bytes_on_wire": self.transport.bytes_on_wire,
+                        **self._with_cloud,
                         "seconds": self.seconds,
                         "best": self.best,
                         "log_position": self.log.position,
@@ -181,6 +200,7 @@ class Run:
             peers=own or None,
             peers_mean=mean_scores(own) if own else None,
             bytes_on_wire=self.transport.bytes_on_wire,
+            **self._with_cloud,
             seconds=self.seconds,
         )
         return consensus, own

@@ -20,6 +20,7 @@ from dlora.lora.factors import digest, num_parameters, stack, target_names
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model import fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
 from dlora.net.codec import encode
+from dlora.split.remote import Half, load_half
 from dlora.train import activation_bytes
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,6 +38,7 @@ class Prepared:
     streams: tuple[BatchStream, ...]  # one for each of those that train here
     pad_token_id: int
     manifest: dict[str, Any]
+    half: Half | None = None  # where the frozen model is a cloud's: what has to be linked to it before anything trains
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,13 +94,18 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
     if own is None:
         data = load_data(config.data, config.task, config.peers.members or config.peers.count, tokenizer, config.seed)
     else:
-        data = load_own_data(config.data, config.task, own, tokenizer, config.seed)
-    names = (config.peers.members or ()) if own else tuple(data.peers)
+        data = load_own_data(config.data, config.task, own, tokenizer, config.seed, alone=config.peers.members is None)
+    names = (config.peers.members or (own,)) if own else tuple(data.peers)
     topology = build_topology(config.peers.topology, config.peers.weights, names)
     phase("loading model")
-    frozen = load_model(config, tokenizer, data.label_names)
-    weights_hash = fingerprint(frozen.network, but=frozen.head)
-    model = attach(frozen, config.lora, config.task, config.seed)
+    half = None
+    if config.split is not None:
+        half = load_half(config, tokenizer, data.label_names)
+        model, weights_hash = half.model, half.fingerprint
+    else:
+        frozen = load_model(config, tokenizer, data.label_names)
+        weights_hash = fingerprint(frozen.network, but=frozen.head)
+        model = attach(frozen, config.lora, config.task, config.seed)
     manifest = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -108,7 +115,7 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
         "labels": data.label_names,
         "max_length": config.data.max_length,
         "lora": {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha, "targets": target_names(model.initial)},
-        "train_head": bool(frozen.head) and config.lora.train_head,
+        "train_head": config.lora.train_head and any(not name.endswith((".lora_A", ".lora_B")) for name in model.initial),
         "initial_factors": digest(model.initial),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
         "weights": config.peers.weights,
@@ -117,8 +124,10 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
         "period": config.peers.period if config.peers.rule == "alternate" else None,
         "wire": config.peers.wire,
     }
+    if config.split is not None:
+        manifest["split_wire"] = config.split.wire
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
-    return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest)
+    return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, half)
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -136,6 +145,8 @@ def fitting_group_size(prepared: Prepared) -> int:
 
     Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens a row.
     """
+    if prepared.half is not None:
+        return 1  # tokens travel without padding, and so one participant's at a time
     if prepared.config.peers.group_size is not None:
         return min(prepared.config.peers.group_size, len(prepared.names))
     rows = [row for peer in prepared.data.peers.values() for row in peer]

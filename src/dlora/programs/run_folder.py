@@ -16,7 +16,8 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dlora.config import Config, parse_section
+from dlora.config import Config
+from dlora.config_file import parse_section
 from dlora.errors import ConfigError, RunError
 from dlora.runlog import sync_folder, write_atomically
 

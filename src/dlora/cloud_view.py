@@ -1,0 +1,91 @@
+"""The cloud's devices as a table on a terminal: tokens, bytes, step times."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from dlora.cloud_record import CloudRecord, Served
+from dlora.runlog import NBSP, Event, bytes_text, seconds_text
+
+REFRESHES_A_SECOND = 4
+
+
+class CloudView:
+    """A listener of the cloud's events: a table of the devices that are linked, and what went wrong last.
+
+    Draws on standard error. Where that is no terminal, one line says that the cloud serves; with ``quiet`` none does. A
+    context manager.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self._console = console or Console(stderr=True)
+        self._quiet = quiet
+        self._record = CloudRecord()
+        self._phase: str | None = None
+        self._live = Live(
+            get_renderable=self._drawn,
+            console=self._console,
+            refresh_per_second=REFRESHES_A_SECOND,
+            transient=True,
+        )
+
+    def __call__(self, event: Event) -> None:
+        """Hear one event; unknown ones change nothing."""
+        self._record(event)
+        if event["event"] == "phase":
+            self._phase = event["text"]
+        if event["event"] == "serving":
+            self._phase = None
+            if not self._quiet:
+                self._console.print(Text(_line(event)), soft_wrap=True)
+
+    def __enter__(self) -> CloudView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._live.stop()
+
+    def _drawn(self) -> Group:
+        if self._phase is not None:
+            return Group(Spinner("dots", Text(self._phase)))
+        table = Table("device", "here since", "wire", "tokens", "down", "up", "a step", "now", box=None)
+        for name, served in sorted(self._record.devices.copy().items()):
+            if served.since is not None:
+                table.add_row(*map(Text, (name, *_cells(served))))
+        news = [Text(f"{_clock(time)} {text}", style="dim") for time, text in [*self._record.news]]
+        return Group(*([table] if table.row_count else [Text("no device is here yet", style="dim")]), *news)
+
+
+def _line(serving: Event) -> str:
+    metrics = f"; metrics on {serving['metrics']}" if serving["metrics"] else ""
+    return f"serving {serving['model']} on {serving['listen']} for devices of {serving['federation']}{metrics}; Ctrl-C stops"
+
+
+def _cells(served: Served) -> tuple[str, ...]:
+    return (
+        _clock(served.since or ""),
+        served.wire or "–",
+        f"{served.tokens:,}",
+        bytes_text(served.sent_bytes),
+        bytes_text(served.received_bytes),
+        _mean(served.step_s / served.steps) if served.steps else "–",
+        f"{served.parts_here} part{'s' if served.parts_here > 1 else ''}" if served.parts_here else "idle",
+    )
+
+
+def _mean(seconds: float) -> str:
+    return seconds_text(seconds) if seconds >= 1 else f"{1000 * seconds:.0f}{NBSP}ms"
+
+
+def _clock(time: str) -> str:
+    """Hours and minutes here, of an ISO time."""
+    return f"{datetime.fromisoformat(time).astimezone():%H:%M}"

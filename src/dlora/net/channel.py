@@ -1,0 +1,228 @@
+"""A link for threads that wait: cloud and device compute in threads of their own, the wire lives in one event loop.
+
+Frames become bytes, and bytes frames, in the thread that sends or receives, so that a large one holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any
+
+from dlora.net.codec import FrameError
+from dlora.net.split_codec import decode_split, encode_split
+from dlora.net.transport import FrameKind, Link, LinkDown, Network, Traffic
+from dlora.split_frames import ChannelDown, SplitFrame, Wire
+
+MAX_FRAME_BYTES = 256 << 20  # 16,384 tokens of width 4096 in float32
+WINDOW_FRAMES = 8  # that wait at one end of a channel, each way
+INLINE_BYTES = 1 << 20  # decoded within the event loop: 0.3 ms at most; more than that in a thread
+FLUSH_S = 1.0  # for the last frames to leave
+LOOK_S = 0.2  # between two questions whether to give up
+
+
+def halves(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
+    """What links between cloud and device carry: frames as bytes already, which ``Channel`` reads and writes."""
+    return FrameKind("dlora.split.Cloud", bytes, bytes, max_frame_bytes)
+
+
+class Channel:
+    """One link between a device and the cloud. Made in the link's event loop, used in any thread.
+
+    ``wire`` is how tensors travel; both ends set it once they have agreed, before the first frame with a tensor.
+    """
+
+    wire: Wire = "float32"
+
+    def __init__(self, link: Link, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._link, self._max_frame_bytes = link, max_frame_bytes
+        self._loop = asyncio.get_running_loop()
+        self._changed = threading.Condition()  # guards what follows
+        self._incoming: deque[bytes] = deque()
+        self._outgoing: deque[bytes] = deque()
+        self._down = False
+        self._to_write, self._to_read = asyncio.Event(), asyncio.Event()  # there may be something; there may be room
+
+    @property
+    def is_down(self) -> bool:
+        """Whether nothing can be sent any more; what has arrived can still be received."""
+        return self._down
+
+    def send(self, frame: SplitFrame) -> None:
+        """Hand a frame to the link; waits while the other end is slow. Raises ChannelDown, and FrameError for a bad frame."""
+        data = encode_split(frame, self.wire)
+        if len(data) > self._max_frame_bytes:
+            raise FrameError(
+                f"a {type(frame).__name__} frame of {len(data)} bytes; at most {self._max_frame_bytes} are allowed, "
+                "so fewer tokens must go at once: a smaller batch, or more parts"
+            )
+        with self._changed:
+            while len(self._outgoing) >= WINDOW_FRAMES and not self._down:
+                self._changed.wait()
+            if self._down:
+                raise ChannelDown("the link has ended")
+            self._outgoing.append(data)
+            self._wake(self._to_write)
+
+    def receive(self, timeout_s: float | None = None) -> SplitFrame:
+        """The next frame. Raises ChannelDown at the end, TimeoutError, and FrameError for what is no frame."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._incoming or self._down, timeout_s):
+                raise TimeoutError(f"no frame within {timeout_s:g} s")
+            if not self._incoming:
+                raise ChannelDown("the link has ended")
+            data = self._incoming.popleft()
+            self._wake(self._to_read)
+        return decode_split(data, self.wire)
+
+    def close(self) -> None:
+        """End the link, after what was sent has left."""
+        with self._changed:
+            self._down = True
+            self._changed.notify_all()
+            self._wake(self._to_write)
+
+    async def carry(self, hear: Callable[[SplitFrame], object] | None = None) -> None:
+        """Carry frames until the link ends or is closed; to be awaited, once, by the conversation of the network.
+
+        Frames that arrive go to ``hear``, one after the other, which may not block; without it, they wait for ``receive``.
+        Raises FrameError for what is no frame, and what ``hear`` raises, each after ending the link.
+        """
+        reading, writing = asyncio.create_task(self._read(hear)), asyncio.create_task(self._write())
+        try:
+            await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.close()
+            await asyncio.wait({writing}, timeout=FLUSH_S)
+            for task in (reading, writing):
+                task.cancel()
+            ended = await asyncio.gather(reading, writing, return_exceptions=True)
+        for failure in ended:
+            if isinstance(failure, Exception) and not isinstance(failure, LinkDown):
+                raise failure
+
+    async def _read(self, hear: Callable[[SplitFrame], object] | None) -> None:
+        while True:
+            data = await self._link.receive()
+            if hear is None:
+                await self._put(data)
+            elif len(data) <= INLINE_BYTES:
+                hear(decode_split(data, self.wire))
+            else:
+                hear(await asyncio.to_thread(decode_split, data, self.wire))
+
+    async def _put(self, data: bytes) -> None:
+        while True:
+            with self._changed:
+                self._to_read.clear()
+                if len(self._incoming) < WINDOW_FRAMES:
+                    self._incoming.append(data)
+                    self._changed.notify_all()
+                    return
+            await self._to_read.wait()
+
+    async def _write(self) -> None:
+        """Returns when the channel was closed and all is written."""
+        while True:
+            with self._changed:
+                self._to_write.clear()
+                data = self._outgoing.popleft() if self._outgoing else None
+                self._changed.notify_all()
+                if data is None and self._down:
+                    return
+            if data is None:
+                await self._to_write.wait()
+            else:
+                await self._link.send(data)
+
+    def _wake(self, event: asyncio.Event) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the link with it
+            self._loop.call_soon_threadsafe(event.set)
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for programs that wait in ordinary calls; ``with`` ends it."""
+
+    def __init__(self) -> None:
+        begun: Future[asyncio.AbstractEventLoop] = Future()
+        self._end = asyncio.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(begun)), name="dlora-wire", daemon=True)
+        self._thread.start()
+        self._loop = begun.result()
+
+    def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        """Run it in the loop until it returns or the loop ends."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        """Cancel everything that runs in the loop, wait until it has ended, end the thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
+
+    def __enter__(self) -> LoopThread:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def _main(self, begun: Future[asyncio.AbstractEventLoop]) -> None:
+        begun.set_result(asyncio.get_running_loop())
+        await self._end.wait()
+
+
+class Dialler:
+    """The device's way to its cloud: one channel after the other, over a network whose only neighbour is the cloud."""
+
+    def __init__(self, network: Network, loop: LoopThread, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._network, self._loop, self._max_frame_bytes = network, loop, max_frame_bytes
+        self._changed = threading.Condition()
+        self._latest: Channel | None = None  # that nobody has yet
+        self._given: Channel | None = None
+        self._serving: Future[None] | None = None  # from the first dial on
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes by neighbour, of all channels so far."""
+        return self._network.traffic
+
+    def dial(self, give_up: Callable[[], bool] = lambda: False) -> Channel:
+        """A channel to the cloud, as soon as it can be had; ends the one given before.
+
+        Raises ChannelDown once ``give_up`` says so, which is asked five times a second; whatever the network failed with.
+        """
+        if self._serving is None:
+            self._serving = self._loop.start(self._network.serve(self._talk))
+        if self._given is not None:
+            self._given.close()
+        with self._changed:
+            while True:
+                if self._latest is not None and not self._latest.is_down:
+                    self._given, self._latest = self._latest, None
+                    return self._given
+                if self._serving.done():
+                    self._serving.result()
+                    raise ChannelDown("the network has ended")
+                if give_up():
+                    raise ChannelDown("given up before there was a link to the cloud")
+                self._changed.wait(LOOK_S)
+
+    def close(self) -> None:
+        """End the channel and dial no more."""
+        for channel in (self._given, self._latest):
+            if channel is not None:
+                channel.close()
+        if self._serving is not None:
+            self._serving.cancel()
+
+    async def _talk(self, _: str, link: Link) -> None:
+        channel = Channel(link, self._max_frame_bytes)
+        with self._changed:
+            self._latest = channel
+            self._changed.notify_all()
+        await channel.carry()

@@ -1,0 +1,186 @@
+"""The half that runs the frozen model, for many devices at once; it keeps nothing of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import dlora
+from dlora.cloud_metrics import CloudMetrics
+from dlora.cloud_record import CloudRecord
+from dlora.config import CloudConfig
+from dlora.errors import IdentityError
+from dlora.net.channel import MAX_FRAME_BYTES, Channel, halves
+from dlora.net.grpc import GrpcNetwork
+from dlora.net.identity import Federation, FederationFile, Identity
+from dlora.net.split_codec import MAX_HEAD_BYTES
+from dlora.net.transport import Link, Traffic
+from dlora.programs.listening import check_listen, listen_address
+from dlora.runlog import Listener, now
+from dlora.split.body import Body, load_body
+from dlora.split.session import Budget, Limits, Session
+from dlora.split_frames import Refused, SplitFrame
+
+USABLE_MEMORY = 0.6  # of what is free once the model is loaded
+LOOK_S = 0.25  # between two looks at `stop`, and at what the devices have here
+
+Summary = dict[str, Any]
+
+
+def cloud(
+    config: CloudConfig,
+    *,
+    name: str,
+    key: str | Path,
+    federation: str | Path,
+    listen: str | None = None,
+    listeners: Sequence[Listener] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Summary:
+    """Run the frozen model for the devices of the federation until ``stop()``; return what was done for whom.
+
+    ``listen`` (HOST:PORT) comes before the config's; the default is all interfaces at the port of this member's address.
+    Nothing is written. Raises UserError when it cannot start.
+    """
+    listed = Federation.load(federation)
+    member = listed.member(name)
+    if member.role != "cloud" or member.address is None:
+        what = f"a {member.role}" if member.role != "cloud" else "a cloud without an address"
+        advice = "dlora identity new NAME --role cloud --address HOST:PORT"
+        raise IdentityError(f"{name} is {what} in {listed.source}; a cloud that devices can dial is made with: {advice}")
+    identity = Identity.load(name, key, listed)
+    place = listen_address(listen or config.listen, member.address)
+    metrics = None if config.metrics is None else CloudMetrics(*check_listen(config.metrics, "metrics"))
+    record = CloudRecord()
+    telling = _Telling([record, *([metrics] if metrics else []), *listeners])
+    telling.tell("phase", text=f"loading {config.model}")
+    body = load_body(config)
+    limits = config.limits
+    guests = _Guests(
+        body,
+        Limits(limits.max_tokens, limits.max_parts, limits.idle_s),
+        Budget(limits.memory_bytes or _free_bytes(body)),
+        limits.max_devices,
+        telling,
+    )
+    network = GrpcNetwork(
+        identity,
+        FederationFile(federation),
+        None,
+        place,
+        lambda reason: telling.tell("connection-refused", reason=reason),
+        halves(guests.max_frame_bytes),
+    )
+    telling.traffic = network.traffic
+    began_at = time.monotonic()
+    with metrics or contextlib.nullcontext():
+        serving = {
+            "model": config.model,
+            "federation": str(federation),
+            "metrics": f"{metrics.host}:{metrics.port}" if metrics else None,
+        }
+        asyncio.run(_serve(network, guests, stop, lambda: telling.tell("serving", listen=place, **serving)))
+    return {
+        "version": dlora.__version__,
+        "model": config.model,
+        "cloud": name,
+        "seconds": time.monotonic() - began_at,
+        "refused_links": record.refused_links,
+        "devices": {device: served.summary() for device, served in sorted(record.devices.items())},
+    }
+
+
+async def _serve(network: GrpcNetwork, guests: _Guests, stop: Callable[[], bool], begun: Callable[[], None]) -> None:
+    serving, bound = asyncio.create_task(network.serve(guests.talk)), asyncio.create_task(network.bound.wait())
+    try:
+        await asyncio.wait({serving, bound}, return_when=asyncio.FIRST_COMPLETED)
+        if network.bound.is_set():
+            begun()
+        while not (stop() or serving.done()):
+            await asyncio.wait({serving}, timeout=LOOK_S)
+            guests.look()
+    finally:
+        bound.cancel()
+        serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await serving
+
+
+class _Telling:
+    """Events for the listeners, one at a time, from whatever thread."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self.listeners, self.traffic = tuple(listeners), Traffic()
+        self._lock = threading.Lock()
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """What happened."""
+        with self._lock:
+            for listener in self.listeners:
+                listener({"event": event, "time": now(), **fields})
+
+    def tell_load(self, device: str, parts: int, tokens: int) -> None:
+        """What a device has here, and its bytes so far, over all links."""
+        sent, received = (ways.get(device, 0) for ways in (self.traffic.sent_bytes, self.traffic.received_bytes))
+        self.tell("load", device=device, parts=parts, tokens=tokens, sent_bytes=sent, received_bytes=received)
+
+
+class _Guests:
+    """The devices that are linked now, each with its session."""
+
+    def __init__(self, body: Body, limits: Limits, budget: Budget, max_devices: int, telling: _Telling) -> None:
+        self.body, self.limits, self.budget, self.max_devices, self.telling = body, limits, budget, max_devices, telling
+        self._sessions: dict[str, Session] = {}
+        widest = max(body.facts["embedding_width"], *(max(group.width, group.in_features) for group in body.groups))
+        self.max_frame_bytes = min(MAX_FRAME_BYTES, 4 * limits.max_tokens * widest + MAX_HEAD_BYTES)
+
+    def look(self) -> None:
+        """Tell what each device has here."""
+        for device, session in self._sessions.items():
+            self.telling.tell_load(device, session.num_parts, session.num_tokens)
+
+    async def talk(self, device: str, link: Link) -> None:
+        """One link with one device, until it ends; what its parts hold is let go then."""
+        channel = Channel(link, self.max_frame_bytes)
+
+        def send(frame: SplitFrame) -> None:
+            channel.send(frame)
+            if isinstance(frame, Refused):
+                channel.close()
+
+        def tell(event: str, fields: dict[str, Any]) -> None:
+            if event == "opened":
+                channel.wire = fields["wire"]
+            self.telling.tell(event, device=device, **fields)
+
+        if len(self._sessions) >= self.max_devices:
+            reason = (
+                f"{self.max_devices} devices are here, and limits.max_devices is that; try later, or let the cloud raise it"
+            )
+            tell("refused", {"reason": reason})
+            await channel.carry(lambda _: None if channel.is_down else send(Refused(reason)))
+            return
+        session = self._sessions[device] = Session(device, self.body, self.limits, self.budget, send, tell)
+        tell("linked", {})
+        try:
+            await channel.carry(session.hear)
+        finally:
+            session.close()
+            del self._sessions[device]
+            self.telling.tell_load(device, 0, 0)
+            tell("closed", {})
+
+
+def _free_bytes(body: Body) -> int:
+    """What may be used of the memory that is free now, where the body is."""
+    places = {weight.device for weight in body.network.parameters()}
+    free_bytes = sum(torch.cuda.mem_get_info(place)[0] for place in places if place.type == "cuda")
+    return int(USABLE_MEMORY * (free_bytes or psutil.virtual_memory().available))

@@ -1,0 +1,41 @@
+"""The remote model for Python: an ordinary transformers class whose body runs in the cloud."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+from dlora.config import Config
+from dlora.errors import ConfigError
+from dlora.model import load_tokenizer
+from dlora.net.identity import Federation, FederationFile, Identity
+from dlora.programs.device import check_halves
+from dlora.programs.halves import far_cloud
+from dlora.split.remote import as_ordinary, load_half
+
+
+def connect(config: Config, *, name: str, key: str | Path, federation: str | Path) -> Any:
+    """A ``...ForSequenceClassification`` or ``...ForCausalLM`` whose ``base_model`` runs in the cloud of ``config.split``.
+
+    Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if trained, the head:
+    ``loss.backward()``, any torch optimiser, a transformers Trainer and ``save_pretrained`` (a PEFT folder) work on it. The
+    link is made at the first forward, and again whenever it was lost; ``model.disconnect()`` ends it. Raises UserError.
+    """
+    listed = Federation.load(federation)
+    identity = Identity.load(name, key, listed)
+    check_halves(config, name, listed)
+    if config.task == "classification" and config.data.labels is None:
+        raise ConfigError("data.labels is missing; the head has an output for each, so name them all, in order")
+    half = load_half(config, load_tokenizer(config.model), config.data.labels)
+    network = as_ordinary(half)
+    stack = contextlib.ExitStack()
+    stack.enter_context(far_cloud(half, config, identity, FederationFile(federation), _warn, lambda: False))
+    network.disconnect = weakref.finalize(network, stack.close)
+    return network
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"the cloud cannot be reached: {reason}", stacklevel=2)

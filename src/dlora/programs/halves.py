@@ -1,0 +1,88 @@
+"""How a device's half reaches the body: in a cloud far away, or in one of its own in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from dlora.config import CloudConfig, Config
+from dlora.net.channel import Channel, Dialler, LoopThread, halves
+from dlora.net.grpc import GrpcNetwork
+from dlora.net.identity import FederationFile, Identity
+from dlora.net.memory import MemoryHub
+from dlora.net.transport import Link
+from dlora.split.body import load_body
+from dlora.split.remote import Half
+from dlora.split.session import Budget, Limits, Session
+
+CLOUD, DEVICE = "cloud", "device"  # in one process
+OWN_MEMORY = 0.5  # of what is free, for the body's activations
+
+
+@contextmanager
+def far_cloud(
+    half: Half,
+    config: Config,
+    identity: Identity,
+    federation: FederationFile,
+    tell: Callable[[str], object],
+    give_up: Callable[[], bool],
+) -> Iterator[Callable[[], int]]:
+    """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
+
+    ``tell`` hears in a line what stands between the two. A wait for the cloud ends with ChannelDown once ``give_up`` says so.
+    """
+    assert config.split is not None
+    with LoopThread() as loop:
+        network = GrpcNetwork(identity, federation, [config.split.cloud], None, tell, kind=halves())
+        dialler = Dialler(network, loop)
+        try:
+            yield _link(half, config, dialler, lambda: dialler.dial(give_up))
+        finally:
+            dialler.close()
+
+
+@contextmanager
+def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
+    """Run the body here too, at the other end of a wire in memory; gives the bytes so far, both ways."""
+    assert config.split is not None
+    wire = config.split.wire
+    body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}))
+    limits = Limits(max_tokens=1 << 20, max_parts=256, idle_s=3600.0)
+    budget = Budget(int(OWN_MEMORY * psutil.virtual_memory().available))
+    with LoopThread() as loop:
+        hub = MemoryHub({CLOUD: [DEVICE], DEVICE: [CLOUD]}, kind=halves())
+
+        async def talk(name: str, link: Link) -> None:
+            channel = Channel(link)
+            channel.wire = wire
+            session = Session(name, body, limits, budget, channel.send)
+            try:
+                await channel.carry(session.hear)
+            finally:
+                session.close()
+
+        serving = loop.start(hub.network(CLOUD).serve(talk))
+        dialler = Dialler(hub.network(DEVICE), loop)
+        try:
+            yield _link(half, config, dialler, dialler.dial)
+        finally:
+            dialler.close()
+            serving.cancel()
+
+
+def _link(half: Half, config: Config, dialler: Dialler, dial: Callable[[], Channel]) -> Callable[[], int]:
+    assert config.split is not None
+    wire = config.split.wire
+
+    def dialled() -> Channel:
+        channel = dial()
+        channel.wire = wire
+        return channel
+
+    half.link(dialled, config.split.pipeline, time.sleep)
+    traffic = dialler.traffic
+    return lambda: sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())

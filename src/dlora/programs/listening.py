@@ -1,0 +1,42 @@
+"""Where a program accepts links, checked before anything else is done for it."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from dlora.errors import ConfigError
+
+
+def listen_address(listen: str | None, address: str | None) -> str | None:
+    """``listen``, else all interfaces at the port of the member's ``address``, checked; None where there is neither."""
+    if listen is None and address is not None:
+        listen = f"[::]:{address.rpartition(':')[2]}"
+    if listen is not None:
+        check_listen(listen)
+    return listen
+
+
+def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
+    """Host and port. Raises ConfigError when nobody can listen there: later there would be a run folder to remove."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{option} {listen}: expected HOST:PORT, such as 0.0.0.0:7000 or [::]:7000")
+    host = host.strip("[]")
+    try:
+        places = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ConfigError(f"{option} {listen}: {host} is no address of this machine ({error.strerror})") from error
+    for family, kind, protocol, _, address in places:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a closed link is in nobody's way
+                probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EAFNOSUPPORT:
+                continue  # a machine without IPv6; gRPC then takes the IPv4 wildcard
+            what = "another program does" if error.errno == errno.EADDRINUSE else error.strerror
+            raise ConfigError(
+                f"cannot listen on {listen}: {what}; stop that program or give another HOST:PORT to {option}"
+            ) from None
+    return host, int(port)

@@ -1,0 +1,1 @@
+"""Where the frozen model runs (DLoRA)."""

@@ -1,0 +1,174 @@
+"""The frozen model without its heads, in the cloud, and the places where devices' updates are added."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dlora.config import CloudConfig
+from dlora.model import LINEAR, load_body_network, max_tokens
+from dlora.seeds import derive_seed
+from dlora.split.agreement import body_facts
+from dlora.split.conversation import CloudPart, bits
+from dlora.split.groups import find_groups
+
+PROBE_TOKENS = 64
+
+
+class Body:
+    """A frozen body that many devices go through at once; nothing of theirs stays in it.
+
+    ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.groups = find_groups(lambda: transformers.AutoModel.from_config(network.config))
+        weights = (*network.parameters(), *network.buffers())
+        self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()  # the same weights
+        self._here = threading.local()
+        for view in (self.network, self._training):
+            for name, layer in view.named_modules():
+                if isinstance(layer, LINEAR):
+                    layer.register_forward_hook(partial(self._add_update, name))
+        self._keys = set(inspect.signature(network.forward).parameters)
+        self.facts = body_facts(network.config, network.get_input_embeddings())
+        self.max_tokens = max_tokens(network) or 1 << 20  # of one text
+        self.bytes_a_token = self._bytes_a_token()
+
+    @property
+    def device(self) -> torch.device:
+        """Where embedded tokens go in."""
+        device: torch.device = self.network.get_input_embeddings().weight.device
+        return device
+
+    def forward(self, part: CloudPart, dropout: float | None) -> Tensor:
+        """What the head reads of one part, (rows, H). ``dropout``: instead of the model's own rates; None: its own."""
+        begin, index = part.begin, part.index
+        tokens = begin.rows * begin.columns
+        dtype = next(self.network.parameters()).dtype
+        embedded = torch.zeros(tokens, begin.embedded.shape[1], dtype=dtype if dtype.is_floating_point else torch.float32)
+        embedded = embedded.to(self.device)
+        embedded[index] = begin.embedded.to(embedded.device, embedded.dtype)
+        arguments: dict[str, Any] = {
+            "inputs_embeds": embedded.view(begin.rows, begin.columns, -1),
+            "attention_mask": part.mask.long(),
+            "use_cache": False,
+        }
+        if begin.token_types:
+            arguments["token_type_ids"] = self._spread(part, np.frombuffer(begin.token_types, np.uint8).astype(np.int64))
+        if begin.positions:
+            arguments["position_ids"] = self._spread(part, np.array(begin.positions, dtype=np.int64))
+        dropping = begin.seed is not None and dropout != 0.0
+        network = self._training if dropping else self.network
+        self._here.part = part
+        try:
+            if dropping:
+                seed = derive_seed(0, "body-dropout", f"{begin.seed}/{begin.part}")
+                with SeededDropout(torch.Generator(self.device).manual_seed(seed), dropout):
+                    outputs = network(**{key: value for key, value in arguments.items() if key in self._keys})
+            else:
+                outputs = network(**{key: value for key, value in arguments.items() if key in self._keys})
+        finally:
+            self._here.part = None
+        if not begin.needed:
+            pooled: Tensor = outputs.pooler_output
+            return pooled
+        wanted = torch.from_numpy(bits(begin.needed, len(index))).to(index.device)
+        hidden: Tensor = outputs.last_hidden_state.flatten(0, 1)[index[wanted]]
+        return hidden
+
+    def _spread(self, part: CloudPart, values: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
+        """(N,) numbers of the real tokens as (rows, columns), 0 elsewhere."""
+        spread = torch.zeros(part.mask.numel(), dtype=torch.int64, device=self.device)
+        spread[part.index] = torch.from_numpy(values).to(self.device)
+        return spread.view(part.mask.shape)
+
+    def _add_update(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        part: CloudPart | None = getattr(self._here, "part", None)
+        update = part.update(name, inputs[0]) if part is not None else None
+        return None if update is None else output + update.to(output.dtype)
+
+    def _bytes_a_token(self) -> int:
+        """What a forward keeps for its backward, a token: measured on one text, every linear adapted."""
+        width = self.network.get_input_embeddings().embedding_dim
+        weights = {weight.untyped_storage().data_ptr() for weight in self.network.parameters()}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        tokens = min(PROBE_TOKENS, self.max_tokens)
+        dtype = next(self.network.parameters()).dtype
+        embedded = torch.zeros(1, tokens, width, dtype=dtype if dtype.is_floating_point else torch.float32, device=self.device)
+        arguments = {"inputs_embeds": embedded.requires_grad_(), "use_cache": False}
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            outputs = self.network(**{key: value for key, value in arguments.items() if key in self._keys})
+        del outputs
+        updates = 4 * sum(group.width + group.in_features for group in self.groups)  # what devices add, and their inputs
+        return sum(kept.values()) // tokens + updates
+
+
+class SeededDropout(TorchFunctionMode):
+    """Dropout from a generator of its own, in this thread only: torch's is one for all threads, and no part can be repeated.
+
+    ``rate`` takes the place of every rate in the model; None: each its own.
+    """
+
+    def __init__(self, generator: torch.Generator, rate: float | None) -> None:
+        super().__init__()
+        self.generator, self.rate = generator, rate
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropped(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropped(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        rate = p if self.rate is None else self.rate
+        if not training or rate == 0.0:
+            return x
+        keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= rate
+        return x * keep / (1 - rate)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Torch's own draws from its own generator; so with dropout the product is written out."""
+        if enable_gqa:
+            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        scores = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+        if is_causal:
+            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(ahead, -torch.inf)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self._dropped(scores.softmax(dim=-1), dropout_p) @ value
+
+
+def load_body(config: CloudConfig) -> Body:
+    """The body of ``config.model``, any that transformers loads as AutoModel. Raises ModelError."""
+    return Body(load_body_network(config))

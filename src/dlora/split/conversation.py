@@ -1,0 +1,324 @@
+"""What the two halves say to each other in one step. No sockets in it.
+
+Forward, one part (micro-batch) of N real tokens:
+
+    device  Begin            embedded tokens (N, E)                        up
+    cloud   input            x (N, I) of each active group, bottom to top  down
+    device  update           s (x A^T) B^T of its modules (N, sum of O)    up
+    cloud   hidden           what the head reads                           down
+
+and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient up for each group, top to
+bottom. The lowest group's input-gradient is not asked for: below it nothing trains (papers-dlora, 1 and 7, row A1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlora.seeds import derive_seed
+from dlora.split.groups import Group
+from dlora.split_frames import Begin, Done, Failed, SplitFrame, Values, What, Why
+
+# The cloud's side
+
+
+class Hears(Protocol):
+    """Waits for the one frame that a part needs next, and checks it."""
+
+    def __call__(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
+        """Its tensor, (rows, width) float32 on the CPU."""
+
+
+class CloudPart:
+    """One part in the cloud: where its real tokens stand, and how it asks the device for updates."""
+
+    def __init__(
+        self,
+        begin: Begin,
+        groups: Sequence[Group],
+        device: torch.device,
+        say: Callable[[Values], None],
+        hear: Hears,
+    ) -> None:
+        self.begin, self.groups, self.device = begin, groups, device
+        self._say, self.hear = say, hear
+        self._places = {name: (number, place) for number, group in enumerate(groups) for place, name in enumerate(group.modules)}
+        self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}  # group -> its input, the updates not yet fetched
+        self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)  # below the lowest group nothing has a gradient
+        mask = bits(begin.mask, begin.rows * begin.columns)
+        self.mask = torch.from_numpy(mask).view(begin.rows, begin.columns).to(device)
+        self.index = torch.from_numpy(mask.nonzero()[0]).to(device)  # (N,) of the real tokens in the flattened part
+
+    def update(self, module: str, x: Tensor) -> Tensor | None:
+        """What the device adds to the output of ``module`` for the input ``x`` (..., I); None where it has no factors."""
+        if module not in self._places:
+            return None
+        number, place = self._places[module]
+        if number not in self._asked:
+            self._asked[number] = (x, list(_Ask.apply(x, self._anchor, self, number)))  # type: ignore[no-untyped-call]
+        asked, updates = self._asked[number]
+        update = updates[place]
+        assert asked is x and update is not None  # else the modules are no group
+        updates[place] = None
+        if not any(kept is not None for kept in updates):
+            del self._asked[number]
+        return update
+
+    def say(self, what: What, group: int, tensor: Tensor, reply: bool = False) -> None:
+        """Send a tensor of this part."""
+        self._say(Values(what, self.begin.call, self.begin.part, group, tensor.detach().float().cpu(), reply))
+
+    def gather(self, padded: Tensor) -> Tensor:
+        """(..., width) -> (N, width): the real tokens, or a row for each of the part's rows (a pooler's input)."""
+        flat = padded.reshape(-1, padded.shape[-1])
+        return flat if len(flat) == len(self.index) or len(flat) == self.begin.rows else flat[self.index]
+
+    def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
+        """The way back: (N, width) -> (..., width) with zeros where no token is; shape, dtype and device of ``like``."""
+        rows = rows.to(like.device, like.dtype)
+        shape = (*like.shape[:-1], rows.shape[-1])
+        if len(rows) == like.shape[:-1].numel():
+            return rows.contiguous().view(shape)
+        padded = rows.new_zeros(like.shape[:-1].numel(), rows.shape[-1])
+        padded[self.index] = rows
+        return padded.view(shape)
+
+
+class _Ask(torch.autograd.Function):
+    """y = what the device computes from x; backward asks it for dx."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, part: CloudPart, number: int) -> tuple[Tensor, ...]:
+        group, rows = part.groups[number], part.gather(x)
+        part.say("input", number, rows)
+        update = part.hear("update", number, (len(rows), group.width))
+        ctx.part, ctx.number = part, number
+        ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)  # shape, dtype, device
+        return tuple(part.scatter(own, x) for own in update.split(group.out_features, dim=1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        part: CloudPart = ctx.part
+        group, wanted = part.groups[ctx.number], ctx.needs_input_grad[0]
+        rows = torch.cat([part.gather(gradient) for gradient in gradients], dim=1)
+        part.say("update-gradient", ctx.number, rows, reply=wanted)
+        if not wanted:
+            return None, None, None, None
+        return part.scatter(part.hear("input-gradient", ctx.number, (len(rows), group.in_features)), ctx.like), None, None, None
+
+
+def through_the_cloud(part: CloudPart, forward: Callable[[CloudPart], Tensor]) -> None:
+    """One part, there and back; ``forward`` runs the body and gives what the head reads (rows, hidden width)."""
+    with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(part.begin.keep):
+        # a slow device holds up this thread only, also where backward would share a thread among all (GPUs)
+        hidden = forward(part)
+        part.say("hidden", 0, hidden)
+        if part.begin.keep:
+            gradient = part.hear("hidden-gradient", 0, (len(hidden), hidden.shape[1]))
+            if hidden.requires_grad:
+                hidden.backward(gradient.to(hidden.device, hidden.dtype))  # type: ignore[no-untyped-call]
+
+
+# The device's side
+
+
+class Channel(Protocol):
+    """One link to the cloud; both raise ChannelDown when it has ended."""
+
+    def send(self, frame: SplitFrame) -> None:
+        """Hand a frame to the wire."""
+
+    def receive(self) -> SplitFrame:
+        """The next frame."""
+
+
+class PartFailed(Exception):
+    """The cloud gave a part of a call up."""
+
+    def __init__(self, call: int, why: Why, text: str) -> None:
+        super().__init__(text)
+        self.call, self.why = call, why
+
+
+class Misbehaviour(ValueError):
+    """The other half said what no half says here."""
+
+
+class Layer(Protocol):
+    """The factors of one adapted module; a participant dimension of 1 is welcome."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout: float
+    training: bool
+
+
+@dataclass
+class _Kept:
+    """What a group's backward needs: the device's own little graph."""
+
+    x: Tensor
+    factors: list[Tensor]  # copies that share memory, A and B of each module
+    update: Tensor
+
+
+@dataclass
+class Call:
+    """One forward, and until its backward what belongs to it."""
+
+    number: int
+    begins: list[Begin]
+    hidden_width: int
+    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)  # (part, group)
+    num_rows: dict[int, int] = field(default_factory=dict)  # part -> rows of its hidden
+
+
+class Adapter:
+    """The factors on the device, by group: updates forward, gradients backward."""
+
+    def __init__(self, groups: Sequence[Group], layers: Mapping[str, Layer]) -> None:
+        self.groups = tuple(groups)
+        self.layers = layers
+        self.tensors = [(name, factor) for group in groups for name in group.modules for factor in ("lora_A", "lora_B")]
+
+    def factors(self) -> list[Tensor]:
+        """A and B of every module, in the order of ``tensors``."""
+        return [getattr(self.layers[name], factor) for name, factor in self.tensors]
+
+    def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
+        """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, side by side."""
+        begin, factors = call.begins[part], list[Tensor]()
+        with torch.set_grad_enabled(begin.keep):
+            x = x.detach().requires_grad_(begin.keep)
+            updates = []
+            for name in self.groups[number].modules:
+                layer = self.layers[name]
+                pair = [
+                    tensor.detach().flatten(0, -2).requires_grad_(begin.keep and tensor.requires_grad)
+                    for tensor in (layer.lora_A, layer.lora_B)
+                ]
+                dropped = _dropped(x, layer, f"{begin.seed}/{part}/{name}")
+                updates.append(F.linear(F.linear(dropped, pair[0]), pair[1]) * layer.scaling)
+                factors += pair
+            update = torch.cat(updates, dim=1)
+        if begin.keep:
+            call.kept[part, number] = _Kept(x, factors, update)
+        return update
+
+    def gradients(
+        self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the group's factors."""
+        kept = call.kept.pop((part, number))
+        wanted = [*([kept.x] if reply else []), *(tensor for tensor in kept.factors if tensor.requires_grad)]
+        found = iter(torch.autograd.grad(kept.update, wanted, gradient) if wanted else ())
+        dx = next(found) if reply else None
+        return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
+
+
+def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Tensor]:
+    """All parts of a call up, every group answered; returns each part's hidden (rows, hidden width)."""
+    for begin in call.begins:
+        channel.send(begin)
+    hidden: dict[int, Tensor] = {}
+    while len(hidden) < len(call.begins):
+        frame = _of(call, channel.receive())
+        if frame is None:
+            continue
+        if not isinstance(frame, Values) or frame.what not in ("input", "hidden") or frame.part in hidden:
+            raise Misbehaviour(f"the cloud sent {_name(frame)} in a forward")
+        begin = call.begins[frame.part]
+        if frame.what == "hidden":
+            rows = int(bits(begin.needed, len(begin.embedded)).sum()) if begin.needed else begin.rows
+            _check(frame, [(rows, call.hidden_width)])
+            hidden[frame.part], call.num_rows[frame.part] = frame.tensor, rows
+            continue
+        if frame.group >= len(adapter.groups):
+            raise Misbehaviour(f"the cloud asks for group {frame.group} of {len(adapter.groups)}")
+        width = adapter.groups[frame.group].in_features
+        _check(frame, [(len(begin.embedded), width), (begin.rows, width)])
+        update = adapter.update(call, frame.part, frame.group, frame.tensor)
+        channel.send(Values("update", call.number, frame.part, frame.group, update.detach()))
+    return [hidden[part] for part in range(len(call.begins))]
+
+
+def backward_on_device(channel: Channel, call: Call, adapter: Adapter, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of a call's hidden up; returns those of the factors, in the order of ``adapter.tensors``."""
+    for part, gradient in enumerate(gradients):
+        channel.send(Values("hidden-gradient", call.number, part, 0, gradient))
+    found: dict[tuple[int, int], list[Tensor | None]] = {}
+    done: set[int] = set()
+    while len(done) < len(call.begins):
+        frame = _of(call, channel.receive())
+        if frame is None:
+            continue
+        if isinstance(frame, Done):
+            done.add(frame.part)
+            continue
+        if not isinstance(frame, Values) or frame.what != "update-gradient":
+            raise Misbehaviour(f"the cloud sent {_name(frame)} in a backward")
+        if (frame.part, frame.group) not in call.kept:
+            raise Misbehaviour(f"the cloud sent a gradient for group {frame.group}, which it never asked for")
+        _check(frame, [tuple(call.kept[frame.part, frame.group].update.shape)])
+        dx, own = adapter.gradients(call, frame.part, frame.group, frame.tensor, frame.reply)
+        if dx is not None:
+            channel.send(Values("input-gradient", call.number, frame.part, frame.group, dx))
+        found[frame.part, frame.group] = own
+    return _summed(adapter, len(call.begins), found)
+
+
+def _summed(adapter: Adapter, num_parts: int, found: Mapping[tuple[int, int], list[Tensor | None]]) -> list[Tensor | None]:
+    """Over parts, in their order and not in that of arrival: sums must not depend on the network."""
+    totals: list[Tensor | None] = []
+    for number, group in enumerate(adapter.groups):
+        of_group: list[Tensor | None] = [None] * (2 * len(group.modules))
+        for part in range(num_parts):
+            for place, gradient in enumerate(found.get((part, number), ())):
+                so_far = of_group[place]
+                of_group[place] = gradient if so_far is None or gradient is None else so_far + gradient
+        totals += of_group
+    return totals
+
+
+def _of(call: Call, frame: SplitFrame) -> Values | Done | None:
+    """The frame, if it belongs to this call and not to one given up; raises PartFailed."""
+    if not isinstance(frame, Values | Done | Failed):
+        raise Misbehaviour(f"the cloud sent {_name(frame)} in a step")
+    if frame.call != call.number:
+        return None
+    if frame.part >= len(call.begins):
+        raise Misbehaviour(f"the cloud speaks of part {frame.part} of {len(call.begins)}")
+    if isinstance(frame, Failed):
+        raise PartFailed(frame.call, frame.why, frame.text)
+    return frame
+
+
+def _check(frame: Values, shapes: Sequence[tuple[int, ...]]) -> None:
+    if tuple(frame.tensor.shape) not in shapes:
+        raise Misbehaviour(f"the cloud sent {_name(frame)} of shape {tuple(frame.tensor.shape)}; it should be {shapes[0]}")
+
+
+def _name(frame: SplitFrame) -> str:
+    return frame.what if isinstance(frame, Values) else type(frame).__name__
+
+
+def _dropped(x: Tensor, layer: Layer, purpose: str) -> Tensor:
+    """LoRA's own dropout, the same when a part is gone through again."""
+    if not (layer.training and layer.dropout):
+        return x
+    generator = torch.Generator().manual_seed(derive_seed(0, "lora-dropout", purpose))
+    keep = torch.rand(x.shape, generator=generator) >= layer.dropout
+    return x * keep.to(x.device) / (1 - layer.dropout)
+
+
+def bits(packed: bytes, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """(count,) booleans, as numpy.packbits packed them."""
+    return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(bool)

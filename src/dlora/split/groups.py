@@ -1,0 +1,104 @@
+"""Which modules share an input, and so a frame: found by a forward that computes nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dlora.errors import ModelError
+from dlora.model import LINEAR
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules with one input: query, key and value; gate and up; output; down."""
+
+    modules: tuple[str, ...]  # dotted names inside the body
+    in_features: int
+    out_features: tuple[int, ...]  # one a module
+
+    @property
+    def width(self) -> int:
+        """Of the modules' updates side by side."""
+        return sum(self.out_features)
+
+
+def find_groups(make: Callable[[], Any]) -> tuple[Group, ...]:
+    """All linears of the body that ``make`` gives, in the order in which its forward meets them.
+
+    It is made and run with tensors that have shapes and no numbers. Raises ModelError for a body that is not made of token
+    after token through linears, or that wants token ids.
+    """
+    met: list[tuple[str, Tensor]] = []  # the inputs are held, so that no two share an id
+
+    def note(name: str) -> Any:
+        return lambda layer, inputs: met.append((name, inputs[0]))
+
+    with FakeTensorMode(), torch.no_grad():
+        skeleton = make().eval()
+        refuse_ids(skeleton)
+        linears = {name: layer for name, layer in skeleton.named_modules() if isinstance(layer, LINEAR)}
+        for name, layer in linears.items():
+            layer.register_forward_pre_hook(note(name))
+        embedded = torch.zeros(1, 2, skeleton.get_input_embeddings().embedding_dim)
+        try:
+            skeleton(inputs_embeds=embedded, use_cache=False)
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"{type(skeleton).__name__} cannot be split: its forward on token embeddings fails ({reason})"
+            ) from error
+    names = [name for name, _ in met]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ModelError(f"{type(skeleton).__name__} cannot be split: {twice} is called twice in one forward")
+    together: dict[int, list[str]] = {}
+    for name, x in met:
+        together.setdefault(id(x), []).append(name)
+    return tuple(_group(members, linears) for members in together.values())
+
+
+def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Group, ...]:
+    """The groups reduced to the adapted modules; raises ModelError for a target that is in none."""
+    known = {name for group in groups for name in group.modules}
+    for target in sorted(set(targets) - known):
+        raise ModelError(f"lora.target_modules: {target} is not in the body; in the cloud are {_ends(known)}")
+    reduced = []
+    for group in groups:
+        kept = [(name, out) for name, out in zip(group.modules, group.out_features, strict=True) if name in targets]
+        if kept:
+            reduced.append(Group(tuple(name for name, _ in kept), group.in_features, tuple(out for _, out in kept)))
+    return tuple(reduced)
+
+
+def refuse_ids(body: Any) -> None:
+    """Raise ModelError for a body that cannot do with the token embeddings alone."""
+    parameters = inspect.signature(body.forward).parameters
+    inside = [key for key in parameters if key in ("per_layer_inputs", "decoder_input_ids")]
+    if "inputs_embeds" not in parameters or inside or getattr(body.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(body).__name__} needs token ids inside the body ({', '.join(inside) or 'no inputs_embeds'});"
+            " take an encoder or a decoder that starts from its token embedding"
+        )
+
+
+def _group(members: Sequence[str], linears: dict[str, nn.Module]) -> Group:
+    shapes = [_features(linears[name]) for name in members]
+    return Group(tuple(members), shapes[0][0], tuple(out for _, out in shapes))
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs; GPT-2 stores its weights the other way round."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    rows, columns = weight.shape
+    return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+
+
+def _ends(names: Collection[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))

@@ -1,0 +1,265 @@
+"""One device in the cloud: its parts, each in a thread of its own, and the bounds that keep it from being a burden."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlora.split.agreement import Agreement, agree
+from dlora.split.body import Body
+from dlora.split.conversation import CloudPart, Misbehaviour, through_the_cloud
+from dlora.split_frames import (
+    Begin,
+    ChannelDown,
+    Done,
+    Drop,
+    Failed,
+    Open,
+    Opened,
+    Refused,
+    SplitFrame,
+    Values,
+    What,
+    Why,
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one device may ask for."""
+
+    max_tokens: int  # of all its parts in the cloud at once
+    max_parts: int
+    idle_s: float  # that a part waits for the device's next word
+
+
+class Budget:
+    """Memory for all devices' activations together."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._free_bytes, self._lock = num_bytes, threading.Lock()
+        self.num_bytes = num_bytes
+
+    def take(self, num_bytes: int) -> bool:
+        """Whether there is room; if so it is taken."""
+        with self._lock:
+            if num_bytes > self._free_bytes:
+                return False
+            self._free_bytes -= num_bytes
+            return True
+
+    def give_back(self, num_bytes: int) -> None:
+        """What was taken is free again."""
+        with self._lock:
+            self._free_bytes += num_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left."""
+        return self._free_bytes
+
+
+class _Gone(Exception):
+    """The part was dropped, or the session is over."""
+
+
+class _Work:
+    """A part under way: what it waits for, and where that is put."""
+
+    def __init__(self, begin: Begin, idle_s: float) -> None:
+        self.begin, self.idle_s = begin, idle_s
+        self.waited_s = 0.0
+        self._inbox: queue.Queue[Values | None] = queue.Queue()
+        self._gone = False
+
+    def put(self, frame: Values) -> None:
+        """Hand over a frame; only one is ever waited for."""
+        if not self._inbox.empty():
+            raise Misbehaviour(f"{frame.what} for a part that has not taken the one before")
+        self._inbox.put(frame)
+
+    def end(self) -> None:
+        """Wake the part up to go."""
+        self._gone = True
+        self._inbox.put(None)
+
+    def hear(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
+        """Wait for one frame and check it. Raises TimeoutError after ``idle_s``."""
+        began_at = time.monotonic()
+        try:
+            frame = self._inbox.get(timeout=self.idle_s)
+        except queue.Empty:
+            raise TimeoutError(f"no {what} within {self.idle_s:g} s") from None
+        finally:
+            self.waited_s += time.monotonic() - began_at
+        if frame is None or self._gone:
+            raise _Gone
+        if (frame.what, frame.group, tuple(frame.tensor.shape)) != (what, group, shape):
+            raise Misbehaviour(
+                f"{frame.what} of group {frame.group}, shape {tuple(frame.tensor.shape)}, where {what} of group {group},"
+                f" shape {shape}, was due"
+            )
+        return frame.tensor
+
+
+class Session:
+    """What the cloud knows of one device while a link lasts; nothing of it is worth keeping.
+
+    ``hear`` takes each frame of the device in order and never waits. ``send`` is called from threads of the session, may
+    wait, and raises ChannelDown when the link has ended. ``tell(event, fields)`` hears what happened: opened (before the
+    device does), refused, part, failed; from any thread.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        body: Body,
+        limits: Limits,
+        budget: Budget,
+        send: Callable[[SplitFrame], None],
+        tell: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
+    ) -> None:
+        self.device, self.body, self.limits, self.budget = device, body, limits, budget
+        self._send, self._tell = send, tell
+        self.agreement: Agreement | None = None  # from Open on
+        self._work: dict[tuple[int, int], _Work] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(limits.max_parts + 1, thread_name_prefix=f"part-{device}")
+
+    def hear(self, frame: SplitFrame) -> None:
+        """Take one frame. Raises Misbehaviour (a ValueError) for what no device says here: the link is to be ended."""
+        if isinstance(frame, Open):
+            self._threads.submit(self._answer, self._open(frame.manifest))
+        elif self.agreement is None:
+            raise Misbehaviour(f"{type(frame).__name__} before Open")
+        elif isinstance(frame, Begin):
+            refusal = self._begin(frame)
+            if refusal is not None:
+                self._threads.submit(self._answer, refusal)
+        elif isinstance(frame, Drop):
+            with self._lock:
+                dropped = [self._work.pop(key) for key in [*self._work] if key[0] == frame.call]
+            for work in dropped:
+                work.end()
+        elif isinstance(frame, Values) and frame.what in ("update", "hidden-gradient", "input-gradient"):
+            work = self._work.get((frame.call, frame.part))
+            if work is not None:  # else it crossed with the word that the part has failed
+                work.put(frame)
+        else:
+            raise Misbehaviour(f"{type(frame).__name__} from a device")
+
+    def close(self) -> None:
+        """End all parts; their threads end as soon as they look."""
+        with self._lock:
+            works = [*self._work.values()]
+        for work in works:
+            work.end()
+        self._threads.shutdown(wait=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """In the cloud now."""
+        with self._lock:
+            return sum(len(work.begin.embedded) for work in self._work.values())
+
+    @property
+    def num_parts(self) -> int:
+        """In the cloud now."""
+        return len(self._work)
+
+    # Opening
+
+    def _open(self, manifest: str) -> SplitFrame:
+        agreed = agree(manifest, self.body.facts, self.body.groups)
+        if isinstance(agreed, str):
+            self._tell("refused", {"reason": agreed})
+            return Refused(agreed)
+        self.agreement = agreed
+        self._tell("opened", {"wire": agreed.wire, "groups": len(agreed.groups)})
+        return Opened(self.limits.max_tokens, self.limits.max_parts)
+
+    # Parts
+
+    def _begin(self, begin: Begin) -> SplitFrame | None:
+        width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
+        if begin.embedded.shape[1] != width:
+            raise Misbehaviour(f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}")
+        tokens = len(begin.embedded)
+        with self._lock:
+            if key in self._work:
+                raise Misbehaviour(f"part {key[1]} of call {key[0]} was begun already")
+            held = sum(len(work.begin.embedded) for work in self._work.values())
+            if tokens + held > self.limits.max_tokens or len(self._work) >= self.limits.max_parts:
+                return self._failed(
+                    begin, "tokens", f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is the limit"
+                )
+            padded = begin.rows * begin.columns
+            if begin.columns > self.body.max_tokens:
+                return self._failed(
+                    begin, "broken", f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}"
+                )
+            need_bytes = padded * self.body.bytes_a_token
+            if not self.budget.take(need_bytes):
+                return self._failed(
+                    begin,
+                    "memory",
+                    f"{need_bytes / 1e6:.0f} MB are needed for {padded} tokens, {self.budget.free_bytes / 1e6:.0f} MB are free",
+                )
+            work = self._work[key] = _Work(begin, self.limits.idle_s)
+        self._threads.submit(self._run, work, need_bytes)
+        return None
+
+    def _run(self, work: _Work, need_bytes: int) -> None:
+        """One part's life, in its thread."""
+        began_at, begin = time.monotonic(), work.begin
+        answer: SplitFrame | None = None
+        try:
+            assert self.agreement is not None
+            dropout = self.agreement.dropout
+            part = CloudPart(begin, self.agreement.groups, self.body.device, self._send, work.hear)
+            through_the_cloud(part, lambda part: self.body.forward(part, dropout))
+            if begin.keep:
+                answer = Done(begin.call, begin.part)
+            seconds = time.monotonic() - began_at
+            self._tell(
+                "part", {"tokens": len(begin.embedded), "keep": begin.keep, "seconds": seconds, "waited_s": work.waited_s}
+            )
+        except (_Gone, ChannelDown):
+            pass
+        except TimeoutError as error:
+            answer = self._failed(begin, "expired", f"the device was silent: {error}")
+        except Exception as error:  # a part must not take the others with it; the device hears what it was
+            answer = self._failed(begin, *_explained(error))
+        finally:
+            part = None  # type: ignore[assignment]  # its graph goes before its memory is given back
+            with self._lock:
+                if self._work.get((begin.call, begin.part)) is work:
+                    del self._work[begin.call, begin.part]
+            self.budget.give_back(need_bytes)
+        if answer is not None:
+            self._answer(answer)
+
+    def _answer(self, frame: SplitFrame) -> None:
+        with contextlib.suppress(ChannelDown):
+            self._send(frame)
+
+    def _failed(self, begin: Begin, why: Why, text: str) -> Failed:
+        self._tell("failed", {"why": why, "text": text})
+        return Failed(begin.call, begin.part, why, text[:1000])
+
+
+def _explained(error: Exception) -> tuple[Why, str]:
+    """What a device can do about it."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return "memory", "the cloud ran out of memory"
+    return "broken", f"{type(error).__name__}: {text}"

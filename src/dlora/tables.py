@@ -1,0 +1,73 @@
+"""What commands print for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from dlora.runlog import bytes_text, score_text, seconds_text
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """A finished run: each of its runs' scores, bytes and time."""
+    metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
+    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", "on wire", "time", box=None)
+    for name, run in summary["runs"].items():
+        scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
+        scores[-1] += f" ({run['best']['rounds_done']})"
+        table.add_row(name, *scores, bytes_text(run["bytes_on_wire"]), seconds_text(run["seconds"]))
+    return table
+
+
+def scores_table(scores: dict[str, Any]) -> Table:
+    """Adapters and their scores."""
+    metrics = list(next(iter(scores.values())))
+    table = Table("adapter", *metrics, box=None)
+    for name, values in scores.items():
+        table.add_row(name, *(score_text(values[metric], metric) for metric in metrics))
+    return table
+
+
+def plan_table(plan: dict[str, Any]) -> Group:
+    """What a dry run found."""
+    table = Table("peer", "rows", "local steps a round", "labels", box=None)
+    for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
+        labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
+        table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
+    messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
+    return Group(
+        f"would run {', '.join(plan['runs'])} on {plan['model']}",
+        table,
+        f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
+        f"a message is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
+        f" spectral gap {plan['spectral_gap']:.3f}",
+    )
+
+
+def cost_table(costs: dict[str, Any]) -> Group:
+    """What a run will cost: bytes over each edge, time, memory."""
+    edges = Table("edge", "on wire", box=None)
+    for edge, count in costs["edges"].items():
+        edges.add_row(edge, bytes_text(count))
+    lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
+    return Group(
+        f"{costs['peers']} peers, {costs['rounds']} rounds; a message is {bytes_text(costs['message_bytes'])}",
+        edges,
+        f"{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once",
+        f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
+        f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])} for what trains, and"
+        " activations",
+    )
+
+
+def served_table(summary: dict[str, Any]) -> Group:
+    """What a cloud did for whom."""
+    table = Table("device", "links", "tokens", "steps", "down", "up", "failures", box=None)
+    for device, served in summary["devices"].items():
+        numbers = [f"{served[key]:,}" for key in ("links", "tokens", "steps")]
+        failures = ", ".join(f"{why} {count}" for why, count in served["failures"].items())
+        table.add_row(device, *numbers, bytes_text(served["sent_bytes"]), bytes_text(served["received_bytes"]), failures)
+    served_s = f"served {summary['model']} for {seconds_text(summary['seconds'])}"
+    return Group(f"{served_s}, {summary['refused_links']} links refused", *([table] if summary["devices"] else []))
