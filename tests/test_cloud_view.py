@@ -53,10 +53,11 @@ def drawn(view: CloudView) -> str:
 
 def test_a_table_of_who_is_here_and_what_went_wrong() -> None:
     with CloudView(Console(file=io.StringIO(), force_terminal=True, width=120)) as view:
+        assert "starting" in drawn(view)
         tell(view, {"event": "phase", "text": "loading model"})
         assert "loading model" in drawn(view)
         tell(view, SERVING)
-        assert drawn(view) == "no device is here yet\n"
+        assert drawn(view) == "no device is here\n"
         tell(view, *STORY[:2])
         assert "idle" in drawn(view)
         tell(view, *STORY[2:])

@@ -28,7 +28,7 @@ class CloudView:
         self._console = console or Console(stderr=True)
         self._quiet = quiet
         self._record = CloudRecord()
-        self._phase: str | None = None
+        self._waiting: Spinner | None = Spinner("dots", Text("starting"))
         self._live = Live(
             get_renderable=self._drawn,
             console=self._console,
@@ -40,9 +40,9 @@ class CloudView:
         """Hear one event; unknown ones change nothing."""
         self._record(event)
         if event["event"] == "phase":
-            self._phase = event["text"]
+            self._waiting = Spinner("dots", Text(event["text"]))
         if event["event"] == "serving":
-            self._phase = None
+            self._waiting = None
             if not self._quiet:
                 self._console.print(Text(_line(event)), soft_wrap=True)
 
@@ -55,14 +55,14 @@ class CloudView:
         self._live.stop()
 
     def _drawn(self) -> Group:
-        if self._phase is not None:
-            return Group(Spinner("dots", Text(self._phase)))
+        if self._waiting is not None:
+            return Group(self._waiting)
         table = Table("device", "here since", "wire", "tokens", "down", "up", "a step", "now", box=None)
         for name, served in sorted(self._record.devices.copy().items()):
             if served.since is not None:
                 table.add_row(*map(Text, (name, *_cells(served))))
         news = [Text(f"{_clock(time)} {text}", style="dim") for time, text in [*self._record.news]]
-        return Group(*([table] if table.row_count else [Text("no device is here yet", style="dim")]), *news)
+        return Group(*([table] if table.row_count else [Text("no device is here", style="dim")]), *news)
 
 
 def _line(serving: Event) -> str:

@@ -40,16 +40,15 @@ def evaluate(
     total = len(examples) + len(options)
 
     def batches(rows: Sequence[Example], already: int) -> list[tuple[Tensor, Tensor, list[int]]]:
-        """Logits and labels of ``rows``, a batch at a time, alike lengths together so that little is padding."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
-        results = []
-        for start in range(0, len(rows), batch_size):
-            chosen = order[start : start + batch_size]
+        """Losses, predictions and indices of ``rows``, a batch at a time."""
+        results, done = [], already
+        for chosen in batches_of(rows, batch_size):
             batch = collate([rows[index] for index in chosen], pad_token_id).to(model.device)
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
             results.append((*_reduce(logits, batch.labels), chosen))
-            on_batch(already + min(start + batch_size, len(rows)), total)
+            done += len(chosen)
+            on_batch(done, total)
         return results
 
     scored = batches(examples, 0)
@@ -73,6 +72,12 @@ def evaluate(
         )
         scores["accuracy"] = right / len(choices)
     return scores
+
+
+def batches_of(rows: Sequence[Example], batch_size: int) -> list[list[int]]:
+    """The indices of ``rows``, a batch at a time, alike lengths together so that little is padding."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
+    return [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def primary_metric(scores: Scores) -> str:

@@ -56,7 +56,8 @@ class Progress:
                 self._bars.update(self._bar(event["run"]), completed=event["done"], total=event["total"])
             case "round":
                 self._show_rounds(event["run"], event["round"] + 1)
-                sent = {"sent": bytes_text(event["bytes_on_wire"])} if event["bytes_on_wire"] else {}
+                moved = event["bytes_on_wire"] + event.get("cloud_bytes", 0)
+                sent = {"sent": bytes_text(moved)} if moved else {}
                 self._note(event["run"], loss=f"loss {score_text(event['loss'], 'loss')}", **sent)
             case "scores":
                 self._forget()

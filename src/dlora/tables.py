@@ -13,11 +13,14 @@ from dlora.runlog import bytes_text, score_text, seconds_text
 def summary_table(summary: dict[str, Any]) -> Table:
     """A finished run: each of its runs' scores, bytes and time."""
     metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
-    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", "on wire", "time", box=None)
+    split = any("cloud_bytes" in run for run in summary["runs"].values())
+    wires = [*(["on wire"] if len(summary["peers"]) > 1 else []), *(["with the cloud"] if split else [])]
+    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", *(wires or ["on wire"]), "time", box=None)
     for name, run in summary["runs"].items():
+        moved = {"on wire": run["bytes_on_wire"], "with the cloud": run.get("cloud_bytes")}
         scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
         scores[-1] += f" ({run['best']['rounds_done']})"
-        table.add_row(name, *scores, bytes_text(run["bytes_on_wire"]), seconds_text(run["seconds"]))
+        table.add_row(name, *scores, *(bytes_text(moved[wire]) for wire in wires or ["on wire"]), seconds_text(run["seconds"]))
     return table
 
 
@@ -52,14 +55,31 @@ def cost_table(costs: dict[str, Any]) -> Group:
     for edge, count in costs["edges"].items():
         edges.add_row(edge, bytes_text(count))
     lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
-    return Group(
+    between = [
         f"{costs['peers']} peers, {costs['rounds']} rounds; a message is {bytes_text(costs['message_bytes'])}",
         edges,
         f"{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once",
         f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
+    ]
+    return Group(
+        *(between if costs["edges"] else []),
+        *(_with_cloud(costs["cloud"]) if "cloud" in costs else []),
         f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])} for what trains, and"
         " activations",
     )
+
+
+def _with_cloud(costs: dict[str, Any]) -> list[str]:
+    """The conversation with the cloud."""
+    lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
+    return [
+        f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules, {costs['tokens']:,} tokens",
+        f"a step moves {bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']} round trips;"
+        f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
+        f"in all {bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
+        f" {bytes_text(costs['adapter_bytes'])}, boundary {bytes_text(costs['boundary_bytes'])}, scoring"
+        f" {bytes_text(costs['scoring_bytes'])}; {lines} for the slower way",
+    ]
 
 
 def served_table(summary: dict[str, Any]) -> Group:

@@ -30,7 +30,10 @@ _MAX_SCALE = torch.finfo(torch.float32).max / 128  # whatever an int8 makes of i
 
 
 def encode_split(frame: SplitFrame, wire: Wire) -> bytes:
-    """The bytes of a frame. Raises FrameError where ``decode_split`` would; a tensor's values that are not finite too."""
+    """The bytes of a frame; a reason or text is cut to one line of ``MAX_TEXT_BYTES``.
+
+    Raises FrameError where ``decode_split`` would, such as for a tensor with a value that is not finite.
+    """
     head, tensor = _head(frame)
     if tensor is None:
         return head.SerializeToString()
@@ -109,6 +112,9 @@ def _length_at(data: bytes, place: int) -> tuple[int, int]:
 def _head(frame: SplitFrame) -> tuple[split_pb2.Frame, Tensor | None]:
     """The message without its payload, and the tensor that the payload is of; checked but for the tensor's values."""
     kind, fields = type(frame).__name__, dict(vars(frame))
+    for name in ("reason", "text"):
+        if name in fields:
+            fields[name] = _one_line(fields[name])
     tensor: Tensor | None = None
     if isinstance(frame, Begin | Values):
         tensor = fields.pop("embedded" if isinstance(frame, Begin) else "tensor")
@@ -217,6 +223,12 @@ def _is_finite(tensor: Tensor) -> bool:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """A view of a tensor's memory, copied to the CPU first if it lies elsewhere; (bytes,)."""
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _one_line(text: str) -> str:
+    """As much of it as may be sent: what one end has to say of a failure must not be a failure itself."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
 def _varint(number: int) -> bytes:

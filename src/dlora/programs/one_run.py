@@ -189,7 +189,9 @@ class Run:
         consensus = self._evaluate(average(self.participants.factors), "average")
         own: dict[str, Scores] = {}
         if peers and not self.pooled:
-            own = {name: self._evaluate(one(self.participants.factors, i), name) for i, name in enumerate(self.prepared.names)}
+            names = self.prepared.names
+            own = {name: self._evaluate(one(self.participants.factors, i), name) for i, name in enumerate(names) if i or names[1:]}
+            own = own or {names[0]: consensus}  # of one participant the average is its own
         if not self.best or better(consensus, self.best):
             self.best = {"rounds_done": self.rounds_done, **consensus}
         self.log.emit(

@@ -14,9 +14,9 @@ from dlora.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Of
 from dlora.lora.factors import num_parameters, stack
 from dlora.net.codec import encode_frame
 from dlora.programs.messages import message_bytes
+from dlora.programs.plan_split import LINES_MBIT_S, split_costs
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 
-LINES_MBIT_S = (4, 20, 100)
 _HASH = "0" * 64
 _STATE_BYTES = 16  # of a trained number: value, gradient and AdamW's two moments
 
@@ -48,6 +48,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "seconds_on_the_line": {f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S},
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
         "trained_bytes": _STATE_BYTES * parameters,
+        **({} if prepared.half is None else {"cloud": split_costs(prepared)}),
     }
 
 

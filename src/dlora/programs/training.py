@@ -42,7 +42,7 @@ class Training:
                 history = local_steps(
                     self.prepared.model,
                     group,
-                    self._batches(group, number * steps, steps),
+                    self.batches(group, number * steps, steps),
                     self.learning_rates(number, steps),
                     self.prepared.config.train,
                     self.prepared.autocast_dtype,
@@ -56,7 +56,7 @@ class Training:
         section, start = self.prepared.config.train, number * steps
         return [learning_rate(section, step, section.rounds * steps) for step in range(start, start + steps)]
 
-    def _batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
+    def batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
         """Each step's micro-batches. The pooled participant takes all peers' rows, in portions that fit."""
         section = self.prepared.config.train
         rows = section.per_device_train_batch_size

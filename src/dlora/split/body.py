@@ -74,7 +74,7 @@ class Body:
         self._here.part = part
         try:
             if dropping:
-                seed = derive_seed(0, "body-dropout", f"{begin.seed}/{begin.part}")
+                seed = derive_seed(0, "body-dropout", str(begin.seed))
                 with SeededDropout(torch.Generator(self.device).manual_seed(seed), dropout):
                     outputs = network(**{key: value for key, value in arguments.items() if key in self._keys})
             else:
@@ -161,11 +161,12 @@ class SeededDropout(TorchFunctionMode):
         if enable_gqa:
             key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
         scores = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+        least = torch.finfo(scores.dtype).min  # not -inf: padding may see nothing at all
         if is_causal:
             ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(ahead, -torch.inf)
+            scores = scores.masked_fill(ahead, least)
         if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+            scores = scores.masked_fill(~attn_mask, least) if attn_mask.dtype == torch.bool else scores + attn_mask
         return self._dropped(scores.softmax(dim=-1), dropout_p) @ value
 
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlora.errors import CloudError, RunError
-from dlora.split.conversation import Adapter, Call, Channel, PartFailed, backward_on_device, forward_on_device
-from dlora.split_frames import Begin, ChannelDown, Drop, Open, Opened, Refused
+from dlora.seeds import derive_seed
+from dlora.split.conversation import (
+    Adapter,
+    Call,
+    Channel,
+    Misbehaviour,
+    PartFailed,
+    backward_on_device,
+    forward_on_device,
+)
+from dlora.split_frames import Begin, ChannelDown, Drop, Failed, Open, Opened, Refused, SplitFrame
 
-MAX_TRIES = 8  # of a part that is one row, when the cloud has no memory for it
+_T = TypeVar("_T")
+MAX_TRIES = 8  # of a call for which the cloud has no memory, or which it frees before the device has answered
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 8.0  # before the cloud is asked again
 
 
@@ -27,6 +41,7 @@ class Request:
     token_types: Tensor | None  # (B, L)
     positions: Tensor | None  # (B, L)
     seed: int | None  # of all dropout; None: none
+    factors: Sequence[Tensor]  # that were bound at the forward, in the order of ``Adapter.tensors``
 
 
 @dataclass
@@ -35,15 +50,15 @@ class Sent:
 
     request: Request
     ranges: list[range]  # the rows of each part
-    call: Call | None  # what the cloud still holds; None: its parts go through again, one after the other
-    channel: Channel | None
+    call: Call | None  # what the cloud may still hold; None: its parts go through again, one after the other
 
 
 class Calls:
     """All that one device asks of its cloud, over as many links as it takes.
 
-    ``dial`` waits for a link. ``wait`` is handed in, as all clocks are. The cloud holds nothing that cannot be made again:
-    a call is repeated with the same numbers, dropout seed and factors, and its gradients count only when it is through.
+    ``dial`` waits for a link; the ChannelDown that it raises ends a call. ``wait`` is handed in, as all clocks are. The cloud
+    holds nothing that cannot be made again: a call is repeated with the same numbers, dropout seed and factors, and its
+    gradients count only when it is through.
     """
 
     def __init__(
@@ -58,32 +73,18 @@ class Calls:
         self.dial, self.manifest, self.adapter, self.hidden_width = dial, manifest, adapter, hidden_width
         self.pipeline, self.wait = pipeline, wait
         self.repeated = 0  # calls that a lost link or a full cloud cost
-        self._channel: Channel | None = None
+        self._link: _Link | None = None
         self._limits = Opened(1, 1)
         self._numbers = 0
         self._halvings = 0  # of the batch, because the cloud's memory was too small
-        self._open: dict[int, int] = {}  # call -> its tokens, of those whose backward is to come
+        self._open: dict[int, Call] = {}  # what the cloud holds
+        self._busy = threading.Lock()  # one call is under way at a time
+        self._thrown: deque[int] = deque()  # calls whose backward will never come; the cloud is to be told
 
     def forward(self, request: Request, keep: bool) -> tuple[Sent, Tensor]:
         """What the head reads, (rows, H) with the real tokens or rows in order; ``keep``: a backward will follow."""
-        tries = 0
-        while True:
-            try:
-                channel = self._linked()
-                ranges, together = self._cut(request)
-                if together:
-                    call = self._call(request, ranges, keep)
-                    hidden = forward_on_device(channel, call, self.adapter)
-                    if keep:
-                        self._open[call.number] = int(request.mask.sum())
-                    return Sent(request, ranges, call, channel), torch.cat(hidden)
-                # Too much for the cloud at once: nothing stays there, and a backward goes through each part again.
-                hidden = [forward_on_device(channel, self._call(request, [rows], False), self.adapter)[0] for rows in ranges]
-                return Sent(request, ranges, None, None), torch.cat(hidden)
-            except ChannelDown:
-                self._lost()
-            except PartFailed as failed:
-                tries = self._shrink(failed, request, tries)
+        with self._conversation():
+            return self._until_through(request, lambda link: self._forward(link, request, keep))
 
     def backward(self, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
         """The gradients of the factors, in the order of ``adapter.tensors``, from that of what ``forward`` gave.
@@ -92,112 +93,181 @@ class Calls:
         """
         if not gradient.isfinite().all():
             raise RunError("the loss is no number any more; lower train.learning_rate and start anew in another output_dir")
-        tries = 0
-        while True:
-            try:
-                if sent.call is not None and sent.channel is self._channel and self._channel is not None:
-                    return self._through(sent.call, gradient)
-                sent.channel = self._linked()
-                ranges, together = self._cut(sent.request)
-                if len(ranges) > len(sent.ranges):
-                    sent.ranges = ranges  # else the same parts, so that they draw the same dropout
-                if together:
-                    sent.call = self._call(sent.request, sent.ranges, keep=True)
-                    forward_on_device(sent.channel, sent.call, self.adapter)
-                    return self._through(sent.call, gradient)
-                return self._one_by_one(sent, gradient)
-            except ChannelDown:
-                self._lost()
-                sent.call = None
-            except PartFailed as failed:
-                sent.call = None
-                tries = self._shrink(failed, sent.request, tries)
+        with self._conversation():
+            return self._until_through(sent.request, lambda link: self._backward(link, sent, gradient))
 
     def drop(self, sent: Sent) -> None:
-        """Let the cloud forget a call whose backward will never come."""
-        if sent.call is not None and self._open.pop(sent.call.number, None) is not None and sent.channel is self._channel:
-            assert self._channel is not None
-            try:
-                self._channel.send(Drop(sent.call.number))
-            except ChannelDown:
-                self._lost()
+        """Let the cloud forget a call whose backward will never come.
 
-    def _through(self, call: Call, gradient: Tensor) -> list[Tensor | None]:
-        assert self._channel is not None
-        parts = gradient.split([call.num_rows[part] for part in range(len(call.begins))])
-        found = backward_on_device(self._channel, call, self.adapter, parts)
-        self._open.pop(call.number, None)
-        return found
+        At once, or at the end of the call under way: garbage is collected at any moment, and in any thread.
+        """
+        if sent.call is not None and sent.call.number in self._open:
+            self._thrown.append(sent.call.number)
+            if self._busy.acquire(blocking=False):
+                try:
+                    self._forget_thrown()
+                finally:
+                    self._busy.release()
 
-    def _one_by_one(self, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
+    def _forward(self, link: _Link, request: Request, keep: bool) -> tuple[Sent, Tensor]:
+        ranges, together = self._cut(request)
+        self._make_room(request, ranges, together)
+        if together:
+            call = self._call(request, ranges, keep)
+            return Sent(request, ranges, call), torch.cat(self._go(link, call))
+        # Too much for the cloud at once: nothing stays there, and a backward goes through each part again.
+        hidden = [self._go(link, self._call(request, [rows], keep=False))[0] for rows in ranges]
+        return Sent(request, ranges, None), torch.cat(hidden)
+
+    def _backward(self, link: _Link, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
+        if sent.call is None or sent.call.number not in self._open:
+            sent.ranges, together = self._cut(sent.request, sent.ranges)
+            self._make_room(sent.request, sent.ranges, together)
+            if not together:
+                return self._one_by_one(link, sent, gradient)
+            sent.call = self._call(sent.request, sent.ranges, keep=True)
+            self._go(link, sent.call)
+        return self._come_back(link, sent.call, gradient)
+
+    def _one_by_one(self, link: _Link, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
         """Forward again and backward, part after part; the sum over parts is in their order."""
-        assert self._channel is not None
         totals: list[Tensor | None] = [None] * len(self.adapter.tensors)
         begun = 0
         for rows in sent.ranges:
             call = self._call(sent.request, [rows], keep=True)
-            forward_on_device(self._channel, call, self.adapter)
+            self._go(link, call)
             own = gradient[begun : begun + call.num_rows[0]]
             begun += len(own)
-            for place, found in enumerate(backward_on_device(self._channel, call, self.adapter, [own])):
+            for place, found in enumerate(self._come_back(link, call, own)):
                 so_far = totals[place]
                 totals[place] = found if so_far is None or found is None else so_far + found
         return totals
 
+    # One call
+
+    def _go(self, link: _Link, call: Call) -> list[Tensor]:
+        """Forward; returns each part's hidden."""
+        self._open[call.number] = call
+        with self._forgotten_if_broken_off(call):
+            hidden = forward_on_device(link, call, self.adapter)
+        if not call.begins[0].keep:
+            del self._open[call.number]
+        return hidden
+
+    def _come_back(self, link: _Link, call: Call, gradient: Tensor) -> list[Tensor | None]:
+        with self._forgotten_if_broken_off(call):
+            parts = gradient.split([call.num_rows[part] for part in range(len(call.begins))])
+            found = backward_on_device(link, call, self.adapter, parts)
+        self._open.pop(call.number, None)
+        return found
+
+    @contextmanager
+    def _forgotten_if_broken_off(self, call: Call) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._forget(call.number)
+            raise
+
+    def _forget(self, number: int) -> None:
+        if self._open.pop(number, None) is not None and self._link is not None:
+            try:
+                self._link.send(Drop(number))
+            except ChannelDown:
+                self._lost()
+
+    def _forget_thrown(self) -> None:
+        while self._thrown:
+            self._forget(self._thrown.popleft())
+
+    @contextmanager
+    def _conversation(self) -> Iterator[None]:
+        """Nobody else speaks meanwhile. Raises CloudError where the cloud says what no cloud says."""
+        with self._busy:
+            try:
+                yield
+            except Misbehaviour as error:
+                raise CloudError(f"the cloud breaks the conversation off: {error}; is it another version?") from error
+            finally:
+                self._forget_thrown()
+
+    def _until_through(self, request: Request, attempt: Callable[[_Link], _T]) -> _T:
+        """Again after a lost link or a failed part; ChannelDown only where there is no new link."""
+        tries = 0
+        while True:
+            link = self._linked()
+            try:
+                return attempt(link)
+            except ChannelDown:
+                self._lost()
+                self.repeated += 1
+            except PartFailed as failed:
+                self.repeated += 1
+                tries = self._shrink(failed, request, tries)
+
     # The link
 
-    def _linked(self) -> Channel:
+    def _linked(self) -> _Link:
         """The link, made and opened if there is none."""
-        while self._channel is None:
-            channel = self.dial()
+        while self._link is None:
+            link = _Link(self.dial(), self._open)
             try:
-                channel.send(Open(self.manifest))
-                answer = channel.receive()
+                link.send(Open(self.manifest))
+                answer = link.receive()
             except ChannelDown:
                 continue
             if isinstance(answer, Refused):
                 raise CloudError(f"the cloud refuses this device: {answer.reason}")
             if not isinstance(answer, Opened):
                 raise CloudError(f"the cloud answered {type(answer).__name__} instead of opening; is it another version?")
-            self._channel, self._limits = channel, answer
-        return self._channel
+            self._link, self._limits = link, answer
+        return self._link
 
     def _lost(self) -> None:
         """The link is gone, and all that the cloud held for us with it."""
-        self._channel = None
+        self._link = None
         self._open.clear()
-        self.repeated += 1
 
     # Parts
 
-    def _cut(self, request: Request) -> tuple[list[range], bool]:
-        """The rows of each part, and whether all parts may be in the cloud at once."""
+    def _cut(self, request: Request, before: list[range] | None = None) -> tuple[list[range], bool]:
+        """The rows of each part, and whether all parts may be in the cloud at once.
+
+        Those of ``before``, if they still fit: parts are repeated with the dropout that they had.
+        """
         lengths = request.mask.sum(dim=1).tolist()
-        limit, num_rows = self._limits.max_tokens, len(lengths)
+        limit, most, num_rows = self._limits.max_tokens, self._limits.max_parts, len(lengths)
         if max(lengths) > limit:
             raise CloudError(
                 f"a text of {max(lengths)} tokens; the cloud takes {limit} of one device at once: lower data.max_length, or"
                 " raise limits.max_tokens there"
             )
-        count = min(num_rows, self.pipeline * 2**self._halvings)
-        ranges = _ranges(num_rows, count)
-        held = sum(self._open.values())
-        together = len(ranges) <= self._limits.max_parts and sum(lengths) + held <= limit and not self._halvings
+        count = min(num_rows, self.pipeline * 2**self._halvings if self._halvings else min(self.pipeline, most))
+        ranges = before if before is not None and len(before) >= count else row_ranges(num_rows, count)
         while any(sum(lengths[rows.start : rows.stop]) > limit for rows in ranges):
-            count += 1
-            ranges = _ranges(num_rows, count)
-        return ranges, together
+            ranges = row_ranges(num_rows, len(ranges) + 1)
+        return ranges, len(ranges) <= most and sum(lengths) <= limit and not self._halvings
+
+    def _make_room(self, request: Request, ranges: Sequence[range], together: bool) -> None:
+        """Where the cloud cannot hold this call beside the open ones, those go through again at their backward."""
+        held = [begin for call in self._open.values() for begin in call.begins]
+        tokens = int(request.mask.sum()) + sum(len(begin.embedded) for begin in held)
+        if not together or len(held) + len(ranges) > self._limits.max_parts or tokens > self._limits.max_tokens:
+            self._forget_all()
+
+    def _forget_all(self) -> None:
+        for number in [*self._open]:
+            self._forget(number)
 
     def _shrink(self, failed: PartFailed, request: Request, tries: int) -> int:
-        """After a failure: what is still there is dropped, and the next attempt takes less; returns the tries so far."""
-        if self._channel is not None:
-            self._channel.send(Drop(failed.call))
-        self._open.pop(failed.call, None)
-        self.repeated += 1
+        """After a failure the next attempt takes less; returns the tries so far."""
         if failed.why == "broken":
             raise CloudError(f"the cloud could not run the body: {failed}")
         if failed.why == "expired":
-            return tries
+            if tries >= MAX_TRIES:
+                raise CloudError(f"the cloud does not wait for this device ({failed}): raise limits.idle_s there")
+            return tries + 1
+        self._forget_all()
         smallest = self.pipeline * 2**self._halvings >= len(request.mask)
         if smallest and tries >= MAX_TRIES:
             raise CloudError(
@@ -211,17 +281,39 @@ class Calls:
 
     def _call(self, request: Request, ranges: Sequence[range], keep: bool) -> Call:
         self._numbers += 1
-        begins = [_begin(request, rows, self._numbers, part, keep) for part, rows in enumerate(ranges)]
-        return Call(self._numbers, begins, self.hidden_width)
+        begins = [begin_of(request, rows, self._numbers, part, keep) for part, rows in enumerate(ranges)]
+        return Call(self._numbers, begins, self.hidden_width, request.factors)
 
 
-def _ranges(num_rows: int, count: int) -> list[range]:
+class _Link:
+    """A channel; it notes which calls the cloud gives up, also when it says so in the midst of another."""
+
+    def __init__(self, channel: Channel, open_calls: dict[int, Call]) -> None:
+        self._channel, self._open = channel, open_calls
+
+    def send(self, frame: SplitFrame) -> None:
+        try:
+            self._channel.send(frame)
+        except ValueError as error:  # more than a frame may hold
+            raise CloudError(f"nothing that can be sent to the cloud: {error}") from error
+
+    def receive(self) -> SplitFrame:
+        try:
+            frame = self._channel.receive()
+        except ValueError as error:
+            raise Misbehaviour(str(error)) from error
+        if isinstance(frame, Failed) and self._open.pop(frame.call, None) is not None:
+            self._channel.send(Drop(frame.call))  # its other parts
+        return frame
+
+
+def row_ranges(num_rows: int, count: int) -> list[range]:
     """``count`` runs of rows, as equal as they come."""
     edges = [round(part * num_rows / count) for part in range(count + 1)]
     return [range(first, last) for first, last in zip(edges, edges[1:], strict=False) if last > first]
 
 
-def _begin(request: Request, rows: range, call: int, part: int, keep: bool) -> Begin:
+def begin_of(request: Request, rows: range, call: int, part: int, keep: bool) -> Begin:
     """The part of these rows, without the columns in which none of them has a token."""
     mask = request.mask[rows.start : rows.stop]
     columns = int(mask.any(dim=0).nonzero().max()) + 1
@@ -239,7 +331,8 @@ def _begin(request: Request, rows: range, call: int, part: int, keep: bool) -> B
         mask=_packed(mask),
         needed=b"" if request.needed is None else _packed(own(request.needed)),
         keep=keep,
-        seed=request.seed,
+        # of the rows, not of the part's number: they may go through again alone
+        seed=None if request.seed is None else derive_seed(request.seed, "part", rows.start),
         token_types=b"" if request.token_types is None else own(request.token_types).to(torch.uint8).numpy().tobytes(),
         positions=() if request.positions is None else tuple(own(request.positions).tolist()),
         embedded=own(request.embedded).detach().float().cpu(),
@@ -248,4 +341,3 @@ def _begin(request: Request, rows: range, call: int, part: int, keep: bool) -> B
 
 def _packed(flags: Tensor) -> bytes:
     return np.packbits(flags.reshape(-1).numpy()).tobytes()
-

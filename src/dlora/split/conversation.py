@@ -49,7 +49,9 @@ class CloudPart:
     ) -> None:
         self.begin, self.groups, self.device = begin, groups, device
         self._say, self.hear = say, hear
-        self._places = {name: (number, place) for number, group in enumerate(groups) for place, name in enumerate(group.modules)}
+        self._places = {
+            name: (number, place) for number, group in enumerate(groups) for place, name in enumerate(group.modules)
+        }
         self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}  # group -> its input, the updates not yet fetched
         self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)  # below the lowest group nothing has a gradient
         mask = bits(begin.mask, begin.rows * begin.columns)
@@ -70,6 +72,10 @@ class CloudPart:
         if not any(kept is not None for kept in updates):
             del self._asked[number]
         return update
+
+    def forget(self) -> None:
+        """Let go of what a broken forward has left: updates hold the graph, and it holds this part."""
+        self._asked.clear()
 
     def say(self, what: What, group: int, tensor: Tensor, reply: bool = False) -> None:
         """Send a tensor of this part."""
@@ -114,16 +120,22 @@ class _Ask(torch.autograd.Function):
         return part.scatter(part.hear("input-gradient", ctx.number, (len(rows), group.in_features)), ctx.like), None, None, None
 
 
-def through_the_cloud(part: CloudPart, forward: Callable[[CloudPart], Tensor]) -> None:
-    """One part, there and back; ``forward`` runs the body and gives what the head reads (rows, hidden width)."""
+def through_the_cloud(part: CloudPart, forward: Callable[[CloudPart], Tensor]) -> Values | Done:
+    """One part, there and back; ``forward`` runs the body and gives what the head reads (rows, hidden width).
+
+    Returns the last word, to be sent when nothing of the part is left here: the device may fill the place at once.
+    """
+    begin = part.begin
     with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(part.begin.keep):
         # a slow device holds up this thread only, also where backward would share a thread among all (GPUs)
         hidden = forward(part)
+        if not begin.keep:
+            return Values("hidden", begin.call, begin.part, 0, hidden.detach().float().cpu())
         part.say("hidden", 0, hidden)
-        if part.begin.keep:
-            gradient = part.hear("hidden-gradient", 0, (len(hidden), hidden.shape[1]))
-            if hidden.requires_grad:
-                hidden.backward(gradient.to(hidden.device, hidden.dtype))  # type: ignore[no-untyped-call]
+        gradient = part.hear("hidden-gradient", 0, (len(hidden), hidden.shape[1]))
+        if hidden.requires_grad:
+            hidden.backward(gradient.to(hidden.device, hidden.dtype))  # type: ignore[no-untyped-call]
+        return Done(begin.call, begin.part)
 
 
 # The device's side
@@ -158,7 +170,6 @@ class Layer(Protocol):
     lora_B: Tensor
     scaling: float
     dropout: float
-    training: bool
 
 
 @dataclass
@@ -177,6 +188,7 @@ class Call:
     number: int
     begins: list[Begin]
     hidden_width: int
+    factors: Sequence[Tensor]  # in the order of ``Adapter.tensors``
     kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)  # (part, group)
     num_rows: dict[int, int] = field(default_factory=dict)  # part -> rows of its hidden
 
@@ -188,24 +200,25 @@ class Adapter:
         self.groups = tuple(groups)
         self.layers = layers
         self.tensors = [(name, factor) for group in groups for name in group.modules for factor in ("lora_A", "lora_B")]
+        self._places = {tensor: place for place, tensor in enumerate(self.tensors)}
 
     def factors(self) -> list[Tensor]:
-        """A and B of every module, in the order of ``tensors``."""
+        """A and B of every module as they are bound now, in the order of ``tensors``."""
         return [getattr(self.layers[name], factor) for name, factor in self.tensors]
 
     def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
         """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, side by side."""
         begin, factors = call.begins[part], list[Tensor]()
         with torch.set_grad_enabled(begin.keep):
-            x = x.detach().requires_grad_(begin.keep)
+            x = x.detach().to(call.factors[0].device).requires_grad_(begin.keep)
             updates = []
             for name in self.groups[number].modules:
                 layer = self.layers[name]
                 pair = [
                     tensor.detach().flatten(0, -2).requires_grad_(begin.keep and tensor.requires_grad)
-                    for tensor in (layer.lora_A, layer.lora_B)
+                    for tensor in (call.factors[self._places[name, factor]] for factor in ("lora_A", "lora_B"))
                 ]
-                dropped = _dropped(x, layer, f"{begin.seed}/{part}/{name}")
+                dropped = x if begin.seed is None else _dropped(x, layer.dropout, f"{begin.seed}/{name}")
                 updates.append(F.linear(F.linear(dropped, pair[0]), pair[1]) * layer.scaling)
                 factors += pair
             update = torch.cat(updates, dim=1)
@@ -219,7 +232,7 @@ class Adapter:
         """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the group's factors."""
         kept = call.kept.pop((part, number))
         wanted = [*([kept.x] if reply else []), *(tensor for tensor in kept.factors if tensor.requires_grad)]
-        found = iter(torch.autograd.grad(kept.update, wanted, gradient) if wanted else ())
+        found = iter(torch.autograd.grad(kept.update, wanted, gradient.to(kept.update.device)) if wanted else ())
         dx = next(found) if reply else None
         return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
 
@@ -246,7 +259,7 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
         width = adapter.groups[frame.group].in_features
         _check(frame, [(len(begin.embedded), width), (begin.rows, width)])
         update = adapter.update(call, frame.part, frame.group, frame.tensor)
-        channel.send(Values("update", call.number, frame.part, frame.group, update.detach()))
+        channel.send(Values("update", call.number, frame.part, frame.group, update.detach().cpu()))
     return [hidden[part] for part in range(len(call.begins))]
 
 
@@ -261,6 +274,7 @@ def backward_on_device(channel: Channel, call: Call, adapter: Adapter, gradients
         if frame is None:
             continue
         if isinstance(frame, Done):
+            _check_done(call, frame.part, [group for part, group in found if part == frame.part])
             done.add(frame.part)
             continue
         if not isinstance(frame, Values) or frame.what != "update-gradient":
@@ -270,7 +284,7 @@ def backward_on_device(channel: Channel, call: Call, adapter: Adapter, gradients
         _check(frame, [tuple(call.kept[frame.part, frame.group].update.shape)])
         dx, own = adapter.gradients(call, frame.part, frame.group, frame.tensor, frame.reply)
         if dx is not None:
-            channel.send(Values("input-gradient", call.number, frame.part, frame.group, dx))
+            channel.send(Values("input-gradient", call.number, frame.part, frame.group, dx.cpu()))
         found[frame.part, frame.group] = own
     return _summed(adapter, len(call.begins), found)
 
@@ -301,6 +315,13 @@ def _of(call: Call, frame: SplitFrame) -> Values | Done | None:
     return frame
 
 
+def _check_done(call: Call, part: int, groups: Sequence[int]) -> None:
+    """A backward comes from the top: what it leaves out lies above all that it meets (a pooler that nobody reads)."""
+    for kept_part, group in call.kept:
+        if kept_part == part and group < max(groups, default=group + 1):
+            raise Misbehaviour(f"the cloud ends a backward without the gradient of group {group}")
+
+
 def _check(frame: Values, shapes: Sequence[tuple[int, ...]]) -> None:
     if tuple(frame.tensor.shape) not in shapes:
         raise Misbehaviour(f"the cloud sent {_name(frame)} of shape {tuple(frame.tensor.shape)}; it should be {shapes[0]}")
@@ -310,13 +331,13 @@ def _name(frame: SplitFrame) -> str:
     return frame.what if isinstance(frame, Values) else type(frame).__name__
 
 
-def _dropped(x: Tensor, layer: Layer, purpose: str) -> Tensor:
+def _dropped(x: Tensor, rate: float, purpose: str) -> Tensor:
     """LoRA's own dropout, the same when a part is gone through again."""
-    if not (layer.training and layer.dropout):
+    if not rate:
         return x
     generator = torch.Generator().manual_seed(derive_seed(0, "lora-dropout", purpose))
-    keep = torch.rand(x.shape, generator=generator) >= layer.dropout
-    return x * keep.to(x.device) / (1 - layer.dropout)
+    keep = torch.rand(x.shape, generator=generator) >= rate
+    return x * keep.to(x.device) / (1 - rate)
 
 
 def bits(packed: bytes, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -90,9 +90,10 @@ class _RemoteBody:
             raise ConfigError("attention_mask leaves a row without any token; remove that row")
         positions = None if position_ids is None else position_ids.cpu().expand(shape)
         if positions is None and input_ids is not None:
-            positions = self._positions(input_ids.cpu(), mask)
-        needed = self._needed(mask, input_ids)
+            positions = self.positions(input_ids.cpu(), mask)
+        needed = self.needed(mask, input_ids)
         training = bool(self.network.training)
+        factors = self.calls.adapter.factors()
         request = Request(
             inputs_embeds.detach().cpu(),
             mask,
@@ -100,8 +101,8 @@ class _RemoteBody:
             None if token_type_ids is None else token_type_ids.cpu().expand(shape),
             positions,
             int(torch.randint(1 << 62, ())) if training and self.drops else None,
+            factors,
         )
-        factors = self.calls.adapter.factors()
         keep = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         rows = _Through.apply(self.calls, request, keep, *factors).to(inputs_embeds.device)  # type: ignore[no-untyped-call]
         if needed is None:
@@ -111,22 +112,21 @@ class _RemoteBody:
         hidden = hidden.index_put((needed.to(rows.device),), rows)
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden)
 
-    def _needed(self, mask: Tensor, input_ids: Tensor | None) -> Tensor | None:
+    def needed(self, mask: Tensor, input_ids: Tensor | None) -> Tensor | None:
         """Whose final hidden states the head reads (B, L); None: the pooled output."""
         if self.reads == "pooled":
             return None
         if self.reads == "all":
-            return mask if self.loss_positions is None else mask & self.loss_positions.cpu()
-        if self.reads == "first":
-            needed = torch.zeros_like(mask)
-            needed[:, 0] = True
-            return needed
-        needed = _rightmost(mask)
-        if input_ids is not None and self.config.pad_token_id is not None:  # as heads look for it: by id, not by mask
-            needed |= _rightmost(input_ids.cpu() != self.config.pad_token_id)
-        return needed & mask
+            needed = mask if self.loss_positions is None else mask & self.loss_positions.cpu()
+        elif self.reads == "first":
+            needed = mask & (torch.arange(mask.shape[1]) == 0)
+        else:
+            needed = _rightmost(mask)
+            if input_ids is not None and self.config.pad_token_id is not None:  # as heads look for it: by id, not by mask
+                needed = needed | mask & _rightmost(input_ids.cpu() != self.config.pad_token_id)
+        return torch.where(needed.any(dim=1, keepdim=True), needed, _rightmost(mask))  # of every row something comes back
 
-    def _positions(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
+    def positions(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
         """Positions where the body would count them from the ids (RoBERTa), unless they come to the same from the mask."""
         padding = self.config.pad_token_id
         if not self.counts_ids or padding is None:

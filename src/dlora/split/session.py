@@ -20,7 +20,6 @@ from dlora.split.conversation import CloudPart, Misbehaviour, through_the_cloud
 from dlora.split_frames import (
     Begin,
     ChannelDown,
-    Done,
     Drop,
     Failed,
     Open,
@@ -132,19 +131,21 @@ class Session:
         self._send, self._tell = send, tell
         self.agreement: Agreement | None = None  # from Open on
         self._work: dict[tuple[int, int], _Work] = {}
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._threads = ThreadPoolExecutor(limits.max_parts + 1, thread_name_prefix=f"part-{device}")
 
     def hear(self, frame: SplitFrame) -> None:
         """Take one frame. Raises Misbehaviour (a ValueError) for what no device says here: the link is to be ended."""
         if isinstance(frame, Open):
-            self._threads.submit(self._answer, self._open(frame.manifest))
+            if self.agreement is not None:
+                raise Misbehaviour("Open on a link that is open already")
+            self._later(self._answer, self._open(frame.manifest))
         elif self.agreement is None:
             raise Misbehaviour(f"{type(frame).__name__} before Open")
         elif isinstance(frame, Begin):
             refusal = self._begin(frame)
             if refusal is not None:
-                self._threads.submit(self._answer, refusal)
+                self._later(self._answer, refusal)
         elif isinstance(frame, Drop):
             with self._lock:
                 dropped = [self._work.pop(key) for key in [*self._work] if key[0] == frame.call]
@@ -160,7 +161,7 @@ class Session:
     def close(self) -> None:
         """End all parts; their threads end as soon as they look."""
         with self._lock:
-            works = [*self._work.values()]
+            self._closed, works = True, [*self._work.values()]
         for work in works:
             work.end()
         self._threads.shutdown(wait=False)
@@ -195,6 +196,8 @@ class Session:
             raise Misbehaviour(f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}")
         tokens = len(begin.embedded)
         with self._lock:
+            if self._closed:
+                return None
             if key in self._work:
                 raise Misbehaviour(f"part {key[1]} of call {key[0]} was begun already")
             held = sum(len(work.begin.embedded) for work in self._work.values())
@@ -215,20 +218,19 @@ class Session:
                     f"{need_bytes / 1e6:.0f} MB are needed for {padded} tokens, {self.budget.free_bytes / 1e6:.0f} MB are free",
                 )
             work = self._work[key] = _Work(begin, self.limits.idle_s)
-        self._threads.submit(self._run, work, need_bytes)
+            self._threads.submit(self._run, work, need_bytes)
         return None
 
     def _run(self, work: _Work, need_bytes: int) -> None:
         """One part's life, in its thread."""
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
+        part: CloudPart | None = None
         try:
             assert self.agreement is not None
             dropout = self.agreement.dropout
             part = CloudPart(begin, self.agreement.groups, self.body.device, self._send, work.hear)
-            through_the_cloud(part, lambda part: self.body.forward(part, dropout))
-            if begin.keep:
-                answer = Done(begin.call, begin.part)
+            answer = through_the_cloud(part, lambda part: self.body.forward(part, dropout))
             seconds = time.monotonic() - began_at
             self._tell(
                 "part", {"tokens": len(begin.embedded), "keep": begin.keep, "seconds": seconds, "waited_s": work.waited_s}
@@ -240,13 +242,21 @@ class Session:
         except Exception as error:  # a part must not take the others with it; the device hears what it was
             answer = self._failed(begin, *_explained(error))
         finally:
-            part = None  # type: ignore[assignment]  # its graph goes before its memory is given back
+            if part is not None:
+                part.forget()  # its graph goes before its memory is given back
+            part = None
             with self._lock:
                 if self._work.get((begin.call, begin.part)) is work:
                     del self._work[begin.call, begin.part]
             self.budget.give_back(need_bytes)
         if answer is not None:
             self._answer(answer)
+
+    def _later(self, task: Callable[[SplitFrame], None], frame: SplitFrame) -> None:
+        """In a thread of its own, since it may wait; not any more once the session is closed."""
+        with self._lock:
+            if not self._closed:
+                self._threads.submit(task, frame)
 
     def _answer(self, frame: SplitFrame) -> None:
         with contextlib.suppress(ChannelDown):
