@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from dlora.config import Config
 from dlora.net.identity import federation_text, new_identity
 from dlora.runlog import read_log
 
+HUB = "hub"
 NAMES = ("north", "east", "south", "west")  # in the order of the ring, which is not that of the letters
 LIMIT_S = 90.0  # for anything that is waited for here
 Entry = dict[str, Any]
@@ -232,6 +234,80 @@ class Federation(Processes):
             for (round, neighbour), state in ledger.items():
                 # One end may have left an edge out without an entry: it had promised nothing.
                 assert (ledgers[neighbour].get((round, name), "dropped")) == state, (round, name, neighbour)
+
+
+class Split(Processes):
+    """A cloud called hub, and devices with rows of their own: cloud.yaml, run.yaml, and the files of a federation.
+
+    ``dialled`` is what the devices dial instead of the cloud's own address.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path | str,
+        changes: Mapping[str, Any] | None = None,
+        devices: Sequence[str] = ("phone",),
+        cloud: Mapping[str, Any] | None = None,
+        dialled: str | None = None,
+    ) -> None:
+        super().__init__(folder)
+        self.model, self.devices = model, tuple(devices)
+        self.address, self.metrics = (f"127.0.0.1:{port}" for port in free_ports(2))
+        members = [new_identity(HUB, dialled or self.address, "cloud", folder)[1]]
+        for index, name in enumerate(self.devices):
+            members.append(new_identity(name, None, "device", folder)[1])
+            tiny.write_rows(folder / f"{name}.jsonl", 16 + 2 * index, start=20 * index)
+        (folder / "federation.yaml").write_text(federation_text(members))
+        tiny.write_rows(folder / "eval.jsonl", 16, start=100)
+        tree = {"model": str(model), "device": "cpu", "listen": self.address, "metrics": self.metrics}
+        change(tree, cloud or {})
+        (folder / "cloud.yaml").write_text(yaml.safe_dump(tree))
+        self.changes = dict(changes or {})
+
+    def config(self, name: str, changes: Mapping[str, Any] | None = None) -> Config:
+        """What the device ``name`` runs."""
+        data = {"train": {name: str(self.folder / f"{name}.jsonl")}, "eval": str(self.folder / "eval.jsonl")}
+        tree: dict[str, Any] = {
+            "model": str(self.model),
+            "device": "cpu",
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+            "data": {**data, "labels": ["0", "1"], "max_length": 16, "partition": {"kind": "files"}},
+            "train": {"rounds": 4, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+            "split": {"cloud": HUB, "wire": "float32"},
+            "eval_every": 0,
+            "output_dir": str(self.run(name)),
+        }
+        change(tree, {**self.changes, **(changes or {})})
+        return Config.parse(tree)
+
+    def arguments(self, name: str, *more: str) -> list[str]:
+        if name == HUB:
+            return ["cloud", str(self.folder / "cloud.yaml"), *self.credentials(name), *more]
+        path = self.folder / f"{name}.yaml"
+        path.write_text(self.config(name).dump())
+        return ["device", str(path), *self.credentials(name), *more]
+
+    def start_hub(self, *more: str) -> None:
+        """Start the cloud and wait until it serves."""
+        self.start(HUB, *more)
+
+        def serves() -> bool:
+            assert self.processes[HUB].is_alive(), self._said(HUB, "err").read_text()
+            said = self._said(HUB, "err")
+            return said.exists() and said.read_text().startswith("serving ")
+
+        until(serves, "the cloud to serve")
+
+    def scraped(self) -> dict[str, float]:
+        """The cloud's metrics now."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=LIMIT_S) as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+    def adapter(self, name: str) -> bytes:
+        """The factors that the device ended with, to the last bit."""
+        return (self.run(name) / "consensus" / "adapter_model.safetensors").read_bytes()
 
 
 @contextmanager

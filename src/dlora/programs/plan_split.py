@@ -76,7 +76,7 @@ def _batch_bytes(half: Half, batch: Batch, pipeline: int, keep: bool) -> Counter
         half.body.loss_positions = F.pad(batch.labels[:, 1:] != -100, (0, 1))
     needed, positions = half.body.needed(mask, batch.input_ids), half.body.positions(batch.input_ids, mask)
     seed = (1 << 61) + 1 if keep and half.body.drops else None
-    request = Request(torch.zeros(1, 1, 1).expand(*mask.shape, 1), mask, needed, batch.token_type_ids, positions, seed)
+    request = Request(torch.zeros(1, 1, 1).expand(*mask.shape, 1), mask, needed, batch.token_type_ids, positions, seed, ())
     widths = half.facts["embedding_width"], half.facts["hidden_size"]
     count = Counter[str]()
     for frame in frames_of(request, half.agreement, widths, pipeline, keep):

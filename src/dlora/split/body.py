@@ -44,6 +44,7 @@ class Body:
         self._keys = set(inspect.signature(network.forward).parameters)
         self.facts = body_facts(network.config, network.get_input_embeddings())
         self.max_tokens = max_tokens(network) or 1 << 20  # of one text
+        self.num_positions, self.num_token_types = self._table_sizes()
         self.bytes_a_token = self._bytes_a_token()
 
     @property
@@ -98,6 +99,17 @@ class Body:
         part: CloudPart | None = getattr(self._here, "part", None)
         update = part.update(name, inputs[0]) if part is not None else None
         return None if update is None else output + update.to(output.dtype)
+
+    def _table_sizes(self) -> tuple[int, int]:
+        """Positions and token types that can be looked up: past the end of a table a GPU stops for all devices."""
+        positions, types = 1 << 31, int(self.facts["vocabulary"])  # GPT-2 looks types up among the tokens
+        for name, layer in self.network.named_modules():
+            last = name.rpartition(".")[2]
+            if isinstance(layer, nn.Embedding) and ("pos" in last or last == "wpe"):
+                positions = layer.num_embeddings - int(getattr(layer, "offset", 0))
+            elif isinstance(layer, nn.Embedding) and "token_type" in last:
+                types = layer.num_embeddings
+        return positions, types
 
     def _bytes_a_token(self) -> int:
         """What a forward keeps for its backward, a token: measured on one text, every linear adapted."""

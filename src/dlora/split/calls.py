@@ -41,7 +41,7 @@ class Request:
     token_types: Tensor | None  # (B, L)
     positions: Tensor | None  # (B, L)
     seed: int | None  # of all dropout; None: none
-    factors: Sequence[Tensor]  # that were bound at the forward, in the order of ``Adapter.tensors``
+    factors: Sequence[Tensor] = ()  # that were bound at the forward, in the order of ``Adapter.tensors``
 
 
 @dataclass

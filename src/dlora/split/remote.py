@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from dlora.config import Config
@@ -88,6 +89,8 @@ class _RemoteBody:
             raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(shape)}: rows, tokens")
         if not mask.any(dim=1).all():
             raise ConfigError("attention_mask leaves a row without any token; remove that row")
+        if self.reads in ("first", "pooled") and not mask[:, 0].all():
+            raise ConfigError("attention_mask: this head reads the first token, which is padding; pad on the right")
         positions = None if position_ids is None else position_ids.cpu().expand(shape)
         if positions is None and input_ids is not None:
             positions = self.positions(input_ids.cpu(), mask)
@@ -145,13 +148,15 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: Calls, request: Request, keep: bool, *factors: Tensor) -> Tensor:
         sent, hidden = calls.forward(request, keep)
+        ctx.save_for_backward(*factors)  # so that torch refuses a second backward, and factors that were changed in between
         ctx.calls, ctx.ticket = calls, _Ticket(calls, sent)
         ctx.shapes = [factor.shape for factor in factors]
         return hidden
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        [gradient] = gradients
+        [gradient], _ = gradients, ctx.saved_tensors
         found = ctx.calls.backward(ctx.ticket.sent, gradient.cpu())
         shaped = (None if own is None else own.view(shape) for own, shape in zip(found, ctx.shapes, strict=True))
         return None, None, None, *shaped
@@ -297,7 +302,10 @@ def _as_remote(network: Any, remote: _RemoteBody, model: StackedModel) -> None:
             if loss_positions is None and model.loss_positions and labels is not None:
                 loss_positions = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
             remote.loss_positions = loss_positions
-            return original.forward(self, *args, **kwargs)
+            try:
+                return original.forward(self, *args, **kwargs)
+            finally:
+                remote.loss_positions = None
 
         def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
             """A PEFT folder; the frozen weights are the cloud's."""

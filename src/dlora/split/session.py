@@ -152,9 +152,9 @@ class Session:
             for work in dropped:
                 work.end()
         elif isinstance(frame, Values) and frame.what in ("update", "hidden-gradient", "input-gradient"):
-            work = self._work.get((frame.call, frame.part))
-            if work is not None:  # else it crossed with the word that the part has failed
-                work.put(frame)
+            waiting = self._work.get((frame.call, frame.part))
+            if waiting is not None:  # else it crossed with the word that the part has failed
+                waiting.put(frame)
         else:
             raise Misbehaviour(f"{type(frame).__name__} from a device")
 
@@ -209,6 +209,14 @@ class Session:
             if begin.columns > self.body.max_tokens:
                 return self._failed(
                     begin, "broken", f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}"
+                )
+            if max(begin.positions, default=0) >= self.body.num_positions:
+                return self._failed(
+                    begin, "broken", f"a position of {max(begin.positions)}; {self.body.num_positions} are known"
+                )
+            if max(begin.token_types, default=0) >= self.body.num_token_types:
+                return self._failed(
+                    begin, "broken", f"a token type of {max(begin.token_types)}; {self.body.num_token_types} are known"
                 )
             need_bytes = padded * self.body.bytes_a_token
             if not self.budget.take(need_bytes):
