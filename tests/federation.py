@@ -271,7 +271,7 @@ class Split(Processes):
         tree: dict[str, Any] = {
             "model": str(self.model),
             "device": "cpu",
-            "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "key", "value", "dense"]},
             "data": {**data, "labels": ["0", "1"], "max_length": 16, "partition": {"kind": "files"}},
             "train": {"rounds": 4, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
             "split": {"cloud": HUB, "wire": "float32"},

@@ -73,12 +73,20 @@ def test_a_table_of_who_is_here_and_what_went_wrong() -> None:
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_one_line_where_there_is_no_terminal(quiet: bool) -> None:
+def test_a_line_each_where_there_is_no_terminal(quiet: bool) -> None:
     file = io.StringIO()
     with CloudView(Console(file=file, force_terminal=False, width=20), quiet) as view:
         tell(view, {"event": "phase", "text": "loading model"}, SERVING, *STORY)
-    line = "serving [b]model on [::]:7000 for devices of federation.yaml; metrics on 127.0.0.1:9100; Ctrl-C stops\n"
-    assert file.getvalue() == ("" if quiet else line)
+    lines = [
+        "serving [b]model on [::]:7000 for devices of federation.yaml; metrics on 127.0.0.1:9100; Ctrl-C stops",
+        "[i]phone is here",
+        "tablet is here",
+        "tablet refused: vocabulary: the device has 8, the cloud 9",
+        "tablet has gone",
+        "[i]phone: a part failed (memory): no room",
+        "connection refused: ipv4:192.0.2.1:99: a stranger",
+    ]
+    assert file.getvalue().splitlines() == ([] if quiet else lines)
 
 
 def test_prometheus_reads_the_figures(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from federation import HUB, Split, running
+from federation import Split, running
 from safetensors.torch import load_file
 from test_laws import UPDATE_BOUND, assert_same, relative_difference, update_of
 

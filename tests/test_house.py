@@ -22,6 +22,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("programs/",),
     ("report", "cloud_view"),
+    ("report_pictures",),
+    ("report_page",),
     ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/", "split/"),
     ("train",),
     ("lora/stacked", "lora/adapter_io"),

@@ -1,29 +1,24 @@
 """A slow, long line between two peers: 4 Mbit/s each way, 200 ms there and back, between namespaces made for it.
 
-The line is a thread here between two tunnel devices, so that no kernel needs a traffic shaper.
+The line is that of line.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import random
-import select
 import shutil
-import struct
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from line import Speed, command, namespaces
 
 from dlora.decentralized.exchange import Exchange, Patience
 from dlora.decentralized.ledger import Ledger, round_message
@@ -33,9 +28,8 @@ from dlora.net.identity import Federation, FederationFile, Identity, federation_
 ADDRESSES = {"east": "10.213.7.1", "west": "10.213.7.2"}
 PORT = 7000  # in namespaces of our own nobody else listens
 MESSAGE_BYTES = 20_000_000
-LINE_BYTES_S, ONE_WAY_S, QUEUE_S = 500_000, 0.1, 0.6
+LINE_BYTES_S, ONE_WAY_S = 500_000, 0.1
 HEADER_BYTES = 20 + 32  # IPv4, TCP with timestamps, of each packet
-TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # of linux/if_tun.h
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,79 +85,9 @@ def node(name: str, folder: Path) -> None:
     print(json.dumps(result))
 
 
-def command(*words: object) -> str:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"{' '.join(map(str, words))}: {done.stderr.strip()}")
-    return done.stdout
-
-
-class Line(threading.Thread):
-    """A line each way between two tunnel devices: packets wait their turn, travel, or are dropped when too many wait."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(daemon=True)
-        self.ends = []
-        for name in names:
-            end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-            self.ends.append(end)
-            fcntl.ioctl(end, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TUN | IFF_NO_PI))
-        self.over = False
-
-    def run(self) -> None:
-        """Carry packets until ``over``."""
-        free_at = dict.fromkeys(self.ends, 0.0)  # when the last byte accepted has left this end
-        flying: deque[tuple[float, int, bytes]] = deque()  # (arrival, end, packet) of both directions
-        other = dict(zip(self.ends, reversed(self.ends), strict=True))
-        while not self.over:
-            ready, _, _ = select.select(self.ends, [], [], 0.002 if flying else 0.1)
-            now = time.monotonic()
-            for end in ready:
-                with suppress(OSError):
-                    packet = os.read(end, 65536)
-                    if free_at[end] - now < QUEUE_S:
-                        free_at[end] = max(free_at[end], now) + len(packet) / LINE_BYTES_S
-                        flying.append((free_at[end] + ONE_WAY_S, other[end], packet))
-            for _ in range(len(flying)):
-                arrival, end, packet = flying.popleft()
-                if arrival > now:
-                    flying.append((arrival, end, packet))  # the order within a direction stays: all are looked at
-                else:
-                    with suppress(OSError):
-                        os.write(end, packet)
-
-    def close(self) -> None:
-        """End the line; the devices go with it."""
-        self.over = True
-        if self.is_alive():
-            self.join(5)
-        for end in self.ends:
-            os.close(end)
-
-
-@contextmanager
-def slow_line() -> Iterator[dict[str, str]]:
-    """Member -> the name of its network namespace; the two have one line between them and nothing else."""
-    spaces = {name: f"dlora-{os.getpid()}-{name}" for name in ADDRESSES}
-    devices = {name: f"dl{os.getpid()}{name[0]}" for name in ADDRESSES}
-    with ExitStack() as undo:
-        for space in spaces.values():
-            command("ip", "netns", "add", space)
-            undo.callback(command, "ip", "netns", "delete", space)
-        line = Line(list(devices.values()))
-        undo.callback(line.close)
-        for name, space in spaces.items():
-            command("ip", "link", "set", devices[name], "netns", space, "name", "line")
-            command("ip", "-n", space, "address", "add", f"{ADDRESSES[name]}/24", "dev", "line")
-            for device in ("lo", "line"):
-                command("ip", "-n", space, "link", "set", device, "up")
-        line.start()
-        yield spaces
-
-
 def on_the_line(space: str) -> tuple[int, int]:
     """Bytes and packets that left this end of the line, by the system's counters."""
-    [line] = json.loads(command("ip", "-n", space, "-json", "-statistics", "link", "show", "dev", "line"))
+    [line] = json.loads(command("ip", "-n", space, "-json", "-statistics", "link", "show", "dev", "line0"))
     sent = line["stats64"]["tx"]
     return sent["bytes"], sent["packets"]
 
@@ -175,7 +99,7 @@ def test_an_adapter_of_20_mb_crosses_a_slow_line(tmp_path: Path) -> None:
     results: dict[str, dict[str, Any]] = {}
     try:
         line = ExitStack()
-        spaces = line.enter_context(slow_line())
+        spaces = line.enter_context(namespaces([ADDRESSES], Speed(LINE_BYTES_S, ONE_WAY_S)))
     except OSError as error:
         pytest.skip(f"no slow line can be made here: {error}")
     with line:

@@ -20,8 +20,8 @@ REFRESHES_A_SECOND = 4
 class CloudView:
     """A listener of the cloud's events: a table of the devices that are linked, and what went wrong last.
 
-    Draws on standard error. Where that is no terminal, one line says that the cloud serves; with ``quiet`` none does. A
-    context manager.
+    Draws on standard error. Where that is no terminal, a line says that the cloud serves, who comes and goes, and what went
+    wrong, for the log of a service; with ``quiet`` none does. A context manager.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
@@ -43,8 +43,9 @@ class CloudView:
             self._waiting = Spinner("dots", Text(event["text"]))
         if event["event"] == "serving":
             self._waiting = None
-            if not self._quiet:
-                self._console.print(Text(_line(event)), soft_wrap=True)
+        text = _said(event)
+        if text is not None and not self._quiet and (event["event"] == "serving" or not self._console.is_terminal):
+            self._console.print(Text(text), soft_wrap=True)
 
     def __enter__(self) -> CloudView:
         if self._console.is_terminal:
@@ -65,9 +66,22 @@ class CloudView:
         return Group(*([table] if table.row_count else [Text("no device is here", style="dim")]), *news)
 
 
-def _line(serving: Event) -> str:
-    metrics = f"; metrics on {serving['metrics']}" if serving["metrics"] else ""
-    return f"serving {serving['model']} on {serving['listen']} for devices of {serving['federation']}{metrics}; Ctrl-C stops"
+def _said(event: Event) -> str | None:
+    """The event as a line, where it is worth one."""
+    match event["event"]:
+        case "serving":
+            metrics = f"; metrics on {event['metrics']}" if event["metrics"] else ""
+            place, devices = event["listen"], event["federation"]
+            return f"serving {event['model']} on {place} for devices of {devices}{metrics}; Ctrl-C stops"
+        case "linked" | "closed" as what:
+            return f"{event['device']} {'is here' if what == 'linked' else 'has gone'}"
+        case "refused":
+            return f"{event['device']} refused: {event['reason']}"
+        case "failed":
+            return f"{event['device']}: a part failed ({event['why']}): {event['text']}"
+        case "connection-refused":
+            return f"connection refused: {event['reason']}"
+    return None
 
 
 def _cells(served: Served) -> tuple[str, ...]:

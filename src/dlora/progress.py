@@ -56,11 +56,11 @@ class Progress:
                 self._bars.update(self._bar(event["run"]), completed=event["done"], total=event["total"])
             case "round":
                 self._show_rounds(event["run"], event["round"] + 1)
-                moved = event["bytes_on_wire"] + event.get("cloud_bytes", 0)
-                sent = {"sent": bytes_text(moved)} if moved else {}
-                self._note(event["run"], loss=f"loss {score_text(event['loss'], 'loss')}", **sent)
+                sent = {"sent": bytes_text(event["bytes_on_wire"])} if event["bytes_on_wire"] else {}
+                self._note(event["run"], loss=f"loss {score_text(event['loss'], 'loss')}", **sent, **_with_cloud(event))
             case "scores":
                 self._forget()
+                self._note(event["run"], **_with_cloud(event))
                 scores = (event["peers_mean"] if event["run"] == "local" else event["consensus"]) or {}
                 if scores.get(self._metric) is not None:
                     name = "scored loss" if self._metric == "loss" else self._metric
@@ -98,9 +98,8 @@ class Progress:
     def _note(self, run: str, **news: str) -> None:
         notes = self._notes.setdefault(run, {})
         notes.update(news)
-        self._bars.update(
-            self._bar(run), note=", ".join(notes[key] for key in ("loss", "score", "sent", "neighbours") if key in notes)
-        )
+        kinds = ("loss", "score", "sent", "cloud", "neighbours")
+        self._bars.update(self._bar(run), note=", ".join(notes[kind] for kind in kinds if kind in notes))
 
     def _pass(self, text: str, done: int, total: int | None) -> None:
         if self._passing is None:
@@ -111,3 +110,8 @@ class Progress:
         if self._passing is not None:
             self._bars.remove_task(self._passing)
             self._passing = None
+
+
+def _with_cloud(event: Event) -> dict[str, str]:
+    """The bytes with the cloud, of a run that has one: scoring adds to them too."""
+    return {"cloud": f"{bytes_text(event['cloud_bytes'])} with the cloud"} if "cloud_bytes" in event else {}

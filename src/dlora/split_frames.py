@@ -36,9 +36,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Refused:
-    """Cloud: not agreed; the link ends."""
+    """Cloud: not agreed, or no room for one more device; the link ends."""
 
     reason: str  # one line: the key, both values, what to do
+    later: bool = False  # it may be otherwise in a while
 
 
 @dataclass(frozen=True, eq=False)

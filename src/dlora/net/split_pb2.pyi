@@ -44,10 +44,12 @@ class Opened(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., max_parts: _Optional[int] = ...) -> None: ...
 
 class Refused(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "later")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    LATER_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    later: bool
+    def __init__(self, reason: _Optional[str] = ..., later: _Optional[bool] = ...) -> None: ...
 
 class Begin(_message.Message):
     __slots__ = ("call", "part", "rows", "columns", "mask", "needed", "keep", "seed", "token_types", "positions", "width")

@@ -163,10 +163,10 @@ class _Guests:
 
         if len(self._sessions) >= self.max_devices:
             reason = (
-                f"{self.max_devices} devices are here, and limits.max_devices is that; try later, or let the cloud raise it"
+                f"{self.max_devices} devices are here, and limits.max_devices is that; this one waits for a place"
             )
             tell("refused", {"reason": reason})
-            await channel.carry(lambda _: None if channel.is_down else send(Refused(reason)))
+            await channel.carry(lambda _: None if channel.is_down else send(Refused(reason, later=True)))
             return
         session = self._sessions[device] = Session(device, self.body, self.limits, self.budget, send, tell)
         tell("linked", {})

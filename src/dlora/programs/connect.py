@@ -37,5 +37,5 @@ def connect(config: Config, *, name: str, key: str | Path, federation: str | Pat
     return network
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(f"the cloud cannot be reached: {reason}", stacklevel=2)
+def _warn(event: str, reason: str) -> None:
+    warnings.warn(f"{event.replace('-', ' ')}: {reason}", stacklevel=2)

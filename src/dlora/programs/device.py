@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dlora.config import Config
-from dlora.errors import ConfigError, IdentityError, Interrupted
+from dlora.errors import CloudError, ConfigError, IdentityError
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.account import Summary, introduction, summary
 from dlora.programs.halves import far_cloud
 from dlora.programs.one_run import Run
-from dlora.programs.prepare import manifest_text, prepare
+from dlora.programs.prepare import Prepared, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.report import write_report
 from dlora.runlog import Listener, RunLog, to_json, write_atomically
-from dlora.split_frames import ChannelDown
+from dlora.split_frames import Opened
 
 RUN = "dlora"
 
@@ -54,24 +54,41 @@ def device(
         if log.position == 0:
             write_atomically(folder.path / "manifest.json", manifest_text(prepared.manifest))
             log.emit("start", **introduction(prepared, [RUN], 1, name))
-        log.tick("phase", text=f"waiting for the cloud {config.split.cloud}")
+        waiting = f"waiting for the cloud {config.split.cloud}"
 
-        def refused(reason: str) -> None:
-            log.emit("connection-refused", reason=reason)
+        def tell(event: str, reason: str) -> None:
+            log.emit(event, reason=reason)
+            log.tick("phase", text=waiting if event == "cloud-lost" else f"{waiting}: {reason}")
 
-        with far_cloud(prepared.half, config, identity, FederationFile(federation), refused, stop) as cloud_bytes:
+        with far_cloud(prepared.half, config, identity, FederationFile(federation), tell, stop) as cloud_bytes:
             if stored and stored.result and stored.rounds_done >= config.train.rounds:
                 result = stored.result["result"]
             else:
+                log.tick("phase", text=waiting)
                 try:
-                    result = Run(RUN, prepared, folder, log, 1, stop, cloud_bytes).result(stored)
-                except ChannelDown:
-                    raise Interrupted(f"{name} stopped while its cloud was away; what was saved stands") from None
+                    check_room(prepared, prepared.half.open())
+                except CloudError:
+                    if not resume:
+                        folder.remove()  # nothing has begun
+                    raise
+                result = Run(RUN, prepared, folder, log, 1, stop, cloud_bytes).result(stored)
         summed = summary(prepared, {RUN: result}, prepared.manifest, 1, result["seconds"], name)
         log.emit("done", seconds=result["seconds"])
         write_atomically(folder.path / "summary.json", to_json(summed, indent=1))
     write_report(folder.path)
     return summed
+
+
+def check_room(prepared: Prepared, limits: Opened) -> None:
+    """Raise CloudError when one of the texts alone is more than the cloud takes."""
+    data = prepared.data
+    options = [option for choice in data.choices for option in choice.options]
+    longest = max(len(row.input_ids) for rows in (*data.peers.values(), data.evaluation, options) for row in rows)
+    if longest > limits.max_tokens:
+        raise CloudError(
+            f"a text of {longest} tokens is more than the cloud takes, {limits.max_tokens}: lower data.max_length, or raise"
+            " limits.max_tokens there"
+        )
 
 
 def check_halves(config: Config, name: str, listed: Federation) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import psutil
 
 from dlora.config import CloudConfig, Config
+from dlora.errors import ConfigError, Interrupted
 from dlora.net.channel import Channel, Dialler, LoopThread, halves
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import FederationFile, Identity
@@ -17,6 +19,7 @@ from dlora.net.transport import Link
 from dlora.split.body import load_body
 from dlora.split.remote import Half
 from dlora.split.session import Budget, Limits, Session
+from dlora.split_frames import ChannelDown
 
 CLOUD, DEVICE = "cloud", "device"  # in one process
 OWN_MEMORY = 0.5  # of what is free, for the body's activations
@@ -28,20 +31,39 @@ def far_cloud(
     config: Config,
     identity: Identity,
     federation: FederationFile,
-    tell: Callable[[str], object],
+    tell: Callable[[str, str], object],
     give_up: Callable[[], bool],
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
 
-    ``tell`` hears in a line what stands between the two. A wait for the cloud ends with ChannelDown once ``give_up`` says so.
+    ``tell(event, reason)`` hears what stands between the two: connection-refused, cloud-lost. A wait for the cloud ends with
+    Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use afterwards.
     """
     assert config.split is not None
     with LoopThread() as loop:
-        network = GrpcNetwork(identity, federation, [config.split.cloud], None, tell, kind=halves())
-        dialler = Dialler(network, loop)
+        refused = partial(tell, "connection-refused")
+        dialler = Dialler(GrpcNetwork(identity, federation, [config.split.cloud], None, refused, kind=halves()), loop)
+        was_linked = over = False
+
+        def dial() -> Channel:
+            nonlocal was_linked
+            if over:
+                raise ConfigError("this model is disconnected; make another with dlora.connect")
+            if was_linked:
+                tell("cloud-lost", "the link has ended; what was under way is done again")
+            try:
+                channel = dialler.dial(give_up)
+            except ChannelDown:
+                raise Interrupted(f"{identity.name} stopped while its cloud was away; what was saved stands") from None
+            was_linked = True
+            return channel
+
+        cloud_bytes = _link(half, config, dialler, dial)
+        del half
         try:
-            yield _link(half, config, dialler, lambda: dialler.dial(give_up))
+            yield cloud_bytes
         finally:
+            over = True
             dialler.close()
 
 

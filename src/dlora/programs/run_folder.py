@@ -102,6 +102,10 @@ class RunFolder:
         write_atomically(folder.path / "config.yaml", config.dump())
         return folder
 
+    def remove(self) -> None:
+        """Take back what `create` made, and all that came into it."""
+        shutil.rmtree(self.path)
+
     def save(self, run: str, checkpoint: Checkpoint) -> None:
         """Write a checkpoint beside the last one, then drop the last one; a crash leaves one of them whole.
 

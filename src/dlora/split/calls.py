@@ -156,7 +156,7 @@ class Calls:
 
     def _come_back(self, link: _Link, call: Call, gradient: Tensor) -> list[Tensor | None]:
         with self._forgotten_if_broken_off(call):
-            parts = gradient.split([call.num_rows[part] for part in range(len(call.begins))])
+            parts = torch.split(gradient, [call.num_rows[part] for part in range(len(call.begins))])  # type: ignore[no-untyped-call]
             found = backward_on_device(link, call, self.adapter, parts)
         self._open.pop(call.number, None)
         return found
@@ -207,6 +207,11 @@ class Calls:
 
     # The link
 
+    def open(self) -> Opened:
+        """Make the link, if there is none; what the cloud takes of this device. Raises CloudError when it refuses."""
+        self._linked()
+        return self._limits
+
     def _linked(self) -> _Link:
         """The link, made and opened if there is none."""
         while self._link is None:
@@ -215,6 +220,9 @@ class Calls:
                 link.send(Open(self.manifest))
                 answer = link.receive()
             except ChannelDown:
+                continue
+            if isinstance(answer, Refused) and answer.later:
+                self.wait(MAX_PAUSE_S)
                 continue
             if isinstance(answer, Refused):
                 raise CloudError(f"the cloud refuses this device: {answer.reason}")

@@ -107,7 +107,8 @@ class _Ask(torch.autograd.Function):
         update = part.hear("update", number, (len(rows), group.width))
         ctx.part, ctx.number = part, number
         ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)  # shape, dtype, device
-        return tuple(part.scatter(own, x) for own in update.split(group.out_features, dim=1))
+        own = torch.split(update, group.out_features, dim=1)  # type: ignore[no-untyped-call]
+        return tuple(part.scatter(each, x) for each in own)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:

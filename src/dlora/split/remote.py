@@ -26,6 +26,7 @@ from dlora.split.agreement import Agreement, body_facts, manifest_text
 from dlora.split.calls import Calls, Request, Sent
 from dlora.split.conversation import Adapter, Channel
 from dlora.split.groups import active_groups, find_groups
+from dlora.split_frames import Opened
 
 Reads = Literal["pooled", "first", "last", "all"]  # of the body's output, by the head
 
@@ -53,6 +54,11 @@ class Half:
         adapter = Adapter(self.agreement.groups, layers)
         self.body.calls = Calls(dial, manifest, adapter, self.facts["hidden_size"], pipeline, wait)
         return self.body.calls
+
+    def open(self) -> Opened:
+        """Reach the cloud now instead of at the first forward; what it takes of this device. Raises CloudError if refused."""
+        assert self.body.calls is not None
+        return self.body.calls.open()
 
 
 class _RemoteBody:

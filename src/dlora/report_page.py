@@ -1,0 +1,265 @@
+"""What a run's page says in words, numbers and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dlora.runlog import NBSP, Event, RunRecord, bytes_text, score_text, seconds_text
+
+_MEANINGS = {
+    "dec-lora": "each peer trains on its own data and averages its adapter with its neighbours' after every round.",
+    "pooled": "all data in one place, one adapter: what peers would reach if they could share their rows.",
+    "local": "each peer by itself; here the peers' own mean counts, not the average of adapters that never met.",
+    "fedavg": "after every round all peers take the average of all, as with a server.",
+    "dlora": "data, labels, adapter and optimiser stay on the device; the layers of the frozen model run in its cloud.",
+}
+_LOOKS = {
+    "dec-lora": (0, 0),
+    "dlora": (0, 0),
+    "pooled": (1, 1),
+    "local": (7, 2),
+    "fedavg": (2, 3),
+}  # colour and dashes of each run
+_GRAPHS = {
+    "complete": "on a complete graph",
+    "erdos-renyi": "on a random graph",
+    "exponential": "on an exponential graph",
+    "edges": "on a graph of their own",
+    "base-k": "on a base-k graph",
+}
+MOST_LABELS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """The bytes of one wire, and how the page speaks of them."""
+
+    of: str  # the field of events and summary
+    column: str  # of the table of runs
+    meaning: str  # of that column
+    card: str
+    axis: str  # without its unit
+    caption: str
+
+
+class Page:
+    """What the template asks for, beside the pictures; all of it is escaped there."""
+
+    def __init__(self, config: Mapping[str, Any], start: Event, runs: list[RunRecord], finished: bool) -> None:
+        self.config, self.start, self.runs, self.finished = config, start, runs, finished
+        self.main = next((run for run in runs if run.name == "dec-lora"), runs[0])
+        self.names = [peer["name"] for peer in start["peers"]]
+        self.split: Mapping[str, Any] = start.get("split") or {}
+        self.device = self.names[0] if self.main.name == "dlora" else None  # alone with its cloud: no peers, no graph
+        every = [event.get("consensus") or {} for run in runs for event in run.scores.values()]
+        # Perplexity is the loss in words a reader knows; a task with options is judged by accuracy.
+        told = start["metric"] == "loss" and any("perplexity" in scores for scores in every)
+        self.key: str = "perplexity" if told else start["metric"]
+        self.higher_is_better = self.key == "accuracy"
+
+    @property
+    def title(self) -> str:
+        """Who trained, in a few words that a sentence can begin with."""
+        if self.device is not None:
+            return f"{self.device} with its frozen model in the cloud {self.split.get('cloud')}"
+        peers = f"{len(self.names)} peers {_GRAPHS.get(self.topology, f'on a {self.topology}')}"
+        return f"{peers} with their frozen model in a cloud" if self.split else peers
+
+    @property
+    def topology(self) -> str:
+        """The kind of graph, as configured."""
+        return str(self.config.get("peers", {}).get("topology", {}).get("kind", "edges"))
+
+    @property
+    def others(self) -> list[RunRecord]:
+        """The baselines."""
+        return [run for run in self.runs if run is not self.main]
+
+    @property
+    def sentence(self) -> str:
+        """The result in words."""
+        reached = self.final(self.main)
+        if reached is None:
+            return f"{self.title} started; nothing is scored yet."
+        under_way = not self.finished and self.main.rounds_done < self.main.rounds
+        so_far = f"So far, after {self.main.rounds_done} of {self.main.rounds} rounds: " if under_way else ""
+        figure = f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
+        parts = [f"{so_far}{self.title} reached {figure}" + ("" if self.device is not None else " together")]
+        phrases = {"pooled": "training on the pooled data {}", "fedavg": "FedAvg {}", "local": "alone they reached {}"}
+        for run in sorted(self.others, key=lambda run: run.name == "local"):
+            if (final := self.final(run)) is not None:
+                parts.append(phrases.get(run.name, run.title + " {}").format(self.score(final)))
+        return "; ".join(parts) + ("." if self.higher_is_better else " (lower is better).")
+
+    @property
+    def cards(self) -> list[tuple[str, str]]:
+        """The few numbers to remember: (number, what it is)."""
+        together = self.final(self.main)
+        whose = "the adapter" if self.device is not None else "the averaged adapter"
+        cards = [(self.score(together), f"{self.key} of {whose}")] if together is not None else []
+        for name, words in (("local", "against each peer alone"), ("pooled", "against pooling all data")):
+            other = next((self.final(run) for run in self.others if run.name == name), None)
+            if together is not None and other is not None:
+                change = 100 * (together - other) if self.key == "accuracy" else together - other
+                digits, unit = (1, f"{NBSP}points") if self.key == "accuracy" else (2, "")
+                change = round(change, digits)
+                sign = "+" if change > 0 else "−" if change < 0 else "±"
+                better = "" if self.higher_is_better else "; lower is better"
+                cards.append((f"{sign}{abs(change):.{digits}f}{unit}", words + better))
+        moved = [(self.main.last(wire.of), wire.card) for wire in self.traffic]
+        return cards + [(bytes_text(count), words) for count, words in moved if count is not None]
+
+    @property
+    def traffic(self) -> list[Traffic]:
+        """The wires of this run: between the peers, with the cloud, or both."""
+        own = "own" in self.start
+        between = Traffic(
+            of="bytes_on_wire",
+            column="Sent",
+            meaning=("and received, by this peer" if own else "by all peers together") + "; 1 MB is 1,000,000 bytes.",
+            card=("sent and received by this peer" if own else "sent by all peers together") + ": adapters, no rows of data",
+            axis="sent and received by this peer" if own else "sent by all peers",
+            caption="The same scores against what was sent. Runs that send nothing are level lines at their final score.",
+        )
+        what = "embedded tokens, hidden states, updates and gradients"
+        cloud = Traffic(
+            of="cloud_bytes",
+            column="With the cloud",
+            meaning=f"sent and received{'' if own else ' by all peers'}, also while scoring: {what}. No text and no labels "
+            "are sent, yet a curious cloud can work out much of both: docs/privacy.md says how."
+            + (" 1 MB is 1,000,000 bytes." if self.device is not None else ""),
+            card=f"sent to the cloud and received: {what}; no text, no labels. What that hides and does not: docs/privacy.md"
+            if self.device is not None
+            else "to the cloud and back: no text, no labels; what that hides and does not: docs/privacy.md",
+            axis="with the cloud, both ways",
+            caption="The same scores against what went to the cloud and came back, scoring included.",
+        )
+        return ([between] if self.device is None else []) + ([cloud] if self.split else [])
+
+    def cells(self, run: RunRecord) -> list[tuple[str, bool]]:
+        """(text, whether it is the figure that counts) in the table of runs, behind the run's name."""
+        own = [(self.part(run, "peers_mean"), run.name == "local")] if self.device is None else []
+        moved = [bytes_text(run.last(wire.of)) for wire in self.traffic]
+        plain = [self.best(run), *moved, seconds_text(run.last("seconds")), self.speed(run)]
+        return [(self.part(run, "consensus"), run.name != "local"), *own, *((text, False) for text in plain)]
+
+    def score(self, value: float | None) -> str:
+        """A score in words of this run's metric."""
+        return score_text(value, self.key)
+
+    def final(self, run: RunRecord) -> float | None:
+        """The last score of the figure that counts."""
+        return run.figure({of: run.last(of) for of in ("consensus", "peers_mean")}, self.key)
+
+    def part(self, run: RunRecord, of: str) -> str:
+        """The last score of the average (consensus) or of the peers' mean (peers_mean)."""
+        return self.score((run.last(of) or {}).get(self.key))
+
+    def best(self, run: RunRecord) -> str:
+        """The best score of the average and the round it came after; none where nobody talks."""
+        logged = [{"rounds_done": done} | (event.get("consensus") or {}) for done, event in run.scores.items()]
+        scored = [scores for scores in (run.summary.get("best"), *logged) if scores and scores.get(self.key) is not None]
+        if run.name == "local" or not scored:
+            return "–"
+        best = (max if self.higher_is_better else min)(scored, key=lambda scores: scores[self.key])
+        return f"{self.score(best[self.key])} after{NBSP}{best['rounds_done']}{NBSP}rounds"
+
+    def state(self, run: RunRecord) -> str:
+        """Empty for a run that is done."""
+        if run.done or run.summary:
+            return ""
+        return f"{run.rounds_done} of {run.rounds} rounds" if run.rounds else "not started"
+
+    def speed(self, run: RunRecord) -> str:
+        """Local steps in a second."""
+        value = run.summary.get("participant_steps_per_second")
+        return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+    def colour(self, run: RunRecord) -> int:
+        """The number of the page's colour."""
+        return look(run)[0]
+
+    @property
+    def table_notes(self) -> list[tuple[str, str]]:
+        """(word, what it means) for the runs there are and the columns."""
+        better = "higher" if self.higher_is_better else "lower"
+        notes = [(run.title, _MEANINGS[run.name]) for run in self.runs if run.name in _MEANINGS]
+        return [
+            *notes,
+            (
+                self.key.capitalize(),
+                f"{better} is better" + ("; in bold the figure that counts." if self.device is None else "."),
+            ),
+            *((wire.column, wire.meaning) for wire in self.traffic),
+            ("Steps/s", f"local steps{' of all participants' if self.device is None else ''} in a second."),
+        ]
+
+    @property
+    def has_local(self) -> bool:
+        """Whether there are scores of peers that never talked."""
+        return any(run.name == "local" and self._own(run) for run in self.runs)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether rows have labels that can be counted."""
+        return any(peer.get("labels") for peer in self.start["peers"])
+
+    @property
+    def held(self) -> str:
+        """The rows of a device and their labels."""
+        peer = self.start["peers"][0]
+        labels = _label_text(peer.get("labels") or {}, ": ")
+        return f"{peer['rows']:,}" + (f" ({labels})" if labels else "")
+
+    @property
+    def peer_rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(name, rows, labels, its own score in the main run, its score alone)."""
+        own, alone = self._own(self.main), self._own(next((run for run in self.runs if run.name == "local"), None))
+
+        def score(of: Mapping[str, Any], name: str) -> str:
+            return self.score((of.get(name) or {}).get(self.key))
+
+        return [
+            (
+                name,
+                "–" if peer["rows"] is None else f"{peer['rows']:,}",
+                _label_text(peer.get("labels") or {}),
+                score(own, name),
+                score(alone, name),
+            )
+            for name, peer in zip(self.names, self.start["peers"], strict=True)
+        ]
+
+    @property
+    def edge_rows(self) -> list[tuple[str, ...]]:
+        """(neighbour, rounds mixed, rounds left out, in doubt) of a real peer."""
+        counts = self.main.summary.get("edges") or {}
+        return [(name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt"))) for name, edge in counts.items()]
+
+    @property
+    def loading(self) -> str:
+        """Python that loads the averaged adapter with PEFT."""
+        run = str(self.config.get("output_dir", "RUN"))
+        return (
+            "import dlora, peft\n\n"
+            f"base, tokenizer = dlora.load_base({run!r})  # the frozen model of this run\n"
+            f"model = peft.PeftModel.from_pretrained(base, {run + '/consensus'!r})"
+        )
+
+    def _own(self, run: RunRecord | None) -> Mapping[str, Any]:
+        return (run.last("peers") or {}) if run else {}
+
+
+def look(run: RunRecord) -> tuple[int, int]:
+    """The colour and the dashes of a run, the same all over the page."""
+    return _LOOKS.get(run.name, (5, 3))
+
+
+def _label_text(labels: Mapping[str, int], between: str = " ") -> str:
+    """The labels a peer holds; when there are many, its largest."""
+    held = {name: count for name, count in labels.items() if count}
+    shown = list(held) if len(held) <= MOST_LABELS else sorted(held, key=lambda name: -held[name])[: MOST_LABELS - 1]
+    more = f" and {len(held) - len(shown)} more" if len(shown) < len(held) else ""
+    return ", ".join(f"{name}{between}{held[name]:,}" for name in shown) + more

@@ -1,0 +1,181 @@
+"""The pictures of a run's page, as SVG, each with its caption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from dlora.drawing import MOST_NAMES, Line, Series, curves, graph, stacked_bars
+from dlora.report_page import MOST_LABELS, Page, look
+from dlora.runlog import BYTE_UNITS, Event, RunRecord, unit_of
+
+_MOST_BARS = 40
+
+
+class Pictures:
+    """Of one page: each is (SVG, caption), the SVG safe to place as it is."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    @cached_property
+    def scores(self) -> list[tuple[str, str]]:
+        """(SVG, caption): the score against rounds, bytes and seconds."""
+        if not any(self.page.final(run) is not None for run in self.page.runs):
+            return []
+        page, alone = self.page, self.page.device is not None
+        better = "higher" if page.higher_is_better else "lower"
+        diamonds = "" if alone else " Diamonds: the mean of the peers' own scores, from the worst peer to the best."
+        axes = [("rounds_done", "rounds done", 1.0, f"Score after each round; {better} is better.{diamonds}")]
+        for wire in page.traffic:
+            unit, factor = unit_of(page.main.last(wire.of, 0), BYTE_UNITS)
+            axes.append((wire.of, f"{wire.axis} ({unit})", factor, wire.caption))
+        clock, _ = unit_of(max(run.last("seconds", 0) or 0 for run in page.runs), {"s": 1, "min": 120, "h": 7200})
+        everybody = f", which trained all peers{' and was their cloud' if page.split else ''} itself"
+        where = ", the cloud's part and waiting for it included" if alone else "" if "own" in page.start else everybody
+        axes.append(
+            (
+                "seconds",
+                f"training {'through the cloud' if alone else 'and exchange'} ({clock})",
+                {"s": 1.0, "min": 60.0, "h": 3600.0}[clock],
+                f"The same scores against time on this machine{where}; evaluation is not counted.",
+            )
+        )
+        return [(self._scores(*axis), axis[-1]) for axis in axes]
+
+    @cached_property
+    def graph(self) -> tuple[str, str]:
+        """Who talks to whom."""
+        edges = [[(int(a), int(b)) for a, b in one] for one in self.page.start["edges"]]
+        gap = self.page.start.get("spectral_gap")
+        caption = "Each dot is a peer, each line an exchange" + (
+            "." if len(edges) == 1 else f"; who talks to whom repeats after {len(edges)} rounds."
+        )
+        if len(edges) > 1 or len(self.page.names) > MOST_NAMES:
+            caption += " Peers lie clockwise from the top in the order of the table."
+        if gap is not None:
+            caption += f" Spectral gap {gap:.3g}: 1 means one round makes all agree, near 0 means news travels slowly."
+        return graph(edges, self.page.names, label=f"{self.page.title}. {caption}"), caption
+
+    @cached_property
+    def labels(self) -> tuple[str, str]:
+        """Who holds which labels; only the rows when there are no labels."""
+        peers = [peer for peer in self.page.start["peers"] if peer["rows"] is not None]  # a real peer knows its own only
+        totals: dict[str, float] = {}
+        for peer in peers:
+            for name, count in (peer.get("labels") or {"rows": peer["rows"]}).items():
+                totals[name] = totals.get(name, 0) + count
+        kept = list(totals)
+        if len(kept) > MOST_LABELS:
+            largest = sorted(kept, key=lambda name: -totals[name])[: MOST_LABELS - 1]
+            kept = [name for name in kept if name in largest]
+
+        def bar(group: list[Mapping[str, Any]]) -> dict[str, float]:
+            counts = dict.fromkeys(kept, 0.0)
+            for peer in group:
+                for name, count in (peer.get("labels") or {"rows": peer["rows"]}).items():
+                    name = name if name in counts else f"{len(totals) - len(kept)} other labels"
+                    counts[name] = counts.get(name, 0.0) + count / len(group)
+            return counts
+
+        shown, rest = (peers, []) if len(peers) <= _MOST_BARS else (peers[: _MOST_BARS - 1], peers[_MOST_BARS - 1 :])
+        rows = {peer["name"]: bar([peer]) for peer in shown} | ({f"{len(rest)} more, mean": bar(rest)} if rest else {})
+        caption = "How many training rows each peer holds"
+        same = ", by label. Bars of the same make-up mean similar data; different ones, that no peer has seen it all."
+        caption += same if self.page.has_labels else "."
+        return stacked_bars(rows, "training rows", label=caption), caption
+
+    @cached_property
+    def rounds(self) -> list[tuple[str, str]]:
+        """(SVG, caption): consensus distance and training loss against rounds."""
+        pictures = []
+        talkers = [run for run in self.page.runs if run.name != "pooled"]
+        apart = [self._series(run, run.by_round, "consensus_distance", positive=True) for run in talkers]
+        apart = [one for one in apart if any(value is not None for value in one.y)]
+        if apart:
+            caption = (
+                "Consensus distance, log axis: how far the peers' factors lie from their mean after each round. "
+                "Falling means they agree; level means the exchange keeps up with what each learns by itself."
+            )
+            pictures.append((curves(apart, "round", "consensus distance", label=caption, log_y=True), caption))
+        losses = [self._series(run, run.by_round, "loss") for run in self.page.runs if run.by_round]
+        if losses:
+            caption = "Training loss, mean over the participants; lower is better. Shaded: from lowest to highest peer."
+            if self.page.device is not None:
+                caption = "Training loss, mean over each round's local steps; lower is better."
+            pictures.append((curves(losses, "round", "training loss", label=caption), caption))
+        return pictures
+
+    def _scores(self, over: str, x_label: str, factor: float, label: str) -> str:
+        percent = 100 if self.page.key == "accuracy" else 1
+        series, lines, values = [], [], []
+        for run in self.page.runs:
+            colour, dash = look(run)
+            points = [
+                (event[over] / factor if factor != 1 else event[over], value * percent)
+                for event in run.scores.values()
+                if (value := run.figure(event, self.page.key)) is not None and event.get(over) is not None
+            ]
+            values += [y for _, y in points]
+            if len({x for x, _ in points}) > 1:
+                series.append(
+                    Series(
+                        name=run.title,
+                        x=[x for x, _ in points],
+                        y=[y for _, y in points],
+                        colour=colour,
+                        dash=dash,
+                        main=run is self.page.main,
+                    )
+                )
+            elif (final := self.page.final(run)) is not None:
+                lines.append(Line(name=f"{run.title} {self.page.score(final)}", y=final * percent, colour=colour, dash=dash))
+        own = [
+            (
+                event[over] / factor if factor != 1 else event[over],
+                [s[self.page.key] * percent for s in event["peers"].values() if s.get(self.page.key) is not None],
+            )
+            for event in self.page.main.scores.values()
+            if event.get("peers") and event.get(over) is not None
+        ]
+        own = [(x, scores) for x, scores in own if scores]
+        if own and self.page.device is None:
+            series.append(
+                Series(
+                    name="Peers' own",
+                    x=[x for x, _ in own],
+                    y=[sum(s) / len(s) for _, s in own],
+                    low=[min(s) for _, s in own],
+                    high=[max(s) for _, s in own],
+                    colour=4,
+                    points_only=True,
+                )
+            )
+        wide = self.page.key == "perplexity" and max(values, default=1) > 10 * min(values, default=1) > 0
+        return curves(
+            series,
+            x_label,
+            f"{self.page.key} (%)" if percent == 100 else self.page.key,
+            label=label,
+            log_y=wide,
+            reference_lines=lines,
+        )
+
+    def _series(self, run: RunRecord, events: Mapping[int, Event], key: str, positive: bool = False) -> Series:
+        values = [event.get(key) for event in events.values()]
+        colour, dash = look(run)
+        band = key == "loss" and run is self.page.main and self.page.device is None
+        spread = [
+            [value for value in event.get("losses") or [event.get(key)] if value is not None] for event in events.values()
+        ]
+        return Series(
+            name=run.title,
+            x=list(events),
+            y=[None if positive and not (value and value > 0) else value for value in values],
+            low=[min(each, default=None) for each in spread] if band else None,
+            high=[max(each, default=None) for each in spread] if band else None,
+            colour=colour,
+            dash=dash,
+            main=run is self.page.main,
+        )

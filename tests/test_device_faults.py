@@ -1,0 +1,254 @@
+"""Cloud and device killed, frozen, interrupted at any byte of a step: the run ends with the very same factors."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from federation import HUB, Split, running, until
+
+ModelFolder = Callable[..., Path]
+# Dropout in both halves: what is done again must draw the same.
+CHANGES = {"lora.lora_dropout": 0.1, "train.model_dropout": 0.1, "split.pipeline": 2, "save_every": 1}
+
+
+class Relay:
+    """A line between the devices and the cloud, on which a given number of bytes can be waited for."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.passed = 0  # bytes, both ways
+        self._target, self._at, self._down_bytes = "", -1, 0
+        self._act: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Relay:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._server.close()
+
+    def to(self, address: str) -> None:
+        self._target = address
+
+    def at(self, passed: int, act: Callable[[], None], down_bytes: int = 0) -> None:
+        """When that many bytes have passed, ``act`` before the next ones do: ``down_bytes`` at least, to the device."""
+        self._at, self._act, self._down_bytes = passed, act, down_bytes
+
+    @property
+    def has_acted(self) -> bool:
+        return self._at < 0
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._join, args=self._server.accept()[:1], daemon=True).start()
+
+    def _join(self, near: socket.socket) -> None:
+        host, port = self._target.split(":")
+        with near, contextlib.suppress(OSError), socket.create_connection((host, int(port))) as far:
+            ways = [
+                threading.Thread(target=self._carry, args=ends, daemon=True) for ends in ((near, far, False), (far, near, True))
+            ]
+            for way in ways:
+                way.start()
+            for way in ways:
+                way.join()
+
+    def _carry(self, source: socket.socket, sink: socket.socket, down: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                with self._lock:
+                    self.passed += len(data)
+                    if 0 <= self._at <= self.passed and (not self._down_bytes or down and len(data) >= self._down_bytes):
+                        self._act()
+                        self._at = -1
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    with Relay() as made:
+        yield made
+
+
+def split_over(relay: Relay, folder: Path, model: Path, **more: object) -> Split:
+    arguments = {"changes": CHANGES, "dialled": relay.address, **more}
+    split = Split(folder, model, **arguments)  # type: ignore[arg-type]
+    relay.to(split.address)
+    return split
+
+
+class Undisturbed:
+    """What a run of CHANGES ends with, and the bytes on its line by the end of each round."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        with Relay() as relay, running(split_over(relay, folder, model)) as split:
+            split.start_hub()
+            split.start("phone")
+            outcome = split.finish("phone")
+            assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+            self.adapter, self.passed = split.adapter("phone"), relay.passed
+            self.rounds = split.events("phone", "round")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"), model_folder("bert"))
+
+
+def assert_undisturbed(split: Split, undisturbed: Undisturbed) -> None:
+    """The factors to the last bit, and every round once."""
+    assert split.adapter("phone") == undisturbed.adapter
+    rounds = split.events("phone", "round")
+    assert [(event["round"], event["loss"]) for event in rounds] == [
+        (event["round"], event["loss"]) for event in undisturbed.rounds
+    ]
+
+
+def cloud_killed_at(share: float, folder: Path, model: Path, relay: Relay, undisturbed: Undisturbed) -> Split:
+    """Killed when that share of the bytes has passed, and started again; nobody touches the device."""
+    with running(split_over(relay, folder, model)) as split:
+        split.start_hub()
+        relay.at(int(share * undisturbed.passed), lambda: split.kill(HUB))
+        split.start("phone")
+        until(lambda: relay.has_acted, "the moment")
+        split.start_hub()
+        outcome = split.finish("phone")
+    assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+    assert_undisturbed(split, undisturbed)
+    return split
+
+
+def test_a_cloud_killed_in_a_step_and_started_again(
+    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
+) -> None:
+    split = cloud_killed_at(0.5, tmp_path, model_folder("bert"), relay, undisturbed)
+    [lost] = split.events("phone", "cloud-lost")
+    assert lost["reason"] == "the link has ended; what was under way is done again"
+    rounds = [event["time"] < lost["time"] for event in split.events("phone", "round")]
+    assert rounds == sorted(rounds, reverse=True) and 0 < sum(rounds) < len(rounds)  # within the training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.002, 0.02, 0.05, 0.2, 0.3, 0.37, 0.43, 0.55, 0.6, 0.7, 0.8, 0.9, 0.97])
+def test_a_cloud_killed_at_any_moment(
+    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed, share: float
+) -> None:
+    cloud_killed_at(share, tmp_path, model_folder("bert"), relay, undisturbed)
+
+
+def test_a_device_that_waits_is_interrupted_killed_and_goes_on(
+    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
+) -> None:
+    with running(split_over(relay, tmp_path, model_folder("bert"))) as split:
+        split.start("phone")  # no cloud yet
+        until(lambda: split.events("phone", "start"), "the device to wait")
+        split.signal("phone", signal.SIGINT)
+        outcome = split.finish("phone")
+        assert (outcome.exit_code, outcome.out) == (4, "")
+        assert "phone stopped while its cloud was away; what was saved stands; go on with: dlora device" in outcome.err
+
+        split.start("phone", "--resume")
+        relay.at(int(0.4 * undisturbed.passed), lambda: split.kill("phone"))
+        split.start_hub()
+        until(lambda: relay.has_acted, "the device to be killed")
+        assert 0 < split.rounds_done("phone") < 4
+
+        relay.at(relay.passed + int(0.2 * undisturbed.passed), lambda: split.signal("phone", signal.SIGINT))
+        split.start("phone", "--resume")
+        outcome = split.finish("phone")
+        assert outcome.exit_code == 4 and "finished and saved; go on with: dlora device" in outcome.err, outcome
+        assert 0 < split.rounds_done("phone") < 4
+
+        split.start("phone", "--resume")
+        outcome = split.finish("phone")
+        assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+        split.signal(HUB, signal.SIGINT)
+        outcome = split.finish(HUB)
+        assert outcome.exit_code == 0 and outcome.out.startswith("served "), outcome
+    assert_undisturbed(split, undisturbed)
+    assert split.events("phone", "cloud-lost") == []
+
+
+def test_a_frozen_device_frees_the_cloud_and_holds_up_nobody(
+    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
+) -> None:
+    """SIGSTOP in a step for longer than limits.idle_s, while another device runs from start to end."""
+    more = {"devices": ("phone", "tablet"), "cloud": {"limits.idle_s": 1.0}}
+    with running(split_over(relay, tmp_path, model_folder("bert"), **more)) as split:
+        split.start_hub()
+        stop = partial(split.signal, "phone", signal.SIGSTOP)
+        relay.at(undisturbed.passed // 2, stop, down_bytes=1500)  # so much is an input, to which the cloud awaits the update
+        split.start("phone")
+        until(lambda: relay.has_acted and split.is_stopped("phone"), "the device to stop in a step")
+        in_flight = 'dlora_tokens_in_flight{device="phone"}'
+        until(lambda: split.scraped().get(in_flight, 0) > 0, "its tokens in the cloud")
+        split.start("tablet")
+        until(lambda: split.scraped()[in_flight] == 0, "the cloud to forget them")
+        assert split.scraped()['dlora_failures_total{device="phone",why="expired"}'] > 0
+        outcome = split.finish("tablet")
+        assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+        assert split.is_stopped("phone")
+        split.signal("phone", signal.SIGCONT)
+        outcome = split.finish("phone")
+        assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+    assert_undisturbed(split, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen_s", [3.0, 45.0])  # of shorter and longer than gRPC waits for a sign of life
+def test_a_frozen_cloud_is_waited_for(
+    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed, frozen_s: float
+) -> None:
+    with running(split_over(relay, tmp_path, model_folder("bert"))) as split:
+        split.start_hub()
+        relay.at(undisturbed.passed // 2, lambda: split.signal(HUB, signal.SIGSTOP))
+        split.start("phone")
+        until(lambda: relay.has_acted and split.is_stopped(HUB), "the cloud to stop")
+        since = time.monotonic()
+        until(lambda: time.monotonic() - since > frozen_s, "the time to pass")
+        assert split.processes["phone"].is_alive()
+        split.signal(HUB, signal.SIGCONT)
+        outcome = split.finish("phone")
+        assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+    assert len(split.events("phone", "cloud-lost")) == (frozen_s > 30)
+    assert_undisturbed(split, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_cloud_that_comes_back_with_another_model(
+    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
+) -> None:
+    """The device says what differs and ends; with the right cloud it goes on."""
+    with running(split_over(relay, tmp_path, model_folder("bert"))) as split:
+        split.start_hub()
+        relay.at(undisturbed.passed // 2, lambda: split.kill(HUB))
+        split.start("phone")
+        until(lambda: relay.has_acted, "the moment")
+        split.start_hub("--set", f"model={model_folder('roberta')}")
+        outcome = split.finish("phone")
+        said = "error: the cloud refuses this device: model: the device has bert, the cloud roberta; both need the same model\n"
+        assert outcome == (3, "", said)
+        done = split.rounds_done("phone")
+        assert 0 < done < 4  # what was trained stays
+        split.kill(HUB)
+        split.start_hub()
+        split.start("phone", "--resume")
+        outcome = split.finish("phone")
+        assert (outcome.exit_code, outcome.err) == (0, ""), outcome
+        assert [event["rounds_done"] for event in split.events("phone", "resumed")] == [done]
+    assert_undisturbed(split, undisturbed)
