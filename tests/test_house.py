@@ -51,7 +51,7 @@ STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentr
 
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
-    "transformers": {"model", "lora/stacked", "lora/adapter_io"},
+    "transformers": {"model", "lora/stacked", "lora/adapter_io", "split/remote", "split/body"},
     "peft": {"model", "lora/stacked", "lora/adapter_io"},
     "grpc": {"net/grpc"},
     "grpc_health": {"net/grpc"},

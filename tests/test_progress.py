@@ -78,6 +78,37 @@ def test_a_real_peer_shows_who_is_here() -> None:
         assert "north here, west away" in drawn(progress)
 
 
+def test_a_device_shows_what_goes_to_its_cloud_and_back() -> None:
+    scores: Event = {"event": "scores", "run": "dlora", "rounds_done": 1, "consensus": {"accuracy": 0.62}, "peers_mean": None}
+    story: list[Event] = [
+        STORY[1],
+        {"event": "phase", "text": "waiting for the cloud hub: [b]hub is not who it should be"},
+        {"event": "run", "run": "dlora", "rounds": 2, "local_steps": [5], "participants": 1},
+        {"event": "step", "run": "dlora", "done": 5, "total": 10},
+        {"event": "round", "run": "dlora", "round": 0, "loss": 0.6934, "bytes_on_wire": 0, "cloud_bytes": 50_900_000},
+    ]
+    with Progress(terminal()) as progress:
+        for event in story[:2]:
+            progress(event)
+        assert "waiting for the cloud hub: [b]hub is not who" in drawn(progress)
+        for event in story[2:]:
+            progress(event)
+        shown = drawn(progress)
+        assert "waiting" not in shown and "DLoRA" in shown and "1/2 rounds" in shown
+        assert "loss 0.693, 50.9 MB with the cloud" in shown
+        progress(scores | {"bytes_on_wire": 0, "cloud_bytes": 108_000_000})  # scoring goes through the cloud too
+        assert "loss 0.693, accuracy 62.0 %, 108 MB with the cloud" in drawn(progress)
+        progress({"event": "phase", "text": "waiting for the cloud hub"})
+        assert "waiting for the cloud hub" in drawn(progress)
+
+
+def test_peers_with_a_cloud_show_both_wires() -> None:
+    with Progress(terminal()) as progress:
+        for event in STORY:
+            progress(event | {"cloud_bytes": 3_000_000} if event["event"] == "round" else event)
+        assert "1.4 MB, 3.0 MB with the cloud" in drawn(progress)
+
+
 def test_nothing_where_there_is_no_terminal() -> None:
     file = io.StringIO()
     with Progress(Console(file=file, force_terminal=False)) as progress:

@@ -18,7 +18,7 @@ from dlora.errors import RunError
 from dlora.report import write_report
 from dlora.runlog import RunLog
 
-FINAL = {"dec-lora": 0.843, "pooled": 0.849, "local": 0.66, "fedavg": 0.845}
+FINAL = {"dec-lora": 0.843, "dlora": 0.843, "pooled": 0.849, "local": 0.66, "fedavg": 0.845}
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
@@ -68,8 +68,12 @@ def make_run(
     period: int = 1,
     stop_at: int | None = None,
     model: str = "pkg://some_package/model",
+    split: dict[str, Any] | None = None,
 ) -> Path:
-    """A run folder of 6 rounds; with `stop_at` the first run ends there and there is no summary."""
+    """A run folder of 6 rounds; with `stop_at` the first run ends there and there is no summary.
+
+    With `split` 30 MB go to the cloud and back in a round; a run named dlora is a device's, with one name.
+    """
     names = names or [f"peer-{number}" for number in range(8)]
     count = len(names)
     peers = [
@@ -86,6 +90,9 @@ def make_run(
     task = "causal-lm" if metric == "loss" else "classification"
     edges = [[[index, (index + shift + 1) % count] for index in range(count)] for shift in range(period)]
     summary: dict[str, Any] = {"seconds": 75.0, "runs": {}}
+    more: dict[str, Any] = {"split": split} if split else {}
+    if "dlora" in runs:
+        more["own"] = names[0]
 
     def scores(value: float) -> dict[str, float]:
         return {"accuracy": value, "f1": value, "loss": 1 - value} if metric == "accuracy" else {
@@ -94,25 +101,27 @@ def make_run(
     with RunLog(folder / "log.jsonl") as log:
         # fmt: off
         log.emit("start", version="0.1.0", model=model, task=task, metric=metric, runs=list(runs), peers=peers,
-                 edges=edges, spectral_gap=0.195, trainable_parameters=1234, message_bytes=4936, group_size=count)
+                 edges=edges, spectral_gap=0.195, trainable_parameters=1234, message_bytes=4936, group_size=count,
+                 **more)
         # fmt: on
         for run in runs:
-            sent = 0 if run in ("pooled", "local") else 4936 * 2 * count
+            sent = 0 if run in ("pooled", "local", "dlora") else 4936 * 2 * count
             log.emit("run", run=run, rounds=6, local_steps=[5] * count, participants=count)
             for done in range(7):
                 value = FINAL[run] - 0.3 * 0.5**done
                 own = None if run == "pooled" or done % 3 else {name: scores(value - 0.02) for name in names}
+                moved = {"cloud_bytes": 30_000_000 * done} if split else {}
                 log.emit("scores", run=run, rounds_done=done, consensus=scores(value), peers=own,
                          peers_mean=own and scores(value - 0.02), bytes_on_wire=sent * done,
-                         seconds=2.0 * done)  # fmt: skip
+                         **moved, seconds=2.0 * done)  # fmt: skip
                 if done == 6:
                     break
                 if done == stop_at:
                     return folder
-                distance = {"dec-lora": 0.1 * 0.5**done, "local": 0.1 * (done + 1), "fedavg": 0.0}.get(run)
+                distance = {"dec-lora": 0.1 * 0.5**done, "local": 0.1 * (done + 1), "fedavg": 0.0, "dlora": 0.0}.get(run)
                 log.emit("round", run=run, round=done, loss=1 - value, losses=[1 - value] * count, learning_rate=1e-3,
                          consensus_distance=distance, bytes_on_wire=sent * (done + 1),
-                         seconds=2.0 * (done + 1))  # fmt: skip
+                         **moved, seconds=2.0 * (done + 1))  # fmt: skip
             log.emit("run-done", run=run)
             summary["runs"][run] = {
                 "consensus": scores(FINAL[run]),
@@ -120,6 +129,7 @@ def make_run(
                 "peers": {} if run == "pooled" else {name: scores(0.5 + index / 100) for index, name in enumerate(names)},
                 "best": {"rounds_done": 4, **scores(FINAL[run] + 0.001)},
                 "bytes_on_wire": sent * 6,
+                **({"cloud_bytes": 180_000_000} if split else {}),
                 "seconds": 12.0,
                 "participant_steps_per_second": 20.0,
             }
@@ -303,3 +313,44 @@ def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path:
     assert "north 5 1 0" in cells and "west 6 0 0" in cells
     assert "north –" in cells and "south 101" in cells
     assert "sent by all peers" not in page.text()
+
+
+CLOUD = {"cloud": "<hub>", "wire": "int8", "pipeline": 4}
+
+
+def test_a_device_has_a_cloud_and_no_peers(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path, runs=("dlora",), names=["phone"], labels=["no", "yes"], split=CLOUD)))
+    assert "phone with its frozen model in the cloud <hub> reached 84.3 % accuracy." in page.text("p")
+    assert page.text("thead", "th") == "Run Accuracy Best With the cloud Time Steps/s DLoRA"
+    assert page.text("td") == "84.3 % 84.4 % after 4 rounds 180 MB 12.0 s 20"
+    assert "180 MB" in page.text("b") and "474 kB" not in page.text()
+    assert "docs/privacy.md" in page.text("li")
+    assert "int8" in page.text("dd") and "4" in page.text("dd").split() and "100 (no: 10, yes: 10)" in page.text("dd")
+    assert len(page.pictures()) == 4  # the score over rounds, bytes and time, and the loss
+    assert "with the cloud, both ways (MB)" in page.text("text")
+    words = page.text("h1", "h2", "p", "li", "b", "th", "dt", "figcaption", "text").lower()
+    for foreign in ("peer", "together", "average", "neighbour", "graph", "consensus", "diamond", "one message"):
+        assert foreign not in words.replace("peft", ""), foreign
+
+
+@pytest.mark.parametrize(("stop_at", "said"), [(0, "reached 54.3 %"), (3, "So far, after 3 of 6 rounds: phone with")])
+def test_a_device_under_way(tmp_path: Path, stop_at: int, said: str) -> None:
+    page = Page(write_report(make_run(tmp_path, runs=("dlora",), names=["phone"], split=CLOUD, stop_at=stop_at)))
+    assert said in page.text("p")
+    assert ("90.0 MB" in page.text("td")) == (stop_at == 3)
+
+
+def test_peers_with_a_cloud_show_both_wires(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path, runs=("dec-lora", "local"), split=CLOUD)))
+    assert "8 peers on a ring with their frozen model in a cloud reached 84.3 % accuracy together" in page.text("p")
+    assert page.text("th").startswith(
+        "Run Average of all Peers' own, mean Best average Sent With the cloud Time Steps/s Dec-LoRA"
+    )
+    assert page.text("td").startswith("84.3 % 83.3 % 84.4 % after 4 rounds 474 kB 180 MB 12.0 s 20")
+    assert "474 kB" in page.text("b") and "180 MB" in page.text("b")
+    assert "sent by all peers (kB)" in page.text("text") and "with the cloud, both ways (MB)" in page.text("text")
+    assert len(page.pictures()) == 8
+
+
+def test_a_run_without_a_cloud_speaks_of_none(finished: Page) -> None:
+    assert "cloud" not in finished.source.lower()

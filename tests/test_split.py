@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from collections import Counter
@@ -98,7 +99,10 @@ CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("bert-pooled-adamw", "roberta-adamw", "llama-sgd", "opt-adamw", "gpt2-classes-sgd")
+
+
+@pytest.mark.parametrize("name", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_split_is_unsplit(model_folder: Folder, name: str) -> None:
     family, task, optimizer, pipeline, overrides = CASES[name]
     law_six(model_folder, family, task, optimizer, pipeline, 20, overrides)
@@ -127,7 +131,9 @@ def law_six(
     assert cloud.channels[0].session.num_parts == 0 and cloud.budget.free_bytes == cloud.budget.num_bytes
 
 
-@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal-lm")])
+@pytest.mark.parametrize(
+    ("family", "task"), [("bert", "classification"), pytest.param("llama", "causal-lm", marks=pytest.mark.slow)]
+)
 def test_split_is_plain_peft(model_folder: Folder, family: str, task: str) -> None:
     own = config(model_folder(family, task), task, **{"lora.target_modules": test_laws.targets(family)})
     half = device_half(own)
@@ -334,10 +340,8 @@ def test_two_devices_never_see_each_others_numbers(model_folder: Folder) -> None
     turns = threading.Barrier(2)
 
     def take_turns() -> None:
-        try:
+        with contextlib.suppress(threading.BrokenBarrierError):
             turns.wait(timeout=0.5)  # frame by frame side by side, as long as both have some
-        except threading.BrokenBarrierError:
-            pass
 
     def run(seed: int) -> None:
         together[seed] = life(seed, take_turns)

@@ -42,7 +42,7 @@ from dlora.split_frames import (
 Folder = Callable[[str, str], Path]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def half(model_folder: Folder) -> Half:
     return small_half(model_folder)
 
@@ -114,8 +114,10 @@ def cut_at(place: int, times: int = 1) -> Callable[[bool, SplitFrame], None]:
 # Lost links
 
 
-@pytest.mark.parametrize("pipeline", [1, 2])
-@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.3, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize(
+    ("pipeline", "dropout"),
+    [(1, 0.0), (2, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, None), (2, 0.0), (1, 0.3), (2, 0.3)))],
+)
 def test_a_link_lost_at_any_frame_changes_nothing(model_folder: Folder, pipeline: int, dropout: float | None) -> None:
     half = small_half(model_folder, **{"train.model_dropout": dropout, "lora.lora_dropout": 0.3 if dropout is None else 0.0})
     cloud = cloud_for(half)
@@ -187,7 +189,7 @@ class Failing:
 
 @pytest.mark.parametrize("why", ["memory", "tokens", "expired"])
 @pytest.mark.parametrize("what", [None, "update", "hidden-gradient", "input-gradient"])
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize("pipeline", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_part_that_failed_goes_through_again(half: Half, why: str, what: str | None, pipeline: int) -> None:
     cloud = cloud_for(half)
     link(half, cloud, pipeline)
@@ -455,12 +457,12 @@ def test_what_is_thrown_away_is_freed(half: Half) -> None:
     del kept
 
 
-def test_an_interrupt_in_a_step_frees_the_cloud(half: Half) -> None:
+@pytest.mark.parametrize("place", [4, 8, 14, 18])
+def test_an_interrupt_in_a_step_frees_the_cloud(half: Half, place: int) -> None:
     """Ctrl-C in the midst of a forward or a backward; the model goes on working."""
-    cloud, place = cloud_for(half), 0
+    cloud, seen_frames = cloud_for(half), 0
     link(half, cloud, 2)
     reference = step(half)
-    seen_frames = 0
 
     def seen(up: bool, frame: SplitFrame) -> None:
         nonlocal seen_frames
@@ -468,14 +470,12 @@ def test_an_interrupt_in_a_step_frees_the_cloud(half: Half) -> None:
         if seen_frames == place:
             raise KeyboardInterrupt
 
-    for place in (4, 8, 14, 18):
-        seen_frames = 0
-        link(half, cloud, 2, seen=seen)
-        with pytest.raises(KeyboardInterrupt):
-            step(half)
-        gc.collect()
-        assert_empty(cloud)
-        assert_equal(step(half), reference)
+    link(half, cloud, 2, seen=seen)
+    with pytest.raises(KeyboardInterrupt):
+        step(half)
+    gc.collect()
+    assert_empty(cloud)
+    assert_equal(step(half), reference)
 
 
 def test_garbage_in_the_midst_of_a_call_waits_for_its_end(half: Half) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.initialization import no_init_weights
 
 from dlora.config import CloudConfig
 from dlora.model import LINEAR, load_body_network, max_tokens
@@ -33,7 +34,7 @@ class Body:
 
     def __init__(self, network: Any) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.groups = find_groups(lambda: transformers.AutoModel.from_config(network.config))
+        self.groups = find_groups(no_init_weights()(lambda: transformers.AutoModel.from_config(network.config)))
         weights = (*network.parameters(), *network.buffers())
         self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()  # the same weights
         self._here = threading.local()

@@ -1,4 +1,4 @@
-"""The device's forwards and backwards through the cloud: cut into parts, gone through again when the cloud lost them."""
+"""The device's forwards and backwards through the cloud: cut into parts, repeated when the cloud lost them."""
 
 from __future__ import annotations
 

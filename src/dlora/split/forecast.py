@@ -1,4 +1,4 @@
-"""The frames of a step in which nothing fails, without their numbers: what a plan counts (papers-dlora, 7, row A1)."""
+"""The frames of a step in which nothing fails, without their numbers: what a plan counts."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from dlora.config import Config
@@ -52,7 +53,7 @@ class Half:
         }
         manifest = manifest_text(self.facts, self.agreement)
         adapter = Adapter(self.agreement.groups, layers)
-        self.body.calls = Calls(dial, manifest, adapter, self.facts["hidden_size"], pipeline, wait)
+        self.body.calls = Calls(dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait)
         return self.body.calls
 
     def open(self) -> Opened:
@@ -195,7 +196,7 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None)
     with torch.device("meta"):
         network: Any = MeanPooledClassifier(type(small_body)(model_config)) if mean else type(small)(model_config)
     body = network.body if mean else network.base_model
-    groups = find_groups(lambda: type(small_body)(model_config))
+    groups = find_groups(no_init_weights()(lambda: type(small_body)(model_config)))
     embedding = small_body.get_input_embeddings()
     body.set_input_embeddings(embedding)
     for name, child in small.named_children():
@@ -247,6 +248,12 @@ def _stubs(body: Any, embedding: nn.Module) -> list[Any]:
     return [module for module in modules if isinstance(module, transformers.PreTrainedModel)]
 
 
+def hidden_width(config: Any) -> int:
+    """Of what the body gives; some OPT models bring it back to the width of their token embedding."""
+    width: int = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    return width
+
+
 def _rightmost(flags: Tensor) -> Tensor:
     """(B, L) bool -> only the last True of each row."""
     return flags & (flags.long().flip(1).cumsum(1).flip(1) == 1)
@@ -260,7 +267,7 @@ def _reads(network: Any, stubs: Sequence[Any]) -> Reads:
     ids[0, 3] = pad
     generator = torch.Generator().manual_seed(0)
     device = next(network.get_input_embeddings().parameters()).device
-    hidden = torch.randn(1, 4, config.hidden_size, generator=generator).to(device)
+    hidden = torch.randn(1, 4, hidden_width(config), generator=generator).to(device)
     pooled = torch.randn(1, config.hidden_size, generator=generator).to(device)
 
     @torch.no_grad()
@@ -280,7 +287,7 @@ def _reads(network: Any, stubs: Sequence[Any]) -> Reads:
         read = [place for place in range(4) if not torch.equal(logits(place), plain)]
         if not torch.equal(logits(pooled=-pooled), plain):
             return "pooled" if not read else "all"
-        return {(0,): "first", (2,): "last"}.get(tuple(read), "all")  # type: ignore[return-value]
+        return {(0,): "first", (2,): "last"}.get(tuple(read), "all")  # type: ignore[return-value, arg-type]
     finally:
         for stub in stubs:
             stub.forward = remote
