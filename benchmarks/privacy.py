@@ -308,14 +308,13 @@ def watch_classes(model: str, data: str, texts: Rows, labels: Rows, adapter: Row
         note(labels, found)
         last, evaluation = STEPS - 1, range(STEPS, STEPS + EVALUATED - 1)
         for what, seen, limit in (
-            ("200 of a step", [last], 200),
+            ("a step", [last], 200),
             ("a step", [last], None),
             ("an evaluation", evaluation, None),
         ):
             count, weights, outputs = watched.adapter(seen, limit, len(batches) - 1)
-            tokens_of_what = what if limit else f"{what}, {count}"
-            note(adapter, {f"{tokens_of_what} tokens: weights": percent(weights)})
-            note(adapter, {f"{tokens_of_what} tokens: what it adds": percent(outputs)})
+            name = f"{count} tokens of {what}"
+            note(adapter, {f"{name}: its weights": percent(weights), f"{name}: what it adds": percent(outputs)})
     truth = torch.cat([batch.input_ids[batch.attention_mask.bool()] for batch in batches])
     secret = MASK_STD * torch.randn(public.shape[1], generator=torch.Generator().manual_seed(1))
     note(texts, {"SST-2 with one secret vector taken away: tokens": share(unmask(public[truth] - secret, public), truth)})

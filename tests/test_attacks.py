@@ -110,12 +110,12 @@ def h2(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def open_stream() -> bytes:
+def open_stream(path: str = "/dlora.Peer/Talk") -> bytes:
     """Preface, settings, and the headers that call Talk (HPACK: literals, never indexed)."""
     headers = {
         ":method": "POST",
         ":scheme": "https",
-        ":path": "/dlora.Peer/Talk",
+        ":path": path,
         ":authority": "a",
         "te": "trailers",
         "content-type": "application/grpc",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.log_path = path / "log.jsonl"
+        self._made: list[Path] = []  # by `create`, innermost first
 
     @classmethod
     def check_new(cls, config: Config) -> None:
@@ -60,14 +62,12 @@ class RunFolder:
         """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
         cls.check_new(config)
         folder = cls(Path(config.output_dir))
-        made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+        folder._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.path / "config.yaml", config.dump())
         except (OSError, RunError) as error:
-            for path in made:  # innermost first; what we did not make stays
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+            _remove_empty(folder._made)
             cause = error if isinstance(error, OSError) else error.__cause__
             reason = getattr(cause, "strerror", None) or cause
             raise RunError(
@@ -105,6 +105,7 @@ class RunFolder:
     def remove(self) -> None:
         """Take back what `create` made, and all that came into it."""
         shutil.rmtree(self.path)
+        _remove_empty(self._made)
 
     def save(self, run: str, checkpoint: Checkpoint) -> None:
         """Write a checkpoint beside the last one, then drop the last one; a crash leaves one of them whole.
@@ -165,6 +166,13 @@ def read_config(path: Path) -> Config:
     except (ValueError, yaml.YAMLError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew") from error
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """What others have put something into stays, and so does what is gone."""
+    for path in folders:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
