@@ -16,7 +16,12 @@ CASES = [
     pytest.param("bert", "classification", {"pooling": "mean"}, {"wire": "float32"}, marks=slow),
     ("bert", "classification", {"eval_peers_every": 2}, {"wire": "int8", "pipeline": 3}),
     pytest.param("roberta", "classification", {"lora.lora_dropout": 0.1}, {"wire": "bfloat16"}, marks=slow),
-    ("llama", "causal-lm", {"eval_every": 1, "lora.target_modules": ["v_proj", "down_proj"]}, {"wire": "bfloat16", "pipeline": 2}),
+    (
+        "llama",
+        "causal-lm",
+        {"eval_every": 1, "lora.target_modules": ["v_proj", "down_proj"]},
+        {"wire": "bfloat16", "pipeline": 2},
+    ),
     pytest.param("opt", "classification", {"train.gradient_accumulation_steps": 2}, {"wire": "int8"}, marks=slow),
 ]
 

@@ -39,7 +39,7 @@ from dlora.split.body import Body
 from dlora.split.groups import active_groups, find_groups
 from dlora.split.remote import Half, load_half
 from dlora.split_frames import Begin, SplitFrame, Values
-from dlora.train import Group, forward, local_steps, num_targets, summed_loss
+from dlora.train import Group, forward, learning_rate, local_steps, num_targets, summed_loss
 
 UPDATE_BOUND, LOSS_BOUND = test_laws.UPDATE_BOUND, test_laws.LOSS_BOUND
 Folder = Callable[[str, str], Path]
@@ -56,13 +56,16 @@ def cloud_of(config: Config, **arguments: Any) -> QueueCloud:
 def train(
     model: StackedModel, values: Factors, steps: list[list[Batch]], optimizer: str, frozen: str = "nothing"
 ) -> tuple[torch.Tensor, Factors]:
-    """Losses, and what the steps changed."""
+    """Losses, and what the steps changed; rates, warm-up and schedule are those of law 1."""
     rate = {"adamw": 5e-3, "sgd": 0.1}[optimizer]
-    section = TrainSection(optimizer=optimizer, learning_rate=rate, weight_decay=0.01)
+    section = TrainSection(
+        optimizer=optimizer, learning_rate=rate, weight_decay=0.01, lr_scheduler_type="linear", warmup_steps=5
+    )
+    rates = [learning_rate(section, step, len(steps)) for step in range(len(steps))]
     group = Group(values, 0, 1, section)
     group.train_only(frozenset(name for name in values if not name.endswith(frozen) and name not in model.frozen_head))
     before = {name: value.detach().clone() for name, value in values.items()}
-    losses = local_steps(model, group, steps, [rate] * len(steps), section)
+    losses = local_steps(model, group, steps, rates, section)
     return losses, {name: group.parameters[name].detach() - before[name] for name in values}
 
 
@@ -186,6 +189,28 @@ def assert_same_step(ours: tuple[torch.Tensor, Factors], theirs: tuple[torch.Ten
     assert ours[1].keys() == theirs[1].keys() and ours[1]
     for name, gradient in theirs[1].items():
         torch.testing.assert_close(ours[1][name], gradient, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "task"), test_laws.SERVED)
+@pytest.mark.parametrize("pipeline", [1, 3])
+def test_every_step_of_a_run_has_the_same_gradient(model_folder: Folder, family: str, task: str, pipeline: int) -> None:
+    """At the whole model's factors of each step: here rounding cannot grow from step to step, as it may in a long run."""
+    own = config(model_folder(family, task), task)
+    half, whole = device_half(own), whole_model(own)
+    link(half, cloud_of(own), pipeline)
+    values = factors(whole)
+    for [given] in some_steps(50, task):
+        found = []
+        for model in (half.model, whole):
+            copies = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+            model.network.eval()  # GPT-2's own head dropout
+            found.append(step_of(model, copies, given))
+        (ours, own_gradients), (theirs, gradients) = found
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=LOSS_BOUND)
+        for part in ("lora_A", "lora_B"):
+            assert test_laws.relative_difference(own_gradients, gradients, part) < UPDATE_BOUND["adamw"], part
+        train(whole, values, [[given]], "adamw")
 
 
 def left_padded(own: Batch) -> Batch:

@@ -29,7 +29,7 @@ def main(folder: Path) -> None:
         scores.add_row(name, ", ".join(config["data"]["labels"]), config["split"]["wire"], *reached)
         planned = json.loads((folder / f"{name}.plan.json").read_text())["cloud"]
         counts = [*(planned[f"{way}_bytes"] for way in ("down", "up", "cloud")), run["cloud_bytes"]]
-        wires.add_row(name, *(f"{count / 1e6:.1f} MB" for count in counts))
+        wires.add_row(name, *(f"{count / 1e6:,.0f} MB" for count in counts))
     print()
     Console().print(scores)
     print()
@@ -37,7 +37,9 @@ def main(folder: Path) -> None:
         ours, theirs = (load_file(place / name / ADAPTER) for place in (folder, folder / "without-cloud"))
         apart = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
         largest = max(tensor.abs().max().item() for tensor in theirs.values())
-        print(f"{name}: no number of its adapter is further than {apart:.1e} from training without a cloud; largest {largest:.2g}")
+        print(
+            f"{name}: no number of its adapter is further than {apart:.1e} from training without a cloud; largest {largest:.2g}"
+        )
     print()
     Console().print(wires)
 

@@ -81,9 +81,7 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
     return _federated(section, task, tokenizer, seed, train, hands, labels, names)
 
 
-def load_own_data(
-    section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False
-) -> FederatedData:
+def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False) -> FederatedData:
     """The rows of one real participant: all of ``data.train``, or its own file where that names one for each.
 
     Raises as `load_data`, and ConfigError where labels would have to be guessed: with neighbours nobody sees those of all.

@@ -148,6 +148,13 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
             raise ModelError(
                 f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {_FORMS}"
             ) from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            if blocks:
+                raise
+            raise ModelError(  # an architecture that counts on having blocks
+                f"model {config.model}: {model_config.model_type} cannot be split, without its blocks it is not made"
+                f" ({type(error).__name__}: {_first_line(error)})"
+            ) from error
     longest = max_tokens(network)
     if longest is not None and config.data.max_length > longest:
         raise ModelError(

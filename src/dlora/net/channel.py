@@ -163,7 +163,8 @@ class LoopThread:
         """Cancel everything that runs in the loop, wait until it has ended, end the thread."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # which may be where the collector finds a forgotten model
+            self._thread.join()
 
     def __enter__(self) -> LoopThread:
         return self

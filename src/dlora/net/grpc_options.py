@@ -18,6 +18,7 @@ _BOTH_ENDS = [
     ("grpc.max_metadata_size", 8192),
     ("grpc.keepalive_time_ms", 20_000),  # a machine that vanished without a word is noticed within 30 s
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # else a minute, whatever the line before says (1.85.1)
     # What may be under way on a link, and what a neighbour can make us hold for a conversation that does not read. gRPC's
     # own choice grows beyond 16 MiB on a fast link. With this one, 160 Mbit/s go over a link of 200 ms.
     ("grpc.http2.bdp_probe", 0),

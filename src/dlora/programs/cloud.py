@@ -162,9 +162,7 @@ class _Guests:
             self.telling.tell(event, device=device, **fields)
 
         if len(self._sessions) >= self.max_devices:
-            reason = (
-                f"{self.max_devices} devices are here, and limits.max_devices is that; this one waits for a place"
-            )
+            reason = f"{self.max_devices} devices are here, and limits.max_devices is that; this one waits for a place"
             tell("refused", {"reason": reason})
             await channel.carry(lambda _: None if channel.is_down else send(Refused(reason, later=True)))
             return

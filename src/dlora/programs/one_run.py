@@ -190,7 +190,9 @@ class Run:
         own: dict[str, Scores] = {}
         if peers and not self.pooled:
             names = self.prepared.names
-            own = {name: self._evaluate(one(self.participants.factors, i), name) for i, name in enumerate(names) if i or names[1:]}
+            own = {
+                name: self._evaluate(one(self.participants.factors, i), name) for i, name in enumerate(names) if i or names[1:]
+            }
             own = own or {names[0]: consensus}  # of one participant the average is its own
         if not self.best or better(consensus, self.best):
             self.best = {"rounds_done": self.rounds_done, **consensus}

@@ -106,5 +106,7 @@ def _members(config: Config, name: str) -> tuple[str, ...]:
     if config.compare:
         raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
     if config.split is not None:
-        raise ConfigError("split: a peer runs the frozen model itself; remove it, or be a device without neighbours: dlora device")
+        raise ConfigError(
+            "split: a peer runs the frozen model itself; remove it, or be a device without neighbours: dlora device"
+        )
     return members

@@ -17,7 +17,7 @@ from dlora.programs.training import Training
 from dlora.split.agreement import manifest_text
 from dlora.split.calls import Request
 from dlora.split.forecast import frames_of
-from dlora.split.remote import Half
+from dlora.split.remote import Half, hidden_width
 from dlora.split_frames import Begin, Done, Open, Opened, Values
 
 LINES_MBIT_S = (4, 20, 100)
@@ -77,7 +77,7 @@ def _batch_bytes(half: Half, batch: Batch, pipeline: int, keep: bool) -> Counter
     needed, positions = half.body.needed(mask, batch.input_ids), half.body.positions(batch.input_ids, mask)
     seed = (1 << 61) + 1 if keep and half.body.drops else None
     request = Request(torch.zeros(1, 1, 1).expand(*mask.shape, 1), mask, needed, batch.token_type_ids, positions, seed, ())
-    widths = half.facts["embedding_width"], half.facts["hidden_size"]
+    widths = half.facts["embedding_width"], hidden_width(half.body.config)
     count = Counter[str]()
     for frame in frames_of(request, half.agreement, widths, pipeline, keep):
         num_bytes = split_num_bytes(frame, half.agreement.wire)
@@ -109,5 +109,3 @@ def _num_scorings(prepared: Prepared) -> int:
         peers = due(config.eval_peers_every, rounds_done)
         scorings += (peers or due(config.eval_every, rounds_done)) + own * peers
     return scorings
-
-

@@ -156,7 +156,7 @@ class Calls:
 
     def _come_back(self, link: _Link, call: Call, gradient: Tensor) -> list[Tensor | None]:
         with self._forgotten_if_broken_off(call):
-            parts = torch.split(gradient, [call.num_rows[part] for part in range(len(call.begins))])  # type: ignore[no-untyped-call]
+            parts = torch.split(gradient, [call.num_rows[part] for part in range(len(call.begins))])
             found = backward_on_device(link, call, self.adapter, parts)
         self._open.pop(call.number, None)
         return found

@@ -8,7 +8,7 @@ Forward, one part (micro-batch) of N real tokens:
     cloud   hidden           what the head reads                           down
 
 and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient up for each group, top to
-bottom. The lowest group's input-gradient is not asked for: below it nothing trains; its traffic is 2 (I + sum of O) numbers a token and group
+bottom. The lowest group's input-gradient is not asked for: below it nothing trains. A group moves 2 (I + sum of O) numbers a token
 (DLoRA, arXiv 2404.05182, as PrivSplit, section 2.1, describes it).
 """
 
@@ -108,7 +108,7 @@ class _Ask(torch.autograd.Function):
         update = part.hear("update", number, (len(rows), group.width))
         ctx.part, ctx.number = part, number
         ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)  # shape, dtype, device
-        own = torch.split(update, group.out_features, dim=1)  # type: ignore[no-untyped-call]
+        own = torch.split(update, list(group.out_features), dim=1)
         return tuple(part.scatter(each, x) for each in own)
 
     @staticmethod

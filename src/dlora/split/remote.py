@@ -161,7 +161,7 @@ class _Through(torch.autograd.Function):
         return hidden
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [gradient], _ = gradients, ctx.saved_tensors
         found = ctx.calls.backward(ctx.ticket.sent, gradient.cpu())

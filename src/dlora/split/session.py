@@ -132,6 +132,7 @@ class Session:
         self.agreement: Agreement | None = None  # from Open on
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock, self._closed = threading.Lock(), False
+        self._answers = 0  # that wait to be sent
         self._threads = ThreadPoolExecutor(limits.max_parts + 1, thread_name_prefix=f"part-{device}")
 
     def hear(self, frame: SplitFrame) -> None:
@@ -139,13 +140,13 @@ class Session:
         if isinstance(frame, Open):
             if self.agreement is not None:
                 raise Misbehaviour("Open on a link that is open already")
-            self._later(self._answer, self._open(frame.manifest))
+            self._later(self._open(frame.manifest))
         elif self.agreement is None:
             raise Misbehaviour(f"{type(frame).__name__} before Open")
         elif isinstance(frame, Begin):
             refusal = self._begin(frame)
             if refusal is not None:
-                self._later(self._answer, refusal)
+                self._later(refusal)
         elif isinstance(frame, Drop):
             with self._lock:
                 dropped = [self._work.pop(key) for key in [*self._work] if key[0] == frame.call]
@@ -260,11 +261,19 @@ class Session:
         if answer is not None:
             self._answer(answer)
 
-    def _later(self, task: Callable[[SplitFrame], None], frame: SplitFrame) -> None:
-        """In a thread of its own, since it may wait; not any more once the session is closed."""
+    def _later(self, frame: SplitFrame) -> None:
+        """Send from another thread, since it may wait; not any more once the session is closed."""
         with self._lock:
+            if self._answers > self.limits.max_parts:
+                raise Misbehaviour(f"more than {self._answers} answers are waiting to be taken")
             if not self._closed:
-                self._threads.submit(task, frame)
+                self._answers += 1
+                self._threads.submit(self._answer_later, frame)
+
+    def _answer_later(self, frame: SplitFrame) -> None:
+        self._answer(frame)
+        with self._lock:
+            self._answers -= 1
 
     def _answer(self, frame: SplitFrame) -> None:
         with contextlib.suppress(ChannelDown):
