@@ -618,7 +618,10 @@ def test_a_flood_is_bounded(open_session: Any) -> None:
     session, begin, said, cloud = open_session
     before = threading.active_count()
     for call in range(400, 600):
-        session.hear(replace(begin, call=call))
+        try:
+            session.hear(replace(begin, call=call))
+        except Misbehaviour as error:  # answers that nobody takes are not heaped up: the link ends
+            assert "answers are waiting" in str(error)
         if call % 2:
             session.hear(Drop(call))
         assert session.num_tokens <= 64 and session.num_parts <= 4

@@ -73,7 +73,8 @@ def _with_cloud(costs: dict[str, Any]) -> list[str]:
     """The conversation with the cloud."""
     lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
     return [
-        f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules, {costs['tokens']:,} tokens",
+        f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules,"
+        f" {costs['tokens']:,} tokens",
         f"a step moves {bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']} round trips;"
         f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
         f"in all {bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from dlora.config import Config
 from dlora.decentralized.ledger import Ledger

@@ -8,8 +8,8 @@ Forward, one part (micro-batch) of N real tokens:
     cloud   hidden           what the head reads                           down
 
 and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient up for each group, top to
-bottom. The lowest group's input-gradient is not asked for: below it nothing trains. A group moves 2 (I + sum of O) numbers a token
-(DLoRA, arXiv 2404.05182, as PrivSplit, section 2.1, describes it).
+bottom. The lowest group's input-gradient is not asked for: below it nothing trains. A group moves 2 (I + sum of O) numbers a
+token (DLoRA, arXiv 2404.05182, as PrivSplit, section 2.1, describes it).
 """
 
 from __future__ import annotations
