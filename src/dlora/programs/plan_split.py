@@ -32,8 +32,8 @@ def split_costs(prepared: Prepared) -> dict[str, Any]:
     ``adapter_bytes`` is what the groups of modules cost, ``boundary_bytes`` embedded tokens, hidden states and their
     gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations.
     """
-    assert prepared.half is not None and prepared.config.split is not None
-    config, half = prepared.config, prepared.half
+    config, half, split = prepared.config, prepared.half, prepared.config.split
+    assert half is not None and split is not None
     training = Training(prepared, prepared.local_steps, 1, False, lambda num_participants: None)
     trained, steps, tokens = Counter[str](), 0, 0
     for group in training.participants.groups:
@@ -41,18 +41,18 @@ def split_costs(prepared: Prepared) -> dict[str, Any]:
         steps += own_steps
         for micro_batches in training.batches(group, 0, own_steps):
             for batch in micro_batches:
-                trained += _batch_bytes(half, batch, config.split.pipeline, True)
+                trained += _batch_bytes(half, batch, split.pipeline, True)
                 tokens += int(batch.attention_mask.sum())
     scored = Counter[str]()
     for batch in _scoring(prepared):
-        scored += _batch_bytes(half, batch, config.split.pipeline, False)
+        scored += _batch_bytes(half, batch, split.pipeline, False)
     scorings = _num_scorings(prepared)
-    opening = split_num_bytes(Open(manifest_text(half.facts, half.agreement)), config.split.wire)
-    total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, config.split.wire)})
+    opening = split_num_bytes(Open(manifest_text(half.facts, half.agreement)), split.wire)
+    total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)})
     for name, count in (trained + Counter({key: scorings * value for key, value in scored.items()})).items():
         total[name] += count
     return {
-        "wire": config.split.wire,
+        "wire": split.wire,
         "steps": steps,
         "tokens": tokens,
         "groups": len(half.agreement.groups),
