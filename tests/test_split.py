@@ -29,13 +29,13 @@ from halves import (
     whole_model,
 )
 
-from dlora.config import Config, TrainSection
+from dlora.config import CloudConfig, Config, TrainSection
 from dlora.data import Batch
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.factors import Factors
 from dlora.lora.stacked import StackedModel
 from dlora.model import load_tokenizer
-from dlora.split.body import Body
+from dlora.split.body import Body, load_body
 from dlora.split.groups import active_groups, find_groups
 from dlora.split.remote import Half, load_half
 from dlora.split_frames import Begin, SplitFrame, Values
@@ -517,3 +517,17 @@ def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
     groups = find_groups(lambda: transformers.AutoModel.from_config(tiny_config(transformers.LlamaConfig)))
     with pytest.raises(ModelError, match="no_proj is not in the body; in the cloud are down_proj, gate_proj"):
         active_groups(groups, ["no_proj"])
+
+
+@pytest.mark.slow
+def test_a_quantised_body_is_the_quantised_model(model_folder: Folder) -> None:
+    """nf4 on a CPU: bitsandbytes must not repack the cloud's weights into its form without a backward."""
+    folder = model_folder("llama", "causal-lm")
+    own = config(folder, "causal-lm")
+    whole = whole_model(Config.parse(own.model_dump(mode="json") | {"split": None, "quantization": "nf4"}))
+    body = load_body(CloudConfig.parse({"model": str(folder), "device": "cpu", "quantization": "nf4"}))
+    half = device_half(own)
+    link(half, QueueCloud(body))
+    steps = some_steps(5, "causal-lm")
+    ours, reference = (train(model, factors(model), steps, "sgd") for model in (half.model, whole))
+    assert_same_training(ours, reference, "sgd")

@@ -160,10 +160,7 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
         raise ModelError(
             f"data.max_length {config.data.max_length}: model {config.model} takes {longest} tokens at most; lower it"
         )
-    network.requires_grad_(False)
-    for layer in network.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks 4-bit weights at the first evaluation on a
-            layer.support_avx512bf16_for_cpu = False  # CPU, into a form without a backward: training after it would be wrong
+    _freeze(network)
     device = resolve_device(config.device)
     if config.quantization == "none" or device.type != "cpu":
         network.to(device)
@@ -191,10 +188,18 @@ def load_body_network(config: CloudConfig) -> Any:
         raise ModelError(f"model {config.model}: its folder has no weights for {', '.join(sorted(missing)[:3])}")
     if report["missing_keys"]:
         network.pooler = None  # nobody shall train on a random one
+    _freeze(network)
     device = resolve_device(config.device)
     if config.device_map is None and (config.quantization == "none" or device.type != "cpu"):
         network.to(device)
     return network
+
+
+def _freeze(network: Any) -> None:
+    network.requires_grad_(False)
+    for layer in network.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks 4-bit weights at the first evaluation on a
+            layer.support_avx512bf16_for_cpu = False  # CPU, into a form without a backward: training after it would be wrong
 
 
 def resolve_device(device: str) -> torch.device:

@@ -22,7 +22,8 @@ def connect(config: Config, *, name: str, key: str | Path, federation: str | Pat
 
     Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if trained, the head:
     ``loss.backward()``, any torch optimiser, a transformers Trainer and ``save_pretrained`` (a PEFT folder) work on it. Given
-    labels, a language model's logits are right only where the loss looks, since nothing else is sent down. The link is made at the first forward, and again whenever it was lost; ``model.disconnect()`` ends it. Raises UserError.
+    labels, a language model's logits are right only where the loss looks, since nothing else is sent down. The link is made
+    at the first forward, and again whenever it was lost; ``model.disconnect()`` ends it. Raises UserError.
     """
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
