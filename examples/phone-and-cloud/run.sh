@@ -70,7 +70,7 @@ for name in phone tablet; do
     devices+=($!)
 done
 finish
-python "$here/compare.py" "$folder"
+python "$here/scores.py" "$folder"
 echo
 say "what the cloud says of itself:"
 sed -n '/^served/,$p' "$folder/cloud.out"
