@@ -56,6 +56,26 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"split": {"cloud": "hub"}, "peers.group_size": 2},
         ["split", "travel by themselves", "remove peers.group_size, which is 2"],
     ),
+    # Kill and Revive
+    "schedule-a-word": ({"schedule": "kr"}, ["schedule", "a block of keys", "'kr'"]),
+    "schedule-unknown": ({"schedule": {"kind": "dynamic"}}, ["schedule.kind", "'probe' or 'kr'", "'dynamic'"]),
+    "schedule-nothing-active": (
+        {"schedule": {"kind": "kr", "active_fraction": 0}},
+        ["schedule.active_fraction", "greater than 0", "got 0"],
+    ),
+    "schedule-static-which": ({"schedule": {"kind": "static"}}, ["schedule", "static needs units", "such as"]),
+    "schedule-units-of-kr": (
+        {"schedule": {"kind": "kr", "units": ["query"]}},
+        ["schedule", "units belongs to kind static, not to kr", "remove it"],
+    ),
+    "schedule-with-neighbours": (
+        {"schedule": {"kind": "kr"}},
+        ["schedule", "neighbours is still to come", "peers.count", "remove schedule"],
+    ),
+    "schedule-split": (
+        {"schedule": {"kind": "kr"}, "split": {"cloud": "hub"}, "peers.count": 1},
+        ["schedule", "in a cloud is still to come", "remove schedule or split"],
+    ),
     # data files
     "missing-file": ({"data.train": "trian.jsonl"}, ["trian.jsonl does not exist", "beside it lies train.jsonl"]),
     "missing-folder": ({"data.eval": "there/eval.jsonl"}, ["there/eval.jsonl does not exist", "nor does its folder"]),

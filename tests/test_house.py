@@ -26,7 +26,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report_page",),
     ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/", "split/"),
     ("train",),
-    ("lora/stacked", "lora/adapter_io"),
+    ("lora/active",),
+    ("lora/stacked", "lora/adapter_io", "lora/groups"),
     ("data", "model"),
     (
         "decentralized/topology",
@@ -40,7 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cloud_metrics",
         "tables",
     ),
-    ("decentralized/finite_time", "lora/factors", "runlog"),
+    ("decentralized/finite_time", "lora/factors", "lora/kill_revive", "runlog"),
     ("rows", "seeds"),
     ("config",),
     ("config_file",),

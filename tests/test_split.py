@@ -33,10 +33,10 @@ from dlora.config import CloudConfig, Config, TrainSection
 from dlora.data import Batch
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.factors import Factors
+from dlora.lora.groups import active_groups, find_groups
 from dlora.lora.stacked import StackedModel
 from dlora.model import load_tokenizer
 from dlora.split.body import Body, load_body
-from dlora.split.groups import active_groups, find_groups
 from dlora.split.remote import Half, load_half
 from dlora.split_frames import Begin, SplitFrame, Values
 from dlora.train import Group, forward, learning_rate, local_steps, num_targets, summed_loss
@@ -515,7 +515,7 @@ def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
     with pytest.raises(ModelError, match="lora.target_modules: lm_head is not in the body"):
         load_half(own, load_tokenizer(own.model), labels(own))
     groups = find_groups(lambda: transformers.AutoModel.from_config(tiny_config(transformers.LlamaConfig)))
-    with pytest.raises(ModelError, match="no_proj is not in the body; in the cloud are down_proj, gate_proj"):
+    with pytest.raises(ModelError, match="no_proj is not in the body; there are down_proj, gate_proj"):
         active_groups(groups, ["no_proj"])
 
 

@@ -165,6 +165,35 @@ class SplitSection(Section):
     pipeline: int = Field(1, ge=1, description="micro-batches on their way at once, so that the cloud works while one travels")
 
 
+class ScheduleSection(Section):
+    """Which units train now. A unit is a group of modules that share one input: query, key and value; gate and up; ..."""
+
+    kind: Literal["all", "static", "random", "probe", "kr"] = Field(
+        "all", description="kr: Kill and Revive; static: the units named; random: drawn anew; probe: chosen once"
+    )
+    active_fraction: float = Field(
+        0.125, gt=0, le=1, description="of the adapter traffic when all are active: the active units' is at most that"
+    )
+    on_kill: Literal["hand-off", "drop"] = Field(
+        "hand-off", description="hand-off: a killed unit's factors rest where they are and still count; drop: left out"
+    )
+    period: int = Field(20, ge=1, description="kr, random: local steps between two changes")
+    swap: int = Field(1, ge=1, description="kr: units killed at a change, at least")
+    warmup_steps: int = Field(80, ge=1, description="kr: local steps of the first rotation; probe: with everything active")
+    rewarm_steps: int = Field(5, ge=1, description="local steps over which a revived unit's learning rate rises again")
+    units: tuple[str, ...] | None = Field(
+        None, description="static: modules by name or by the end of it; the units that hold them are active"
+    )
+
+    @model_validator(mode="after")
+    def _needs(self) -> ScheduleSection:
+        if self.kind == "static" and not self.units:
+            raise ValueError("kind static needs units: the names of modules that train, such as [layer.5.attention.self.query]")
+        if self.kind != "static" and self.units is not None:
+            raise ValueError(f"units belongs to kind static, not to {self.kind}; remove it")
+        return self
+
+
 class Config(Document):
     """One run. `Config.load` reads it from YAML; every field has a default that works but `model`'s and `data`'s."""
 
@@ -181,6 +210,7 @@ class Config(Document):
     data: DataSection
     train: TrainSection = TrainSection()
     peers: PeersSection = PeersSection()
+    schedule: ScheduleSection = ScheduleSection()
     split: SplitSection | None = Field(None, description="the frozen model runs in this member's cloud; null: here")
     eval_every: int = Field(5, ge=0, description="rounds between scores of the average; 0: at the end only")
     eval_peers_every: int = Field(0, ge=0, description="rounds between scores of each peer's own; 0: at the end only")
@@ -200,9 +230,21 @@ class Config(Document):
             raise ValueError(
                 f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid, by-column or files"
             )
+        if self.schedule.kind != "all":
+            self._check_schedule()
         if self.split is not None:
             self._check_split()
         return self
+
+    def _check_schedule(self) -> None:
+        if self.split is not None:
+            raise ValueError(
+                f"schedule: {self.schedule.kind} with the frozen model in a cloud is still to come; remove schedule or split"
+            )
+        if len(self.peers.members or ()) > 1 or (self.peers.count or 1) > 1:
+            raise ValueError(
+                f"schedule: {self.schedule.kind} with neighbours is still to come; set peers.count to 1, or remove schedule"
+            )
 
     def _check_split(self) -> None:
         if self.train.gradient_checkpointing:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -218,6 +219,11 @@ def block_linears(network: nn.Module) -> list[str]:
     """Names of the linears of the transformer blocks: those that stand in a numbered list of modules."""
     lists = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
     return [name for name, module in network.named_modules() if isinstance(module, LINEAR) and name.startswith(lists)]
+
+
+def body_maker(network: Any) -> Callable[[], Any]:
+    """Makes another body of this architecture, with weights that mean nothing; all that is the head's is left out."""
+    return no_init_weights()(lambda: transformers.AutoModel.from_config(network.config))  # type: ignore[no-any-return]
 
 
 def max_tokens(network: nn.Module) -> int | None:

@@ -13,23 +13,31 @@ from torch import Tensor
 
 from dlora.config import TrainSection
 from dlora.data import Batch
+from dlora.lora.active import ActiveUnits, Scheduled
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel
+
+_RESTING = "resting"  # in a checkpoint, beside the optimiser's own keys
 
 
 class Group:
     """Participants ``first`` .. ``last - 1``, who go through the model together; owns their optimiser.
 
-    ``parameters`` are views of the run's factors, so a step here is a step there.
+    ``parameters`` are views of the run's factors, so a step here is a step there. With a schedule, ``units`` says who takes
+    part in a step; the optimiser then has each participant's tensors by themselves. ``moments``: what it has, by name.
     """
 
-    def __init__(self, factors: Factors, first: int, last: int, section: TrainSection) -> None:
+    def __init__(
+        self, factors: Factors, first: int, last: int, section: TrainSection, scheduled: Scheduled | None = None
+    ) -> None:
         self.first, self.last = first, last
         self.parameters = {name: tensor[first:last].detach() for name, tensor in factors.items()}
         trained = list(self.parameters.values())
+        self.units = None if scheduled is None else ActiveUnits(self.parameters, range(first, last), scheduled)
+        self.leaves = self.parameters if self.units is None else self.units.leaves
         optimizer: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[section.optimizer]
         self.optimizer: torch.optim.Optimizer = optimizer(
-            trained,
+            trained if self.units is None else self.units.parameter_groups(),
             lr=section.learning_rate,
             weight_decay=section.weight_decay,
             fused=trained[0].device.type in ("cpu", "cuda"),  # one pass over the memory instead of ten
@@ -37,28 +45,56 @@ class Group:
 
     def train_only(self, names: frozenset[str]) -> None:
         """Switch gradients on for ``names`` and off for the rest; what has no gradient takes no step."""
+        if self.units is not None:
+            self.units.train_only(names)
+            return
         for name, tensor in self.parameters.items():
             tensor.requires_grad_(name in names)
+
+    def step(self, learning_rate: float, max_grad_norm: float | None) -> None:
+        """Clip, take the optimiser's step with the gradients that are there, forget them."""
+        if self.units is not None:
+            self.units.mask_gradients()
+        if max_grad_norm is not None:
+            clip_each([tensor for tensor in self.parameters.values() if tensor.requires_grad], max_grad_norm)
+        if self.units is not None:
+            self.units.step(self.optimizer, learning_rate)
+            return
+        for parameter_group in self.optimizer.param_groups:
+            parameter_group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 class Participants:
     """All the factors of a run, (P, ...) each, and the groups that train them."""
 
     def __init__(
-        self, initial: Mapping[str, Tensor], groups: Sequence[range], section: TrainSection, device: torch.device
+        self,
+        initial: Mapping[str, Tensor],
+        groups: Sequence[range],
+        section: TrainSection,
+        device: torch.device,
+        scheduled: Scheduled | None = None,
     ) -> None:
         self.factors = stack(initial, groups[-1].stop, device)
-        self.groups = [Group(self.factors, group.start, group.stop, section) for group in groups]
+        self.groups = [Group(self.factors, group.start, group.stop, section, scheduled) for group in groups]
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimisers' moments and step counts as flat names -> tensors, for a checkpoint."""
-        return {
+        """The optimisers' moments and step counts, and what dropped units keep, as flat names -> tensors, for a checkpoint."""
+        moments = {
             f"{group.first}/{name}/{key}": value
             for group in self.groups
-            for name, tensor in group.parameters.items()
+            for name, tensor in group.leaves.items()
             for key, value in group.optimizer.state.get(tensor, {}).items()
             if isinstance(value, Tensor)
         }
+        resting = {
+            f"{group.first}/{name}/{_RESTING}": tensor
+            for group in self.groups
+            for name, tensor in (group.units.resting if group.units else {}).items()
+        }
+        return moments | resting
 
     def load(self, factors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         """Take back what a checkpoint holds; the groups must be those that wrote it."""
@@ -68,7 +104,10 @@ class Participants:
         for path, value in optimizer_state.items():
             first, name, key = path.split("/")
             group = by_first[int(first)]
-            parameter = group.parameters[name]
+            if key == _RESTING and group.units is not None:
+                group.units.resting[name].copy_(value)
+                continue
+            parameter = group.leaves[name]
             group.optimizer.state[parameter][key] = value.to(parameter.device).clone()
 
 
@@ -89,7 +128,6 @@ def local_steps(
     model.use(group.parameters)
     model.network.train()
     num_participants = group.last - group.first
-    parameters = [tensor for tensor in group.parameters.values() if tensor.requires_grad]
     history: list[Tensor] = []
     for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
         targets_P = torch.stack([num_targets(batch.labels, num_participants) for batch in micro_batches]).sum(0)
@@ -101,12 +139,7 @@ def local_steps(
             micro_loss_P = summed_loss(logits, batch.labels, num_participants) / targets_P.to(model.device)
             micro_loss_P.sum().backward()  # type: ignore[no-untyped-call]
             loss_P += micro_loss_P.detach().cpu()
-        if section.max_grad_norm is not None:
-            clip_each(parameters, section.max_grad_norm)
-        for parameter_group in group.optimizer.param_groups:
-            parameter_group["lr"] = learning_rate
-        group.optimizer.step()
-        group.optimizer.zero_grad()
+        group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)
         on_step(num_participants)
     return torch.stack(history)

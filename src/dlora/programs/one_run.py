@@ -17,8 +17,10 @@ from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better, mean_scores
+from dlora.lora.active import Scheduled, schedule_units
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
+from dlora.lora.kill_revive import Schedule
 from dlora.net.memory import MemoryTransport
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
@@ -49,7 +51,8 @@ class Run:
         self.pooled = name == "pooled"
         config = prepared.config
         self.local_steps = self._local_steps()
-        self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step)
+        self.scheduled = self._scheduled()
+        self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step, self.scheduled)
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
         self.trained = self.training.trained
@@ -74,6 +77,8 @@ class Run:
         self.log.emit(
             "run", run=self.name, rounds=config.train.rounds, local_steps=self.local_steps, participants=len(self.local_steps)
         )
+        if stored is None:
+            self._log_units()
         if stored is not None:
             self.log.emit("resumed", run=self.name, rounds_done=self.rounds_done)
         else:
@@ -91,6 +96,7 @@ class Run:
             "best": self.best,
             "bytes_on_wire": self.transport.bytes_on_wire,
             **self._with_cloud,
+            **self._adapter_traffic,
             "consensus_distance": consensus_distance(self.trained),
             "seconds": self.seconds,
             "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
@@ -132,6 +138,40 @@ class Run:
         steps = self.prepared.local_steps
         return [round(sum(steps) / len(steps))] if self.pooled else steps
 
+    def _scheduled(self) -> Scheduled | None:
+        """Each participant's schedule, where the config asks for one; the baselines are plain LoRA."""
+        section, prepared = self.prepared.config.schedule, self.prepared
+        if section.kind == "all" or self.name != "dec-lora":
+            return None
+        return schedule_units(section, prepared.units, prepared.config.seed, prepared.names, self._log_active)
+
+    def _log_units(self) -> None:
+        """What the numbers in the events to come mean, and who starts."""
+        if self.scheduled is not None:
+            units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
+            self.log.emit("units", run=self.name, units=units)
+            for participant, schedule in enumerate(self.scheduled.schedules):
+                self._log_active(participant, schedule)
+
+    def _log_active(self, participant: int, schedule: Schedule) -> None:
+        """A new active set, from local step ``step`` on; each unit's utility as last known; traffic so far, of all active."""
+        self.log.emit(
+            "active",
+            run=self.name,
+            peer=self.prepared.names[participant],
+            step=schedule.steps_done,
+            epoch=schedule.epoch,
+            units=sorted(schedule.active),
+            utility=schedule.utility,
+            adapter_fraction=schedule.fraction,
+        )
+
+    @property
+    def _adapter_traffic(self) -> dict[str, float]:
+        """For a scheduled run: what a wire would have carried for the adapter, as a fraction of that with all units active."""
+        schedules = self.scheduled.schedules if self.scheduled else ()
+        return {"adapter_fraction": sum(one.fraction for one in schedules) / len(schedules)} if schedules else {}
+
     def _topology(self) -> Topology:
         """Who talks to whom: as configured, everybody (fedavg), or nobody."""
         if self.name == "dec-lora":
@@ -153,6 +193,10 @@ class Run:
         self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
         self.steps_done = self.rounds_done * sum(self.local_steps)
         self.transport.bytes_on_wire = state["bytes_on_wire"]
+        for schedule, of_one in zip(
+            self.scheduled.schedules if self.scheduled else (), state.get("schedules", ()), strict=True
+        ):
+            schedule.load(of_one)
         self._cloud_bytes_before += state.get("cloud_bytes", 0)
 
     def _after_round(self) -> None:
@@ -175,6 +219,7 @@ class Run:
                         "seconds": self.seconds,
                         "best": self.best,
                         "log_position": self.log.position,
+                        **({"schedules": [one.state() for one in self.scheduled.schedules]} if self.scheduled else {}),
                         "environment": environment(self.group_size),
                     },
                 ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,13 @@ import torch
 from dlora.config import Config
 from dlora.data import BatchStream, FederatedData, collate, load_data, load_own_data
 from dlora.decentralized.topology import Topology, build_topology
+from dlora.errors import ConfigError
 from dlora.evaluate import Scores, evaluate
 from dlora.lora.factors import digest, num_parameters, stack, target_names
+from dlora.lora.groups import Group as Units
+from dlora.lora.groups import active_groups, find_groups, renamed
 from dlora.lora.stacked import StackedModel, attach
-from dlora.model import fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
+from dlora.model import body_maker, fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
 from dlora.net.codec import encode
 from dlora.split.remote import Half, load_half
 from dlora.train import activation_bytes
@@ -38,6 +41,7 @@ class Prepared:
     streams: tuple[BatchStream, ...]  # one for each of those that train here
     pad_token_id: int
     manifest: dict[str, Any]
+    units: tuple[Units, ...] = ()  # modules that share an input, as factors are named; none where nothing is scheduled
     half: Half | None = None  # where the frozen model is a cloud's: what has to be linked to it before anything trains
 
     @property
@@ -106,6 +110,7 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed)
+    units = _units(config, model, names) if config.schedule.kind != "all" else ()
     manifest = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -127,7 +132,19 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
     if config.split is not None:
         manifest["split_wire"] = config.split.wire
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
-    return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, half)
+    return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
+
+
+def _units(config: Config, model: StackedModel, names: Sequence[str]) -> tuple[Units, ...]:
+    """What the schedule switches on and off. Raises ConfigError where it cannot be obeyed."""
+    if len(names) > 1:
+        raise ConfigError(
+            f"schedule: {config.schedule.kind} with neighbours is still to come, and there are {len(names)} peers; make it"
+            " one, or remove schedule"
+        )
+    prefix = f"{model.network.base_model_prefix}."
+    groups = [renamed(group, prefix) for group in find_groups(body_maker(model.network))]
+    return active_groups(groups, target_names(model.initial))
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlora.data import Batch, collate
+from dlora.lora.active import Scheduled
 from dlora.programs.prepare import Prepared
 from dlora.seeds import derive_seed
 from dlora.train import Group, Participants, learning_rate, local_steps
@@ -21,12 +22,20 @@ class Training:
     """
 
     def __init__(
-        self, prepared: Prepared, local_steps: list[int], group_size: int, pooled: bool, on_step: Callable[[int], None]
+        self,
+        prepared: Prepared,
+        local_steps: list[int],
+        group_size: int,
+        pooled: bool,
+        on_step: Callable[[int], None],
+        scheduled: Scheduled | None = None,
     ) -> None:
         self.prepared, self.local_steps, self.group_size, self.pooled = prepared, local_steps, group_size, pooled
         self.on_step = on_step  # hears how many participants took a step
         groups = batch_groups(local_steps, group_size)
-        self.participants = Participants(prepared.model.initial, groups, prepared.config.train, prepared.model.device)
+        self.participants = Participants(
+            prepared.model.initial, groups, prepared.config.train, prepared.model.device, scheduled
+        )
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
 
     def round(self, number: int, names: frozenset[str]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlora.errors import ModelError
-from dlora.split.groups import Group, active_groups
+from dlora.lora.groups import Group, active_groups
 from dlora.split_frames import PROTOCOL, WIRES, Wire
 
 

@@ -11,17 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.initialization import no_init_weights
 
 from dlora.config import CloudConfig
-from dlora.model import LINEAR, load_body_network, max_tokens
+from dlora.lora.groups import find_groups
+from dlora.model import LINEAR, body_maker, load_body_network, max_tokens
 from dlora.seeds import derive_seed
 from dlora.split.agreement import body_facts
 from dlora.split.conversation import CloudPart, bits
-from dlora.split.groups import find_groups
 
 PROBE_TOKENS = 64
 
@@ -34,7 +32,7 @@ class Body:
 
     def __init__(self, network: Any) -> None:
         self.network = network.eval().requires_grad_(False)
-        self.groups = find_groups(no_init_weights()(lambda: transformers.AutoModel.from_config(network.config)))
+        self.groups = find_groups(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
         self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()  # the same weights
         self._here = threading.local()

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlora.lora.groups import Group
 from dlora.seeds import derive_seed
-from dlora.split.groups import Group
 from dlora.split_frames import Begin, Done, Failed, SplitFrame, Values, What, Why
 
 # The cloud's side

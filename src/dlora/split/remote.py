@@ -21,12 +21,12 @@ from dlora.config import Config
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import target_names
+from dlora.lora.groups import active_groups, find_groups
 from dlora.lora.stacked import StackedLinear, StackedModel, attach
 from dlora.model import LINEAR, FrozenModel, MeanPooledClassifier, fingerprint, load_model
 from dlora.split.agreement import Agreement, body_facts, manifest_text
 from dlora.split.calls import Calls, Request, Sent
 from dlora.split.conversation import Adapter, Channel
-from dlora.split.groups import active_groups, find_groups
 from dlora.split_frames import Opened
 
 Reads = Literal["pooled", "first", "last", "all"]  # of the body's output, by the head

@@ -17,7 +17,7 @@ from dlora.model import LINEAR
 
 @dataclass(frozen=True)
 class Group:
-    """Modules with one input: query, key and value; gate and up; output; down."""
+    """A unit: modules with one input. Query, key and value; gate and up; output; down."""
 
     modules: tuple[str, ...]  # dotted names inside the body
     in_features: int
@@ -27,6 +27,11 @@ class Group:
     def width(self) -> int:
         """Of the modules' updates side by side."""
         return sum(self.out_features)
+
+    @property
+    def cost(self) -> int:
+        """Numbers a token between cloud and device in one local step: the input and the updates, there and back."""
+        return 2 * (self.in_features + self.width)
 
 
 def find_groups(make: Callable[[], Any]) -> tuple[Group, ...]:
@@ -68,13 +73,18 @@ def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Gr
     """The groups reduced to the adapted modules; raises ModelError for a target that is in none."""
     known = {name for group in groups for name in group.modules}
     for target in sorted(set(targets) - known):
-        raise ModelError(f"lora.target_modules: {target} is not in the body; in the cloud are {_ends(known)}")
+        raise ModelError(f"lora.target_modules: {target} is not in the body; there are {_ends(known)}")
     reduced = []
     for group in groups:
         kept = [(name, out) for name, out in zip(group.modules, group.out_features, strict=True) if name in targets]
         if kept:
             reduced.append(Group(tuple(name for name, _ in kept), group.in_features, tuple(out for _, out in kept)))
     return tuple(reduced)
+
+
+def renamed(group: Group, prefix: str) -> Group:
+    """With its modules' names inside a model whose body stands at ``prefix``."""
+    return Group(tuple(prefix + name for name in group.modules), group.in_features, group.out_features)
 
 
 def refuse_ids(body: Any) -> None:

@@ -1,0 +1,170 @@
+"""What a schedule does to factors: who takes a step, who rests, and what each unit's step was worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlora.config import ScheduleSection
+from dlora.errors import ConfigError
+from dlora.lora.factors import Factors
+from dlora.lora.groups import Group
+from dlora.lora.kill_revive import Schedule
+from dlora.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """The units of a model and a schedule for each participant. ``modules[u]``: dotted names of the modules of unit u.
+
+    ``on_change(participant, schedule)`` hears of every change of an active set.
+    """
+
+    section: ScheduleSection
+    modules: tuple[tuple[str, ...], ...]
+    schedules: tuple[Schedule, ...]
+    on_change: Callable[[int, Schedule], None]
+
+
+def schedule_units(
+    section: ScheduleSection,
+    groups: Sequence[Group],
+    seed: int,
+    participants: Sequence[str],
+    on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
+) -> Scheduled:
+    """One schedule a participant, with draws and scores of its own. Raises ConfigError for a unit that is not there."""
+    modules = tuple(group.modules for group in groups)
+    named = _named(section.units or (), modules)
+    costs = [group.cost for group in groups]
+    schedules = tuple(Schedule(section, costs, derive_seed(seed, "schedule", name), named) for name in participants)
+    return Scheduled(section, modules, schedules, on_change)
+
+
+class ActiveUnits:
+    """The schedules of the participants of one group of training, and how they take a step.
+
+    ``parameters``: the stacked tensors ((P, ...) each) that the model is bound to and gradients arrive at. Each participant's
+    part of a tensor has moments and step count of its own, so a killed one rests whole while the others go on: P stacked
+    participants are P separate runs whoever is active. A tensor that is killed for all participants has no gradient at all.
+
+    Handed off: a killed unit's factors stay what they are and are applied. Dropped: its B is set aside in ``resting`` and is
+    zero until it is revived. Either way ``parameters`` are the function that is evaluated and exported. A revived unit starts
+    with no moments, and its learning rate rises to the schedule's over ``rewarm_steps``.
+    """
+
+    def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
+        self.parameters, self.section = parameters, scheduled.section
+        self.schedules = [scheduled.schedules[participant] for participant in participants]
+        self.on_change = [partial(scheduled.on_change, participant) for participant in participants]
+        self.names = [[f"{module}.lora_{factor}" for module in held for factor in "AB"] for held in scheduled.modules]
+        self.unit_of = {name: unit for unit, names in enumerate(self.names) for name in names}
+        self.allowed = frozenset(parameters)
+        self.leaves = {
+            f"{name}@{participant}": tensor[participant : participant + 1].detach()
+            for name, tensor in parameters.items()
+            for participant in range(len(participants))
+        }
+        dropped = [name for name in self.unit_of if name.endswith(".lora_B")] if self.section.on_kill == "drop" else []
+        self.resting = {name: torch.zeros_like(parameters[name]) for name in dropped}
+        for participant, schedule in enumerate(self.schedules):
+            self._set_aside(participant, set(range(len(self.names))) - schedule.active)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For the optimiser: the leaves of each unit of each participant, whose learning rates differ; what is in no unit."""
+        outside = [name for name in self.parameters if name not in self.unit_of]
+        return [
+            {"params": [self.leaves[f"{name}@{participant}"] for name in names], "unit": unit, "participant": participant}
+            for participant in range(len(self.schedules))
+            for unit, names in [*enumerate(self.names), (None, outside)]
+            if names
+        ]
+
+    def train_only(self, names: frozenset[str]) -> None:
+        """Gradients for those of ``names`` that are active for somebody."""
+        self.allowed = names
+        active = frozenset[int]().union(*(schedule.active for schedule in self.schedules))
+        for name, tensor in self.parameters.items():
+            tensor.requires_grad_(name in names and self.unit_of.get(name) in (None, *active))
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero where a participant has killed what another one trains; before anybody's gradient is measured."""
+        for name, tensor in self.parameters.items():
+            if tensor.grad is not None and name in self.unit_of:
+                for participant, schedule in enumerate(self.schedules):
+                    if self.unit_of[name] not in schedule.active:
+                        tensor.grad[participant] = 0.0
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+        """The optimiser's step for all who are active; then the schedules see its scores and may change who is."""
+        for name, tensor in self.parameters.items():
+            for participant, schedule in enumerate(self.schedules):
+                takes_part = self.unit_of.get(name) in (None, *schedule.active)
+                leaf = self.leaves[f"{name}@{participant}"]
+                leaf.grad = tensor.grad[participant].unsqueeze(0) if tensor.grad is not None and takes_part else None
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * self._rewarming(group)
+        before = {path: leaf.clone() for path, leaf in self.leaves.items() if leaf.grad is not None}
+        optimizer.step()
+        scores = [self._scores(participant, before) for participant in range(len(self.schedules))]
+        for leaf in (*self.leaves.values(), *self.parameters.values()):
+            leaf.grad = None
+        for participant, schedule in enumerate(self.schedules):
+            active, epoch = schedule.active, schedule.epoch
+            schedule.observe(scores[participant])
+            if schedule.epoch != epoch:
+                self._change(optimizer, participant, active, schedule.active)
+                self.on_change[participant](schedule)
+        self.train_only(self.allowed)
+
+    def _rewarming(self, group: Mapping[str, Any]) -> float:
+        if group["unit"] is None or group["unit"] not in self.schedules[group["participant"]].active:
+            return 1.0
+        age = self.schedules[group["participant"]].age(group["unit"])
+        return 1.0 if age is None else min(1.0, (age + 1) / self.section.rewarm_steps)
+
+    def _scores(self, participant: int, before: Mapping[str, Tensor]) -> dict[int, float]:
+        """What the step of each active unit was worth: its first-order decrease of the loss, the sum of -g dw."""
+        units = sorted(self.schedules[participant].active)
+        decreases = []
+        for unit in units:
+            leaves = {path: self.leaves[path] for name in self.names[unit] if (path := f"{name}@{participant}") in before}
+            worth = [((before[path] - leaf) * leaf.grad).sum() for path, leaf in leaves.items() if leaf.grad is not None]
+            decreases.append(torch.stack(worth).sum())
+        return dict(zip(units, torch.stack(decreases).tolist(), strict=True))  # one wait for the device
+
+    def _change(
+        self, optimizer: torch.optim.Optimizer, participant: int, before: frozenset[int], after: frozenset[int]
+    ) -> None:
+        for unit in sorted(after - before):
+            for name in self.names[unit]:
+                optimizer.state.pop(self.leaves[f"{name}@{participant}"], None)
+                if name in self.resting:
+                    self.parameters[name][participant] = self.resting[name][participant]
+        self._set_aside(participant, before - after)
+
+    def _set_aside(self, participant: int, killed: Iterable[int]) -> None:
+        """Dropped units: their B rests, zero stands in its place."""
+        for unit in killed:
+            for name in self.names[unit]:
+                if name in self.resting:
+                    self.resting[name][participant] = self.parameters[name][participant]
+                    self.parameters[name][participant] = 0.0
+
+
+def _named(wanted: Sequence[str], modules: Sequence[Sequence[str]]) -> frozenset[int]:
+    """The units that hold a module of that name, or whose name ends so."""
+    found = set()
+    for name in wanted:
+        units = [unit for unit, held in enumerate(modules) if any(f".{module}".endswith(f".{name}") for module in held)]
+        if not units:
+            raise ConfigError(f"schedule.units: {name} is no adapted module; they are {', '.join(held[0] for held in modules)}")
+        found.update(units)
+    return frozenset(found)

@@ -1,0 +1,183 @@
+"""Which modules train now, which are killed, when one is revived.
+
+Kill and Revive is DLoRA's (arXiv 2404.05182; the printed version says Halt and Proceed). Its own metric, periods and ratios
+could not be read; what is here was chosen by measurement. No tensors, no clock, no global random numbers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dlora.config import ScheduleSection
+from dlora.seeds import derive_seed
+
+
+class Schedule:
+    """One participant's schedule over units: groups of modules that share one input, numbered from 0.
+
+    ``costs[u]``: numbers a token on the wire while unit u is active, 2 (d_in + sum of d_out) (`papers`: row A1).
+    ``active``: who trains in the next local step; ``epoch`` grows with each change of it. The cost of the active units is at
+    most ``active_fraction`` of the cost of all, or that of the dearest unit alone where that is more, so that each unit can
+    have its turn; so at least one is active. ``kind``:
+
+    - all: every unit, always.
+    - static: the units ``named``, always; their cost is what it is.
+    - random: a fresh draw every ``period`` steps. Who is drawn is chance, so no bound on a unit's rest is promised.
+    - probe: all for ``warmup_steps``, then once and for all those with the best utility.
+    - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility. Then every ``period`` steps
+      the ``swap`` active ones of the lowest utility are killed, and two kinds of turns alternate: the unit that has rested
+      longest is revived (more are killed until there is room for it), or the one with the best utility when last it was
+      active. What room is left goes to the best that fit. A killed unit is active again after `longest_rest` steps at most.
+
+    Utility: the mean score of the unit's steps since it was last revived, divided by its cost.
+    Same seed and same scores give the same sets; `state` and `load` resume exactly.
+    """
+
+    def __init__(self, section: ScheduleSection, costs: Sequence[int], seed: int, named: frozenset[int] = frozenset()) -> None:
+        self.section, self.costs, self.seed = section, tuple(costs), seed
+        self.units = range(len(self.costs))
+        self.budget = max(section.active_fraction * sum(self.costs), max(self.costs))
+        self.steps_done = 0
+        self.epoch = 0
+        self.numbers = 0  # a token, so far, summed over the steps: the traffic of the active units
+        self.changed_at = [0] * len(self.costs)  # the step from which a unit is what it is now, active or killed
+        self.utility: list[float | None] = [None] * len(self.costs)  # None: never scored
+        self._scores: dict[int, tuple[float, int]] = {}  # of active units: sum and number since they were revived
+        self._warmup = self._rotation() if section.kind == "kr" else []
+        self.active = self._first(named)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before the first choice by utility: for kr as many as make all turns of the rotation equally long."""
+        if self.section.kind == "kr":
+            return len(self._warmup) * self._turn
+        return self.section.warmup_steps if self.section.kind == "probe" else 0
+
+    @property
+    def longest_rest(self) -> int:
+        """kr: no unit rests for more steps than this.
+
+        Each second turn revives the unit that has rested longest, and those that are killed later queue behind it.
+        """
+        return self.warmup_steps + 2 * self.section.period * len(self.costs)
+
+    def observe(self, scores: Mapping[int, float]) -> None:
+        """A local step is done; ``scores`` of the units that were active in it, each finite. Who is active may change."""
+        self.numbers += sum(self.costs[unit] for unit in self.active)
+        self.steps_done += 1
+        for unit in self.active:
+            total, count = self._scores.get(unit, (0.0, 0))
+            self._scores[unit] = (total + scores.get(unit, 0.0), count + 1)
+            self.utility[unit] = (total + scores.get(unit, 0.0)) / (count + 1) / self.costs[unit]
+        self._become(self._next())
+
+    def age(self, unit: int) -> int | None:
+        """Steps since an active unit was revived; None where it has been active from the start."""
+        return None if self.changed_at[unit] == 0 else self.steps_done - self.changed_at[unit]
+
+    @property
+    def fraction(self) -> float:
+        """The adapter's traffic so far, as a fraction of what it would be had all units been active; before a step, 1."""
+        return self.numbers / (self.steps_done * sum(self.costs)) if self.steps_done else 1.0
+
+    def state(self) -> dict[str, Any]:
+        """All that changes, as JSON can hold it."""
+        return {
+            "steps_done": self.steps_done,
+            "epoch": self.epoch,
+            "numbers": self.numbers,
+            "active": sorted(self.active),
+            "changed_at": list(self.changed_at),
+            "utility": list(self.utility),
+            "scores": [[unit, *self._scores[unit]] for unit in sorted(self._scores)],
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.steps_done, self.epoch, self.numbers = state["steps_done"], state["epoch"], state["numbers"]
+        self.active = frozenset(state["active"])
+        self.changed_at, self.utility = list(state["changed_at"]), list(state["utility"])
+        self._scores = {unit: (total, count) for unit, total, count in state["scores"]}
+
+    # Who is next
+
+    def _first(self, named: frozenset[int]) -> frozenset[int]:
+        match self.section.kind:
+            case "static":
+                return named
+            case "random":
+                return self._drawn()
+            case "kr":
+                return self._warmup[0]
+        return frozenset(self.units)
+
+    def _next(self) -> frozenset[int]:
+        kind, step, since = self.section.kind, self.steps_done, self.steps_done - self.warmup_steps
+        if kind == "random" and step % self.section.period == 0:
+            return self._drawn()
+        if kind in ("probe", "kr") and since == 0:
+            return self._filled(frozenset(), self._by_utility(self.units))
+        if kind == "kr" and since < 0:
+            return self._warmup[step // self._turn]
+        if kind == "kr" and since % self.section.period == 0:
+            return self._swapped(since // self.section.period)
+        return self.active
+
+    def _swapped(self, turn: int) -> frozenset[int]:
+        """One turn of kill and revive, counted from 1."""
+        killed = [unit for unit in self.units if unit not in self.active]
+        if not killed:
+            return self.active
+        oldest = min(killed, key=lambda unit: (self.changed_at[unit], unit))
+        revived = oldest if turn % 2 else self._by_utility(killed)[0]
+        kept = self._by_utility(self.active)[: -self.section.swap]
+        while sum(self.costs[unit] for unit in (*kept, revived)) > self.budget:
+            kept.pop()
+        return self._filled(frozenset([*kept, revived]), self._by_utility(killed) + self._by_utility(self.active))
+
+    def _become(self, active: frozenset[int]) -> None:
+        if active == self.active:
+            return
+        for unit in active ^ self.active:
+            self.changed_at[unit] = self.steps_done
+            self._scores.pop(unit, None)
+        self.active = active
+        self.epoch += 1
+
+    def _by_utility(self, units: Iterable[int]) -> list[int]:
+        """The best first; one that was never scored comes before all."""
+        known = {unit: self.utility[unit] for unit in units}
+        return sorted(known, key=lambda unit: (known[unit] is not None, -(known[unit] or 0.0), unit))
+
+    def _filled(self, active: frozenset[int], candidates: Iterable[int]) -> frozenset[int]:
+        """``active`` and, in their order, those candidates that the budget still holds."""
+        chosen, cost = set(active), sum(self.costs[unit] for unit in active)
+        for unit in candidates:
+            if unit not in chosen and cost + self.costs[unit] <= self.budget:
+                chosen.add(unit)
+                cost += self.costs[unit]
+        return frozenset(chosen)
+
+    def _drawn(self) -> frozenset[int]:
+        shuffled = list(self.units)
+        random.Random(derive_seed(self.seed, "draw", self.steps_done)).shuffle(shuffled)
+        return self._filled(frozenset(), shuffled)
+
+    def _rotation(self) -> list[frozenset[int]]:
+        """All units in as few turns as a first fit finds; in which turn a unit comes is drawn from the seed."""
+        shuffled = list(self.units)
+        generator = random.Random(derive_seed(self.seed, "rotation"))
+        generator.shuffle(shuffled)
+        left, turns = sorted(shuffled, key=lambda unit: -self.costs[unit]), []
+        while left:
+            turns.append(self._filled(frozenset(), left))
+            left = [unit for unit in left if unit not in turns[-1]]
+        generator.shuffle(turns)
+        return turns
+
+    @property
+    def _turn(self) -> int:
+        """Steps of one turn of the rotation."""
+        return -(-self.section.warmup_steps // len(self._warmup))

@@ -1,0 +1,272 @@
+"""Kill and Revive: the schedule by itself (budget, no starvation, same again), and what it does to training (law 7)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_simulate import assert_identical, factors_of, optimizer_of, stop_after, story
+
+import dlora
+from dlora.config import Config, ScheduleSection, TrainSection
+from dlora.errors import ConfigError
+from dlora.lora.active import schedule_units
+from dlora.lora.groups import Group
+from dlora.lora.kill_revive import Schedule
+from dlora.programs.prepare import prepare
+from dlora.runlog import read_log
+from dlora.train import Group as Training
+
+MakeConfig = Callable[..., Config]
+
+COSTS = st.lists(st.integers(1, 40), min_size=1, max_size=10)
+SECTIONS = st.builds(
+    ScheduleSection,
+    kind=st.sampled_from(["all", "random", "probe", "kr"]),
+    active_fraction=st.floats(0.05, 1.0),
+    period=st.integers(1, 4),
+    swap=st.integers(1, 3),
+    warmup_steps=st.integers(1, 12),
+)
+
+
+def drive(schedule: Schedule, steps: int, seed: int) -> list[frozenset[int]]:
+    """``steps`` local steps with scores of chance (a function of seed and step); the active set of each."""
+    sets = []
+    for step in range(schedule.steps_done, schedule.steps_done + steps):
+        sets.append(schedule.active)
+        chance = random.Random(f"{seed}/{step}")
+        scores = [chance.choice([-1.0, 0.0, 1.0, chance.gauss(0, 1)]) for _ in schedule.units]
+        schedule.observe({unit: scores[unit] for unit in schedule.active})
+    return sets
+
+
+@given(SECTIONS, COSTS, st.integers(0, 9))
+def test_the_active_set_never_costs_more_than_its_fraction(section: ScheduleSection, costs: list[int], seed: int) -> None:
+    schedule = Schedule(section, costs, seed)
+    sets = drive(schedule, 80, seed)
+    budget = max(section.active_fraction * sum(costs), max(costs))
+    probed = section.warmup_steps if section.kind == "probe" else 0
+    for active in sets[probed:] if section.kind != "all" else []:
+        assert active and sum(costs[unit] for unit in active) <= budget
+    for active in sets[:probed]:
+        assert active == frozenset(range(len(costs)))
+    assert schedule.numbers == sum(costs[unit] for active in sets for unit in active)
+    assert schedule.epoch == sum(one != other for one, other in zip(sets, [*sets[1:], schedule.active], strict=True))
+
+
+@given(SECTIONS.filter(lambda section: section.kind == "kr"), COSTS, st.integers(0, 9))
+def test_no_unit_starves_and_each_trains_early(section: ScheduleSection, costs: list[int], seed: int) -> None:
+    schedule = Schedule(section, costs, seed)
+    sets = drive(schedule, schedule.warmup_steps + 2 * schedule.longest_rest, seed)
+    assert frozenset().union(*sets[: schedule.warmup_steps]) == frozenset(range(len(costs)))
+    assert schedule.warmup_steps < section.warmup_steps + len(costs)
+    for unit in range(len(costs)):
+        rested = 0
+        for active in sets:
+            rested = 0 if unit in active else rested + 1
+            assert rested <= schedule.longest_rest
+
+
+@given(SECTIONS, COSTS, st.integers(0, 9), st.integers(0, 60))
+def test_same_seed_and_scores_same_sets_and_resuming_is_exact(
+    section: ScheduleSection, costs: list[int], seed: int, stopped_after: int
+) -> None:
+    whole = drive(Schedule(section, costs, seed), 80, seed)
+    first = Schedule(section, costs, seed)
+    sets = drive(first, stopped_after, seed)
+    second = Schedule(section, costs, seed)
+    second.load(json.loads(json.dumps(first.state())))
+    assert sets + drive(second, 80 - stopped_after, seed) == whole
+
+
+def test_kr_kills_the_lowest_and_revives_the_longest_idle_and_the_best_by_turns() -> None:
+    """Six equal units, two active; unit u is worth u a step."""
+    section = ScheduleSection(kind="kr", active_fraction=0.34, period=2, warmup_steps=3)
+    schedule = Schedule(section, [10] * 6, seed=0)
+    sets = []
+    for _ in range(3 + 8):
+        sets.append(schedule.active)
+        schedule.observe({unit: float(unit) for unit in schedule.active})
+    assert sorted(unit for active in sets[:3] for unit in active) == [0, 1, 2, 3, 4, 5]  # the rotation
+    assert sets[3] == sets[4] == {4, 5}  # the best two
+    idle_first = [unit for active in sets[:3] for unit in sorted(active) if unit < 4]
+    assert sets[5] == sets[6] == {5, idle_first[0]}  # 4, the lower one, for who rests longest
+    assert sets[7] == {5, 4}  # the best of those that rest, for the lower one
+    assert sets[9] == {5, idle_first[1]}
+
+
+def test_a_seed_of_its_own_is_a_draw_of_its_own() -> None:
+    section = ScheduleSection(kind="random", period=1, active_fraction=0.3)
+    one, other = (drive(Schedule(section, [1] * 10, seed), 20, 0) for seed in (1, 2))
+    assert one != other
+    assert len({*one}) > 10  # drawn anew in every period
+
+
+def scheduled(make_config: MakeConfig, kind: str = "kr", **overrides: Any) -> Config:
+    """One participant of twelve local steps in three rounds."""
+    keys: dict[str, Any] = {"kind": kind, "period": 2, "warmup_steps": 5, "active_fraction": 0.3, "rewarm_steps": 2}
+    keys |= {key.removeprefix("schedule."): value for key, value in overrides.items() if key.startswith("schedule.")}
+    others = {key: value for key, value in overrides.items() if not key.startswith("schedule.")}
+    return make_config(**{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "schedule": keys, **others})
+
+
+def active_events(config: Config) -> list[dict[str, Any]]:
+    return [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "active"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_everything_active_is_no_schedule_bit_for_bit(make_config: MakeConfig, tmp_path: Path, optimizer: str) -> None:
+    """Law 7, through all of the schedule's machinery and not round it."""
+    plain = make_config(**{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "train.optimizer": optimizer})
+    dlora.simulate(plain)
+    for kind in ("all", "kr", "probe"):
+        whole = scheduled(
+            make_config,
+            kind,
+            output_dir=str(tmp_path / kind),
+            **{"schedule.active_fraction": 1.0, "train.optimizer": optimizer},
+        )
+        result = dlora.simulate(whole)["runs"]["dec-lora"]
+        assert_identical(factors_of(whole), factors_of(plain))
+        assert ("adapter_fraction" in result) == (kind != "all")
+        assert result.get("adapter_fraction", 1.0) == 1.0
+
+
+def test_killed_units_rest_and_the_log_tells_who_was_active(make_config: MakeConfig) -> None:
+    config = scheduled(make_config, "static", **{"schedule.units": ["layer.1.attention.self.query", "layer.0.output.dense"]})
+    result = dlora.simulate(config)["runs"]["dec-lora"]
+    initial = prepare(config).model.initial
+    trained = {name for name, tensor in factors_of(config).items() if not torch.equal(tensor[0], initial[name])}
+    block = "bert.encoder.layer"
+    modules = [f"{block}.1.attention.self.{name}" for name in ("query", "key", "value")] + [f"{block}.0.output.dense"]
+    expected = {f"{module}.lora_{factor}" for module in modules for factor in "AB"}
+    assert expected <= trained <= expected | {"classifier.weight", "classifier.bias"}
+    assert {path.split("/")[1].partition("@")[0] for path in optimizer_of(config)} == trained
+    [units] = [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "units"]
+    [first] = active_events(config)
+    assert {name for unit in first["units"] for name in units["units"][unit]["modules"]} == set(modules)
+    costs = [unit["cost"] for unit in units["units"]]
+    assert sum(costs) == 2 * 2 * (4 * 64 + 2 * 64 + (64 + 128) + (128 + 64))  # 2 (d_in + sum d_out) of qkv, o, up, down
+    assert result["adapter_fraction"] == sum(costs[unit] for unit in first["units"]) / sum(costs)
+
+
+@pytest.mark.parametrize("on_kill", ["hand-off", "drop"])
+def test_what_is_exported_is_what_was_evaluated(make_config: MakeConfig, on_kill: str) -> None:
+    """PEFT with the adapter on disk gives the last evaluation's loss; dropped units are zero in it, handed-off ones stay."""
+    config = scheduled(make_config, **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2})
+    result = dlora.simulate(config)["runs"]["dec-lora"]
+    last = active_events(config)[-1]
+    units = prepare(config).units
+    saved = load_file(Path(config.output_dir, "consensus/adapter_model.safetensors"))
+    for number, unit in enumerate(units):
+        for module in unit.modules:
+            is_zero = not saved[f"base_model.model.{module}.lora_B.weight"].any()
+            assert is_zero == (on_kill == "drop" and number not in last["units"]), module
+    torch.manual_seed(config.seed)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=2, pad_token_id=0)
+    model = peft.PeftModel.from_pretrained(base, str(Path(config.output_dir, "consensus"))).eval()
+    rows = prepare(config).data.evaluation
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row.input_ids])
+        losses.append(model(input_ids=ids, labels=torch.tensor([row.labels])).loss.item())
+    assert sum(losses) / len(losses) == pytest.approx(result["consensus"]["loss"], rel=1e-5)
+
+
+def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
+    factors, groups = one_layer_each(num_units=2, num_participants=1)
+    expected = {name: tensor.clone() for name, tensor in factors.items()}
+    section = ScheduleSection(kind="kr", active_fraction=0.5, on_kill="drop", period=1, warmup_steps=2, rewarm_steps=1)
+    training = Training(factors, 0, 1, TrainSection(optimizer="sgd"), schedule_units(section, groups, 0, ["p"]))
+    assert training.units is not None
+    training.train_only(frozenset(factors))
+    changes = 0
+    for _ in range(8):
+        active = {f"u{unit}" for unit in training.units.schedules[0].active}
+        for name, tensor in factors.items():
+            module, _, factor = name.rpartition(".")
+            rests = module != "head" and module not in active
+            assert training.parameters[name].requires_grad != rests
+            torch.testing.assert_close(tensor, 0 * tensor if rests and factor == "lora_B" else expected[name])
+            if not rests:
+                training.parameters[name].grad = torch.ones_like(tensor)
+                expected[name] -= 0.1
+        training.step(0.1, None)
+        changes += active != {f"u{unit}" for unit in training.units.schedules[0].active}
+    assert changes >= 3
+
+
+def one_layer_each(num_units: int, num_participants: int) -> tuple[dict[str, torch.Tensor], list[Group]]:
+    """Units of one module, 3 in, 2 out, rank 1, with a head beside them."""
+    torch.manual_seed(0)
+    factors = {"head.weight": torch.randn(num_participants, 2, 2)}
+    for unit in range(num_units):
+        factors[f"u{unit}.lora_A"] = torch.randn(num_participants, 1, 3)
+        factors[f"u{unit}.lora_B"] = torch.randn(num_participants, 2, 1)
+    return factors, [Group((f"u{unit}",), 3, (2,)) for unit in range(num_units)]
+
+
+@pytest.mark.parametrize("kind", ["kr", "random"])
+@pytest.mark.parametrize("on_kill", ["hand-off", "drop"])
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, kind: str, on_kill: str
+) -> None:
+    settings = {"save_every": 1, "schedule.on_kill": on_kill, "schedule.period": 3, "schedule.warmup_steps": 3}
+    whole = scheduled(make_config, kind, output_dir=str(tmp_path / "whole"), **settings)
+    dlora.simulate(whole)
+    broken = scheduled(make_config, kind, output_dir=str(tmp_path / "broken"), **settings)
+    with pytest.raises(dlora.Interrupted):
+        dlora.simulate(broken, stop=stop_after(2))
+    dlora.simulate(broken, resume=True)
+    assert_identical(factors_of(broken), factors_of(whole))
+    assert_identical(optimizer_of(broken), optimizer_of(whole))
+    assert story(broken) == story(whole)
+    assert len(active_events(whole)) > 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("on_kill", ["hand-off", "drop"])
+def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer: str, on_kill: str) -> None:
+    """Three participants, each with its own draws: after every step each is what it would be alone."""
+    section = ScheduleSection(kind="random", active_fraction=0.3, period=2, on_kill=on_kill, rewarm_steps=3)  # type: ignore[arg-type]
+    train = TrainSection(optimizer=optimizer, weight_decay=0.1, max_grad_norm=0.5)  # type: ignore[arg-type]
+    names = ["p", "q", "r"]
+    factors, groups = one_layer_each(6, 3)
+    alone = [{name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)]
+    together = Training(factors, 0, 3, train, schedule_units(section, groups, 0, names))
+    single = [Training(alone[i], 0, 1, train, schedule_units(section, groups, 0, [name])) for i, name in enumerate(names)]
+    assert together.units is not None
+    for one in (together, *single):
+        one.train_only(frozenset(factors))
+    generator = torch.Generator().manual_seed(1)
+    sets = set()
+    for _ in range(12):
+        sets.add(tuple(schedule.active for schedule in together.units.schedules))
+        gradients = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in factors.items()}
+        for name, gradient in gradients.items():
+            for one, value in [(together, gradient), *((single[i], gradient[i : i + 1]) for i in range(3))]:
+                parameter = one.parameters[name]
+                parameter.grad = value.clone() if parameter.requires_grad else None
+        for one in (together, *single):
+            one.step(0.05, train.max_grad_norm)
+        for name, tensor in factors.items():
+            for i in range(3):
+                torch.testing.assert_close(tensor[i], alone[i][name][0], rtol=1e-6, atol=1e-7)
+    assert any(len({*active}) == 3 for active in sets)
+
+
+def test_a_unit_that_is_not_there_is_named(make_config: MakeConfig) -> None:
+    config = scheduled(make_config, "static", **{"schedule.units": ["layer.9.output.dense"]})
+    with pytest.raises(ConfigError, match=r"schedule.units: layer.9.output.dense is no adapted module; they are bert.*query"):
+        dlora.simulate(config)
