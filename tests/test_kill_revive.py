@@ -106,6 +106,24 @@ def test_kr_kills_the_lowest_and_revives_the_longest_idle_and_the_best_by_turns(
     assert sets[9] == {5, idle_first[1]}
 
 
+@pytest.mark.parametrize("kind", ["kr", "random"])
+def test_an_eighth_saves_seven_eighths_warm_up_included(kind: str) -> None:
+    """MiniLM's 24 units: 6 blocks of query, key, value; output; up; down. The rotation through all takes eight turns."""
+    widths = [(384, 3 * 384), (384, 384), (384, 1536), (1536, 384)]
+    costs = [2 * (in_features + out) for _ in range(6) for in_features, out in widths]
+    schedule = Schedule(ScheduleSection(kind=kind), costs, 0)  # type: ignore[arg-type]
+    drive(schedule, 1000, 0)
+    assert schedule.warmup_steps == (80 if kind == "kr" else 0)
+    assert 0.11 < schedule.fraction <= 0.125
+
+
+def test_peers_that_a_partition_names_are_refused_too(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match=r"schedule: kr with neighbours is still to come, and there are 2 peers"):
+        prepare(scheduled(make_config, **{"peers.count": None, "data.partition": {"kind": "iid", "sizes": [1, 1]}}))
+    with pytest.raises(ConfigError, match=r"schedule: kr is still to come for `dlora peer`"):
+        prepare(scheduled(make_config, **{"peers.count": None, "peers.members": ["me"], "data.labels": ["0", "1"]}), own="me")
+
+
 def test_a_seed_of_its_own_is_a_draw_of_its_own() -> None:
     section = ScheduleSection(kind="random", period=1, active_fraction=0.3)
     one, other = (drive(Schedule(section, [1] * 10, seed), 20, 0) for seed in (1, 2))

@@ -110,7 +110,7 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed)
-    units = _units(config, model, names) if config.schedule.kind != "all" else ()
+    units = () if config.schedule.kind == "all" else _units(config, model, names, own)
     manifest = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -135,8 +135,12 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
     return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
 
 
-def _units(config: Config, model: StackedModel, names: Sequence[str]) -> tuple[Units, ...]:
+def _units(config: Config, model: StackedModel, names: Sequence[str], own: str | None) -> tuple[Units, ...]:
     """What the schedule switches on and off. Raises ConfigError where it cannot be obeyed."""
+    if own is not None:
+        raise ConfigError(
+            f"schedule: {config.schedule.kind} is still to come for `dlora peer`; take `dlora simulate`, or remove it"
+        )
     if len(names) > 1:
         raise ConfigError(
             f"schedule: {config.schedule.kind} with neighbours is still to come, and there are {len(names)} peers; make it"
