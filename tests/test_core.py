@@ -97,9 +97,9 @@ def test_stacked_cores_are_separate_runs(make_config: MakeConfig, family: str, o
     """Laws 1 and 2: two stacked participants against dense weights, each by itself; only M and the head train."""
     config = make_config(
         family, **CORE, **{
-            "peers.count": 2, "peers.topology": {"kind": "edges", "edges": [[0, 1]]}, "train.rounds": 10, "train.local_steps": 1,
-            "train.optimizer": optimizer, "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1,
-            "train.max_grad_norm": 0.5, "compare": ["local"], "lora.target_modules": TARGETS[family],
+            "peers.count": 2, "peers.topology": {"kind": "edges", "edges": [[0, 1]]}, "compare": ["local"],
+            "train.rounds": 10, "train.local_steps": 1, "train.optimizer": optimizer, "train.max_grad_norm": 0.5,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1, "lora.target_modules": TARGETS[family],
         },
     )  # fmt: skip
     dlora.simulate(config)

@@ -66,7 +66,7 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _to_peft(name: str) -> str:
-    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; behind the prefix a head's tensor keeps its name; a core has none."""
+    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind it; a core has none."""
     if name.endswith(".lora_M"):
         return name
     return f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"

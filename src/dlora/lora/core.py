@@ -1,4 +1,4 @@
-"""The frozen frame of a weight, between whose halves a small core trains: its top singular directions, computed once.
+"""The frozen frame of a weight: its top singular directions, computed once, between which a small core trains.
 
 Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the frame is
 
@@ -49,7 +49,7 @@ def top_directions(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
     From the eigenvectors of the smaller of W W^T and W^T W: in float64 their squared condition costs the top directions nothing
     that float32 would show, at a fraction of a full SVD's time.
     """
-    weight_OI = weight_OI.double()
+    weight_OI = (weight_OI.cpu() if weight_OI.device.type == "mps" else weight_OI).double()  # mps has no float64
     wide = weight_OI.shape[0] <= weight_OI.shape[1]
     _, vectors = torch.linalg.eigh(weight_OI @ weight_OI.T if wide else weight_OI.T @ weight_OI)  # ascending
     top = vectors[:, -r:].flip(1)
