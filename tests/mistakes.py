@@ -72,10 +72,24 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"schedule": {"kind": "kr"}},
         ["schedule", "neighbours is still to come", "peers.count", "remove schedule"],
     ),
+    "schedule-core": (
+        {"schedule": {"kind": "kr"}, "peers.count": 1, "lora.placement": "core"},
+        ["schedule", "placement core is still to come", "remove one of them"],
+    ),
     "schedule-split": (
         {"schedule": {"kind": "kr"}, "split": {"cloud": "hub"}, "peers.count": 1},
         ["schedule", "in a cloud is still to come", "remove schedule or split"],
     ),
+    "split-core": ({"split": {"cloud": "hub"}, "lora.placement": "core"}, ["split", "literal only", "remove placement"]),
+    # the core
+    "core-ffa": ({"lora.placement": "core", "peers.rule": "ffa"}, ["peers.rule ffa", "freezes both", "take rule factor"]),
+    "core-alternate": ({"lora.placement": "core", "peers.rule": "alternate"}, ["peers.rule alternate", "take rule factor"]),
+    "frame-of-pairs": ({"lora.frame": "frame.safetensors"}, ["lora", "frame belongs to placement core", "remove it"]),
+    "frame-nowhere": (
+        {"lora.placement": "core", "lora.frame": "nowhere/frame.safetensors"},
+        ["lora.frame", "nowhere is no folder", "make it"],
+    ),
+    "core-too-wide": ({"lora.placement": "core", "lora.r": 65}, ["lora.r 65", "has 64 singular directions", "lower lora.r"]),
     # data files
     "missing-file": ({"data.train": "trian.jsonl"}, ["trian.jsonl does not exist", "beside it lies train.jsonl"]),
     "missing-folder": ({"data.eval": "there/eval.jsonl"}, ["there/eval.jsonl does not exist", "nor does its folder"]),

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/", "split/"),
     ("train",),
     ("lora/active",),
-    ("lora/stacked", "lora/adapter_io", "lora/groups"),
+    ("lora/stacked", "lora/adapter_io", "lora/core", "lora/groups"),
     ("data", "model"),
     (
         "decentralized/topology",
@@ -53,7 +53,7 @@ STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentr
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
     "transformers": {"model", "lora/stacked", "lora/adapter_io", "split/remote", "split/body"},
-    "peft": {"model", "lora/stacked", "lora/adapter_io"},
+    "peft": {"model", "lora/stacked", "lora/adapter_io", "lora/core"},
     "grpc": {"net/grpc"},
     "grpc_health": {"net/grpc"},
     "google": {"net/codec", "net/peer_pb2", "net/split_codec", "net/split_pb2"},

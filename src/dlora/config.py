@@ -22,6 +22,18 @@ class LoraSection(Section):
         "all-linear", description="all-linear: the linears of the transformer blocks; else names or one regex, as in PEFT"
     )
     train_head: bool = Field(True, description="classification: train, mix and send the new head too")
+    placement: Literal["literal", "core"] = Field(
+        "literal", description="literal: A and B train; core: both are the weight's own top directions, an r x r core trains"
+    )
+    frame: str | None = Field(
+        None, description="core: file of those directions, handed round: read, or made where there is none; null: found here"
+    )
+
+    @model_validator(mode="after")
+    def _frame_of_a_core(self) -> LoraSection:
+        if self.frame is not None and self.placement != "core":
+            raise ValueError("frame belongs to placement core; remove it")
+        return self
 
 
 class PartitionSection(Section):
@@ -232,11 +244,18 @@ class Config(Document):
             )
         if self.schedule.kind != "all":
             self._check_schedule()
+        if self.lora.placement == "core" and self.peers.rule != "factor":
+            raise ValueError(
+                f"peers.rule {self.peers.rule} chooses between A and B, which placement core freezes both: averaging the cores"
+                " is exact as it is; take rule factor"
+            )
         if self.split is not None:
             self._check_split()
         return self
 
     def _check_schedule(self) -> None:
+        if self.lora.placement == "core":
+            raise ValueError(f"schedule: {self.schedule.kind} with placement core is still to come; remove one of them")
         if self.split is not None:
             raise ValueError(
                 f"schedule: {self.schedule.kind} with the frozen model in a cloud is still to come; remove schedule or split"
@@ -251,6 +270,8 @@ class Config(Document):
             raise ValueError(
                 "split: the cloud runs the body, nothing is checkpointed here: remove train.gradient_checkpointing"
             )
+        if self.lora.placement == "core":
+            raise ValueError("split: the cloud serves lora.placement literal only; remove placement")
         if self.quantization != "none":
             raise ValueError("split: the frozen body is the cloud's: quantise it in the cloud's own config, remove it here")
         if self.peers.group_size not in (None, 1):

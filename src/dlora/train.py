@@ -198,7 +198,10 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
 def activation_bytes(model: StackedModel, factors: Factors, batch: Batch, autocast_dtype: torch.dtype | None) -> int:
     """What one forward keeps for its backward, counted on the autograd graph: distinct storages, not the parameters'."""
     model.use({name: tensor.detach().requires_grad_() for name, tensor in factors.items()})
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.network.parameters(), *factors.values())}
+    weights = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (*model.network.parameters(), *model.network.buffers(), *factors.values())
+    }
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

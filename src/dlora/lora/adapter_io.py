@@ -12,18 +12,32 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dlora.errors import RunError
+from dlora.lora.core import pairs
 from dlora.runlog import write_atomically
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
 _WEIGHTS = "adapter_model.safetensors"
+_CORES = "core.safetensors"  # beside it under placement core: B M does not give M back to the last bit
 
 
-def save_adapter(folder: Path, factors: Mapping[str, Tensor], peft_config: peft.LoraConfig) -> None:
-    """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base, folder)`` loads them."""
-    weights = {_to_peft(name): tensor[0].detach().float().cpu().contiguous() for name, tensor in factors.items()}
+def save_adapter(
+    folder: Path,
+    factors: Mapping[str, Tensor],
+    peft_config: peft.LoraConfig,
+    frame: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base, folder)`` loads them.
+
+    Cores become ordinary pairs A, B M of their ``frame``; they themselves are kept beside, for `load_adapter`.
+    """
+    own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
+    weights = {_to_peft(name): tensor[0].contiguous() for name, tensor in pairs(own, frame or {}).items()}
+    cores = {name: tensor[0].contiguous() for name, tensor in own.items() if name.endswith(".lora_M")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
+        if cores:
+            write_atomically(folder / _CORES, save(cores))
         copy.deepcopy(peft_config).save_pretrained(str(folder))
     except OSError as error:
         raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then go on with --resume") from error
@@ -34,10 +48,12 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 
     Raises RunError unless they have the names and shapes of ``expected``, which has no participant dimension.
     """
-    try:
-        stored = load_file(folder / _WEIGHTS)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"adapter {folder}: {_WEIGHTS} cannot be read ({error})") from error
+    stored: dict[str, Tensor] = {}
+    for file in (_WEIGHTS, *([_CORES] if any(name.endswith(".lora_M") for name in expected) else [])):
+        try:
+            stored |= load_file(folder / file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise RunError(f"adapter {folder}: {file} cannot be read ({error})") from error
     factors = {name: stored[_to_peft(name)].unsqueeze(0) for name in expected if _to_peft(name) in stored}
     for name, tensor in expected.items():
         if name not in factors:
@@ -50,5 +66,7 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _to_peft(name: str) -> str:
-    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind the prefix."""
+    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind it; a core has none."""
+    if name.endswith(".lora_M"):
+        return name
     return f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"

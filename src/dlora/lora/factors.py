@@ -2,7 +2,8 @@
 
 Shape letters: P participants, R rank, I in, O out.
 ``Factors`` maps a name to one tensor for all participants, the participant first:
-``<module>.lora_A`` (P, R, I), ``<module>.lora_B`` (P, O, R), and for a trained head ``<module>.weight``, ``<module>.bias``.
+``<module>.lora_A`` (P, R, I), ``<module>.lora_B`` (P, O, R), or under placement core ``<module>.lora_M`` (P, R, R) alone,
+and for a trained head ``<module>.weight``, ``<module>.bias``.
 """
 
 from __future__ import annotations
@@ -63,4 +64,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def target_names(initial: Mapping[str, Tensor]) -> list[str]:
     """The adapted modules' dotted names."""
-    return sorted(name.removesuffix(".lora_A") for name in initial if name.endswith(".lora_A"))
+    return sorted(name.rpartition(".")[0] for name in initial if name.endswith((".lora_A", ".lora_M")))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor belongs to a head, not to an adapted module."""
+    return not name.endswith((".lora_A", ".lora_B", ".lora_M"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dlora.model import LINEAR, FrozenModel, block_linears  # first: it quiets what peft brings in
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora.config import LoraSection
 from dlora.errors import ModelError
+from dlora.lora.core import Frame, check_frame, compute_frame
 from dlora.lora.factors import Factors
 
 
@@ -54,6 +55,35 @@ class StackedLora(nn.Module):
         return y_PNO.view(result.shape).to(result.dtype)
 
 
+class StackedCore(nn.Module):
+    """y = base(x) + scaling * (x A^T) M_p^T B^T: the frame (A, B) is everybody's, the core M_p each participant's own.
+
+    ``lora_M`` (P, R, R) is bound by `StackedModel.use`.
+    """
+
+    lora_M: Tensor
+    lora_A: Tensor  # (R, I), frozen
+    lora_B: Tensor  # (O, R), frozen
+
+    def __init__(self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.scaling = scaling
+        self.dropout = dropout
+        self.register_buffer("lora_A", lora_A, persistent=False)
+        self.register_buffer("lora_B", lora_B, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P x ..., I) -> (P x ..., O)."""
+        result: Tensor = self.base_layer(x)
+        read = F.linear(F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training), self.lora_A)
+        read_PNR = read.reshape(len(self.lora_M), -1, read.shape[-1])
+        turned_PNR = torch.bmm(read_PNR, self.lora_M.transpose(1, 2))
+        flat = result.reshape(-1, result.shape[-1]).to(turned_PNR.dtype)
+        y = torch.addmm(flat, turned_PNR.flatten(0, 1), self.lora_B.T, alpha=self.scaling)
+        return y.view(result.shape).to(result.dtype)
+
+
 class StackedLinear(nn.Module):
     """A trained head: y = x W_p^T + b_p. ``weight`` (P, O, I) and ``bias`` (P, O) are bound by `StackedModel.use`."""
 
@@ -75,14 +105,15 @@ class StackedModel:
 
     ``initial``: name -> the value every participant starts from (on the CPU, no participant dimension).
     ``frozen_head``: what of ``initial`` rests for the whole run (a new head under ``train_head: false``).
-    ``peft_config``: what an adapter folder of this model says of itself. ``loss_positions``: the network is to be told which
-    positions of a text the loss looks at.
+    ``peft_config``: what an adapter folder of this model says of itself. ``frame``: under placement core, what the cores stand
+    in. ``loss_positions``: the network is to be told which positions of a text the loss looks at.
     """
 
     network: Any
     initial: dict[str, Tensor]
     frozen_head: frozenset[str]
     peft_config: peft.LoraConfig
+    frame: Frame = field(default_factory=dict)
     loss_positions: bool = False
 
     def use(self, factors: Mapping[str, Tensor]) -> None:
@@ -98,11 +129,12 @@ class StackedModel:
         return device
 
 
-def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> StackedModel:
+def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int, frame: Frame | None = None) -> StackedModel:
     """Let PEFT place and initialise the modules, then put the stacked layer where PEFT's was.
 
-    A is drawn on the CPU from ``seed``, B is zero; the network is changed in place. Raises ModelError when a target
-    matches nothing or is no linear.
+    A is drawn on the CPU from ``seed``, B is zero; under placement core both are the ``frame``, computed here when it is not
+    given, and the core is zero. The network is changed in place. Raises ModelError when a target matches nothing or is no
+    linear, or the frame is another model's.
     """
     network, head = frozen.network, frozen.head
     names = [name for name, _ in network.named_modules()]
@@ -139,11 +171,16 @@ def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> S
             f" (PEFT: {str(error).splitlines()[0][:200]})"
         ) from error
 
-    initial: dict[str, Tensor] = {}
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, LoraLayer):
-            if not isinstance(layer.get_base_layer(), LINEAR):
-                raise ModelError(f"lora.target_modules: {name} is no linear but {type(layer.get_base_layer()).__name__}")
+    placed = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in placed.items():
+        if not isinstance(layer.get_base_layer(), LINEAR):
+            raise ModelError(f"lora.target_modules: {name} is no linear but {type(layer.get_base_layer()).__name__}")
+    if section.placement == "core":
+        frame = _place_cores(network, placed, section, frame)
+        initial = {f"{name}.lora_M": torch.zeros(section.r, section.r) for name in placed}
+    else:
+        initial = {}
+        for name, layer in placed.items():
             initial[f"{name}.lora_A"] = _fresh(layer.lora_A["default"].weight)
             initial[f"{name}.lora_B"] = _fresh(layer.lora_B["default"].weight)
             _replace(network, name, StackedLora(layer.get_base_layer(), layer.scaling["default"], section.lora_dropout))
@@ -157,7 +194,21 @@ def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int) -> S
     peft_config.base_model_name_or_path = frozen.source
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
-    return StackedModel(network, initial | head_factors, resting, peft_config)
+    return StackedModel(network, initial | head_factors, resting, peft_config, frame or {})
+
+
+def _place_cores(network: nn.Module, placed: Mapping[str, Any], section: LoraSection, frame: Frame | None) -> Frame:
+    """Put a core in its frame where PEFT's layers were; returns the frame."""
+    linears: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in placed.items()}
+    if frame is None:
+        frame = compute_frame(linears, section.r)
+    else:
+        check_frame(frame, linears, section.r)
+    for name, layer in placed.items():
+        device = next(linears[name].parameters()).device
+        lora_A, lora_B = (frame[f"{name}.{half}"].to(device) for half in ("lora_A", "lora_B"))
+        _replace(network, name, StackedCore(linears[name], lora_A, lora_B, layer.scaling["default"], section.lora_dropout))
+    return frame
 
 
 def _fresh(tensor: Tensor) -> Tensor:
@@ -171,6 +222,8 @@ def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
 
 def _suffixes(network: nn.Module) -> str:
     linears = {
-        name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, (*LINEAR, StackedLora))
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if isinstance(module, (*LINEAR, StackedLora, StackedCore))
     }
     return ", ".join(sorted(linears))

@@ -260,11 +260,10 @@ class Run:
         )
 
     def _write_adapters(self) -> None:
-        save_adapter(self.folder.path / "consensus", average(self.participants.factors), self.prepared.model.peft_config)
+        model, factors = self.prepared.model, self.participants.factors
+        save_adapter(self.folder.path / "consensus", average(factors), model.peft_config, model.frame)
         for index, name in enumerate(self.prepared.names):
-            save_adapter(
-                self.folder.path / "peers" / name, one(self.participants.factors, index), self.prepared.model.peft_config
-            )
+            save_adapter(self.folder.path / "peers" / name, one(factors, index), model.peft_config, model.frame)
 
     def _tick_step(self, num_participants: int) -> None:
         self.steps_done += num_participants

@@ -44,7 +44,9 @@ def peer(
     identity = Identity.load(name, key, listed)
     if not resume:
         RunFolder.check_new(config)
-    prepared = prepare(config, lambda text: [listen_to({"event": "phase", "text": text}) for listen_to in listeners], own=name)
+    prepared = prepare(
+        config, lambda text: [listen_to({"event": "phase", "text": text}) for listen_to in listeners], own=name, resume=resume
+    )
     topology = prepared.topology
     listed.check_dialable(
         {(members[one], members[two]) for round in range(topology.period) for one, two in topology.edges(round)}
@@ -52,6 +54,7 @@ def peer(
     manifest = prepared.manifest | {"rounds": config.train.rounds}
     listen = listen_address(listen, listed.member(name).address)
     folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
+    prepared.keep_frame()
     stored = folder.latest(RUN)
     with RunLog(folder.log_path, listeners) as log:
         if not resume or log.position == 0:

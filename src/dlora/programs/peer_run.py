@@ -198,10 +198,9 @@ class PeerRun:
         if not self.best or better(average, self.best):
             self.best = {"rounds_done": self.progress.rounds_done, **average}
         self._emit_scores(average, own)
-        save_adapter(self.folder.path / "consensus", consensus, self.prepared.model.peft_config)
-        save_adapter(
-            self.folder.path / "peers" / self.name, self.training.participants.factors, self.prepared.model.peft_config
-        )
+        model, peers = self.prepared.model, self.folder.path / "peers"
+        save_adapter(self.folder.path / "consensus", consensus, model.peft_config, model.frame)
+        save_adapter(peers / self.name, self.training.participants.factors, model.peft_config, model.frame)
         result = {
             "consensus": average,
             "peers_mean": own,

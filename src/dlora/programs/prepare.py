@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +18,8 @@ from dlora.data import BatchStream, FederatedData, collate, load_data, load_own_
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.evaluate import Scores, evaluate
-from dlora.lora.factors import digest, num_parameters, stack, target_names
+from dlora.lora.core import FRAME_FILE, Frame, read_frame, write_frame
+from dlora.lora.factors import digest, is_head, num_parameters, stack, target_names
 from dlora.lora.groups import Group as Units
 from dlora.lora.groups import active_groups, find_groups, renamed
 from dlora.lora.stacked import StackedModel, attach
@@ -87,11 +89,21 @@ class Prepared:
         """The initial values of what trains: all but a head that rests."""
         return {name: tensor for name, tensor in self.model.initial.items() if name not in self.model.frozen_head}
 
+    def keep_frame(self) -> None:
+        """Under placement core: write the frame into the run folder, and where ``lora.frame`` says if nothing is there."""
+        if self.model.frame:
+            given = self.config.lora.frame
+            for path in (Path(self.config.output_dir, FRAME_FILE), *([Path(given)] if given else [])):
+                if not path.exists():
+                    write_frame(path, self.model.frame)
 
-def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, own: str | None = None) -> Prepared:
+
+def prepare(
+    config: Config, phase: Callable[[str], object] = lambda text: None, own: str | None = None, resume: bool = False
+) -> Prepared:
     """Read the data, build the topology, load the model; ``own`` is the name of a real peer, which has only its own data.
 
-    Raises the UserError that names what is wrong.
+    ``resume``: what was computed once is read from the run folder. Raises the UserError that names what is wrong.
     """
     phase("reading data")
     tokenizer = load_tokenizer(config.model)
@@ -109,9 +121,9 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
     else:
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
-        model = attach(frozen, config.lora, config.task, config.seed)
+        model = attach(frozen, config.lora, config.task, config.seed, _kept_frame(config, resume))
     units = () if config.schedule.kind == "all" else _units(config, model, names, own)
-    manifest = {
+    manifest: dict[str, Any] = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "task": config.task,
@@ -120,7 +132,7 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
         "labels": data.label_names,
         "max_length": config.data.max_length,
         "lora": {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha, "targets": target_names(model.initial)},
-        "train_head": config.lora.train_head and any(not name.endswith((".lora_A", ".lora_B")) for name in model.initial),
+        "train_head": config.lora.train_head and any(is_head(name) for name in model.initial),
         "initial_factors": digest(model.initial),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
         "weights": config.peers.weights,
@@ -129,6 +141,9 @@ def prepare(config: Config, phase: Callable[[str], object] = lambda text: None, 
         "period": config.peers.period if config.peers.rule == "alternate" else None,
         "wire": config.peers.wire,
     }
+    if config.lora.placement == "core":
+        manifest["lora"]["placement"] = "core"
+        manifest["frame"] = digest(model.frame)
     if config.split is not None:
         manifest["split_wire"] = config.split.wire
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
@@ -149,6 +164,16 @@ def _units(config: Config, model: StackedModel, names: Sequence[str], own: str |
     prefix = f"{model.network.base_model_prefix}."
     groups = [renamed(group, prefix) for group in find_groups(body_maker(model.network))]
     return active_groups(groups, target_names(model.initial))
+
+
+def _kept_frame(config: Config, resume: bool) -> Frame | None:
+    """The frame of the run that goes on, else the one that was handed round; None: it is to be computed."""
+    kept = [Path(config.output_dir, FRAME_FILE)] if resume else []
+    handed = [Path(config.lora.frame)] if config.lora.frame else []
+    for path in handed:
+        if not path.parent.is_dir():
+            raise ConfigError(f"lora.frame: {path} can neither be read nor made, for {path.parent} is no folder; make it")
+    return next((read_frame(path) for path in (*kept, *handed) if path.exists()), None)
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:

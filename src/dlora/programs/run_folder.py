@@ -22,8 +22,8 @@ from dlora.config_file import parse_section
 from dlora.errors import ConfigError, RunError
 from dlora.runlog import sync_folder, write_atomically
 
-# What may change from start to start: where the run lies, and how long one peer waits for its neighbours.
-LOCAL_KEYS = {"output_dir", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
+# What may change from start to start: where the run and its frame lie, and how long one peer waits for its neighbours.
+LOCAL_KEYS = {"output_dir", "lora.frame", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
 
 
 @dataclass(frozen=True)

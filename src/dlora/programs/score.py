@@ -14,6 +14,7 @@ from dlora.data import encode_evaluation
 from dlora.errors import RunError
 from dlora.evaluate import Scores, evaluate
 from dlora.lora.adapter_io import load_adapter
+from dlora.lora.core import FRAME_FILE, read_frame
 from dlora.lora.stacked import attach
 from dlora.model import load_model, load_tokenizer
 from dlora.programs.run_folder import read_config
@@ -43,7 +44,8 @@ def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Liste
     section = config.data if data is None else config.data.model_copy(update={"eval": data, "eval_limit": None})
     tokenizer = load_tokenizer(config.model)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
-    model = attach(load_model(config, tokenizer, labels), config.lora, config.task, config.seed)
+    frame = read_frame(run / FRAME_FILE) if config.lora.placement == "core" else None
+    model = attach(load_model(config, tokenizer, labels), config.lora, config.task, config.seed, frame)
     folders = {"consensus": run / "consensus", **{folder.name: folder for folder in sorted((run / "peers").glob("*"))}}
 
     def score_one(name: str) -> Scores:

@@ -30,8 +30,9 @@ def simulate(
     """
     if not resume:
         RunFolder.check_new(config)
-    prepared = prepare(config, lambda text: [listen({"event": "phase", "text": text}) for listen in listeners])
+    prepared = prepare(config, lambda text: [listen({"event": "phase", "text": text}) for listen in listeners], resume=resume)
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
+    prepared.keep_frame()
     runs = ("dec-lora", *config.compare)
     stored = {run: folder.latest(run) for run in runs}
     group_size = next((c.state["environment"]["group_size"] for c in stored.values() if c), 0) or fitting_group_size(prepared)

@@ -1,0 +1,122 @@
+"""The frozen frame of a weight: its top singular directions, computed once, between which a small core trains.
+
+Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the frame is
+
+    lora_A = S V^T, the top R rows (R, I)        lora_B = U, the top R columns (O, R)
+
+both frozen and known to all; what trains is ``lora_M`` (R, R), and delta_weight = scaling x B M A. The singular values stand
+on the input's side as in LoRA-XS (arXiv 2405.17604, and its code: the SVD is that of W^T), so A = B^T W: the core reads the
+strongest directions of what the layer itself puts out. M starts at zero, the frozen model itself: its gradient there is
+B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
+
+``Frame`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An SVD is not the same to the last bit
+from machine to machine, and where singular values are close not the same at all: hence it is kept in a file and handed round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from dlora.errors import ConfigError, ModelError, RunError
+from dlora.lora.factors import Factors
+from dlora.runlog import write_atomically
+
+Frame = dict[str, Tensor]
+FRAME_FILE = "frame.safetensors"  # within a run folder
+_OF_THE_WEIGHT = 1e-3  # |A - B^T W| / |A|: above the rounding of any machine, far below what another checkpoint gives
+
+
+def compute_frame(layers: Mapping[str, nn.Module], r: int) -> Frame:
+    """The frame of rank ``r`` of every linear in ``layers``, by name; ConfigError where a weight has fewer directions."""
+    frame: Frame = {}
+    for name, layer in layers.items():
+        lora_A, lora_B = top_directions(_weight(name, layer, r), r)
+        frame |= {f"{name}.lora_A": lora_A.float().cpu(), f"{name}.lora_B": lora_B.float().cpu()}
+    return frame
+
+
+@torch.no_grad()
+def top_directions(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) of a weight, float64; of each direction the largest entry in B is positive.
+
+    From the eigenvectors of the smaller of W W^T and W^T W: in float64 their squared condition costs the top directions nothing
+    that float32 would show, at a fraction of a full SVD's time.
+    """
+    weight_OI = (weight_OI.cpu() if weight_OI.device.type == "mps" else weight_OI).double()  # mps has no float64
+    wide = weight_OI.shape[0] <= weight_OI.shape[1]
+    _, vectors = torch.linalg.eigh(weight_OI @ weight_OI.T if wide else weight_OI.T @ weight_OI)  # ascending
+    top = vectors[:, -r:].flip(1)
+    if wide:
+        lora_B = top
+    else:
+        lora_B = weight_OI @ top  # U S
+        lora_B = lora_B / lora_B.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)  # a direction of weight 0 stays 0
+    lora_B = lora_B * lora_B.gather(0, lora_B.abs().argmax(dim=0, keepdim=True)).sign()
+    return (lora_B.T @ weight_OI).contiguous(), lora_B.contiguous()
+
+
+def check_frame(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: int) -> None:
+    """Raise ModelError unless ``frame`` is one of rank ``r`` of exactly these linears."""
+    needed = {f"{name}.{half}" for name in layers for half in ("lora_A", "lora_B")}
+    if frame.keys() != needed:
+        odd = sorted(frame.keys() ^ needed)[0].rpartition(".")[0]
+        where = "in the frame but not adapted here" if f"{odd}.lora_A" in frame else "adapted here but not in the frame"
+        raise ModelError(f"lora.frame: {odd} is {where}; it was made for other lora.target_modules or another model")
+    for name, layer in layers.items():
+        weight_OI = _weight(name, layer, r)
+        lora_A, lora_B = (frame[f"{name}.{half}"].to(weight_OI.device) for half in ("lora_A", "lora_B"))
+        shapes, expected = (tuple(lora_A.shape), tuple(lora_B.shape)), ((r, weight_OI.shape[1]), (weight_OI.shape[0], r))
+        if shapes != expected:
+            raise ModelError(f"lora.frame: {name} has A and B of {shapes}, expected {expected}; it was made for another lora.r")
+        if not (lora_A - lora_B.T @ weight_OI).norm() <= _OF_THE_WEIGHT * lora_A.norm():  # not <=: numbers that are none fail
+            raise ModelError(f"lora.frame: {name} is not of this model's weight; it was made for another checkpoint")
+
+
+def pairs(factors: Mapping[str, Tensor], frame: Mapping[str, Tensor]) -> Factors:
+    """Cores as ordinary pairs of the same scaling, A and B' = B M; all else as it is. (P, ...) each."""
+    ordinary: Factors = {}
+    for name, tensor in factors.items():
+        if not name.endswith(".lora_M"):
+            ordinary[name] = tensor
+            continue
+        module = name.removesuffix(".lora_M")
+        lora_A, lora_B = (frame[f"{module}.{half}"].to(tensor) for half in ("lora_A", "lora_B"))
+        ordinary[f"{module}.lora_A"] = lora_A.expand(len(tensor), *lora_A.shape)
+        ordinary[f"{module}.lora_B"] = lora_B @ tensor
+    return ordinary
+
+
+def write_frame(path: Path, frame: Frame) -> None:
+    """Keep a frame. Raises RunError when it cannot be written."""
+    write_atomically(path, save(frame))
+
+
+def read_frame(path: Path) -> Frame:
+    """A frame that `write_frame` kept. Raises RunError when the file is none."""
+    try:
+        frame: Frame = load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunError(f"lora.frame: {path} cannot be read ({error}); copy it anew from where it was made") from error
+    if any(tensor.dtype != torch.float32 or tensor.dim() != 2 for tensor in frame.values()):
+        raise RunError(f"lora.frame: {path} is no frame; copy it anew from where it was made")
+    return frame
+
+
+@torch.no_grad()
+def _weight(name: str, layer: nn.Module, r: int) -> Tensor:
+    """The dense weight of a linear as (O, I) float32, dequantised where it is quantised."""
+    weight: Tensor = dequantize_module_weight(layer).detach().float()
+    weight_OI = weight if isinstance(layer, nn.Linear) else weight.T  # GPT-2 stores it the other way round
+    if min(weight_OI.shape) < r:
+        raise ConfigError(
+            f"lora.r {r}: {name} is {tuple(weight_OI.shape)} and has {min(weight_OI.shape)} singular directions; lower lora.r,"
+            " leave it out of lora.target_modules, or take placement: literal"
+        )
+    return weight_OI
