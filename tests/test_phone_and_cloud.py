@@ -42,7 +42,7 @@ def is_running(command: str) -> bool:
     return False
 
 
-@pytest.mark.slow  # 90 s on two quiet cores, most of it eight starts of Python with torch
+@pytest.mark.slow  # 6 minutes on two busy cores, most of it starts of Python with torch
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; scripts/setup brings them")
 def test_both_devices_end_where_training_without_a_cloud_ends(tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811

@@ -50,7 +50,7 @@ for name in phone tablet; do
 done
 finish
 
-say "one process for the cloud, one for each device (1 minute on two quiet cores); to look on: tail -f $folder/*/log.jsonl"
+say "one process for the cloud, one for each device (2 minutes on two busy cores); to look on: tail -f $folder/*/log.jsonl"
 dlora cloud "$here/cloud.yaml" --name hub --key "$folder/hub.key" --federation "$folder/federation.yaml" \
     --listen "127.0.0.1:$port" >"$folder/cloud.out" 2>&1 </dev/null &
 cloud=$!
@@ -63,7 +63,7 @@ finish
 kill -INT "$cloud" && wait "$cloud"
 cloud=''
 
-say "the same texts, seed and steps without any cloud (half a minute)"
+say "the same texts, seed and steps without any cloud"
 for name in phone tablet; do
     dlora simulate "$here/$name.yaml" --set split=null --set "peers.members=[$name]" "$@" \
         --set "output_dir=$folder/without-cloud/$name" >"$folder/$name.out" 2>&1 </dev/null &

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
 from dlora.runlog import Event
 
@@ -16,6 +16,7 @@ class CloudMetrics:
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each of ours, of no use here
         self.registry = registry = CollectorRegistry()
         device = ["device"]
         self._linked = Gauge("dlora_devices_linked", "Devices that are linked now", registry=registry)

@@ -45,13 +45,20 @@ class MeanPooledClassifier(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, **ignored: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        **ignored: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, classes). PEFT hands on its own keywords, which are ignored."""
+        """Logits (batch, classes), with ``labels`` the mean loss too. PEFT hands on its own keywords, which are ignored."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden_BLH = self.body(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         real_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLH.dtype)
-        return SequenceClassifierOutput(logits=self.classifier((hidden_BLH * real_BL1).sum(1) / real_BL1.sum(1)))
+        logits = self.classifier((hidden_BLH * real_BL1).sum(1) / real_BL1.sum(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 @dataclass(frozen=True)

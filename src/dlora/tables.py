@@ -79,7 +79,8 @@ def _with_cloud(costs: dict[str, Any]) -> list[str]:
         f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
         f"in all {bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
         f" {bytes_text(costs['adapter_bytes'])}, boundary {bytes_text(costs['boundary_bytes'])}, scoring"
-        f" {bytes_text(costs['scoring_bytes'])}; {lines} for the slower way",
+        f" {bytes_text(costs['scoring_bytes'])}",
+        f"the slower way takes {lines}",
     ]
 
 
