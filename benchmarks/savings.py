@@ -28,7 +28,7 @@ ARMS = {
     "all": [],
     "kr, hand-off": KR,
     "kr, drop": [*KR, "schedule.on_kill=drop"],
-    "random": ["schedule.kind=random", "schedule.period=100", RATE],
+    "random": ["schedule.kind=random", "schedule.period=50", RATE],
     "static": ["schedule.kind=static", "schedule.units=[layer.1.attention.self.query, layer.3.attention.self.query,"
                " layer.5.attention.self.query]", RATE],
     "probe": ["schedule.kind=probe", "schedule.warmup_steps=8", RATE],
