@@ -143,12 +143,12 @@ def active_events(config: Config) -> list[dict[str, Any]]:
     return [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "active"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_everything_active_is_no_schedule_bit_for_bit(make_config: MakeConfig, tmp_path: Path, optimizer: str) -> None:
     """Law 7, through all of the schedule's machinery and not round it."""
     plain = make_config(**{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "train.optimizer": optimizer})
     dlora.simulate(plain)
-    for kind in ("all", "kr", "probe"):
+    for kind in ("all", "kr"):
         whole = scheduled(
             make_config,
             kind,
@@ -235,8 +235,7 @@ def one_layer_each(num_units: int, num_participants: int) -> tuple[dict[str, tor
     return factors, [Group((f"u{unit}",), 3, (2,)) for unit in range(num_units)]
 
 
-@pytest.mark.parametrize("kind", ["kr", "random"])
-@pytest.mark.parametrize("on_kill", ["hand-off", "drop"])
+@pytest.mark.parametrize(("kind", "on_kill"), [("kr", "drop"), pytest.param("random", "hand-off", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
     make_config: MakeConfig, tmp_path: Path, kind: str, on_kill: str
 ) -> None:
@@ -288,3 +287,18 @@ def test_a_unit_that_is_not_there_is_named(make_config: MakeConfig) -> None:
     config = scheduled(make_config, "static", **{"schedule.units": ["layer.9.output.dense"]})
     with pytest.raises(ConfigError, match=r"schedule.units: layer.9.output.dense is no adapted module; they are bert.*query"):
         dlora.simulate(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "together"),
+    [
+        ("llama", "causal-lm", {"gate_proj", "up_proj"}),
+        ("gpt2", "causal-lm", {"c_attn"}),
+    ],
+)
+def test_units_are_found_in_every_family(make_config: MakeConfig, family: str, task: str, together: set[str]) -> None:
+    """Every adapted module is in one unit, beside those that read the same input."""
+    prepared = prepare(scheduled(make_config, family=family, task=task))
+    modules = [module for unit in prepared.units for module in unit.modules]
+    assert sorted(modules) == sorted({name.rpartition(".")[0] for name in prepared.model.initial if ".lora_" in name})
+    assert [{module.rpartition(".")[2] for module in unit.modules} for unit in prepared.units].count(together) == 2
