@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ transformers.utils.logging.disable_progress_bar()
 # A slow machine is no failure, and a failure repeats.
 settings.register_profile("dlora", deadline=None, derandomize=True)
 settings.load_profile("dlora")
+
+
+@pytest.fixture(autouse=True)
+def no_session_outlives_its_test() -> Iterator[None]:
+    """Of those over queues; a thread that waits inside a backward must not meet the end of the process."""
+    yield
+    if (halves := sys.modules.get("halves")) is not None:
+        halves.close_sessions()
 
 
 @pytest.fixture(scope="session")

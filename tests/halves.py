@@ -26,6 +26,17 @@ LIMITS = Limits(max_tokens=4096, max_parts=64, idle_s=20.0)
 PATIENCE_S = 30.0  # for a frame that must come
 
 
+SESSIONS: list[Session] = []  # of the test under way
+
+
+def close_sessions() -> None:
+    """End what a test left: its threads must be gone before the process goes."""
+    while SESSIONS:
+        session = SESSIONS.pop()
+        session.close()
+        session._threads.shutdown(wait=True)
+
+
 class QueueChannel:
     """The device's end of a link to a session; ``seen`` hears (up, frame) and may raise ChannelDown."""
 
@@ -33,6 +44,7 @@ class QueueChannel:
         self.down: queue.Queue[SplitFrame] = queue.Queue()
         self.seen, self.cut = seen, False
         self.session = Session(device, cloud.body, cloud.limits, cloud.budget, self._down, cloud.tell)
+        SESSIONS.append(self.session)
 
     def _down(self, frame: SplitFrame) -> None:
         if self.cut:

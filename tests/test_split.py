@@ -148,11 +148,13 @@ def test_split_is_plain_peft(model_folder: Folder, family: str, task: str) -> No
     oracle, initial = test_laws.peft_oracle(own)
     oracle.train()
     optimizer = torch.optim.AdamW([p for p in oracle.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.01)
+    schedule = transformers.get_scheduler("linear", optimizer, num_warmup_steps=5, num_training_steps=len(steps))
     for step, [own_batch] in enumerate(steps):
         loss = oracle(input_ids=own_batch.input_ids, attention_mask=own_batch.attention_mask, labels=own_batch.labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in oracle.parameters() if p.requires_grad], 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         assert abs(losses[step].item() - loss.item()) < LOSS_BOUND
     final = peft.get_peft_model_state_dict(oracle)
