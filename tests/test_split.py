@@ -37,7 +37,7 @@ from dlora.lora.groups import active_groups, find_groups
 from dlora.lora.stacked import StackedModel
 from dlora.model import load_tokenizer
 from dlora.split.body import Body, load_body
-from dlora.split.remote import Half, load_half
+from dlora.split.remote import Half, as_ordinary, load_half
 from dlora.split_frames import Begin, SplitFrame, Values
 from dlora.train import Group, forward, learning_rate, local_steps, num_targets, summed_loss
 
@@ -533,3 +533,24 @@ def test_a_quantised_body_is_the_quantised_model(model_folder: Folder) -> None:
     steps = some_steps(5, "causal-lm")
     ours, reference = (train(model, factors(model), steps, "sgd") for model in (half.model, whole))
     assert_same_training(ours, reference, "sgd")
+
+
+def test_a_body_that_looks_at_padding_is_refused() -> None:
+    """ConvBERT's convolutions mix what stands at padding into the tokens beside it, and the halves pad differently."""
+    tiny_conv = transformers.ConvBertConfig(
+        vocab_size=20, hidden_size=32, embedding_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="see what stands at padding"):
+        Body(transformers.AutoModel.from_config(tiny_conv))
+
+
+def test_targets_at_padding_are_refused(model_folder: Folder) -> None:
+    """transformers would count them in the loss; their hidden states never come down."""
+    own = config(model_folder("llama", "causal-lm"), "causal-lm")
+    half = device_half(own)
+    model = as_ordinary(half)
+    assert not model.training  # as from_pretrained gives it
+    rows = batch("causal-lm")
+    with pytest.raises(ConfigError, match="set them to -100"):
+        model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, labels=rows.input_ids)

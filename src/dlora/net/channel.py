@@ -47,14 +47,18 @@ class Channel:
         self._outgoing: deque[bytes] = deque()
         self._down = False
         self._to_write, self._to_read = asyncio.Event(), asyncio.Event()  # there may be something; there may be room
+        self._given_up = asyncio.Event()  # the other end takes nothing any more
 
     @property
     def is_down(self) -> bool:
         """Whether nothing can be sent any more; what has arrived can still be received."""
         return self._down
 
-    def send(self, frame: SplitFrame) -> None:
-        """Hand a frame to the link; waits while the other end is slow. Raises ChannelDown, and FrameError for a bad frame."""
+    def send(self, frame: SplitFrame, timeout_s: float | None = None) -> None:
+        """Hand a frame to the link; waits while the other end is slow, and ends the link when that takes ``timeout_s``.
+
+        Raises ChannelDown, and FrameError for a bad frame.
+        """
         data = encode_split(frame, self.wire)
         if len(data) > self._max_frame_bytes:
             raise FrameError(
@@ -62,8 +66,10 @@ class Channel:
                 "so fewer tokens must go at once: a smaller batch, or more parts"
             )
         with self._changed:
-            while len(self._outgoing) >= WINDOW_FRAMES and not self._down:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: len(self._outgoing) < WINDOW_FRAMES or self._down, timeout_s):
+                self._down = True
+                self._changed.notify_all()
+                self._wake(self._given_up)
             if self._down:
                 raise ChannelDown("the link has ended")
             self._outgoing.append(data)
@@ -94,9 +100,11 @@ class Channel:
         Raises FrameError for what is no frame, and what ``hear`` raises, each after ending the link.
         """
         reading, writing = asyncio.create_task(self._read(hear)), asyncio.create_task(self._write())
+        giving_up = asyncio.create_task(self._given_up.wait())
         try:
-            await asyncio.wait({reading, writing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading, writing, giving_up}, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            giving_up.cancel()
             self.close()
             await asyncio.wait({writing}, timeout=FLUSH_S)
             for task in (reading, writing):
@@ -203,14 +211,14 @@ class Dialler:
             self._given.close()
         with self._changed:
             while True:
+                if give_up():
+                    raise ChannelDown("given up before there was a link to the cloud")
                 if self._latest is not None and not self._latest.is_down:
                     self._given, self._latest = self._latest, None
                     return self._given
                 if self._serving.done():
                     self._serving.result()
                     raise ChannelDown("the network has ended")
-                if give_up():
-                    raise ChannelDown("given up before there was a link to the cloud")
                 self._changed.wait(LOOK_S)
 
     def close(self) -> None:

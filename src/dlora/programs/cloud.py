@@ -152,7 +152,7 @@ class _Guests:
         channel = Channel(link, self.max_frame_bytes)
 
         def send(frame: SplitFrame) -> None:
-            channel.send(frame)
+            channel.send(frame, self.limits.idle_s)  # a device that takes nothing must not keep its parts here
             if isinstance(frame, Refused):
                 channel.close()
 

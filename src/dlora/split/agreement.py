@@ -68,7 +68,7 @@ def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group]) -> Agree
     try:
         active = active_groups(groups, targets)
     except ModelError as error:
-        return str(error)
+        return ascii(str(error)[:300])[1:-1]
     if proposed != [_listed(group) for group in active]:
         return "groups: the halves order the model's modules differently; install the same transformers on both"
     return Agreement(active, wire, None if dropout is None else float(dropout))
@@ -79,5 +79,6 @@ def _listed(group: Group) -> list[Any]:
 
 
 def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    """On one line and printable, whatever the device wrote: an operator's terminal shows it."""
+    text = ascii(value)[1:-1] if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

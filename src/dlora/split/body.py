@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dlora.config import CloudConfig
+from dlora.errors import ModelError
 from dlora.lora.groups import find_groups
 from dlora.model import LINEAR, body_maker, load_body_network, max_tokens
 from dlora.seeds import derive_seed
@@ -22,6 +23,7 @@ from dlora.split.agreement import body_facts
 from dlora.split.conversation import CloudPart, bits
 
 PROBE_TOKENS = 64
+PADDING_SEEN = 0.05  # relative; rounding in bfloat16 and of int8 weights stays below
 
 
 class Body:
@@ -45,6 +47,7 @@ class Body:
         self.max_tokens = max_tokens(network) or 1 << 20  # of one text
         self.num_positions, self.num_token_types = self._table_sizes()
         self.bytes_a_token = self._bytes_a_token()
+        self._refuse_if_padding_matters()
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +112,26 @@ class Body:
             elif isinstance(layer, nn.Embedding) and "token_type" in last:
                 types = layer.num_embeddings
         return positions, types
+
+    @torch.no_grad()
+    def _refuse_if_padding_matters(self) -> None:
+        """Raise ModelError for a body whose real tokens see what stands at padding: the two halves pad differently."""
+        generator = torch.Generator().manual_seed(0)
+        width, weight = self.network.get_input_embeddings().embedding_dim, next(self.network.parameters())
+        dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+        real, noise, hidden = (
+            0.02 * torch.randn(1, 4, width, generator=generator),
+            torch.randn(1, 3, width, generator=generator),
+            [],
+        )
+        for padding in (0, 3):
+            embedded = torch.cat([real, noise[:, :padding]], dim=1)
+            mask = (torch.arange(4 + padding) < 4).long()[None].to(self.device)
+            arguments = {"inputs_embeds": embedded.to(self.device, dtype), "attention_mask": mask, "use_cache": False}
+            output = self.network(**{key: value for key, value in arguments.items() if key in self._keys})
+            hidden.append(output.last_hidden_state[:, :4].float())
+        if (hidden[1] - hidden[0]).norm() > PADDING_SEEN * hidden[0].norm():
+            raise ModelError(f"{type(self.network).__name__} cannot be split: its real tokens see what stands at padding")
 
     def _bytes_a_token(self) -> int:
         """What a forward keeps for its backward, a token: measured on one text, every linear adapted."""

@@ -28,6 +28,7 @@ from dlora.split_frames import Begin, ChannelDown, Drop, Failed, Open, Opened, R
 
 _T = TypeVar("_T")
 MAX_TRIES = 8  # of a call for which the cloud has no memory, or which it frees before the device has answered
+CALLS_TO_RECOVER = 100  # after so many without a shortage the cloud is asked for more again
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 8.0  # before the cloud is asked again
 
 
@@ -77,6 +78,7 @@ class Calls:
         self._limits = Opened(1, 1)
         self._numbers = 0
         self._halvings = 0  # of the batch, because the cloud's memory was too small
+        self._calls_since = 0  # that went well since it was
         self._open: dict[int, Call] = {}  # what the cloud holds
         self._busy = threading.Lock()  # one call is under way at a time
         self._thrown: deque[int] = deque()  # calls whose backward will never come; the cloud is to be told
@@ -121,7 +123,13 @@ class Calls:
 
     def _backward(self, link: _Link, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
         if sent.call is None or sent.call.number not in self._open:
-            sent.ranges, together = self._cut(sent.request, sent.ranges)
+            before = sent.ranges
+            sent.ranges, together = self._cut(sent.request, before)
+            if sent.request.seed is not None and sent.ranges != before:
+                raise CloudError(  # the masks follow the parts: the loss would be of one model, its gradient of another
+                    "the cloud's memory ran short in the middle of a step with dropout; go on with --resume, or lower"
+                    " train.per_device_train_batch_size"
+                )
             self._make_room(sent.request, sent.ranges, together)
             if not together:
                 return self._one_by_one(link, sent, gradient)
@@ -197,13 +205,21 @@ class Calls:
         while True:
             link = self._linked()
             try:
-                return attempt(link)
+                result = attempt(link)
+                self._went_well()
+                return result
             except ChannelDown:
                 self._lost()
                 self.repeated += 1
             except PartFailed as failed:
                 self.repeated += 1
                 tries = self._shrink(failed, request, tries)
+
+    def _went_well(self) -> None:
+        """What was short once may be there again."""
+        self._calls_since += 1
+        if self._halvings and self._calls_since >= CALLS_TO_RECOVER:
+            self._halvings, self._calls_since = self._halvings - 1, 0
 
     # The link
 
@@ -276,6 +292,7 @@ class Calls:
                 raise CloudError(f"the cloud does not wait for this device ({failed}): raise limits.idle_s there")
             return tries + 1
         self._forget_all()
+        self._calls_since = 0
         smallest = self.pipeline * 2**self._halvings >= len(request.mask)
         if smallest and tries >= MAX_TRIES:
             raise CloudError(

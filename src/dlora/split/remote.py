@@ -98,6 +98,8 @@ class _RemoteBody:
             raise ConfigError("attention_mask leaves a row without any token; remove that row")
         if self.reads in ("first", "pooled") and not mask[:, 0].all():
             raise ConfigError("attention_mask: this head reads the first token, which is padding; pad on the right")
+        if token_type_ids is not None and not 0 <= int(token_type_ids.min()) <= int(token_type_ids.max()) < 256:
+            raise ConfigError(f"token_type_ids go to {int(token_type_ids.max())}; a split takes 0 to 255")
         positions = None if position_ids is None else position_ids.cpu().expand(shape)
         if positions is None and input_ids is not None:
             positions = self.positions(input_ids.cpu(), mask)
@@ -313,6 +315,9 @@ def _as_remote(network: Any, remote: _RemoteBody, model: StackedModel) -> None:
         def forward(self, *args: Any, loss_positions: Tensor | None = None, **kwargs: Any) -> Any:
             labels = kwargs.get("labels")
             if loss_positions is None and model.loss_positions and labels is not None:
+                mask = kwargs.get("attention_mask")
+                if mask is not None and ((mask == 0) & (labels != -100)).any():
+                    raise ConfigError("labels hold targets where attention_mask says padding; set them to -100 there")
                 loss_positions = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
             remote.loss_positions = loss_positions
             try:
@@ -347,4 +352,4 @@ def as_ordinary(half: Half) -> Any:
             setattr(network.get_submodule(parent), child, layer)
         value = initial.to(model.device, copy=True)
         setattr(layer, attribute, nn.Parameter(value, requires_grad=name not in model.frozen_head))
-    return network
+    return network.eval()  # as from_pretrained gives it

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dlora.split.agreement import Agreement, agree
 from dlora.split.body import Body
-from dlora.split.conversation import CloudPart, Misbehaviour, through_the_cloud
+from dlora.split.conversation import CloudPart, Misbehaviour, bits, through_the_cloud
 from dlora.split_frames import (
     Begin,
     ChannelDown,
@@ -196,6 +196,8 @@ class Session:
         if begin.embedded.shape[1] != width:
             raise Misbehaviour(f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}")
         tokens = len(begin.embedded)
+        if not bits(begin.mask, begin.rows * begin.columns).reshape(begin.rows, begin.columns).any(axis=1).all():
+            raise Misbehaviour("a row without any token")  # it would cost memory that no limit counts
         with self._lock:
             if self._closed:
                 return None
@@ -286,7 +288,7 @@ class Session:
 
 def _explained(error: Exception) -> tuple[Why, str]:
     """What a device can do about it."""
-    text = (str(error).splitlines() or [""])[0]
+    text = ascii((str(error).splitlines() or [""])[0][:300])[1:-1]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         return "memory", "the cloud ran out of memory"
     return "broken", f"{type(error).__name__}: {text}"
