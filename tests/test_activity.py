@@ -110,7 +110,7 @@ def test_where_there_was_a_wire_the_page_does_not_deny_it(tmp_path: Path) -> Non
     assert "(by the cost model)" in page.text("figcaption") and "no wire" not in page.text()
 
 
-def test_without_a_schedule_the_page_says_nothing_of_it(tmp_path: Path) -> None:
+def test_where_all_train_the_page_says_nothing_of_it(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, runs=("dec-lora",), names=["solo"])))
     words = page.text("h2", "p", "li", "b", "figcaption", "text")
     assert "unit" not in words and "schedule" not in words
