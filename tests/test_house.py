@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tables",
     ),
     ("decentralized/finite_time", "lora/factors", "lora/kill_revive", "runlog"),
-    ("rows", "seeds"),
+    ("rows", "seeds", "activity"),
     ("config",),
     ("config_file",),
     ("errors", "frames", "split_frames"),

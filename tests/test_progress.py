@@ -115,3 +115,18 @@ def test_nothing_where_there_is_no_terminal() -> None:
         for event in STORY + END:
             progress(event)
     assert file.getvalue() == ""
+
+
+def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:
+    active: Event = {"event": "active", "run": "dec-lora", "peer": "solo", "step": 0, "units": [0], "adapter_fraction": 1.0}
+    told: Event = {"event": "units", "run": "dec-lora", "units": [{"modules": ["a"], "cost": cost} for cost in (10, 30)]}
+    with Progress(terminal()) as progress:
+        for event in (STORY[1], STORY[2] | {"local_steps": [5]}, told, active):
+            progress(event)
+        assert "units" not in drawn(progress)  # no step yet, nothing spent
+        progress(STORY[3] | {"done": 3})
+        assert "1 of 2 units, 25 % of the adapter's traffic" in drawn(progress)
+        progress(active | {"step": 4, "units": [0, 1], "adapter_fraction": 0.25})
+        progress(STORY[3] | {"done": 6})  # 4 steps of a quarter, 2 of all
+        progress(STORY[4])
+        assert "loss 0.693, 2 of 2 units, 50 % of the adapter's traffic, 1.4 MB" in drawn(progress)

@@ -130,6 +130,42 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label
         return _svg(figure, label)
 
 
+def heat_map(rows: Sequence[tuple[str, Sequence[float]]], edges: Sequence[float], x_label: str, *, label: str) -> str:
+    """A row for each (name, values from 0 to 1): between two ``edges`` the more colour the larger the value."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+    from matplotlib.ticker import MaxNLocator
+
+    height = max(4.0, min(13.0, 420 / len(rows)))
+    apart = math.ceil(11 / height)  # rows from one name to the next, so that names do not touch
+    shades: dict[float, list[tuple[float, float]]] = {}  # share -> corners of all its cells: one path, however many
+    for number, (_, values) in enumerate(rows):
+        begins = 0
+        eighths = [math.ceil(8 * value) / 8 for value in values]
+        for column, shade in enumerate(eighths):
+            if column + 1 == len(eighths) or eighths[column + 1] != shade:
+                left, right, top, bottom = edges[begins], edges[column + 1], number - 0.4, number + 0.4
+                corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+                shades.setdefault(shade, []).extend(corners)
+                begins = column + 1
+    with _figure(_WIDTH, 46 + height * len(rows)) as figure:
+        axes = figure.add_subplot()
+        axes.barh(range(len(rows)), edges[-1] - edges[0], left=edges[0], height=0.8, color=_FAINT)
+        for shade, corners in sorted(shades.items()):
+            if shade:
+                codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * (len(corners) // 5)
+                axes.add_patch(PathPatch(Path(corners, codes), facecolor=_colour(0), edgecolor="none", alpha=shade))
+        axes.set_yticks(range(0, len(rows), apart), [_short(name, 26) for name, _ in rows[::apart]], fontsize=9.5)
+        axes.tick_params(axis="y", length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel(x_label)
+        return _svg(figure, label)
+
+
 def graph(
     edges_by_round: Sequence[Sequence[tuple[int, int]]], names: Sequence[str], *, label: str, standalone: bool = False
 ) -> str:

@@ -7,7 +7,8 @@ from types import TracebackType
 from rich import progress as bars
 from rich.console import Console
 
-from dlora.runlog import TITLES, Event, bytes_text, score_text
+from dlora.activity import Activity
+from dlora.runlog import NBSP, TITLES, Event, bytes_text, score_text
 
 
 class Progress:
@@ -29,8 +30,10 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._runs: dict[str, bars.TaskID] = {}
-        self._notes: dict[str, dict[str, str]] = {}  # run -> loss, score, bytes: what stands behind its bar
+        self._notes: dict[str, dict[str, str]] = {}  # run -> loss, score, units, bytes: what stands behind its bar
         self._rounds: dict[str, int] = {}
+        self._activities: dict[str, Activity] = {}  # of runs with a schedule
+        self._local_steps: dict[str, list[int]] = {}
         self._neighbours: dict[str, str] = {}  # of a real peer: here, away or refused
         self._metric = "loss"
         self._passing: bars.TaskID | None = None  # the phase or the scoring that shows now and then goes
@@ -46,7 +49,7 @@ class Progress:
                 self._pass(f"  scoring {event['what']}", event["done"], event["total"])
             case "run":
                 self._forget()
-                self._rounds[event["run"]] = event["rounds"]
+                self._rounds[event["run"]], self._local_steps[event["run"]] = event["rounds"], event["local_steps"]
                 self._bar(event["run"])
                 self._show_rounds(event["run"], 0)
             case "resumed":
@@ -54,6 +57,9 @@ class Progress:
             case "step":
                 self._forget()
                 self._bars.update(self._bar(event["run"]), completed=event["done"], total=event["total"])
+                self._show_active(event["run"], event["done"])
+            case "units" | "active":
+                self._activities.setdefault(event["run"], Activity()).hear(event)
             case "round":
                 self._show_rounds(event["run"], event["round"] + 1)
                 sent = {"sent": bytes_text(event["bytes_on_wire"])} if event["bytes_on_wire"] else {}
@@ -95,10 +101,19 @@ class Progress:
         total = f"/{self._rounds[run]}" if run in self._rounds else ""
         self._bars.update(self._bar(run), done=f"{rounds_done}{total} rounds")
 
+    def _show_active(self, run: str, done: int) -> None:
+        """Of a scheduled run's first participant; ``done``: local steps of all participants, which go at one pace."""
+        activity = self._activities.get(run)
+        if activity is not None and activity.first is not None and run in self._local_steps:
+            steps = done * self._local_steps[run][0] // sum(self._local_steps[run])
+            active, fraction = activity.changes[activity.first][-1][1], activity.fraction(activity.first, steps)
+            traffic = f"{100 * fraction:.0f}{NBSP}% of the adapter's traffic"
+            self._note(run, active=f"{len(active)} of {len(activity.costs)} units, {traffic}")
+
     def _note(self, run: str, **news: str) -> None:
         notes = self._notes.setdefault(run, {})
         notes.update(news)
-        kinds = ("loss", "score", "sent", "cloud", "neighbours")
+        kinds = ("loss", "score", "active", "sent", "cloud", "neighbours")
         self._bars.update(self._bar(run), note=", ".join(notes[kind] for kind in kinds if kind in notes))
 
     def _pass(self, text: str, done: int, total: int | None) -> None:

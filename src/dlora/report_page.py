@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dlora.runlog import NBSP, Event, RunRecord, bytes_text, score_text, seconds_text
+from dlora.runlog import NBSP, Event, RunRecord, bytes_text, percent_text, score_text, seconds_text
 
 _MEANINGS = {
     "dec-lora": "each peer trains on its own data and averages its adapter with its neighbours' after every round.",
@@ -109,7 +109,32 @@ class Page:
                 better = "" if self.higher_is_better else "; lower is better"
                 cards.append((f"{sign}{abs(change):.{digits}f}{unit}", words + better))
         moved = [(self.main.last(wire.of), wire.card) for wire in self.traffic]
-        return cards + [(bytes_text(count), words) for count, words in moved if count is not None]
+        cards += [(bytes_text(count), words) for count, words in moved if count is not None]
+        if (fraction := self.adapter_fraction) is not None:
+            cards.append((percent_text(1 - fraction), f"of the adapter's traffic saved by the schedule ({self.reckoned})"))
+        return cards
+
+    @property
+    def steps_done(self) -> int:
+        """Local steps of the first participant in the main run: in whole rounds, or up to the last change of who is active."""
+        whole = self.main.rounds_done * self.main.local_steps[0] if self.main.local_steps else 0
+        return max(whole, self.main.activity.last_change)
+
+    @property
+    def adapter_fraction(self) -> float | None:
+        """The adapter's traffic so far, of that with all units active, mean over the participants; None without a schedule.
+
+        Of an unfinished run the first participant's.
+        """
+        activity = self.main.activity
+        if activity.first is None or not self.steps_done:
+            return None
+        return float(self.main.summary.get("adapter_fraction", activity.fraction(activity.first, self.steps_done)))
+
+    @property
+    def reckoned(self) -> str:
+        """Where the figure of the adapter's traffic comes from."""
+        return "by the cost model" + ("" if self.split else ": no wire was used")
 
     @property
     def traffic(self) -> list[Traffic]:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from dlora.drawing import MOST_NAMES, Line, Series, curves, graph, stacked_bars
+from dlora.activity import unit_labels
+from dlora.drawing import MOST_NAMES, Line, Series, curves, graph, heat_map, stacked_bars
 from dlora.report_page import MOST_LABELS, Page, look
-from dlora.runlog import BYTE_UNITS, Event, RunRecord, unit_of
+from dlora.runlog import BYTE_UNITS, Event, RunRecord, percent_text, unit_of
 
 _MOST_BARS = 40
 
@@ -106,6 +107,30 @@ class Pictures:
                 caption = "Training loss, mean over each round's local steps; lower is better."
             pictures.append((curves(losses, "round", "training loss", label=caption), caption))
         return pictures
+
+    @cached_property
+    def activity(self) -> list[tuple[str, str]]:
+        """(SVG, caption): who was active when; nothing for a run without a schedule."""
+        page, activity = self.page, self.page.main.activity
+        fraction, peer, steps = page.adapter_fraction, activity.first, page.steps_done
+        if fraction is None or peer is None:
+            return []
+        edges = activity.columns(peer, steps)
+        shares = activity.shares(peer, edges)
+        widths = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        trained = [round(sum(share * width for share, width in zip(row, widths, strict=True))) for row in shares]
+        several = f" of {peer}, the first of {len(page.names)} participants" if len(page.names) > 1 else ""
+        coarse = any(0 < share < 1 for row in shares for share in row)
+        caption = (
+            f"Which units trained when{several}. A row is a unit: modules that share one input, behind the number of their "
+            "block, the lowest first. A column is a local step"
+            + ("; the more colour, the more of the steps around it the unit was active." if coarse else "; coloured: active.")
+            + f" Of {steps:,} steps the unit that trained least was active in {min(trained):,}, the one that trained most in "
+            f"{max(trained):,}. The adapter's traffic would be {percent_text(fraction)} of that with all units active "
+            f"({page.reckoned})."
+        )
+        rows = [*zip(unit_labels(activity.modules), shares, strict=True)]
+        return [(heat_map(rows, edges, "local step", label=caption), caption)]
 
     def _scores(self, over: str, x_label: str, factor: float, label: str) -> str:
         percent = 100 if self.page.key == "accuracy" else 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dlora.activity import Activity
 from dlora.errors import RunError
 
 Event = dict[str, Any]
@@ -131,10 +132,12 @@ class RunRecord:
     name: str
     rounds: int = 0
     rounds_done: int = 0
+    local_steps: list[int] = field(default_factory=list)  # of each participant in a round
     done: bool = False
     scores: dict[int, Event] = field(default_factory=dict)  # rounds_done -> the last scores event
     by_round: dict[int, Event] = field(default_factory=dict)  # round -> its event
     latest: Event = field(default_factory=dict)  # each field of these events as it was last said
+    activity: Activity = field(default_factory=Activity)
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -165,7 +168,7 @@ def run_records(events: Iterable[Event], start: Event, summary: Mapping[str, Any
         if event["event"] in ("round", "scores"):
             run.latest |= said
         if event["event"] == "run":
-            run.rounds = event["rounds"]
+            run.rounds, run.local_steps = event["rounds"], event["local_steps"]
         elif event["event"] == "round":
             run.by_round[event["round"]] = event
             run.rounds_done = event["round"] + 1
@@ -174,6 +177,8 @@ def run_records(events: Iterable[Event], start: Event, summary: Mapping[str, Any
             run.scores[event["rounds_done"]] = run.scores.get(event["rounds_done"], {}) | said
         elif event["event"] == "run-done":
             run.done = True
+        else:
+            run.activity.hear(event)
     return list(runs.values())
 
 
@@ -182,8 +187,13 @@ def score_text(value: float | None, key: str) -> str:
     if value is None:
         return "–"
     if key in ("accuracy", "f1"):
-        return f"{100 * value:.1f}{NBSP}%"
+        return percent_text(value)
     return f"{value:.3f}" if key == "loss" else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def percent_text(fraction: float) -> str:
+    """A fraction in per cent: 12.4 %."""
+    return f"{100 * fraction:.1f}{NBSP}%"
 
 
 def bytes_text(count: float | None) -> str:

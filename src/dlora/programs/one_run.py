@@ -77,8 +77,7 @@ class Run:
         self.log.emit(
             "run", run=self.name, rounds=config.train.rounds, local_steps=self.local_steps, participants=len(self.local_steps)
         )
-        if stored is None:
-            self._log_units()
+        self._tell_units(anew=stored is None)
         if stored is not None:
             self.log.emit("resumed", run=self.name, rounds_done=self.rounds_done)
         else:
@@ -145,18 +144,21 @@ class Run:
             return None
         return schedule_units(section, prepared.units, prepared.config.seed, prepared.names, self._log_active)
 
-    def _log_units(self) -> None:
-        """What the numbers in the events to come mean, and who starts."""
+    def _tell_units(self, anew: bool) -> None:
+        """What the numbers in the events to come mean, and who starts; a run that goes on has it in its log already."""
+        tell = self.log.emit if anew else self.log.tick
         if self.scheduled is not None:
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
-            self.log.emit("units", run=self.name, units=units)
+            tell("units", run=self.name, units=units)
             for participant, schedule in enumerate(self.scheduled.schedules):
-                self._log_active(participant, schedule)
+                tell("active", **self._who_is_active(participant, schedule))
 
     def _log_active(self, participant: int, schedule: Schedule) -> None:
-        """A new active set, from local step ``step`` on; each unit's utility as last known; traffic so far, of all active."""
-        self.log.emit(
-            "active",
+        self.log.emit("active", **self._who_is_active(participant, schedule))
+
+    def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
+        """An active set, from local step ``step`` on; each unit's utility as last known; traffic so far, of all active."""
+        return dict(
             run=self.name,
             peer=self.prepared.names[participant],
             step=schedule.steps_done,
