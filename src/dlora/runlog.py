@@ -168,7 +168,7 @@ def run_records(events: Iterable[Event], start: Event, summary: Mapping[str, Any
         if event["event"] in ("round", "scores"):
             run.latest |= said
         if event["event"] == "run":
-            run.rounds, run.local_steps = event["rounds"], event["local_steps"]
+            run.rounds, run.local_steps = event["rounds"], event.get("local_steps", run.local_steps)
         elif event["event"] == "round":
             run.by_round[event["round"]] = event
             run.rounds_done = event["round"] + 1
