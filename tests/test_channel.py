@@ -212,6 +212,22 @@ def test_the_end_of_the_link_wakes_whoever_waits(net: InMemory | Loopback) -> No
             assert isinstance(waiting.exception(LIMIT_S), ChannelDown)
 
 
+def test_a_device_that_takes_nothing_loses_its_link(net: InMemory | Loopback) -> None:
+    """Else its parts would stay in the cloud for ever: the link itself is alive, only nobody reads."""
+    big = Values("input", 1, 0, 0, torch.ones(1024, 1024))
+    with dialling(net) as dialler:
+        channel, back = dialler.dial(), net.cloud.channel()
+        with pytest.raises(ChannelDown):
+            for _ in range(100):
+                back.send(big, 0.3)
+        assert back.is_down
+        with pytest.raises(ChannelDown):  # the device hears of it once it has read what was under way
+            for _ in range(100):
+                channel.receive(LIMIT_S)
+        dialler.dial().send(Drop(7))  # and may come again
+        assert net.cloud.heard.get(timeout=LIMIT_S)[1] == Drop(7)
+
+
 def test_a_cloud_that_comes_back_is_dialled_again(net: InMemory | Loopback) -> None:
     with dialling(net) as dialler:
         channel = dialler.dial()

@@ -68,8 +68,17 @@ def decode_frame(data: bytes) -> Frame:
     """The frame these bytes are. Raises FrameError for anything else; holds at most a few times ``MAX_FRAME_BYTES``."""
     if len(data) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(data)} bytes; at most {MAX_FRAME_BYTES} are allowed")
+    field, inner = parse(peer_pb2.Frame, data)
+    kind = _KINDS[field]
+    frame = kind(**{name: getattr(inner, name) for name in kind.__dataclass_fields__})
+    _check(frame)
+    return frame
+
+
+def parse(message_type: Any, data: bytes) -> tuple[str, Any]:
+    """The kind of frame these bytes are, and its message. Raises FrameError for no frame, no known kind, unknown fields."""
     try:
-        message = peer_pb2.Frame.FromString(data)
+        message = message_type.FromString(data)
     except DecodeError:
         raise FrameError(f"{len(data)} bytes that are no frame") from None
     field = message.WhichOneof("kind")
@@ -79,10 +88,7 @@ def decode_frame(data: bytes) -> Frame:
     message.DiscardUnknownFields()
     if message.ByteSize() != num_bytes:
         raise FrameError(f"a {field} frame with unknown fields")
-    kind, inner = _KINDS[field], getattr(message, field)
-    frame = kind(**{name: getattr(inner, name) for name in kind.__dataclass_fields__})
-    _check(frame)
-    return frame
+    return field, getattr(message, field)
 
 
 def _check(frame: Frame) -> None:

@@ -10,12 +10,11 @@ import math
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from dlora.frames import MAX_MANIFEST_BYTES
 from dlora.net import split_pb2
-from dlora.net.codec import MAX_NUMBER, FrameError
+from dlora.net.codec import MAX_NUMBER, FrameError, parse
 from dlora.split_frames import WHATS, WHYS, Begin, SplitFrame, Values, Wire
 
 MAX_SIDE = 1 << 20  # rows of a tensor, its width, tokens of a padded part
@@ -57,18 +56,8 @@ def decode_split(data: bytes, wire: Wire) -> SplitFrame:
     Raises FrameError for anything else, before that memory is taken. Whoever receives limits the length of ``data``.
     """
     head, payload = _cut(data)
-    try:
-        message = split_pb2.Frame.FromString(head)
-    except DecodeError:
-        raise FrameError(f"{len(data)} bytes that are no frame") from None
-    field = message.WhichOneof("kind")
-    if field is None:
-        raise FrameError("a frame of no known kind")
-    num_bytes = message.ByteSize()
-    message.DiscardUnknownFields()
-    if message.ByteSize() != num_bytes:
-        raise FrameError(f"a {field} frame with unknown fields")
-    kind, inner = _KINDS[field], getattr(message, field)
+    field, inner = parse(split_pb2.Frame, head)
+    kind = _KINDS[field]
     fields = {name: getattr(inner, name) for name in inner.DESCRIPTOR.fields_by_name}
     if kind not in (Begin, Values):
         if payload:
