@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import settings
 
 from dlora.config import Config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background had it ignored
 transformers.utils.logging.set_verbosity_error()  # new heads are expected here
 transformers.utils.logging.disable_progress_bar()
 

@@ -13,6 +13,7 @@ import torch
 from dlora.config import CloudConfig, Config
 from dlora.data import Batch, collate
 from dlora.formats import Example
+from dlora.lora.core import Frame
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model import load_model, load_tokenizer
@@ -115,12 +116,15 @@ def config(folder: Path, task: str = "classification", **overrides: Any) -> Conf
     return Config.parse(tree)
 
 
-def cloud_body(folder: Path) -> Body:
-    return load_body(CloudConfig.parse({"model": str(folder), "device": "cpu"}))
+def cloud_body(folder: Path, frame: Frame | None = None) -> Body:
+    """``frame``: by the names that a model around the body has for its modules."""
+    body = load_body(CloudConfig.parse({"model": str(folder), "device": "cpu"}))
+    body.frame = {name.partition(".")[2]: tensor for name, tensor in (frame or {}).items()}
+    return body
 
 
-def device_half(config: Config) -> Half:
-    return load_half(config, load_tokenizer(config.model), labels(config))
+def device_half(config: Config, frame: Frame | None = None) -> Half:
+    return load_half(config, load_tokenizer(config.model), labels(config), frame)
 
 
 def whole_model(config: Config) -> StackedModel:
@@ -152,11 +156,11 @@ def batch(task: str = "classification", lengths: tuple[int, ...] = (5, 9, 3, 7),
 
 
 def factors(model: StackedModel, seed: int = 0) -> Factors:
-    """One participant's, with B not zero, ready to train."""
+    """One participant's, with B or M not zero, ready to train."""
     generator = torch.Generator().manual_seed(seed)
     made = stack(model.initial, 1)
     for name, tensor in made.items():
-        if name.endswith("lora_B"):
+        if name.endswith(("lora_B", "lora_M")):
             tensor.normal_(std=0.1, generator=generator)
         tensor.requires_grad_()
     return made

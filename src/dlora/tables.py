@@ -75,7 +75,7 @@ def _with_cloud(costs: dict[str, Any]) -> list[str]:
     return [
         f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules,"
         f" {costs['tokens']:,} tokens",
-        f"a step moves {bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']} round trips;"
+        f"a step moves {bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']:.4g} round trips;"
         f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
         f"in all {bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
         f" {bytes_text(costs['adapter_bytes'])}, boundary {bytes_text(costs['boundary_bytes'])}, scoring"

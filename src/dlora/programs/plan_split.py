@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from dlora.config import Config
 from dlora.data import Batch, collate
 from dlora.evaluate import batches_of
+from dlora.lora.active import schedule_units
 from dlora.net.split_codec import split_num_bytes
 from dlora.programs.prepare import Prepared
 from dlora.programs.training import Training
 from dlora.split.agreement import manifest_text
 from dlora.split.calls import Request
-from dlora.split.forecast import frames_of
+from dlora.split.forecast import frames_of, hand_off_of
 from dlora.split.remote import Half, hidden_width
-from dlora.split_frames import Begin, Done, Open, Opened, Values
+from dlora.split_frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, Done, Open, Opened, SplitFrame, Values
 
 LINES_MBIT_S = (4, 20, 100)
 _DOWN = ("input", "hidden", "update-gradient")
@@ -26,66 +28,128 @@ _BOUNDARY = ("hidden", "hidden-gradient")
 _LINK = Opened(1 << 14, 1 << 6)
 
 
-def split_costs(prepared: Prepared) -> dict[str, Any]:
+class Chooses(Protocol):
+    """Who is active, step after step: a `Schedule`, or what one has left in a log."""
+
+    @property
+    def active(self) -> frozenset[int]:
+        """In the next step."""
+
+    def observe(self, scores: Mapping[int, float]) -> None:
+        """A step is done."""
+
+
+def split_costs(prepared: Prepared, schedules: Sequence[Chooses] | None = None) -> dict[str, Any]:
     """Of a run of one participant or of a simulation of many, in which nothing fails.
 
-    ``adapter_bytes`` is what the groups of modules cost, ``boundary_bytes`` embedded tokens, hidden states and their
-    gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations.
+    ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes`` embedded tokens, hidden states
+    and their gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations. ``schedules``: one a
+    participant; by default the config's, for which all units are worth the same: what kr and probe will find is not known
+    ahead.
     """
     config, half, split = prepared.config, prepared.half, prepared.config.split
     assert half is not None and split is not None
     training = Training(prepared, prepared.local_steps, 1, False, lambda num_participants: None)
-    trained, steps, tokens = Counter[str](), 0, 0
-    for group in training.participants.groups:
-        own_steps = config.train.rounds * training.local_steps[group.first]
-        steps += own_steps
-        for micro_batches in training.batches(group, 0, own_steps):
-            for batch in micro_batches:
-                trained += _batch_bytes(half, batch, split.pipeline, True)
-                tokens += int(batch.attention_mask.sum())
-    scored = Counter[str]()
-    for batch in _scoring(prepared):
-        scored += _batch_bytes(half, batch, split.pipeline, False)
-    scorings = _num_scorings(prepared)
+    if schedules is None:
+        section = config.schedule
+        schedules = schedule_units(section, prepared.units, config.seed, prepared.names).schedules if prepared.units else ()
+    devices = [_Device(half, config, schedules[index] if schedules else None) for index in range(len(prepared.names))]
+    trained, scored, steps, tokens, round_trips = Counter[str](), _scored(prepared, devices, own=False), 0, 0, 0
+    for round in range(config.train.rounds):
+        for device, group in zip(devices, training.participants.groups, strict=True):
+            own_steps = training.local_steps[group.first]
+            for micro_batches in training.batches(group, round * own_steps, own_steps):
+                for batch in micro_batches:
+                    trained += device.bytes_of(batch, keep=True)
+                    tokens += int(batch.attention_mask.sum())
+                round_trips += 2 + max(0, 2 * device.num_active - 1)
+                device.step()
+                steps += 1
+        average, own = _scoring_due(config, round + 1)
+        if average:
+            scored += _scored(prepared, devices, own)
     opening = split_num_bytes(Open(manifest_text(half.facts, half.agreement)), split.wire)
-    total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)})
-    for name, count in (trained + Counter({key: scorings * value for key, value in scored.items()})).items():
-        total[name] += count
+    total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)}) + trained + scored
     return {
         "wire": split.wire,
         "steps": steps,
         "tokens": tokens,
         "groups": len(half.agreement.groups),
-        "round_trips_a_step": 2 + 2 * len(half.agreement.groups) - (1 if half.agreement.groups else 0),
+        "round_trips_a_step": round_trips / steps,
         "bytes_a_step": (trained["down"] + trained["up"]) / steps,
         "adapter_bytes_a_token": trained["adapter"] / tokens,
         "adapter_bytes": trained["adapter"],
         "boundary_bytes": trained["boundary"],
-        "scoring_bytes": scorings * (scored["down"] + scored["up"]),
+        "scoring_bytes": scored["down"] + scored["up"],
         "down_bytes": total["down"],
         "up_bytes": total["up"],
         "cloud_bytes": total["down"] + total["up"],
-        "seconds_on_the_line": {f"{line} Mbit/s": max(total.values()) * 8 / (line * 1e6) for line in LINES_MBIT_S},
+        "seconds_on_the_line": {f"{line} Mbit/s": max(total["down"], total["up"]) * 8 / (line * 1e6) for line in LINES_MBIT_S},
     }
 
 
-def _batch_bytes(half: Half, batch: Batch, pipeline: int, keep: bool) -> Counter[str]:
-    mask = batch.attention_mask != 0
-    half.body.loss_positions = None
-    if half.model.loss_positions and batch.labels.dim() == 2:
-        half.body.loss_positions = F.pad(batch.labels[:, 1:] != -100, (0, 1))
-    needed, positions = half.body.needed(mask, batch.input_ids), half.body.positions(batch.input_ids, mask)
-    seed = (1 << 61) + 1 if keep and half.body.drops else None
-    request = Request(torch.zeros(1, 1, 1).expand(*mask.shape, 1), mask, needed, batch.token_type_ids, positions, seed, ())
-    widths = half.facts["embedding_width"], hidden_width(half.body.config)
-    count = Counter[str]()
-    for frame in frames_of(request, half.agreement, widths, pipeline, keep):
-        num_bytes = split_num_bytes(frame, half.agreement.wire)
-        down = isinstance(frame, Done) or (isinstance(frame, Values) and frame.what in _DOWN)
-        boundary = isinstance(frame, Begin | Done) or (isinstance(frame, Values) and frame.what in _BOUNDARY)
-        count["down" if down else "up"] += num_bytes
-        count["boundary" if boundary else "adapter"] += num_bytes
-    return count
+class _Device:
+    """One participant's frames: which units it has killed, and which of them the cloud has been handed."""
+
+    def __init__(self, half: Half, config: Config, schedule: Chooses | None) -> None:
+        assert config.split is not None
+        self.half, self.pipeline, self.schedule = half, config.split.pipeline, schedule
+        self.drops = config.schedule.on_kill == "drop"
+        self._trained: set[int] = set()  # units that are not zero any more
+        self._held: set[int] = set()
+
+    @property
+    def num_active(self) -> int:
+        """Groups that the device is asked for."""
+        return len(self.half.agreement.groups) if self.schedule is None else len(self.schedule.active)
+
+    def step(self) -> None:
+        """One local step further."""
+        if self.schedule is not None:
+            self._trained |= self.schedule.active
+            self._held -= self.schedule.active  # what is trained on is another version
+            self.schedule.observe({})
+
+    def bytes_of(self, batch: Batch, keep: bool) -> Counter[str]:
+        """What a batch moves, on its way there and, with ``keep``, back: down and up, adapter and boundary."""
+        half = self.half
+        mask = batch.attention_mask != 0
+        half.body.loss_positions = None
+        if half.model.loss_positions and batch.labels.dim() == 2:
+            half.body.loss_positions = F.pad(batch.labels[:, 1:] != -100, (0, 1))
+        needed, positions = half.body.needed(mask, batch.input_ids), half.body.positions(batch.input_ids, mask)
+        seed = (1 << 61) + 1 if keep and half.body.drops else None
+        request = Request(torch.zeros(1, 1, 1).expand(*mask.shape, 1), mask, needed, batch.token_type_ids, positions, seed, ())
+        widths = half.facts["embedding_width"], hidden_width(half.body.config)
+        frames: list[SplitFrame] = []
+        units = self._units(frames)
+        frames += frames_of(request, half.agreement, widths, self.pipeline, keep, units)
+        count = Counter[str]()
+        for frame in frames:
+            num_bytes = split_num_bytes(frame, half.agreement.wire)
+            down = isinstance(frame, Done) or (isinstance(frame, Values) and frame.what in _DOWN)
+            boundary = isinstance(frame, Begin | Done) or (isinstance(frame, Values) and frame.what in _BOUNDARY)
+            count["down" if down else "up"] += num_bytes
+            count["boundary" if boundary else "adapter"] += num_bytes
+        return count
+
+    def _units(self, frames: list[SplitFrame]) -> tuple[int, ...]:
+        """As `Begin` has them; what must be handed off first is added to ``frames``."""
+        half = self.half
+        if self.schedule is None or len(self.schedule.active) == len(half.agreement.groups):
+            return ()
+        units = []
+        for number in range(len(half.agreement.groups)):
+            if number in self.schedule.active:
+                units.append(ACTIVE)
+            elif self.drops or number not in self._trained:
+                units.append(LEFT_OUT)
+            else:
+                units.append(FIRST_VERSION)
+                if number not in self._held:
+                    self._held.add(number)
+                    frames.append(hand_off_of(half.agreement, number))
+        return tuple(units)
 
 
 def _scoring(prepared: Prepared) -> Iterator[Batch]:
@@ -96,16 +160,18 @@ def _scoring(prepared: Prepared) -> Iterator[Batch]:
             yield collate([rows[index] for index in chosen], prepared.pad_token_id)
 
 
-def _num_scorings(prepared: Prepared) -> int:
-    """How often all evaluation rows go through the body: before, in between, and at the end for each and the average."""
-    config, count = prepared.config, len(prepared.names)
-    own = count if count > 1 else 0  # of one participant the average is its own
+def _scored(prepared: Prepared, devices: Sequence[_Device], own: bool) -> Counter[str]:
+    """One evaluation of the average, which is everybody's, and with ``own`` of each participant's."""
+    alone = len(devices) == 1  # of one participant the average is its own
+    count = Counter[str]()
+    for device in [devices[0], *(devices if own and not alone else [])]:
+        for batch in _scoring(prepared):
+            count += device.bytes_of(batch, keep=False)
+    return count
 
-    def due(every: int, rounds_done: int) -> bool:
-        return bool(every) and rounds_done % every == 0
 
-    scorings = 1 + 1 + own
-    for rounds_done in range(1, config.train.rounds):
-        peers = due(config.eval_peers_every, rounds_done)
-        scorings += (peers or due(config.eval_every, rounds_done)) + own * peers
-    return scorings
+def _scoring_due(config: Config, rounds_done: int) -> tuple[bool, bool]:
+    """Whether the average is scored after so many rounds, and whether each participant's own is too."""
+    last = rounds_done == config.train.rounds
+    own = last or bool(config.eval_peers_every) and rounds_done % config.eval_peers_every == 0
+    return own or bool(config.eval_every) and rounds_done % config.eval_every == 0, own

@@ -99,6 +99,9 @@ def _other_frame(proposed: str, targets: Sequence[str], frame: Frame, r: int) ->
     """Why the device's frame is not the cloud's, in one line."""
     if not frame:
         return "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame: FILE})"
+    missing = next((name for name in targets if f"{name}.lora_A" not in frame), None)
+    if missing is not None:
+        return f"lora.frame: the cloud's has no {missing}; make it anew there for all linears"
     here = len(frame[f"{targets[0]}.lora_A"]) if targets else r
     if here != r:
         return f"lora.r: the device has {r}, the cloud's frame {here}; both need the same"
