@@ -112,8 +112,8 @@ class Pictures:
     def activity(self) -> list[tuple[str, str]]:
         """(SVG, caption): who was active when; nothing for a run without a schedule."""
         page, activity = self.page, self.page.main.activity
-        fraction, peer, steps = page.adapter_fraction, activity.first, page.steps_done
-        if fraction is None or peer is None:
+        spent, peer, steps = page.fractions, activity.first, page.steps_done
+        if spent is None or peer is None:
             return []
         edges = activity.columns(peer, steps)
         shares = activity.shares(peer, edges)
@@ -126,8 +126,9 @@ class Pictures:
             "block, the lowest first. A column is a local step"
             + ("; the more colour, the more of the steps around it the unit was active." if coarse else "; coloured: active.")
             + f" Of {steps:,} steps the unit that trained least was active in {min(trained):,}, the one that trained most in "
-            f"{max(trained):,}. The adapter's traffic would be {percent_text(fraction)} of that with all units active "
-            f"({page.reckoned})."
+            f"{max(trained):,}. So far the schedule saved {percent_text(1 - spent[0])} of the adapter's traffic and "
+            f"{percent_text(1 - spent[1])} of what a device in a split computes for the adapter, both of those with all units "
+            f"active ({page.reckoned})."
         )
         rows = [*zip(unit_labels(activity.modules), shares, strict=True)]
         return [(heat_map(rows, edges, "local step", label=caption), caption)]
