@@ -22,7 +22,10 @@ def told(changes: list[tuple[int, list[int]]], costs: list[int], peer: str = "pe
     events, active = [], changes[0][1]
     spent = worked = done = 0
     for step, units in changes:
-        spent, worked = spent + (step - done) * sum(costs[unit] for unit in active), worked + (step - done) * flops(active, costs)
+        spent, worked = (
+            spent + (step - done) * sum(costs[unit] for unit in active),
+            worked + (step - done) * flops(active, costs),
+        )
         done, active = step, units
         so_far = (spent / step / sum(costs), worked / step / flops([0], [sum(costs)])) if step else (1.0, 1.0)
         fractions = {"adapter_fraction": so_far[0], "device_flops_fraction": so_far[1], "device_flops": flops(units, costs)}
@@ -89,7 +92,10 @@ def scheduled_page(folder: Path, *, running: bool = False, **what: Any) -> Page:
     make_run(folder, stop_at=4 if running else None, **what)
     lines = (folder / "log.jsonl").read_text().splitlines()
     name = json.loads(lines[0])["runs"][0]
-    events = [units_event([10] * 8, BERT), *told([(0, [0, 1, 2, 3]), (10, [7])], [10] * 8, json.loads(lines[0])["peers"][0]["name"])]
+    events = [
+        units_event([10] * 8, BERT),
+        *told([(0, [0, 1, 2, 3]), (10, [7])], [10] * 8, json.loads(lines[0])["peers"][0]["name"]),
+    ]
     lines[2:2] = [json.dumps({**event, "run": name}) for event in events]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     if not running:

@@ -262,7 +262,10 @@ def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer
     factors, groups = one_layer_each(6, 3)
     alone = [{name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)]
     together = Training(factors, 0, 3, train, schedule_units(section, groups, LoraSection(), 0, names))
-    single = [Training(alone[i], 0, 1, train, schedule_units(section, groups, LoraSection(), 0, [name])) for i, name in enumerate(names)]
+    single = [
+        Training(alone[i], 0, 1, train, schedule_units(section, groups, LoraSection(), 0, [name]))
+        for i, name in enumerate(names)
+    ]
     assert together.units is not None
     for one in (together, *single):
         one.train_only(frozenset(factors))
