@@ -50,7 +50,8 @@ def device_flops(groups: Sequence[Group], active: Collection[int], r: int, place
 
     A multiply-add is two, as torch's FlopCounterMode counts; what goes number by number (scaling, dropout, sums, the
     optimiser) is not counted, nor are token embedding and head. Killed units cost nothing. Below the lowest active unit nothing
-    trains, so its input's gradient is not asked for. Where the frozen model runs here too, it is what a split would cost.
+    trains, so its input's gradient is not asked for; where two units read one stream side by side (GPT-NeoX), neither's is, yet
+    the second's is counted. Where the frozen model runs here too, it is what a split would cost.
     """
     return sum(groups[unit].device_flops(r, placement, unit == min(active)) for unit in active)
 

@@ -179,9 +179,9 @@ class Run:
 
     @property
     def _spent(self) -> dict[str, float]:
-        """For a scheduled run, of that with all units active, mean over the participants: what a wire would have carried for
+        """For a scheduled run: the adapter's traffic and a split device's FLOPs for it, of those with all units active.
 
-        the adapter, and what a split's device would have computed for it; of the whole run and of what follows the warm-up.
+        The mean over the participants; of the whole run, and of what follows the warm-up.
         """
         schedules = self.scheduled.schedules if self.scheduled else ()
         if not schedules:
