@@ -30,6 +30,10 @@ class Scheduled:
     schedules: tuple[Schedule, ...]
     on_change: Callable[[int, Schedule], None]
 
+    def killed(self, participants: Iterable[int]) -> frozenset[int]:
+        """Units that none of these trains now."""
+        return frozenset(range(len(self.modules))).difference(*(self.schedules[number].active for number in participants))
+
 
 def schedule_units(
     section: ScheduleSection,
@@ -86,6 +90,11 @@ class ActiveUnits:
             for unit, names in [*enumerate(self.names), (None, outside)]
             if names
         ]
+
+    @property
+    def killed(self) -> frozenset[int]:
+        """Units that nobody here trains."""
+        return frozenset(range(len(self.names))).difference(*(schedule.active for schedule in self.schedules))
 
     def train_only(self, names: frozenset[str]) -> None:
         """Gradients for those of ``names`` that are active for somebody."""

@@ -104,6 +104,15 @@ def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Gr
     return tuple(reduced)
 
 
+def core_groups(groups: Sequence[Group], r: int) -> tuple[Group, ...]:
+    """What travels of these groups under placement core: of each module r numbers a token either way.
+
+    The cloud reads x A^T of every module of a group side by side (each has an A of its own), the device answers with each
+    module's r numbers times its M^T, the cloud puts them through its B; backward the same the other way round.
+    """
+    return tuple(Group(group.modules, r * len(group.modules), (r,) * len(group.modules)) for group in groups)
+
+
 def renamed(group: Group, prefix: str) -> Group:
     """With its modules' names inside a model whose body stands at ``prefix``."""
     return Group(tuple(prefix + name for name in group.modules), group.in_features, group.out_features)

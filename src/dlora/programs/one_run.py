@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -141,7 +141,7 @@ class Run:
     def _scheduled(self) -> Scheduled | None:
         """Each participant's schedule, where the config asks for one; the baselines are plain LoRA."""
         section, prepared = self.prepared.config.schedule, self.prepared
-        if section.kind == "all" or self.name != "dec-lora":
+        if section.kind == "all" or self.name not in ("dec-lora", "dlora"):
             return None
         lora, seed = prepared.config.lora, prepared.config.seed
         return schedule_units(section, prepared.units, lora, seed, prepared.names, self._log_active)
@@ -255,12 +255,15 @@ class Run:
 
     def _score(self, peers: bool) -> tuple[Scores, dict[str, Scores]]:
         """Score the average, and each peer's own where asked; remember the best average."""
-        consensus = self._evaluate(average(self.participants.factors), "average")
+        everybody = range(len(self.local_steps))
+        consensus = self._evaluate(average(self.participants.factors), "average", everybody)
         own: dict[str, Scores] = {}
         if peers and not self.pooled:
             names = self.prepared.names
             own = {
-                name: self._evaluate(one(self.participants.factors, i), name) for i, name in enumerate(names) if i or names[1:]
+                name: self._evaluate(one(self.participants.factors, i), name, [i])
+                for i, name in enumerate(names)
+                if i or names[1:]
             }
             own = own or {names[0]: consensus}  # of one participant the average is its own
         if not self.best or better(consensus, self.best):
@@ -278,9 +281,11 @@ class Run:
         )
         return consensus, own
 
-    def _evaluate(self, factors: dict[str, Tensor], what: str) -> Scores:
+    def _evaluate(self, factors: dict[str, Tensor], what: str, whose: Sequence[int]) -> Scores:
         return self.prepared.evaluate(
-            factors, lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total)
+            factors,
+            lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total),
+            self.scheduled.killed(whose) if self.scheduled else frozenset(),
         )
 
     def _write_adapters(self) -> None:
