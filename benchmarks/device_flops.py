@@ -23,7 +23,7 @@ import dlora
 from dlora.config import Config
 from dlora.lora.groups import Group, device_flops
 from dlora.runlog import Event
-from dlora.split.conversation import Adapter
+from dlora.split.adapter import Adapter
 
 CONFIG = Path(__file__).with_name("savings.yaml")
 
@@ -70,14 +70,14 @@ class Work:
     before: tuple[int, int] = (0, 0)
 
     def hear(self, event: Event) -> None:
-        """A listener: scoring is left out, each local step closed."""
+        """A listener: each local step by itself, without scoring and mixing."""
         now = self.lora_flops, self.counter.get_total_flops()
         if event["event"] == "active":
             self.sets.append((event["step"], event["device_flops"]))
         elif event["event"] == "step":
             lora, total = (after - before for after, before in zip(now, self.before, strict=True))
             self.steps.append(Step(sum(self.tokens.values()), lora, total - lora, self._formula(len(self.steps))))
-        if event["event"] in ("scores", "step"):
+        if event["event"] in ("scores", "step", "round"):
             self.before = now
             self.tokens.clear()
 
