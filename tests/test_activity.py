@@ -18,19 +18,33 @@ BERT = [[f"layer.{block}.{name}" for name in names] for block in (0, 11) for nam
 
 
 def told(changes: list[tuple[int, list[int]]], costs: list[int], peer: str = "peer-0") -> list[dict[str, Any]]:
-    """The events of one participant, its traffic reckoned step by step."""
+    """The events of one participant, its traffic reckoned step by step; FLOPs are traffic less 2 for the lowest unit."""
     events, active = [], changes[0][1]
-    spent = done = 0
+    spent = worked = done = 0
     for step, units in changes:
-        spent, done, active = spent + (step - done) * sum(costs[unit] for unit in active), step, units
-        fraction = spent / step / sum(costs) if step else 1.0
-        events.append({"event": "active", "peer": peer, "step": step, "units": units, "adapter_fraction": fraction})
+        spent, worked = (
+            spent + (step - done) * sum(costs[unit] for unit in active),
+            worked + (step - done) * flops(active, costs),
+        )
+        done, active = step, units
+        so_far = (spent / step / sum(costs), worked / step / flops([0], [sum(costs)])) if step else (1.0, 1.0)
+        fractions = {"adapter_fraction": so_far[0], "device_flops_fraction": so_far[1], "device_flops": flops(units, costs)}
+        events.append({"event": "active", "peer": peer, "step": step, "units": units, **fractions})
     return events
+
+
+def flops(units: list[int], costs: list[int]) -> int:
+    return sum(costs[unit] for unit in units) - 2 if units else 0
+
+
+def units_event(costs: list[int], names: list[list[str]] | None = None) -> dict[str, Any]:
+    units = [{"modules": held, "cost": cost} for held, cost in zip(names or [["m"]] * len(costs), costs, strict=True)]
+    return {"event": "units", "units": units, "device_flops": sum(costs) - 2}
 
 
 def heard(changes: list[tuple[int, list[int]]], costs: list[int]) -> Activity:
     activity = Activity()
-    for event in [{"event": "units", "units": [{"modules": ["m"], "cost": cost} for cost in costs]}, *told(changes, costs)]:
+    for event in [units_event(costs), *told(changes, costs)]:
         activity.hear(event)
     return activity
 
@@ -46,9 +60,10 @@ def test_units_are_called_after_their_block_and_the_endings_of_their_modules() -
 
 def test_what_was_spent_is_known_between_changes_too() -> None:
     activity = heard([(0, [0]), (4, [0, 1])], [10, 30])
-    assert activity.fraction("peer-0", 6) == pytest.approx((4 * 10 + 2 * 40) / (6 * 40))
-    assert heard([(0, [1])], [10, 30]).fraction("peer-0", 0) == 0.75
-    assert heard([(0, [1])], [10, 30]).fraction("peer-0", 50) == 0.75  # a set that never changes is told of once
+    assert activity.fractions("peer-0", 6) == pytest.approx(((4 * 10 + 2 * 40) / (6 * 40), (4 * 8 + 2 * 38) / (6 * 38)))
+    assert activity.fractions("peer-0", 4) == pytest.approx((10 / 40, 8 / 38))
+    assert heard([(0, [1])], [10, 30]).fractions("peer-0", 0) == (0.75, 28 / 38)
+    assert heard([(0, [1])], [10, 30]).fractions("peer-0", 50) == (0.75, 28 / 38)  # a set that never changes is told of once
 
 
 def test_columns_are_the_changes_until_there_are_too_many() -> None:
@@ -77,22 +92,30 @@ def scheduled_page(folder: Path, *, running: bool = False, **what: Any) -> Page:
     make_run(folder, stop_at=4 if running else None, **what)
     lines = (folder / "log.jsonl").read_text().splitlines()
     name = json.loads(lines[0])["runs"][0]
-    units = {"event": "units", "units": [{"modules": names, "cost": 10} for names in BERT]}
-    events = [units, *told([(0, [0, 1, 2, 3]), (10, [7])], [10] * 8, json.loads(lines[0])["peers"][0]["name"])]
+    events = [
+        units_event([10] * 8, BERT),
+        *told([(0, [0, 1, 2, 3]), (10, [7])], [10] * 8, json.loads(lines[0])["peers"][0]["name"]),
+    ]
     lines[2:2] = [json.dumps({**event, "run": name}) for event in events]
     (folder / "log.jsonl").write_text("\n".join(lines) + "\n")
     if not running:
         summary = json.loads((folder / "summary.json").read_text())
-        summary["runs"][name]["adapter_fraction"] = 0.25
+        summary["runs"][name] |= {"adapter_fraction": 0.25, "device_flops_fraction": 0.2}
         (folder / "summary.json").write_text(json.dumps(summary))
     return Page(write_report(folder))
 
 
 def test_the_page_shows_who_was_active_and_what_was_saved(tmp_path: Path) -> None:
     page = scheduled_page(tmp_path, runs=("dec-lora", "local"), names=["solo"])
-    assert "75.0 %" in page.text("b") and "saved by the schedule (by the cost model: no wire was used)" in page.text("li")
+    assert "75.0 %" in page.text("b") and "80.0 %" in page.text("b")
+    model = "saved by the schedule (by the cost model: no wire was used, all was computed here)"
+    assert f"of the adapter's traffic {model}" in page.text("li")
+    assert f"of the device's FLOPs for the adapter {model}" in page.text("li")
     said = page.text("figcaption")
-    assert "The adapter's traffic would be 25.0 % of that with all units active (by the cost model: no wire was used)." in said
+    assert (
+        "So far the schedule saved 75.0 % of the adapter's traffic and 80.0 % of what a device in a split computes for the"
+        " adapter, both of those with all units active (by the cost model: no wire was used, all was computed here)."
+    ) in said
     assert "Of 30 steps the unit that trained least was active in 0, the one that trained most in 20." in said
     assert "0 query, key, value" in page.text("text") and "11 output.dense" in page.text("text")
     assert "Which units trained" in page.text("h2") and "participants" not in said.split("Which units")[1]
@@ -102,7 +125,8 @@ def test_of_several_the_first_is_shown_and_a_run_under_way_as_far_as_it_came(tmp
     page = scheduled_page(tmp_path, running=True, runs=("dec-lora",))
     assert "Which units trained when of peer-0, the first of 8 participants." in page.text("figcaption")
     # 4 of 6 rounds of 5 steps: half of all for 10, an eighth for 10
-    assert "would be 31.2 % of that" in page.text("figcaption") and "68.8 %" in page.text("b")
+    assert "saved 68.8 % of the adapter's traffic and 70.5 % of" in page.text("figcaption")
+    assert "68.8 %" in page.text("b") and "70.5 %" in page.text("b")
 
 
 def test_where_there_was_a_wire_the_page_does_not_deny_it(tmp_path: Path) -> None:

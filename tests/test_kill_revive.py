@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_simulate import assert_identical, factors_of, optimizer_of, stop_after, story
 
 import dlora
-from dlora.config import Config, ScheduleSection, TrainSection
+from dlora.config import Config, LoraSection, ScheduleSection, TrainSection
 from dlora.errors import ConfigError
 from dlora.lora.active import schedule_units
 from dlora.lora.groups import Group
@@ -53,7 +53,7 @@ def drive(schedule: Schedule, steps: int, seed: int) -> list[frozenset[int]]:
 
 @given(SECTIONS, COSTS, st.integers(0, 9))
 def test_the_active_set_never_costs_more_than_its_fraction(section: ScheduleSection, costs: list[int], seed: int) -> None:
-    schedule = Schedule(section, costs, seed)
+    schedule = Schedule(section, costs, len, seed)
     sets = drive(schedule, 80, seed)
     budget = max(section.active_fraction * sum(costs), max(costs))
     probed = section.warmup_steps if section.kind == "probe" else 0
@@ -67,7 +67,7 @@ def test_the_active_set_never_costs_more_than_its_fraction(section: ScheduleSect
 
 @given(SECTIONS.filter(lambda section: section.kind == "kr"), COSTS, st.integers(0, 9))
 def test_no_unit_starves_and_each_trains_early(section: ScheduleSection, costs: list[int], seed: int) -> None:
-    schedule = Schedule(section, costs, seed)
+    schedule = Schedule(section, costs, len, seed)
     sets = drive(schedule, schedule.warmup_steps + 2 * schedule.longest_rest, seed)
     assert frozenset().union(*sets[: schedule.warmup_steps]) == frozenset(range(len(costs)))
     assert schedule.warmup_steps < section.warmup_steps + len(costs)
@@ -82,10 +82,10 @@ def test_no_unit_starves_and_each_trains_early(section: ScheduleSection, costs: 
 def test_same_seed_and_scores_same_sets_and_resuming_is_exact(
     section: ScheduleSection, costs: list[int], seed: int, stopped_after: int
 ) -> None:
-    whole = drive(Schedule(section, costs, seed), 80, seed)
-    first = Schedule(section, costs, seed)
+    whole = drive(Schedule(section, costs, len, seed), 80, seed)
+    first = Schedule(section, costs, len, seed)
     sets = drive(first, stopped_after, seed)
-    second = Schedule(section, costs, seed)
+    second = Schedule(section, costs, len, seed)
     second.load(json.loads(json.dumps(first.state())))
     assert sets + drive(second, 80 - stopped_after, seed) == whole
 
@@ -93,7 +93,7 @@ def test_same_seed_and_scores_same_sets_and_resuming_is_exact(
 def test_kr_kills_the_lowest_and_revives_the_longest_idle_and_the_best_by_turns() -> None:
     """Six equal units, two active; unit u is worth u a step."""
     section = ScheduleSection(kind="kr", active_fraction=0.34, period=2, warmup_steps=3)
-    schedule = Schedule(section, [10] * 6, seed=0)
+    schedule = Schedule(section, [10] * 6, len, seed=0)
     sets = []
     for _ in range(3 + 8):
         sets.append(schedule.active)
@@ -111,7 +111,7 @@ def test_an_eighth_saves_seven_eighths_warm_up_included(kind: str) -> None:
     """MiniLM's 24 units: 6 blocks of query, key, value; output; up; down. The rotation through all takes eight turns."""
     widths = [(384, 3 * 384), (384, 384), (384, 1536), (1536, 384)]
     costs = [2 * (in_features + out) for _ in range(6) for in_features, out in widths]
-    schedule = Schedule(ScheduleSection(kind=kind), costs, 0)  # type: ignore[arg-type]
+    schedule = Schedule(ScheduleSection(kind=kind), costs, len, 0)  # type: ignore[arg-type]
     drive(schedule, 1000, 0)
     assert schedule.warmup_steps == (80 if kind == "kr" else 0)
     assert 0.11 < schedule.fraction <= 0.125
@@ -126,7 +126,7 @@ def test_peers_that_a_partition_names_are_refused_too(make_config: MakeConfig) -
 
 def test_a_seed_of_its_own_is_a_draw_of_its_own() -> None:
     section = ScheduleSection(kind="random", period=1, active_fraction=0.3)
-    one, other = (drive(Schedule(section, [1] * 10, seed), 20, 0) for seed in (1, 2))
+    one, other = (drive(Schedule(section, [1] * 10, len, seed), 20, 0) for seed in (1, 2))
     assert one != other
     assert len({*one}) > 10  # drawn anew in every period
 
@@ -206,7 +206,7 @@ def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
     factors, groups = one_layer_each(num_units=2, num_participants=1)
     expected = {name: tensor.clone() for name, tensor in factors.items()}
     section = ScheduleSection(kind="kr", active_fraction=0.5, on_kill="drop", period=1, warmup_steps=2, rewarm_steps=1)
-    training = Training(factors, 0, 1, TrainSection(optimizer="sgd"), schedule_units(section, groups, 0, ["p"]))
+    training = Training(factors, 0, 1, TrainSection(optimizer="sgd"), schedule_units(section, groups, LoraSection(), 0, ["p"]))
     assert training.units is not None
     training.train_only(frozenset(factors))
     changes = 0
@@ -261,8 +261,11 @@ def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer
     names = ["p", "q", "r"]
     factors, groups = one_layer_each(6, 3)
     alone = [{name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)]
-    together = Training(factors, 0, 3, train, schedule_units(section, groups, 0, names))
-    single = [Training(alone[i], 0, 1, train, schedule_units(section, groups, 0, [name])) for i, name in enumerate(names)]
+    together = Training(factors, 0, 3, train, schedule_units(section, groups, LoraSection(), 0, names))
+    single = [
+        Training(alone[i], 0, 1, train, schedule_units(section, groups, LoraSection(), 0, [name]))
+        for i, name in enumerate(names)
+    ]
     assert together.units is not None
     for one in (together, *single):
         one.train_only(frozenset(factors))

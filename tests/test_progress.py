@@ -32,10 +32,10 @@ END: list[Event] = [
 ]
 
 
-def drawn(progress: Progress) -> str:
+def drawn(progress: Progress, width: int = 160) -> str:
     """What the terminal shows now."""
     file = io.StringIO()
-    Console(file=file, width=160).print(progress._bars.get_renderable())
+    Console(file=file, width=width).print(progress._bars.get_renderable())
     return file.getvalue().replace("\u00a0", " ")
 
 
@@ -118,15 +118,32 @@ def test_nothing_where_there_is_no_terminal() -> None:
 
 
 def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:
-    active: Event = {"event": "active", "run": "dec-lora", "peer": "solo", "step": 0, "units": [0], "adapter_fraction": 1.0}
-    told: Event = {"event": "units", "run": "dec-lora", "units": [{"modules": ["a"], "cost": cost} for cost in (10, 30)]}
+    so_far = {"adapter_fraction": 1.0, "device_flops_fraction": 1.0, "device_flops": 8}
+    active: Event = {"event": "active", "run": "dec-lora", "peer": "solo", "step": 0, "units": [0], **so_far}
+    units = [{"modules": ["a"], "cost": cost} for cost in (10, 30)]
+    told: Event = {"event": "units", "run": "dec-lora", "units": units, "device_flops": 40}
     with Progress(terminal()) as progress:
         for event in (STORY[1], STORY[2] | {"local_steps": [5]}, told, active):
             progress(event)
         assert "units" not in drawn(progress)  # no step yet, nothing spent
         progress(STORY[3] | {"done": 3})
-        assert "1 of 2 units, 25 % of the adapter's traffic" in drawn(progress)
-        progress(active | {"step": 4, "units": [0, 1], "adapter_fraction": 0.25})
+        assert "1 of 2 units, saved 75 % of adapter traffic, 80 % of device FLOPs" in drawn(progress)
+        spent = {"adapter_fraction": 0.25, "device_flops_fraction": 0.2, "device_flops": 40}
+        progress(active | {"step": 4, "units": [0, 1], **spent})
         progress(STORY[3] | {"done": 6})  # 4 steps of a quarter, 2 of all
         progress(STORY[4])
-        assert "loss 0.693, 2 of 2 units, 50 % of the adapter's traffic, 1.4 MB" in drawn(progress)
+        note = "loss 0.693, 2 of 2 units, saved 50 % of adapter traffic, 53 % of device FLOPs, 1.4 MB"
+        assert note in " ".join(drawn(progress).split())
+
+
+def test_on_a_narrow_terminal_notes_stand_below_whole_and_the_bar_stays_whole() -> None:
+    shown = {}
+    for width in (80, 160):
+        with Progress(Console(file=io.StringIO(), force_terminal=True, width=width)) as progress:
+            for event in STORY:
+                progress(event)
+            shown[width] = drawn(progress, width).rstrip().splitlines()
+    assert [line.count("1/2 rounds") for line in shown[80]] == [1, 0]
+    assert shown[80][1].strip() == "Dec-LoRA: loss 0.693, accuracy 84.3 %, 1.4 MB"
+    assert len(shown[160]) == 1 and "loss 0.693, accuracy 84.3 %, 1.4 MB" in shown[160][0]
+    assert "…" not in "".join(shown[80] + shown[160])

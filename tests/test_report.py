@@ -354,3 +354,15 @@ def test_peers_with_a_cloud_show_both_wires(tmp_path: Path) -> None:
 
 def test_a_run_without_a_cloud_speaks_of_none(finished: Page) -> None:
     assert "cloud" not in finished.source.lower()
+
+
+def test_one_participant_is_said_to_be_one_and_on_no_graph(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path, runs=("dec-lora",), names=["solo"], stop_at=4)))
+    assert page.text("h1") == "One participant"
+    assert "So far, after 4 of 6 rounds: one participant reached 82.4 % accuracy." in page.text("p")
+    words = page.text("h1", "h2", "p", "li", "b", "figcaption", "th").lower()
+    assert not [word for word in ("ring", "talks", "sent", "spectral", "together") if word in words.split()]
+    other = tmp_path / "cloud"
+    other.mkdir()
+    cloud = Page(write_report(make_run(other, runs=("dec-lora",), names=["solo"], split=CLOUD)))
+    assert "One participant with its frozen model in a cloud reached 84.3 % accuracy." in cloud.text("p")

@@ -56,7 +56,7 @@ class Both:
         if self.config.schedule.kind == "all":
             return None
         groups = [renamed(group, self.half.body.prefix) for group in self.half.agreement.groups]
-        return schedule_units(self.config.schedule, groups, 0, ["phone"])
+        return schedule_units(self.config.schedule, groups, self.config.lora, 0, ["phone"])
 
 
 def train(

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Event = Mapping[str, Any]
 _MOST_COLUMNS = 300  # of a map: about as many as a picture has room for
 
 
@@ -20,17 +21,18 @@ class Activity:
         self.modules: list[list[str]] = []
         self.costs: list[int] = []
         self.changes: dict[str, list[tuple[int, frozenset[int]]]] = {}
-        self._told: dict[str, tuple[int, float]] = {}  # step and traffic of all active, as the last event gave them
+        self.device_flops = 0  # a token, with all units active
+        self._told: dict[str, Event] = {}  # of each participant, its last event
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def hear(self, event: Event) -> None:
         """Take one event; others than these two change nothing."""
         if event["event"] == "units":  # a run that starts anew tells it again
             self.modules = [list(unit["modules"]) for unit in event["units"]]
             self.costs = [unit["cost"] for unit in event["units"]]
-            self.changes, self._told = {}, {}
+            self.device_flops, self.changes, self._told = event["device_flops"], {}, {}
         elif event["event"] == "active" and self.costs:
             self.changes.setdefault(event["peer"], []).append((event["step"], frozenset(event["units"])))
-            self._told[event["peer"]] = event["step"], event["adapter_fraction"]
+            self._told[event["peer"]] = event
 
     @property
     def first(self) -> str | None:
@@ -42,14 +44,19 @@ class Activity:
         """The local step from which the first participant's newest set holds; 0 without a schedule."""
         return self.changes[self.first][-1][0] if self.first is not None else 0
 
-    def fraction(self, peer: str, steps: int) -> float:
-        """The adapter's traffic of a participant's first ``steps`` local steps, as a fraction of that with all units active.
+    def fractions(self, peer: str, steps: int) -> tuple[float, float]:
+        """Adapter traffic and device FLOPs of a participant's first ``steps`` local steps, of those with all units active.
 
-        ``steps`` lies not before its last change; before any step, the fraction that its first will have.
+        ``steps`` lies not before its last change; before any step, the fractions that its first will have.
         """
-        step, told = self._told[peer]
-        now = sum(self.costs[unit] for unit in self.changes[peer][-1][1]) / sum(self.costs)
-        return (told * step + now * (steps - step)) / steps if steps > step else told if step else now
+        last = self._told[peer]
+        step, traffic = last["step"], sum(self.costs[unit] for unit in last["units"]) / sum(self.costs)
+
+        def so_far(told: float, now: float) -> float:
+            return (told * step + now * (steps - step)) / steps if steps > step else told if step else now
+
+        flops = so_far(last["device_flops_fraction"], last["device_flops"] / self.device_flops)
+        return so_far(last["adapter_fraction"], traffic), flops
 
     def columns(self, peer: str, steps: int) -> list[int]:
         """Local steps at which the columns of a participant's map begin, and ``steps``, where the last ends.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 
 from rich import progress as bars
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
 
 from dlora.activity import Activity
 from dlora.runlog import NBSP, TITLES, Event, bytes_text, score_text
@@ -19,13 +23,12 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         console = console or Console(stderr=True)
-        self._bars = bars.Progress(
+        self._bars = _Bars(
             bars.SpinnerColumn(finished_text="[green]✓"),
             bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             bars.TextColumn("{task.fields[done]}", markup=False),
             bars.TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            bars.TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -106,9 +109,10 @@ class Progress:
         activity = self._activities.get(run)
         if activity is not None and activity.first is not None and run in self._local_steps:
             steps = done * self._local_steps[run][0] // sum(self._local_steps[run])
-            active, fraction = activity.changes[activity.first][-1][1], activity.fraction(activity.first, steps)
-            traffic = f"{100 * fraction:.0f}{NBSP}% of the adapter's traffic"
-            self._note(run, active=f"{len(active)} of {len(activity.costs)} units, {traffic}")
+            active = activity.changes[activity.first][-1][1]
+            traffic, flops = (f"{100 * (1 - part):.0f}{NBSP}%" for part in activity.fractions(activity.first, steps))
+            saved = f"saved {traffic} of adapter traffic, {flops} of device FLOPs"
+            self._note(run, active=f"{len(active)} of {len(activity.costs)} units, {saved}")
 
     def _note(self, run: str, **news: str) -> None:
         notes = self._notes.setdefault(run, {})
@@ -130,3 +134,24 @@ class Progress:
 def _with_cloud(event: Event) -> dict[str, str]:
     """The bytes with the cloud, of a run that has one: scoring adds to them too."""
     return {"cloud": f"{bytes_text(event['cloud_bytes'])} with the cloud"} if "cloud_bytes" in event else {}
+
+
+class _Bars(bars.Progress):
+    """Bars whose notes stand behind them while all have room there, and else below, each after its bar's name."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What rich draws."""
+        tasks = self.tasks
+        if not tasks:  # also while rich is still making this object
+            return
+        table, notes = self.make_tasks_table(tasks), [Text(task.fields["note"], style="dim") for task in tasks]
+        width = Measurement.get(self.console, self.console.options, table).maximum
+        if width + 1 + max((len(note) for note in notes), default=0) <= self.console.width:
+            row = Table.grid(padding=(0, 1))
+            row.add_row(table, Text("\n").join(notes))
+            yield row
+            return
+        yield table
+        for task, note in zip(tasks, notes, strict=True):
+            if note:
+                yield Text(f"{task.description}: ", style="dim").append_text(note)

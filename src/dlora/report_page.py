@@ -64,8 +64,15 @@ class Page:
         """Who trained, in a few words that a sentence can begin with."""
         if self.device is not None:
             return f"{self.device} with its frozen model in the cloud {self.split.get('cloud')}"
+        if self.alone:
+            return "One participant with its frozen model in a cloud" if self.split else "One participant"
         peers = f"{len(self.names)} peers {_GRAPHS.get(self.topology, f'on a {self.topology}')}"
         return f"{peers} with their frozen model in a cloud" if self.split else peers
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody has a neighbour."""
+        return len(self.names) == 1
 
     @property
     def topology(self) -> str:
@@ -86,7 +93,8 @@ class Page:
         under_way = not self.finished and self.main.rounds_done < self.main.rounds
         so_far = f"So far, after {self.main.rounds_done} of {self.main.rounds} rounds: " if under_way else ""
         figure = f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
-        parts = [f"{so_far}{self.title} reached {figure}" + ("" if self.device is not None else " together")]
+        who = self.title.replace("One participant", "one participant") if so_far and self.device is None else self.title
+        parts = [f"{so_far}{who} reached {figure}" + ("" if self.alone else " together")]
         phrases = {"pooled": "training on the pooled data {}", "fedavg": "FedAvg {}", "local": "alone they reached {}"}
         for run in sorted(self.others, key=lambda run: run.name == "local"):
             if (final := self.final(run)) is not None:
@@ -110,8 +118,10 @@ class Page:
                 cards.append((f"{sign}{abs(change):.{digits}f}{unit}", words + better))
         moved = [(self.main.last(wire.of), wire.card) for wire in self.traffic]
         cards += [(bytes_text(count), words) for count, words in moved if count is not None]
-        if (fraction := self.adapter_fraction) is not None:
-            cards.append((percent_text(1 - fraction), f"of the adapter's traffic saved by the schedule ({self.reckoned})"))
+        if (spent := self.fractions) is not None:
+            traffic, flops = (percent_text(1 - fraction) for fraction in spent)
+            cards.append((traffic, f"of the adapter's traffic saved by the schedule ({self.reckoned})"))
+            cards.append((flops, f"of the device's FLOPs for the adapter saved by the schedule ({self.reckoned})"))
         return cards
 
     @property
@@ -121,20 +131,21 @@ class Page:
         return max(whole, self.main.activity.last_change)
 
     @property
-    def adapter_fraction(self) -> float | None:
-        """The adapter's traffic so far, of that with all units active, mean over the participants; None without a schedule.
+    def fractions(self) -> tuple[float, float] | None:
+        """Adapter traffic and device FLOPs so far, of those with all units active; None without a schedule.
 
-        Of an unfinished run the first participant's.
+        The mean over the participants; of an unfinished run the first one's.
         """
         activity = self.main.activity
         if activity.first is None or not self.steps_done:
             return None
-        return float(self.main.summary.get("adapter_fraction", activity.fraction(activity.first, self.steps_done)))
+        reckoned, told = activity.fractions(activity.first, self.steps_done), self.main.summary
+        return told.get("adapter_fraction", reckoned[0]), told.get("device_flops_fraction", reckoned[1])
 
     @property
     def reckoned(self) -> str:
-        """Where the figure of the adapter's traffic comes from."""
-        return "by the cost model" + ("" if self.split else ": no wire was used")
+        """Where the figures of what was saved come from."""
+        return "by the cost model" + ("" if self.split else ": no wire was used, all was computed here")
 
     @property
     def traffic(self) -> list[Traffic]:
@@ -161,7 +172,7 @@ class Page:
             axis="with the cloud, both ways",
             caption="The same scores against what went to the cloud and came back, scoring included.",
         )
-        return ([between] if self.device is None else []) + ([cloud] if self.split else [])
+        return ([] if self.alone else [between]) + ([cloud] if self.split else [])
 
     def cells(self, run: RunRecord) -> list[tuple[str, bool]]:
         """(text, whether it is the figure that counts) in the table of runs, behind the run's name."""

@@ -25,20 +25,20 @@ class Pictures:
         """(SVG, caption): the score against rounds, bytes and seconds."""
         if not any(self.page.final(run) is not None for run in self.page.runs):
             return []
-        page, alone = self.page, self.page.device is not None
+        page, through = self.page, self.page.device is not None
         better = "higher" if page.higher_is_better else "lower"
-        diamonds = "" if alone else " Diamonds: the mean of the peers' own scores, from the worst peer to the best."
+        diamonds = "" if page.alone else " Diamonds: the mean of the peers' own scores, from the worst peer to the best."
         axes = [("rounds_done", "rounds done", 1.0, f"Score after each round; {better} is better.{diamonds}")]
         for wire in page.traffic:
             unit, factor = unit_of(page.main.last(wire.of, 0), BYTE_UNITS)
             axes.append((wire.of, f"{wire.axis} ({unit})", factor, wire.caption))
         clock, _ = unit_of(max(run.last("seconds", 0) or 0 for run in page.runs), {"s": 1, "min": 120, "h": 7200})
         everybody = f", which trained all peers{' and was their cloud' if page.split else ''} itself"
-        where = ", the cloud's part and waiting for it included" if alone else "" if "own" in page.start else everybody
+        where = ", the cloud's part and waiting for it included" if through else "" if "own" in page.start else everybody
         axes.append(
             (
                 "seconds",
-                f"training {'through the cloud' if alone else 'and exchange'} ({clock})",
+                f"training {'through the cloud' if through else 'and exchange'} ({clock})",
                 {"s": 1.0, "min": 60.0, "h": 3600.0}[clock],
                 f"The same scores against time on this machine{where}; evaluation is not counted.",
             )
@@ -103,7 +103,7 @@ class Pictures:
         losses = [self._series(run, run.by_round, "loss") for run in self.page.runs if run.by_round]
         if losses:
             caption = "Training loss, mean over the participants; lower is better. Shaded: from lowest to highest peer."
-            if self.page.device is not None:
+            if self.page.alone:
                 caption = "Training loss, mean over each round's local steps; lower is better."
             pictures.append((curves(losses, "round", "training loss", label=caption), caption))
         return pictures
@@ -112,8 +112,8 @@ class Pictures:
     def activity(self) -> list[tuple[str, str]]:
         """(SVG, caption): who was active when; nothing for a run without a schedule."""
         page, activity = self.page, self.page.main.activity
-        fraction, peer, steps = page.adapter_fraction, activity.first, page.steps_done
-        if fraction is None or peer is None:
+        spent, peer, steps = page.fractions, activity.first, page.steps_done
+        if spent is None or peer is None:
             return []
         edges = activity.columns(peer, steps)
         shares = activity.shares(peer, edges)
@@ -126,8 +126,9 @@ class Pictures:
             "block, the lowest first. A column is a local step"
             + ("; the more colour, the more of the steps around it the unit was active." if coarse else "; coloured: active.")
             + f" Of {steps:,} steps the unit that trained least was active in {min(trained):,}, the one that trained most in "
-            f"{max(trained):,}. The adapter's traffic would be {percent_text(fraction)} of that with all units active "
-            f"({page.reckoned})."
+            f"{max(trained):,}. So far the schedule saved {percent_text(1 - spent[0])} of the adapter's traffic and "
+            f"{percent_text(1 - spent[1])} of what a device in a split computes for the adapter, both of those with all units "
+            f"active ({page.reckoned})."
         )
         rows = [*zip(unit_labels(activity.modules), shares, strict=True)]
         return [(heat_map(rows, edges, "local step", label=caption), caption)]
@@ -165,7 +166,7 @@ class Pictures:
             if event.get("peers") and event.get(over) is not None
         ]
         own = [(x, scores) for x, scores in own if scores]
-        if own and self.page.device is None:
+        if own and not self.page.alone:
             series.append(
                 Series(
                     name="Peers' own",
@@ -190,7 +191,7 @@ class Pictures:
     def _series(self, run: RunRecord, events: Mapping[int, Event], key: str, positive: bool = False) -> Series:
         values = [event.get(key) for event in events.values()]
         colour, dash = look(run)
-        band = key == "loss" and run is self.page.main and self.page.device is None
+        band = key == "loss" and run is self.page.main and not self.page.alone
         spread = [
             [value for value in event.get("losses") or [event.get(key)] if value is not None] for event in events.values()
         ]

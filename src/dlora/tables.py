@@ -40,13 +40,14 @@ def plan_table(plan: dict[str, Any]) -> Group:
         labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
         table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
     messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
-    return Group(
-        f"would run {', '.join(plan['runs'])} on {plan['model']}",
-        table,
+    agreement = [
         f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
         f"a message is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
         f" spectral gap {plan['spectral_gap']:.3f}",
-    )
+    ]
+    if len(plan["peers"]) == 1:
+        agreement = [f"{plan['trainable_parameters']:,} trained numbers, one participant"]
+    return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *agreement)
 
 
 def cost_table(costs: dict[str, Any]) -> Group:

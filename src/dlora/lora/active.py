@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlora.config import ScheduleSection
+from dlora.config import LoraSection, ScheduleSection
 from dlora.errors import ConfigError
 from dlora.lora.factors import Factors
-from dlora.lora.groups import Group
+from dlora.lora.groups import Group, device_flops
 from dlora.lora.kill_revive import Schedule
 from dlora.seeds import derive_seed
 
@@ -38,6 +38,7 @@ class Scheduled:
 def schedule_units(
     section: ScheduleSection,
     groups: Sequence[Group],
+    lora: LoraSection,
     seed: int,
     participants: Sequence[str],
     on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
@@ -46,7 +47,8 @@ def schedule_units(
     modules = tuple(group.modules for group in groups)
     named = _named(section.units or (), modules)
     costs = [group.cost for group in groups]
-    schedules = tuple(Schedule(section, costs, derive_seed(seed, "schedule", name), named) for name in participants)
+    flops = partial(device_flops, groups, r=lora.r, placement=lora.placement)
+    schedules = tuple(Schedule(section, costs, flops, derive_seed(seed, "schedule", name), named) for name in participants)
     return Scheduled(section, modules, schedules, on_change)
 
 

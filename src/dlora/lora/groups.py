@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,28 @@ class Group:
     def cost(self) -> int:
         """Numbers a token between cloud and device in one local step: the input and the updates, there and back."""
         return 2 * (self.in_features + self.width)
+
+    def device_flops(self, r: int, placement: Literal["literal", "core"], lowest: bool) -> int:
+        """FLOPs a token of one local step on the device of a split, while this unit is active; `device_flops` has the rules.
+
+        literal, of each module: z = x A^T and z B^T forward; backward the gradients of B and z (r d_out multiply-adds each),
+        of A and, but for the ``lowest`` unit, x (r d_in each). core, where only M is on the device: z M^T forward, backward
+        the gradients of M and, but for the lowest, z (r r each).
+        """
+        if placement == "core":
+            return 2 * len(self.modules) * r * r * (2 if lowest else 3)
+        return 2 * r * (3 * self.width + (2 if lowest else 3) * len(self.modules) * self.in_features)
+
+
+def device_flops(groups: Sequence[Group], active: Collection[int], r: int, placement: Literal["literal", "core"]) -> int:
+    """FLOPs a token of one local step that the adapter costs the device of a split while the units ``active`` train.
+
+    A multiply-add is two, as torch's FlopCounterMode counts; what goes number by number (scaling, dropout, sums, the
+    optimiser) is not counted, nor are token embedding and head. Killed units cost nothing. Below the lowest active unit nothing
+    trains, so its input's gradient is not asked for; where two units read one stream side by side (GPT-NeoX), neither's is, yet
+    the second's is counted. Where the frozen model runs here too, it is what a split would cost.
+    """
+    return sum(groups[unit].device_flops(r, placement, unit == min(active)) for unit in active)
 
 
 def find_groups(make: Callable[[], Any]) -> tuple[Group, ...]:

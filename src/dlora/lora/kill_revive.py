@@ -7,7 +7,7 @@ could not be read; what is here was chosen by measurement. No tensors, no clock,
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlora.config import ScheduleSection
@@ -31,17 +31,27 @@ class Schedule:
       longest is revived (more are killed until there is room for it), or the one with the best utility when last it was
       active. What room is left goes to the best that fit. A killed unit is active again after `longest_rest` steps at most.
 
+    ``flops(units)``: what the device computes for them, a token of a local step; it is counted and chooses nobody.
     Utility: the mean score of the unit's steps since it was last revived, divided by its cost.
     Same seed and same scores give the same sets; `state` and `load` resume exactly.
     """
 
-    def __init__(self, section: ScheduleSection, costs: Sequence[int], seed: int, named: frozenset[int] = frozenset()) -> None:
-        self.section, self.costs, self.seed = section, tuple(costs), seed
+    def __init__(
+        self,
+        section: ScheduleSection,
+        costs: Sequence[int],
+        flops: Callable[[frozenset[int]], int],
+        seed: int,
+        named: frozenset[int] = frozenset(),
+    ) -> None:
+        self.section, self.costs, self.flops, self.seed = section, tuple(costs), flops, seed
         self.units = range(len(self.costs))
         self.budget = max(section.active_fraction * sum(self.costs), max(self.costs))
         self.steps_done = 0
         self.epoch = 0
         self.numbers = 0  # a token, so far, summed over the steps: the traffic of the active units
+        self.device_flops = 0  # likewise
+        self._in_warmup = (0, 0)  # both, of the steps of the warm-up
         self.changed_at = [0] * len(self.costs)  # the step from which a unit is what it is now, active or killed
         self.utility: list[float | None] = [None] * len(self.costs)  # None: never scored
         self._scores: dict[int, tuple[float, int]] = {}  # of active units: sum and number since they were revived
@@ -66,7 +76,10 @@ class Schedule:
     def observe(self, scores: Mapping[int, float]) -> None:
         """A local step is done; ``scores`` of the units that were active in it, each finite. Who is active may change."""
         self.numbers += sum(self.costs[unit] for unit in self.active)
+        self.device_flops += self.flops(self.active)
         self.steps_done += 1
+        if self.steps_done == self.warmup_steps:
+            self._in_warmup = self.numbers, self.device_flops
         for unit in self.active:
             total, count = self._scores.get(unit, (0.0, 0))
             self._scores[unit] = (total + scores.get(unit, 0.0), count + 1)
@@ -80,7 +93,18 @@ class Schedule:
     @property
     def fraction(self) -> float:
         """The adapter's traffic so far, as a fraction of what it would be had all units been active; before a step, 1."""
-        return self.numbers / (self.steps_done * sum(self.costs)) if self.steps_done else 1.0
+        return self._fractions(self.numbers, self.device_flops, self.steps_done)[0] if self.steps_done else 1.0
+
+    @property
+    def flops_fraction(self) -> float:
+        """The device's FLOPs for the adapter so far, likewise."""
+        return self._fractions(self.numbers, self.device_flops, self.steps_done)[1] if self.steps_done else 1.0
+
+    @property
+    def after_warmup(self) -> tuple[float, float] | None:
+        """`fraction` and `flops_fraction` of the steps behind the warm-up alone; None before the first of them."""
+        steps, (numbers, flops) = self.steps_done - self.warmup_steps, self._in_warmup
+        return self._fractions(self.numbers - numbers, self.device_flops - flops, steps) if steps > 0 else None
 
     def state(self) -> dict[str, Any]:
         """All that changes, as JSON can hold it."""
@@ -88,6 +112,8 @@ class Schedule:
             "steps_done": self.steps_done,
             "epoch": self.epoch,
             "numbers": self.numbers,
+            "device_flops": self.device_flops,
+            "in_warmup": list(self._in_warmup),
             "active": sorted(self.active),
             "changed_at": list(self.changed_at),
             "utility": list(self.utility),
@@ -97,9 +123,13 @@ class Schedule:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self.steps_done, self.epoch, self.numbers = state["steps_done"], state["epoch"], state["numbers"]
+        self.device_flops, self._in_warmup = state["device_flops"], (state["in_warmup"][0], state["in_warmup"][1])
         self.active = frozenset(state["active"])
         self.changed_at, self.utility = list(state["changed_at"]), list(state["utility"])
         self._scores = {unit: (total, count) for unit, total, count in state["scores"]}
+
+    def _fractions(self, numbers: int, flops: int, steps: int) -> tuple[float, float]:
+        return numbers / (steps * sum(self.costs)), flops / (steps * self.flops(frozenset(self.units)))
 
     # Who is next
 

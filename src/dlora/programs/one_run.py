@@ -20,6 +20,7 @@ from dlora.evaluate import Scores, better, mean_scores
 from dlora.lora.active import Scheduled, schedule_units
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
+from dlora.lora.groups import device_flops
 from dlora.lora.kill_revive import Schedule
 from dlora.net.memory import MemoryTransport
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
@@ -95,14 +96,14 @@ class Run:
             "best": self.best,
             "bytes_on_wire": self.transport.bytes_on_wire,
             **self._with_cloud,
-            **self._adapter_traffic,
+            **self._spent,
             "consensus_distance": consensus_distance(self.trained),
             "seconds": self.seconds,
             "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
             "local_steps": self.local_steps,
         }
         shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
-        self.log.emit("run-done", run=self.name, **shown, **self._with_cloud)
+        self.log.emit("run-done", run=self.name, **shown, **self._with_cloud, **self._spent)
         self.folder.finish(self.name, self.rounds_done, {"result": result, "log_position": self.log.position})
         return result
 
@@ -142,14 +143,17 @@ class Run:
         section, prepared = self.prepared.config.schedule, self.prepared
         if section.kind == "all" or self.name not in ("dec-lora", "dlora"):
             return None
-        return schedule_units(section, prepared.units, prepared.config.seed, prepared.names, self._log_active)
+        lora, seed = prepared.config.lora, prepared.config.seed
+        return schedule_units(section, prepared.units, lora, seed, prepared.names, self._log_active)
 
     def _tell_units(self, anew: bool) -> None:
         """What the numbers in the events to come mean, and who starts; a run that goes on has it in its log already."""
         tell = self.log.emit if anew else self.log.tick
         if self.scheduled is not None:
+            lora = self.prepared.config.lora
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
-            tell("units", run=self.name, units=units)
+            every = device_flops(self.prepared.units, range(len(units)), lora.r, lora.placement)
+            tell("units", run=self.name, units=units, device_flops=every)
             for participant, schedule in enumerate(self.scheduled.schedules):
                 tell("active", **self._who_is_active(participant, schedule))
 
@@ -157,7 +161,10 @@ class Run:
         self.log.emit("active", **self._who_is_active(participant, schedule))
 
     def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
-        """An active set, from local step ``step`` on; each unit's utility as last known; traffic so far, of all active."""
+        """An active set, from local step ``step`` on, and its FLOPs a token; each unit's utility as last known.
+
+        The fractions: what has been spent so far, of that with all units active.
+        """
         return dict(
             run=self.name,
             peer=self.prepared.names[participant],
@@ -165,14 +172,29 @@ class Run:
             epoch=schedule.epoch,
             units=sorted(schedule.active),
             utility=schedule.utility,
+            device_flops=schedule.flops(schedule.active),
             adapter_fraction=schedule.fraction,
+            device_flops_fraction=schedule.flops_fraction,
         )
 
     @property
-    def _adapter_traffic(self) -> dict[str, float]:
-        """For a scheduled run: what a wire would have carried for the adapter, as a fraction of that with all units active."""
+    def _spent(self) -> dict[str, float]:
+        """For a scheduled run: the adapter's traffic and a split device's FLOPs for it, of those with all units active.
+
+        The mean over the participants; of the whole run, and of what follows the warm-up.
+        """
         schedules = self.scheduled.schedules if self.scheduled else ()
-        return {"adapter_fraction": sum(one.fraction for one in schedules) / len(schedules)} if schedules else {}
+        if not schedules:
+            return {}
+        whole = [(one.fraction, one.flops_fraction) for one in schedules]
+        after = [one.after_warmup for one in schedules]
+        means = {"": whole, "_after_warmup": [both for both in after if both is not None]}
+        return {
+            f"{name}_fraction{part}": sum(both[place] for both in of_all) / len(of_all)
+            for part, of_all in means.items()
+            for place, name in enumerate(("adapter", "device_flops"))
+            if of_all
+        }
 
     def _topology(self) -> Topology:
         """Who talks to whom: as configured, everybody (fedavg), or nobody."""

@@ -52,7 +52,11 @@ def split_costs(prepared: Prepared, schedules: Sequence[Chooses] | None = None) 
     training = Training(prepared, prepared.local_steps, 1, False, lambda num_participants: None)
     if schedules is None:
         section = config.schedule
-        schedules = schedule_units(section, prepared.units, config.seed, prepared.names).schedules if prepared.units else ()
+        schedules = (
+            schedule_units(section, prepared.units, config.lora, config.seed, prepared.names).schedules
+            if prepared.units
+            else ()
+        )
     devices = [_Device(half, config, schedules[index] if schedules else None) for index in range(len(prepared.names))]
     trained, scored, steps, tokens, round_trips = Counter[str](), _scored(prepared, devices, own=False), 0, 0, 0
     for round in range(config.train.rounds):

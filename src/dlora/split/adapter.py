@@ -53,6 +53,11 @@ class Adapter:
         self.tensors = [(name, factor) for group in groups for name in group.modules for factor in self._factor_names]
         self._places = {tensor: place for place, tensor in enumerate(self.tensors)}
 
+    @property
+    def num_factors(self) -> int:
+        """Of a module: A and B, or M alone."""
+        return len(self._factor_names)
+
     def factors(self) -> list[Tensor]:
         """Those of every module as they are bound now, in the order of ``tensors``."""
         return [getattr(self.layers[name], factor) for name, factor in self.tensors]

@@ -255,7 +255,7 @@ def _summed(adapter: Adapter, num_parts: int, found: Mapping[tuple[int, int], li
     """Over parts, in their order and not in that of arrival: sums must not depend on the network."""
     totals: list[Tensor | None] = []
     for number, group in enumerate(adapter.groups):
-        of_group: list[Tensor | None] = [None] * ((1 if adapter.core else 2) * len(group.modules))
+        of_group: list[Tensor | None] = [None] * (adapter.num_factors * len(group.modules))
         for part in range(num_parts):
             for place, gradient in enumerate(found.get((part, number), ())):
                 so_far = of_group[place]
