@@ -23,6 +23,7 @@ from dlora.config import Config
 
 ModelFolder = Callable[..., Path]
 WIRE_BOUND = 1e-5  # of two runs over the same wire
+FRAME = "frame.safetensors"
 
 # The device's own changes to the config.
 DEVICES: dict[str, dict[str, Any]] = {
@@ -31,7 +32,11 @@ DEVICES: dict[str, dict[str, Any]] = {
         "split.wire": "bfloat16", "seed": 1, "lora.target_modules": ["query", "value"], "train.local_steps": 3,
         "lora.lora_dropout": 0.1, "train.model_dropout": 0.1,
     },
-    "watch": {"split.wire": "int8", "seed": 2, "lora.r": 2, "lora.train_head": False, "split.pipeline": 2},
+    "watch": {
+        "split.wire": "int8", "seed": 2, "lora.r": 2, "lora.train_head": False, "split.pipeline": 2,
+        "schedule": {"kind": "kr", "active_fraction": 0.4, "period": 1, "warmup_steps": 3},
+    },
+    "ring": {"lora.placement": "core", "split.wire": "bfloat16", "seed": 3},
 }  # fmt: skip
 
 
@@ -39,13 +44,16 @@ class Devices(Split):
     """Each with a config of its own."""
 
     def config(self, name: str, changes: Mapping[str, Any] | None = None) -> Config:
-        return super().config(name, {**DEVICES[name], **(changes or {})})
+        frame = {"lora.frame": str(self.folder / FRAME)} if name == "ring" else {}
+        return super().config(name, {**DEVICES[name], **frame, **(changes or {})})
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Iterator[Devices]:
-    """Three devices at once, through one cloud."""
-    split = Devices(tmp_path_factory.mktemp("together"), model_folder("bert"), devices=tuple(DEVICES))
+    """All devices at once, through one cloud, which makes the frame for the one with cores."""
+    folder = tmp_path_factory.mktemp("together")
+    frame = {"core": {"r": 4, "frame": str(folder / FRAME)}}
+    split = Devices(folder, model_folder("bert"), devices=tuple(DEVICES), cloud=frame)
     with running(split):
         split.start_hub()
         for name in DEVICES:
@@ -70,6 +78,20 @@ def test_a_device_ends_where_a_run_without_any_cloud_ends(together: Devices) -> 
     parts = {part: relative_difference(update, reference, part) for part in ("lora_A", "lora_B", "classifier")}
     print(", ".join(f"{part} {off:.1e}" for part, off in parts.items()))
     assert_same(update, reference, UPDATE_BOUND["adamw"], "classification")
+
+
+def test_a_device_of_cores_exports_pairs_in_the_clouds_frame(together: Devices) -> None:
+    frame, pairs = load_file(together.folder / FRAME), load_file(together.run("ring") / "consensus/adapter_model.safetensors")
+    for name, tensor in pairs.items():
+        if name.endswith("lora_A.weight"):
+            assert torch.equal(tensor, frame[name.split("bert.", 1)[1].removesuffix(".weight")])
+
+
+def test_a_scheduled_device_says_what_it_saved(together: Devices) -> None:
+    run = together.summary("watch")["runs"]["dlora"]
+    assert 0 < run["adapter_fraction"] < 0.5 and 0 < run["device_flops_fraction"] < 0.5
+    epochs = [event["epoch"] for event in together.events("watch", "active")]
+    assert epochs == list(range(len(epochs))) and len(epochs) > 3
 
 
 @pytest.mark.parametrize("name", DEVICES)
