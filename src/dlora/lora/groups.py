@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class Group:
     modules: tuple[str, ...]  # dotted names inside the body
     in_features: int
     out_features: tuple[int, ...]  # one a module
+    core_r: int | None = None  # rank of the cores that train in these modules; None: pairs (A, B) do
 
     @property
     def width(self) -> int:
@@ -30,7 +31,12 @@ class Group:
 
     @property
     def cost(self) -> int:
-        """Numbers a token between cloud and device in one local step: the input and the updates, there and back."""
+        """Numbers a token between cloud and device in one local step: what goes there and comes back, and its gradients.
+
+        The input x and the updates; where cores train, x A^T and its product with the core, r each, for every module.
+        """
+        if self.core_r is not None:
+            return 4 * self.core_r * len(self.modules)
         return 2 * (self.in_features + self.width)
 
 
@@ -78,13 +84,14 @@ def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Gr
     for group in groups:
         kept = [(name, out) for name, out in zip(group.modules, group.out_features, strict=True) if name in targets]
         if kept:
-            reduced.append(Group(tuple(name for name, _ in kept), group.in_features, tuple(out for _, out in kept)))
+            names, widths = (tuple(column) for column in zip(*kept, strict=True))
+            reduced.append(replace(group, modules=names, out_features=widths))
     return tuple(reduced)
 
 
 def renamed(group: Group, prefix: str) -> Group:
     """With its modules' names inside a model whose body stands at ``prefix``."""
-    return Group(tuple(prefix + name for name in group.modules), group.in_features, group.out_features)
+    return replace(group, modules=tuple(prefix + name for name in group.modules))
 
 
 def refuse_ids(body: Any) -> None:
