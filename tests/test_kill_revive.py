@@ -117,6 +117,22 @@ def test_an_eighth_saves_seven_eighths_warm_up_included(kind: str) -> None:
     assert 0.11 < schedule.fraction <= 0.125
 
 
+@given(SECTIONS, COSTS, st.integers(0, 9), st.integers(0, 40), st.integers(0, 40))
+def test_steps_that_were_skipped_leave_draws_common_and_scores_as_they_were(
+    section: ScheduleSection, costs: list[int], seed: int, taken: int, skipped: int
+) -> None:
+    there, late = Schedule(section, costs, seed), Schedule(section, costs, seed)
+    drive(there, taken + skipped, seed)
+    drive(late, taken, seed)
+    utility = list(late.utility)
+    late.skip(skipped)
+    assert late.utility == utility and late.steps_done == there.steps_done
+    if section.kind in ("all", "random") or there.steps_done < there.warmup_steps:
+        assert late.active == there.active
+    drive(late, 40, seed)
+    assert late.active
+
+
 def test_a_seed_of_its_own_is_a_draw_of_its_own() -> None:
     section = ScheduleSection(kind="random", period=1, active_fraction=0.3)
     one, other = (drive(Schedule(section, [1] * 10, seed), 20, 0) for seed in (1, 2))
@@ -172,10 +188,10 @@ def test_killed_units_rest_and_the_log_tells_who_was_active(make_config: MakeCon
     assert result["adapter_fraction"] == sum(costs[unit] for unit in first["units"]) / sum(costs)
 
 
-@pytest.mark.parametrize("on_kill", ["hand-off", "drop"])
-def test_what_is_exported_is_what_was_evaluated(make_config: MakeConfig, on_kill: str) -> None:
+@pytest.mark.parametrize(("on_kill", "placement"), [("hand-off", "literal"), ("drop", "literal"), ("drop", "core")])
+def test_what_is_exported_is_what_was_evaluated(make_config: MakeConfig, on_kill: str, placement: str) -> None:
     """PEFT with the adapter on disk gives the last evaluation's loss; dropped units are zero in it, handed-off ones stay."""
-    config = scheduled(make_config, **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2})
+    config = scheduled(make_config, **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2, "lora.placement": placement})
     result = dlora.simulate(config)["runs"]["dec-lora"]
     last = active_events(config)[-1]
     units = prepare(config).units
@@ -193,6 +209,14 @@ def test_what_is_exported_is_what_was_evaluated(make_config: MakeConfig, on_kill
         ids = torch.tensor([row.input_ids])
         losses.append(model(input_ids=ids, labels=torch.tensor([row.labels])).loss.item())
     assert sum(losses) / len(losses) == pytest.approx(result["consensus"]["loss"], rel=1e-5)
+
+
+def test_where_cores_train_a_unit_costs_its_modules_ranks(make_config: MakeConfig) -> None:
+    """r numbers a token and module: down, up, and the same again for the gradients."""
+    prepared = prepare(scheduled(make_config, **{"lora.placement": "core", "lora.r": 3}))
+    assert {len(unit.modules): unit.cost for unit in prepared.units} == {1: 4 * 3, 3: 4 * 3 * 3}
+    [schedule] = schedule_units(prepared.config.schedule, prepared.units, 0, ["one"]).schedules
+    assert schedule.costs == tuple(unit.cost for unit in prepared.units)
 
 
 def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
