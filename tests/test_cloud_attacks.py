@@ -158,7 +158,7 @@ def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Ta
 
 def begin(call: int = 1, part: int = 0, tokens: int = 4, width: int = 64) -> Begin:
     mask = np.packbits(np.ones(tokens, dtype=bool)).tobytes()
-    return Begin(call, part, 1, tokens, mask, b"", True, None, b"", (), torch.zeros(tokens, width))
+    return Begin(call, part, 1, tokens, mask, b"", True, None, b"", (), (), torch.zeros(tokens, width))
 
 
 def update(call: int = 1, group: int = 0, shape: tuple[int, int] = (4, 192)) -> Values:

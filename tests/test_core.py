@@ -171,10 +171,10 @@ def test_the_frame_is_the_svd_with_signs(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     lora_A, lora_B = top_directions(weight, 4)
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
-    best = left[:, :4] @ torch.diag(values[:4]) @ right[:4]
-    torch.testing.assert_close(lora_B @ lora_A, best)
+    torch.testing.assert_close(lora_B @ lora_A, left[:, :4] @ right[:4])
+    torch.testing.assert_close(lora_B @ torch.diag(values[:4]) @ lora_A, left[:, :4] @ torch.diag(values[:4]) @ right[:4])
     torch.testing.assert_close(lora_B.T @ lora_B, torch.eye(4, dtype=torch.float64))
-    torch.testing.assert_close(lora_A.norm(dim=1), values[:4])
+    torch.testing.assert_close(lora_A @ lora_A.T, torch.eye(4, dtype=torch.float64))
     assert (lora_B.gather(0, lora_B.abs().argmax(dim=0, keepdim=True)) > 0).all()
     again = top_directions(-weight, 4)
     torch.testing.assert_close(again[1], lora_B)
@@ -211,13 +211,14 @@ def test_a_frame_is_made_once_and_handed_round(
     dlora.simulate(make_config(**keys, output_dir=str(tmp_path / "two")))
     digests = {json.loads((tmp_path / run / "manifest.json").read_text())["frame"] for run in ("one", "two")}
     assert len(digests) == 1 and file.read_bytes() == (tmp_path / "two" / FRAME_FILE).read_bytes()
-    for changed, said in [
-        ({"lora.r": 3}, "made for another lora.r"),
-        ({"lora.target_modules": ["query"]}, "is in the frame but not adapted here"),
-    ]:
-        with pytest.raises(dlora.UserError, match=said):
-            prepare(make_config(**keys | changed))
     frame = read_frame(file)
+    fewer = prepare(make_config(**keys | {"lora.target_modules": ["query"]})).model.frame  # a part of it is a frame too
+    assert 0 < len(fewer) < len(frame) and all(torch.equal(frame[name], tensor) for name, tensor in fewer.items())
+    with pytest.raises(dlora.UserError, match=r"made for another lora\.r"):
+        prepare(make_config(**keys | {"lora.r": 3}))
+    write_frame(file, fewer)
+    with pytest.raises(dlora.UserError, match="is adapted here but not in the frame"):
+        prepare(make_config(**keys))
     name = next(name for name in frame if name.endswith("lora_A"))
     for spoilt in (frame[name] * 1.01, frame[name] * torch.nan):
         write_frame(file, frame | {name: spoilt})
@@ -243,7 +244,7 @@ def test_peers_whose_frames_differ_are_told_what_to_do() -> None:
 @pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("bert", "int8")])
 def test_a_quantised_base_has_a_frame_of_what_it_computes(make_config: MakeConfig, family: str, quantization: str) -> None:
     pytest.importorskip("bitsandbytes")
-    config = make_config(family, **CORE, **{"quantization": quantization, "train.rounds": 15, "train.learning_rate": 2e-2})
+    config = make_config(family, **CORE, **{"quantization": quantization, "train.rounds": 15, "train.learning_rate": 5e-2})
     dlora.simulate(config)
     losses = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
     assert losses[-1] < losses[0] - 0.05
@@ -251,5 +252,5 @@ def test_a_quantised_base_has_a_frame_of_what_it_computes(make_config: MakeConfi
     network = load_model(plain, load_tokenizer(plain.model), ["no", "yes"]).network
     for name, layer in network.named_modules():
         if f"{name}.lora_A" in frame and isinstance(layer, LINEAR):
-            read = frame[f"{name}.lora_B"].T @ layer.weight
+            read = torch.nn.functional.normalize(frame[f"{name}.lora_B"].T @ layer.weight, dim=1)
             assert 0 < (read - frame[f"{name}.lora_A"]).norm() / read.norm() < 0.15  # near the weight, and not it

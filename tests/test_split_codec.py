@@ -16,8 +16,9 @@ from torch import Tensor
 from dlora.frames import MAX_MANIFEST_BYTES
 from dlora.net import split_pb2 as pb
 from dlora.net.codec import FrameError
-from dlora.net.split_codec import MAX_SIDE, decode_split, encode_split, split_num_bytes
+from dlora.net.split_codec import MAX_FACTORS, MAX_SIDE, MAX_UNITS, decode_split, encode_split, split_num_bytes
 from dlora.split_frames import (
+    FIRST_VERSION,
     WHATS,
     WHYS,
     WIRES,
@@ -25,6 +26,7 @@ from dlora.split_frames import (
     Done,
     Drop,
     Failed,
+    HandOff,
     Open,
     Opened,
     Refused,
@@ -66,6 +68,7 @@ def begins(draw: st.DrawFn) -> Begin:
         seed=draw(st.none() | st.integers(0, 2**63 - 1)),
         token_types=draw(st.just(b"") | st.binary(min_size=num_tokens, max_size=num_tokens)),
         positions=draw(st.just(()) | positions),
+        units=draw(st.lists(numbers, max_size=9).map(tuple)),
         embedded=draw(tensors(num_tokens)),
     )
 
@@ -76,6 +79,7 @@ frames: st.SearchStrategy[SplitFrame] = st.one_of(
     st.builds(Refused, texts),
     begins(),
     st.builds(Values, st.sampled_from(WHATS), numbers, numbers, numbers, tensors(), st.booleans()),
+    st.builds(HandOff, numbers, numbers.map(lambda number: max(FIRST_VERSION, number)), tensors(1)),
     st.builds(Done, numbers, numbers),
     st.builds(Failed, numbers, numbers, st.sampled_from(WHYS), texts),
     st.builds(Drop, numbers),
@@ -89,7 +93,7 @@ def plain(frame: SplitFrame) -> tuple[object, ...]:
 
 
 def tensor_of(frame: SplitFrame) -> Tensor | None:
-    return frame.embedded if isinstance(frame, Begin) else frame.tensor if isinstance(frame, Values) else None
+    return frame.embedded if isinstance(frame, Begin) else frame.tensor if isinstance(frame, Values | HandOff) else None
 
 
 @given(frames, wires)
@@ -102,7 +106,7 @@ def test_a_frame_comes_back(frame: SplitFrame, wire: Wire) -> None:
     if sent is None or came is None:
         return
     assert came.dtype is torch.float32 and came.is_contiguous()
-    if wire == "float32":
+    if wire == "float32" or isinstance(frame, HandOff):
         assert torch.equal(came, sent)
     elif wire == "bfloat16":
         assert torch.equal(came, sent.to(torch.bfloat16).float())
@@ -217,6 +221,10 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "types": ({**begin(token_types=b"\x00\x00"), "payload": bytes(12)}, "2 token_types for 3 tokens"),
     "positions": ({**begin(positions=[0, 1, 2, 3]), "payload": bytes(12)}, "4 positions for 3 tokens"),
     "far position": ({**begin(positions=[0, 2**31, 2]), "payload": bytes(12)}, "positions 2147483648"),
+    "units": ({**begin(units=[0] * (MAX_UNITS + 1)), "payload": bytes(12)}, "65537 units"),
+    "version": ({"handoff": pb.HandOff(version=1, width=3), "payload": bytes(12)}, "version 1 is not between 2 and"),
+    "many factors": ({"handoff": pb.HandOff(version=2, width=MAX_FACTORS + 1)}, "width 16777217"),
+    "no factors": ({"handoff": pb.HandOff(version=2, width=4), "payload": bytes(12)}, "(1, 4) in float32 takes 16"),
     "seed": ({**begin(seed=2**63), "payload": bytes(12)}, "seed 9223372036854775808"),
 }
 
@@ -246,7 +254,7 @@ GOOD = encode_split(Values("input", 1, 0, 2, torch.ones(3, 1)), "float32")
         (pb.Frame(drop=pb.Drop(call=1)).SerializeToString() * 2, "unknown fields"),
         (pb.Frame(payload=bytes(12)).SerializeToString() + GOOD[:20], "no known kind|no frame|unknown|cut off"),
         (b"\x42\x04\x08\x01\x10\x01", "unknown fields"),  # field 2 of a drop
-        (b"\x4a\x02\x08\x01", "no known kind"),  # field 9 of the frame
+        (b"\x52\x02\x08\x01", "no known kind"),  # field 10 of the frame
         (b"\x1a\x03\x0a\x01\xff", "no frame"),  # a reason that is not UTF-8
         (b"\x22\xff\xff\xff\xff\x0f", "a head of"),
         (b"\x22\xff\xff\xff\xff\xff\x01", "no frame"),
@@ -276,7 +284,7 @@ def test_another_wire_is_another_length() -> None:
 
 
 def test_we_do_not_send_what_we_would_refuse() -> None:
-    good = Begin(0, 0, 2, 2, b"\xd0", b"", True, None, b"", (), torch.ones(3, 1))
+    good = Begin(0, 0, 2, 2, b"\xd0", b"", True, None, b"", (), (), torch.ones(3, 1))
     encode_split(good, "float32")
     for frame in (
         Drop(-1),
@@ -288,6 +296,10 @@ def test_we_do_not_send_what_we_would_refuse() -> None:
         Values("input", 0, 0, 0, torch.ones(1, 1, dtype=torch.int64)),
         Begin(**vars(good) | {"embedded": torch.ones(4, 1)}),
         Begin(**vars(good) | {"positions": (0, 1, -1)}),
+        Begin(**vars(good) | {"units": (0, 2**53)}),
+        Begin(**vars(good) | {"units": (0,) * (MAX_UNITS + 1)}),
+        HandOff(0, 1, torch.ones(1, 4)),
+        HandOff(0, 2, torch.ones(2, 4)),
     ):
         with pytest.raises(FrameError):
             encode_split(frame, "float32")
@@ -323,6 +335,6 @@ def test_anything_is_a_frame_or_a_frame_error(
         return
     tensor = tensor_of(got)
     assert tensor is None or tensor.isfinite().all()
-    if read != "int8":
+    if read != "int8" or isinstance(got, HandOff):
         again = decode_split(encode_split(got, read), read)
         assert plain(again) == plain(got)

@@ -242,10 +242,6 @@ class Config(Document):
             raise ValueError(
                 f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid, by-column or files"
             )
-        if self.schedule.kind != "all" and self.split is not None:
-            raise ValueError(
-                f"schedule: {self.schedule.kind} with the frozen model in a cloud is still to come; remove schedule or split"
-            )
         if self.lora.placement == "core" and self.peers.rule != "factor":
             raise ValueError(
                 f"peers.rule {self.peers.rule} chooses between A and B, which placement core freezes both: averaging the cores"
@@ -255,13 +251,20 @@ class Config(Document):
             self._check_split()
         return self
 
+    def _hands_off(self) -> bool:
+        return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"
+
     def _check_split(self) -> None:
         if self.train.gradient_checkpointing:
             raise ValueError(
                 "split: the cloud runs the body, nothing is checkpointed here: remove train.gradient_checkpointing"
             )
-        if self.lora.placement == "core":
-            raise ValueError("split: the cloud serves lora.placement literal only; remove placement")
+        if self.lora.lora_dropout and (self.lora.placement == "core" or self._hands_off()):
+            what = "placement core" if self.lora.placement == "core" else "on_kill hand-off"
+            raise ValueError(
+                f"lora.lora_dropout {self.lora.lora_dropout:g}: with {what} the cloud reads inputs itself and drops"
+                " nothing; set it to 0"
+            )
         if self.quantization != "none":
             raise ValueError("split: the frozen body is the cloud's: quantise it in the cloud's own config, remove it here")
         if self.peers.group_size not in (None, 1):
@@ -282,6 +285,13 @@ class LimitsSection(Section):
     idle_s: float = Field(120, gt=0, description="what a device left unfinished is forgotten when it is silent for so long")
 
 
+class CoreSection(Section):
+    """What the cloud holds for devices of placement core."""
+
+    r: int = Field(ge=1, description="rank of the frame; that of the devices' lora.r")
+    frame: str = Field(description="its file, for the devices too (lora.frame): read, or made where there is none")
+
+
 class CloudConfig(Document):
     """One cloud: the frozen model and what it gives. `CloudConfig.load` reads it from YAML; only `model` must be given."""
 
@@ -292,6 +302,7 @@ class CloudConfig(Document):
     device_map: str | dict[str, int | str] | None = Field(
         None, description="null, or a word or {module: device} as in transformers: the model over several devices"
     )
+    core: CoreSection | None = Field(None, description="for devices with lora.placement core; null: none are served")
     limits: LimitsSection = LimitsSection()
     listen: str | None = Field(None, description="HOST:PORT; null: all interfaces at the port of this member's address")
     metrics: str | None = Field(None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere")

@@ -27,14 +27,15 @@ def evaluate(
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    killed: frozenset[int] = frozenset(),
 ) -> Scores:
     """Score one participant's factors ((1, ...) each) on ``examples``.
 
     Classification: accuracy, f1 (of the second class when there are two, else the mean over classes) and mean loss.
     Causal-lm: loss and perplexity a target token; with ``choices`` also accuracy, the answer being the likeliest option.
-    ``on_batch`` hears (examples done, examples in all).
+    ``on_batch`` hears (examples done, examples in all). ``killed``: units whose factors rest, as `StackedModel.use` takes them.
     """
-    model.use(factors)
+    model.use(factors, killed)
     model.network.eval()
     options = [option for choice in choices for option in choice.options]
     total = len(examples) + len(options)

@@ -18,6 +18,8 @@ What: TypeAlias = Literal["input", "update", "hidden", "hidden-gradient", "updat
 Why: TypeAlias = Literal["memory", "tokens", "expired", "broken"]
 WIRES, WHATS, WHYS = get_args(Wire), get_args(What), get_args(Why)
 
+ACTIVE, LEFT_OUT, FIRST_VERSION = 0, 1, 2  # what `Begin.units` says of a group
+
 
 @dataclass(frozen=True)
 class Open:
@@ -56,6 +58,7 @@ class Begin:
     seed: int | None  # of the body's own dropout; None: no dropout
     token_types: bytes  # one a token, or empty
     positions: tuple[int, ...]  # one a token, or empty: the body counts
+    units: tuple[int, ...]  # one a group: ACTIVE, LEFT_OUT, or the version that was handed off; empty: all are active
     embedded: Tensor  # (N, hidden width)
 
 
@@ -73,6 +76,15 @@ class Values:
     group: int  # 0 where there is none
     tensor: Tensor  # (tokens, width), float32 on both ends
     reply: bool = False  # update-gradient: an input-gradient is waited for
+
+
+@dataclass(frozen=True, eq=False)
+class HandOff:
+    """Device: the factors of a killed group, for parts begun later; they take the place of an earlier version."""
+
+    group: int
+    version: int  # from 2 on
+    tensor: Tensor  # (1, numbers) float32 on every wire: the factors of each module, one after the other
 
 
 @dataclass(frozen=True)
@@ -104,4 +116,4 @@ class ChannelDown(Exception):
     """The link under a conversation has ended, whoever ended it."""
 
 
-SplitFrame: TypeAlias = Open | Opened | Refused | Begin | Values | Done | Failed | Drop
+SplitFrame: TypeAlias = Open | Opened | Refused | Begin | Values | HandOff | Done | Failed | Drop

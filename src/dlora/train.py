@@ -139,6 +139,7 @@ def local_steps(
     num_participants = group.last - group.first
     history: list[Tensor] = []
     for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
+        model.killed = group.units.killed if group.units else frozenset()
         targets_P = torch.stack([num_targets(batch.labels, num_participants) for batch in micro_batches]).sum(0)
         loss_P = torch.zeros(num_participants)
         for batch in micro_batches:

@@ -30,6 +30,10 @@ class Scheduled:
     schedules: tuple[Schedule, ...]
     on_change: Callable[[int, Schedule], None]
 
+    def killed(self, participants: Iterable[int]) -> frozenset[int]:
+        """Units that none of these trains now."""
+        return frozenset(range(len(self.modules))).difference(*(self.schedules[number].active for number in participants))
+
 
 def schedule_units(
     section: ScheduleSection,
@@ -114,6 +118,11 @@ class ActiveUnits:
     def took_part(self, participant: int) -> frozenset[str]:
         """What a participant's local steps since `leave_out` may have changed: its units active in any, all that is in none."""
         return frozenset(name for name in self.parameters if self.unit_of.get(name) in (None, *self._took_part[participant]))
+
+    @property
+    def killed(self) -> frozenset[int]:
+        """Units that nobody here trains."""
+        return frozenset(range(len(self.names))).difference(*(schedule.active for schedule in self.schedules))
 
     def train_only(self, names: frozenset[str]) -> None:
         """Gradients for those of ``names`` that are active for somebody."""

@@ -2,12 +2,11 @@
 
 Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the frame is
 
-    lora_A = S V^T, the top R rows (R, I)        lora_B = U, the top R columns (O, R)
+    lora_A = V^T, the top R rows (R, I)        lora_B = U, the top R columns (O, R)
 
-both frozen and known to all; what trains is ``lora_M`` (R, R), and delta_weight = scaling x B M A. The singular values stand
-on the input's side as in LoRA-XS (arXiv 2405.17604, and its code: the SVD is that of W^T), so A = B^T W: the core reads the
-strongest directions of what the layer itself puts out. M starts at zero, the frozen model itself: its gradient there is
-B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
+both frozen and known to all; what trains is ``lora_M`` (R, R), and delta_weight = scaling x B M A. LoRA-XS (arXiv 2405.17604)
+has S V^T for A; without S it was one point better at equal steps and held higher rates (docs/lab-log.md). M starts at zero, the
+frozen model itself: its gradient there is B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
 
 ``Frame`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An SVD is not the same to the last bit
 from machine to machine, and where singular values are close not the same at all: hence it is kept in a file and handed round.
@@ -30,7 +29,9 @@ from dlora.runlog import write_atomically
 
 Frame = dict[str, Tensor]
 FRAME_FILE = "frame.safetensors"  # within a run folder
-_OF_THE_WEIGHT = 1e-3  # |A - B^T W| / |A|: above the rounding of any machine, far below what another checkpoint gives
+_OF_THE_WEIGHT = (
+    1e-3  # |A - directions of B^T W| / |A|: above the rounding of any machine, far below what another checkpoint gives
+)
 
 
 def compute_frame(layers: Mapping[str, nn.Module], r: int) -> Frame:
@@ -53,30 +54,47 @@ def top_directions(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
     wide = weight_OI.shape[0] <= weight_OI.shape[1]
     _, vectors = torch.linalg.eigh(weight_OI @ weight_OI.T if wide else weight_OI.T @ weight_OI)  # ascending
     top = vectors[:, -r:].flip(1)
-    if wide:
-        lora_B = top
-    else:
-        lora_B = weight_OI @ top  # U S
-        lora_B = lora_B / lora_B.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny)  # a direction of weight 0 stays 0
+    lora_B = top if wide else _directions(weight_OI @ top, 0)
     lora_B = lora_B * lora_B.gather(0, lora_B.abs().argmax(dim=0, keepdim=True)).sign()
-    return (lora_B.T @ weight_OI).contiguous(), lora_B.contiguous()
+    return _directions(lora_B.T @ weight_OI, 1).contiguous(), lora_B.contiguous()  # of S V^T; U
 
 
-def check_frame(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: int) -> None:
-    """Raise ModelError unless ``frame`` is one of rank ``r`` of exactly these linears."""
-    needed = {f"{name}.{half}" for name in layers for half in ("lora_A", "lora_B")}
-    if frame.keys() != needed:
-        odd = sorted(frame.keys() ^ needed)[0].rpartition(".")[0]
-        where = "in the frame but not adapted here" if f"{odd}.lora_A" in frame else "adapted here but not in the frame"
-        raise ModelError(f"lora.frame: {odd} is {where}; it was made for other lora.target_modules or another model")
+def frame_of(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: int, weights_here: bool = True) -> Frame:
+    """Of a frame that was read, the part of these linears; raises ModelError unless it is theirs and of rank ``r``.
+
+    A file names modules within the body or within a model around it; both are found. ``weights_here``: the linears have
+    their weights, so that the frame can be compared with them.
+    """
+    known = {name.partition(".")[2]: tensor for name, tensor in frame.items()} | dict(frame)
+    found: Frame = {}
     for name, layer in layers.items():
+        for half in ("lora_A", "lora_B"):
+            tensor = known.get(f"{name}.{half}", known.get(f"{name.partition('.')[2]}.{half}"))
+            if tensor is None:
+                raise ModelError(
+                    f"lora.frame: {name} is adapted here but not in the frame; it was made for other lora.target_modules or"
+                    " another model"
+                )
+            found[f"{name}.{half}"] = tensor
         weight_OI = _weight(name, layer, r)
-        lora_A, lora_B = (frame[f"{name}.{half}"].to(weight_OI.device) for half in ("lora_A", "lora_B"))
+        lora_A, lora_B = (found[f"{name}.{half}"].to(weight_OI.device) for half in ("lora_A", "lora_B"))
         shapes, expected = (tuple(lora_A.shape), tuple(lora_B.shape)), ((r, weight_OI.shape[1]), (weight_OI.shape[0], r))
         if shapes != expected:
             raise ModelError(f"lora.frame: {name} has A and B of {shapes}, expected {expected}; it was made for another lora.r")
-        if not (lora_A - lora_B.T @ weight_OI).norm() <= _OF_THE_WEIGHT * lora_A.norm():  # not <=: numbers that are none fail
+        if weights_here and not _is_of(weight_OI, lora_A, lora_B):
             raise ModelError(f"lora.frame: {name} is not of this model's weight; it was made for another checkpoint")
+    return found
+
+
+def _is_of(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
+    """Numbers that are none are of no weight."""
+    return bool((lora_A - _directions(lora_B.T @ weight_OI, 1)).norm() <= _OF_THE_WEIGHT * lora_A.norm())
+
+
+def _directions(vectors: Tensor, dim: int) -> Tensor:
+    """Of length 1 along ``dim``; one of no length at all stays 0."""
+    lengths: Tensor = vectors.norm(dim=dim, keepdim=True)
+    return vectors / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def pairs(factors: Mapping[str, Tensor], frame: Mapping[str, Tensor]) -> Factors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ class Group:
     modules: tuple[str, ...]  # dotted names inside the body
     in_features: int
     out_features: tuple[int, ...]  # one a module
-    core_r: int | None = None  # rank of the cores that train in these modules; None: pairs (A, B) do
 
     @property
     def width(self) -> int:
@@ -31,12 +30,7 @@ class Group:
 
     @property
     def cost(self) -> int:
-        """Numbers a token between cloud and device in one local step: what goes there and comes back, and its gradients.
-
-        The input x and the updates; where cores train, x A^T and its product with the core, r each, for every module.
-        """
-        if self.core_r is not None:
-            return 4 * self.core_r * len(self.modules)
+        """Numbers a token between cloud and device in one local step: the input and the updates, there and back."""
         return 2 * (self.in_features + self.width)
 
 
@@ -84,14 +78,22 @@ def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Gr
     for group in groups:
         kept = [(name, out) for name, out in zip(group.modules, group.out_features, strict=True) if name in targets]
         if kept:
-            names, widths = (tuple(column) for column in zip(*kept, strict=True))
-            reduced.append(replace(group, modules=names, out_features=widths))
+            reduced.append(Group(tuple(name for name, _ in kept), group.in_features, tuple(out for _, out in kept)))
     return tuple(reduced)
+
+
+def core_groups(groups: Sequence[Group], r: int) -> tuple[Group, ...]:
+    """What travels of these groups under placement core: of each module r numbers a token either way.
+
+    The cloud reads x A^T of every module of a group side by side (each has an A of its own), the device answers with each
+    module's r numbers times its M^T, the cloud puts them through its B; backward the same the other way round.
+    """
+    return tuple(Group(group.modules, r * len(group.modules), (r,) * len(group.modules)) for group in groups)
 
 
 def renamed(group: Group, prefix: str) -> Group:
     """With its modules' names inside a model whose body stands at ``prefix``."""
-    return replace(group, modules=tuple(prefix + name for name in group.modules))
+    return Group(tuple(prefix + name for name in group.modules), group.in_features, group.out_features)
 
 
 def refuse_ids(body: Any) -> None:

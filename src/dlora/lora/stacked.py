@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora.config import LoraSection
 from dlora.errors import ModelError
-from dlora.lora.core import Frame, check_frame, compute_frame
+from dlora.lora.core import Frame, compute_frame, frame_of
 from dlora.lora.factors import Factors
 
 
@@ -106,7 +106,8 @@ class StackedModel:
     ``initial``: name -> the value every participant starts from (on the CPU, no participant dimension).
     ``frozen_head``: what of ``initial`` rests for the whole run (a new head under ``train_head: false``).
     ``peft_config``: what an adapter folder of this model says of itself. ``frame``: under placement core, what the cores stand
-    in. ``loss_positions``: the network is to be told which positions of a text the loss looks at.
+    in. ``loss_positions``: the network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
+    whose factors rest in the factors that are bound now; a body in a cloud spends nothing on them.
     """
 
     network: Any
@@ -115,9 +116,11 @@ class StackedModel:
     peft_config: peft.LoraConfig
     frame: Frame = field(default_factory=dict)
     loss_positions: bool = False
+    killed: frozenset[int] = frozenset()
 
-    def use(self, factors: Mapping[str, Tensor]) -> None:
+    def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
         """Bind every layer to these (P, ...) tensors until the next call; nothing is copied."""
+        self.killed = killed
         for name, tensor in factors.items():
             module, _, attribute = name.rpartition(".")
             setattr(self.network.get_submodule(module), attribute, tensor)
@@ -129,12 +132,14 @@ class StackedModel:
         return device
 
 
-def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int, frame: Frame | None = None) -> StackedModel:
+def attach(
+    frozen: FrozenModel, section: LoraSection, task: str, seed: int, frame: Frame | None = None, weights_here: bool = True
+) -> StackedModel:
     """Let PEFT place and initialise the modules, then put the stacked layer where PEFT's was.
 
     A is drawn on the CPU from ``seed``, B is zero; under placement core both are the ``frame``, computed here when it is not
     given, and the core is zero. The network is changed in place. Raises ModelError when a target matches nothing or is no
-    linear, or the frame is another model's.
+    linear, or the frame is another model's; ``weights_here`` is false where the adapted linears have none to compare it with.
     """
     network, head = frozen.network, frozen.head
     names = [name for name, _ in network.named_modules()]
@@ -176,7 +181,7 @@ def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int, fram
         if not isinstance(layer.get_base_layer(), LINEAR):
             raise ModelError(f"lora.target_modules: {name} is no linear but {type(layer.get_base_layer()).__name__}")
     if section.placement == "core":
-        frame = _place_cores(network, placed, section, frame)
+        frame = _place_cores(network, placed, section, frame, weights_here)
         initial = {f"{name}.lora_M": torch.zeros(section.r, section.r) for name in placed}
     else:
         initial = {}
@@ -197,13 +202,12 @@ def attach(frozen: FrozenModel, section: LoraSection, task: str, seed: int, fram
     return StackedModel(network, initial | head_factors, resting, peft_config, frame or {})
 
 
-def _place_cores(network: nn.Module, placed: Mapping[str, Any], section: LoraSection, frame: Frame | None) -> Frame:
+def _place_cores(
+    network: nn.Module, placed: Mapping[str, Any], section: LoraSection, frame: Frame | None, weights_here: bool
+) -> Frame:
     """Put a core in its frame where PEFT's layers were; returns the frame."""
     linears: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in placed.items()}
-    if frame is None:
-        frame = compute_frame(linears, section.r)
-    else:
-        check_frame(frame, linears, section.r)
+    frame = compute_frame(linears, section.r) if frame is None else frame_of(frame, linears, section.r, weights_here)
     for name, layer in placed.items():
         device = next(linears[name].parameters()).device
         lora_A, lora_B = (frame[f"{name}.{half}"].to(device) for half in ("lora_A", "lora_B"))

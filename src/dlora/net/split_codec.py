@@ -15,9 +15,11 @@ from torch import Tensor
 from dlora.frames import MAX_MANIFEST_BYTES
 from dlora.net import split_pb2
 from dlora.net.codec import MAX_NUMBER, FrameError, parse
-from dlora.split_frames import WHATS, WHYS, Begin, SplitFrame, Values, Wire
+from dlora.split_frames import FIRST_VERSION, WHATS, WHYS, Begin, HandOff, SplitFrame, Values, Wire
 
 MAX_SIDE = 1 << 20  # rows of a tensor, its width, tokens of a padded part
+MAX_FACTORS = 1 << 24  # numbers of one group: r 128 at three modules of 32,768 and their input of 32,768
+MAX_UNITS = 1 << 16  # groups of a model
 MAX_TEXT_BYTES = 2000
 MAX_HEAD_BYTES = 8 << 20  # of a frame without its tensor: the positions of MAX_SIDE tokens, masks and types take 7.3 MiB
 
@@ -36,7 +38,7 @@ def encode_split(frame: SplitFrame, wire: Wire) -> bytes:
     head, tensor = _head(frame)
     if tensor is None:
         return head.SerializeToString()
-    payload = _payload(tensor.detach(), wire, type(frame).__name__)
+    payload = _payload(tensor.detach(), _dtype(type(frame), wire), type(frame).__name__)
     num_bytes = sum(part.nbytes for part in payload)
     return b"".join([head.SerializeToString(), _PAYLOAD_TAG, _varint(num_bytes), *payload])
 
@@ -46,7 +48,7 @@ def split_num_bytes(frame: SplitFrame, wire: Wire) -> int:
     head, tensor = _head(frame)
     if tensor is None:
         return head.ByteSize()
-    num_bytes = _payload_bytes(len(tensor), tensor.shape[1], wire)
+    num_bytes = _payload_bytes(len(tensor), tensor.shape[1], _dtype(type(frame), wire))
     return head.ByteSize() + len(_PAYLOAD_TAG) + len(_varint(num_bytes)) + num_bytes
 
 
@@ -59,19 +61,25 @@ def decode_split(data: bytes, wire: Wire) -> SplitFrame:
     field, inner = parse(split_pb2.Frame, head)
     kind = _KINDS[field]
     fields = {name: getattr(inner, name) for name in inner.DESCRIPTOR.fields_by_name}
-    if kind not in (Begin, Values):
+    if kind not in (Begin, Values, HandOff):
         if payload:
             raise FrameError(f"{kind.__name__} frame: {len(payload)} bytes of a tensor; it has none")
         _check(kind.__name__, fields)
         return kind(**fields)
     if kind is Begin:
-        fields["positions"] = tuple(fields["positions"])
+        fields["positions"], fields["units"] = tuple(fields["positions"]), tuple(fields["units"])
         fields["seed"] = fields["seed"] if inner.HasField("seed") else None
     _check(kind.__name__, fields)
     width = fields.pop("width")
-    rows = _num_tokens(fields) if kind is Begin else fields.pop("rows")
-    tensor = _tensor(payload, rows, width, wire, kind.__name__)
-    return Begin(embedded=tensor, **fields) if kind is Begin else Values(tensor=tensor, **fields)
+    rows = _num_tokens(fields) if kind is Begin else fields.pop("rows", 1)
+    tensor = _tensor(payload, rows, width, _dtype(kind, wire), kind.__name__)
+    fields["embedded" if kind is Begin else "tensor"] = tensor
+    return kind(**fields)
+
+
+def _dtype(kind: type[SplitFrame], wire: Wire) -> Wire:
+    """How a frame's tensor is written: factors are exact on every wire, for what is handed off is what was trained."""
+    return "float32" if kind is HandOff else wire
 
 
 def _cut(data: bytes) -> tuple[bytes, memoryview]:
@@ -105,13 +113,15 @@ def _head(frame: SplitFrame) -> tuple[split_pb2.Frame, Tensor | None]:
         if name in fields:
             fields[name] = _one_line(fields[name])
     tensor: Tensor | None = None
-    if isinstance(frame, Begin | Values):
+    if isinstance(frame, Begin | Values | HandOff):
         tensor = fields.pop("embedded" if isinstance(frame, Begin) else "tensor")
         if tensor.dim() != 2 or not tensor.is_floating_point():
             raise FrameError(f"{kind} frame: a tensor {tuple(tensor.shape)} of {tensor.dtype}; it should be (tokens, width)")
         fields["width"] = tensor.shape[1]
         if isinstance(frame, Values):
             fields["rows"] = tensor.shape[0]
+        elif isinstance(frame, HandOff) and len(tensor) != 1:
+            raise FrameError(f"HandOff frame: a tensor of {len(tensor)} rows; factors stand in one")
     _check(kind, fields)
     if isinstance(frame, Begin) and tensor is not None and len(tensor) != (num_tokens := _num_tokens(fields)):
         raise FrameError(f"Begin frame: {len(tensor)} rows of embedded; the mask has {num_tokens} tokens")
@@ -134,7 +144,8 @@ def _check(kind: str, fields: dict[str, Any]) -> None:
             if value not in known:
                 raise FrameError(f"{kind} frame: {name} {ascii(value[:80])} is none of {', '.join(known)}")
         elif not isinstance(value, bytes):
-            least, limit = int(name in ("rows", "columns", "width")), _LIMITS.get(name, MAX_NUMBER)
+            least = FIRST_VERSION if name == "version" else int(name in ("rows", "columns", "width"))
+            limit = MAX_FACTORS + 1 if kind == "HandOff" and name == "width" else _LIMITS.get(name, MAX_NUMBER)
             low, high = (min(value, default=least), max(value, default=least)) if isinstance(value, tuple) else (value, value)
             if not least <= low <= high < limit:
                 raise FrameError(f"{kind} frame: {name} {low if low < least else high} is not between {least} and {limit - 1}")
@@ -153,6 +164,8 @@ def _check_tokens(fields: dict[str, Any]) -> None:
         raise FrameError("Begin frame: the mask has no tokens")
     if fields["needed"]:
         _check_bits("needed", fields["needed"], num_tokens)
+    if len(fields["units"]) > MAX_UNITS:
+        raise FrameError(f"Begin frame: {len(fields['units'])} units; at most {MAX_UNITS} are allowed")
     for name in ("token_types", "positions"):
         if len(fields[name]) not in (0, num_tokens):
             raise FrameError(f"Begin frame: {len(fields[name])} {name} for {num_tokens} tokens")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("open", "opened", "refused", "begin", "values", "done", "failed", "drop", "payload")
+    __slots__ = ("open", "opened", "refused", "begin", "values", "done", "failed", "drop", "handoff", "payload")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class Frame(_message.Message):
     DONE_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     DROP_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     open: Open
     opened: Opened
@@ -26,8 +27,9 @@ class Frame(_message.Message):
     done: Done
     failed: Failed
     drop: Drop
+    handoff: HandOff
     payload: bytes
-    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., values: _Optional[_Union[Values, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[Open, _Mapping]] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., values: _Optional[_Union[Values, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., drop: _Optional[_Union[Drop, _Mapping]] = ..., handoff: _Optional[_Union[HandOff, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("manifest",)
@@ -52,7 +54,7 @@ class Refused(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., later: _Optional[bool] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("call", "part", "rows", "columns", "mask", "needed", "keep", "seed", "token_types", "positions", "width")
+    __slots__ = ("call", "part", "rows", "columns", "mask", "needed", "keep", "seed", "token_types", "positions", "width", "units")
     CALL_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +66,7 @@ class Begin(_message.Message):
     TOKEN_TYPES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
     call: int
     part: int
     rows: int
@@ -75,7 +78,8 @@ class Begin(_message.Message):
     token_types: bytes
     positions: _containers.RepeatedScalarFieldContainer[int]
     width: int
-    def __init__(self, call: _Optional[int] = ..., part: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., mask: _Optional[bytes] = ..., needed: _Optional[bytes] = ..., keep: _Optional[bool] = ..., seed: _Optional[int] = ..., token_types: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ...) -> None: ...
+    units: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, call: _Optional[int] = ..., part: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., mask: _Optional[bytes] = ..., needed: _Optional[bytes] = ..., keep: _Optional[bool] = ..., seed: _Optional[int] = ..., token_types: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Values(_message.Message):
     __slots__ = ("what", "call", "part", "group", "rows", "width", "reply")
@@ -94,6 +98,16 @@ class Values(_message.Message):
     width: int
     reply: bool
     def __init__(self, what: _Optional[str] = ..., call: _Optional[int] = ..., part: _Optional[int] = ..., group: _Optional[int] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., reply: _Optional[bool] = ...) -> None: ...
+
+class HandOff(_message.Message):
+    __slots__ = ("group", "version", "width")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    version: int
+    width: int
+    def __init__(self, group: _Optional[int] = ..., version: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("call", "part")

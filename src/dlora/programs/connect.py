@@ -14,6 +14,7 @@ from dlora.model import load_tokenizer
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.device import check_halves
 from dlora.programs.halves import far_cloud
+from dlora.programs.prepare import handed_frame
 from dlora.split.remote import as_ordinary, load_half
 
 
@@ -30,7 +31,7 @@ def connect(config: Config, *, name: str, key: str | Path, federation: str | Pat
     check_halves(config, name, listed)
     if config.task == "classification" and config.data.labels is None:
         raise ConfigError("data.labels is missing; the head has an output for each, so name them all, in order")
-    half = load_half(config, load_tokenizer(config.model), config.data.labels)
+    half = load_half(config, load_tokenizer(config.model), config.data.labels, handed_frame(config))
     network = as_ordinary(half)
     stack = contextlib.ExitStack()
     stack.enter_context(far_cloud(half, config, identity, FederationFile(federation), _warn, lambda: False))

@@ -72,7 +72,8 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
     """Run the body here too, at the other end of a wire in memory; gives the bytes so far, both ways."""
     assert config.split is not None
     wire = config.split.wire
-    body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}))
+    frame = {name.removeprefix(half.body.prefix): tensor for name, tensor in half.model.frame.items()}
+    body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}), frame)
     limits = Limits(max_tokens=1 << 20, max_parts=256, idle_s=3600.0)
     budget = Budget(int(OWN_MEMORY * psutil.virtual_memory().available))
     with LoopThread() as loop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,13 +50,14 @@ class Run:
         self.pooled = name == "pooled"
         config = prepared.config
         self.local_steps = self._local_steps()
-        self.schedules = Schedules(name, prepared, log.emit) if name == "dec-lora" else None  # the baselines are plain LoRA
-        scheduled = self.schedules.scheduled if self.schedules else None
-        self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step, scheduled)
+        plain = name not in ("dec-lora", "dlora")  # the baselines
+        self.schedules = None if plain else Schedules(name, prepared, log.emit)
+        self.scheduled = self.schedules.scheduled if self.schedules else None
+        self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step, self.scheduled)
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
         self.trained = self.training.trained
-        took_part = self.participants.took_part if scheduled else None
+        took_part = self.participants.took_part if self.scheduled else None
         self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire, took_part)
         self.rounds_done = 0
         self.steps_done = 0  # local steps of all participants, for the progress bar
@@ -196,12 +197,12 @@ class Run:
 
     def _score(self, peers: bool) -> tuple[Scores, dict[str, Scores]]:
         """Score the average, and each peer's own where asked; remember the best average."""
-        standing = self.participants.standing()
-        consensus = self._evaluate(average(standing), "average")
+        everybody, standing = range(len(self.local_steps)), self.participants.standing()
+        consensus = self._evaluate(average(standing), "average", everybody)
         own: dict[str, Scores] = {}
         if peers and not self.pooled:
             names = self.prepared.names
-            own = {name: self._evaluate(one(standing, i), name) for i, name in enumerate(names) if i or names[1:]}
+            own = {name: self._evaluate(one(standing, i), name, [i]) for i, name in enumerate(names) if i or names[1:]}
             own = own or {names[0]: consensus}  # of one participant the average is its own
         if not self.best or better(consensus, self.best):
             self.best = {"rounds_done": self.rounds_done, **consensus}
@@ -218,9 +219,11 @@ class Run:
         )
         return consensus, own
 
-    def _evaluate(self, factors: dict[str, Tensor], what: str) -> Scores:
+    def _evaluate(self, factors: dict[str, Tensor], what: str, whose: Sequence[int]) -> Scores:
         return self.prepared.evaluate(
-            factors, lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total)
+            factors,
+            lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total),
+            self.scheduled.killed(whose) if self.scheduled else frozenset(),
         )
 
     def _write_adapters(self) -> None:

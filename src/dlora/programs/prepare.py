@@ -6,24 +6,32 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from dlora.config import Config
+from dlora.config import CloudConfig, Config
 from dlora.data import BatchStream, FederatedData, collate, load_data, load_own_data
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.evaluate import Scores, evaluate
-from dlora.lora.core import FRAME_FILE, Frame, read_frame, write_frame
+from dlora.lora.core import FRAME_FILE, Frame, compute_frame, read_frame, write_frame
 from dlora.lora.factors import digest, is_head, num_parameters, stack, target_names
 from dlora.lora.groups import Group as Units
-from dlora.lora.groups import active_groups, find_groups, renamed
+from dlora.lora.groups import active_groups, core_groups, find_groups, renamed
 from dlora.lora.stacked import StackedModel, attach
-from dlora.model import body_maker, fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
+from dlora.model import (
+    block_linears,
+    body_maker,
+    fingerprint,
+    load_body_network,
+    load_model,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
 from dlora.net.codec import encode
 from dlora.split.remote import Half, load_half
 from dlora.train import activation_bytes
@@ -66,8 +74,13 @@ class Prepared:
         rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
         return [max(1, math.ceil(section.local_epochs * len(rows) / rows_a_step)) for rows in self.data.peers.values()]
 
-    def evaluate(self, factors: Mapping[str, torch.Tensor], on_batch: Callable[[int, int], None]) -> Scores:
-        """Scores of one participant's factors ((1, ...) each) on the evaluation data."""
+    def evaluate(
+        self,
+        factors: Mapping[str, torch.Tensor],
+        on_batch: Callable[[int, int], None],
+        killed: frozenset[int] = frozenset(),
+    ) -> Scores:
+        """Scores of one participant's factors ((1, ...) each), of which units may rest, on the evaluation data."""
         return evaluate(
             self.model,
             factors,
@@ -77,6 +90,7 @@ class Prepared:
             batch_size=self.config.per_device_eval_batch_size,
             autocast_dtype=self.autocast_dtype,
             on_batch=on_batch,
+            killed=killed,
         )
 
     @property
@@ -116,13 +130,16 @@ def prepare(
     phase("loading model")
     half = None
     if config.split is not None:
-        half = load_half(config, tokenizer, data.label_names)
+        frame = _kept_frame(config, resume) if own is None or resume else handed_frame(config)
+        if own is None and frame is None and config.lora.placement == "core":  # a simulation has the weights as well
+            frame = whole_frame(config)
+        half = load_half(config, tokenizer, data.label_names, frame)
         model, weights_hash = half.model, half.fingerprint
     else:
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed, _kept_frame(config, resume))
-    units = () if config.schedule.kind == "all" else _units(config, model)
+    units = () if config.schedule.kind == "all" else _units(config, model, half)
     manifest: dict[str, Any] = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -152,12 +169,14 @@ def prepare(
     return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
 
 
-def _units(config: Config, model: StackedModel) -> tuple[Units, ...]:
+def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:
     """What the schedule switches on and off."""
     prefix = f"{model.network.base_model_prefix}."
+    if half is not None:
+        return tuple(renamed(group, prefix) for group in half.agreement.groups)
     groups = [renamed(group, prefix) for group in find_groups(body_maker(model.network))]
-    core_r = config.lora.r if config.lora.placement == "core" else None
-    return tuple(replace(group, core_r=core_r) for group in active_groups(groups, target_names(model.initial)))
+    adapted = active_groups(groups, target_names(model.initial))
+    return core_groups(adapted, config.lora.r) if config.lora.placement == "core" else adapted
 
 
 def _kept_frame(config: Config, resume: bool) -> Frame | None:
@@ -168,6 +187,25 @@ def _kept_frame(config: Config, resume: bool) -> Frame | None:
         if not path.parent.is_dir():
             raise ConfigError(f"lora.frame: {path} can neither be read nor made, for {path.parent} is no folder; make it")
     return next((read_frame(path) for path in (*kept, *handed) if path.exists()), None)
+
+
+def handed_frame(config: Config) -> Frame | None:
+    """The frame that a device was handed, under placement core: it has no weights to make one of."""
+    if config.lora.placement != "core":
+        return None
+    path = Path(config.lora.frame or "")
+    if not path.is_file():
+        raise ConfigError(
+            f"lora.frame: {config.lora.frame} is no file; a device has no weights to find its frame in: copy the cloud's file"
+            " (core.frame in its config) here, and name it"
+        )
+    return read_frame(path)
+
+
+def whole_frame(config: Config) -> Frame:
+    """The frame of all linears of the body, by their names in it."""
+    network = load_body_network(CloudConfig.parse({"model": config.model, "device": config.device}))
+    return compute_frame({name: network.get_submodule(name) for name in block_linears(network)}, config.lora.r)
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:

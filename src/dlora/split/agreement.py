@@ -11,17 +11,23 @@ from typing import Any
 import torch
 
 from dlora.errors import ModelError
-from dlora.lora.groups import Group, active_groups
+from dlora.lora.core import Frame
+from dlora.lora.factors import digest
+from dlora.lora.groups import Group, active_groups, core_groups
 from dlora.split_frames import PROTOCOL, WIRES, Wire
+
+MAX_R = 1 << 12
 
 
 @dataclass(frozen=True)
 class Agreement:
     """What one device's conversation is about."""
 
-    groups: tuple[Group, ...]  # that have factors, bottom to top
+    groups: tuple[Group, ...]  # that have factors, bottom to top, as they travel
     wire: Wire
     dropout: float | None  # of the body in training, instead of its own rates; None: its own
+    r: int
+    frame: str | None  # placement core: the digest of the modules' frame, by their names in the body; None: literal
 
 
 def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
@@ -45,23 +51,28 @@ def manifest_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
         "groups": groups,
         "wire": agreement.wire,
         "dropout": agreement.dropout,
+        "r": agreement.r,
+        "frame": agreement.frame,
     }
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
 
-def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group]) -> Agreement | str:
+def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group], frame: Frame) -> Agreement | str:
     """What the cloud makes of a proposal: the agreement, or one line that says why there is none."""
     try:
         manifest = json.loads(text)
-        protocol, wire, dropout, proposed = (manifest[key] for key in ("protocol", "wire", "dropout", "groups"))
+        protocol, wire, dropout, r, core, proposed = (
+            manifest[key] for key in ("protocol", "wire", "dropout", "r", "frame", "groups")
+        )
         targets = [str(name) for modules, _, _ in proposed for name in modules]
-        rate = dropout is None or (isinstance(dropout, float | int) and 0 <= dropout < 1)
+        known = dropout is None or (isinstance(dropout, float | int) and 0 <= dropout < 1)
+        known = known and isinstance(r, int) and 1 <= r <= MAX_R and (core is None or isinstance(core, str))
     except (ValueError, KeyError, TypeError, RecursionError):
         return "the device's manifest is none; install the same dlora on both"
     if protocol != PROTOCOL:
         return f"protocol: the device speaks {_short(protocol)}, the cloud {PROTOCOL}; install the same dlora on both"
-    if wire not in WIRES or not rate:
-        return f"wire {_short(wire)}, dropout {_short(dropout)}: not known here; install the same dlora on both"
+    if wire not in WIRES or not known:
+        return f"wire {_short(wire)}, dropout {_short(dropout)}, r {_short(r)}: not known here; install the same dlora on both"
     for key, here in facts.items():
         if manifest.get(key) != here:
             return f"{key}: the device has {_short(manifest.get(key))}, the cloud {_short(here)}; both need the same model"
@@ -69,9 +80,31 @@ def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group]) -> Agree
         active = active_groups(groups, targets)
     except ModelError as error:
         return ascii(str(error)[:300])[1:-1]
+    if core is not None:
+        refusal = _other_frame(core, targets, frame, r)
+        if refusal is not None:
+            return refusal
+        active = core_groups(active, r)
     if proposed != [_listed(group) for group in active]:
         return "groups: the halves order the model's modules differently; install the same transformers on both"
-    return Agreement(active, wire, None if dropout is None else float(dropout))
+    return Agreement(active, wire, None if dropout is None else float(dropout), r, core)
+
+
+def frame_digest(frame: Frame, modules: Sequence[str]) -> str:
+    """Of the part of a frame that is these modules', by their names in the body."""
+    return digest({f"{name}.{half}": frame[f"{name}.{half}"] for name in modules for half in ("lora_A", "lora_B")})
+
+
+def _other_frame(proposed: str, targets: Sequence[str], frame: Frame, r: int) -> str | None:
+    """Why the device's frame is not the cloud's, in one line."""
+    if not frame:
+        return "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame: FILE})"
+    here = len(frame[f"{targets[0]}.lora_A"]) if targets else r
+    if here != r:
+        return f"lora.r: the device has {r}, the cloud's frame {here}; both need the same"
+    if frame_digest(frame, targets) != proposed:
+        return "lora.frame: the device's is not the cloud's; copy the cloud's file to the device"
+    return None
 
 
 def _listed(group: Group) -> list[Any]:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from dlora.config import CloudConfig
 from dlora.errors import ModelError
+from dlora.lora.core import Frame, compute_frame, frame_of, read_frame, write_frame
 from dlora.lora.groups import find_groups
 from dlora.model import LINEAR, body_maker, load_body_network, max_tokens
 from dlora.seeds import derive_seed
@@ -29,11 +31,11 @@ PADDING_SEEN = 0.05  # relative; rounding in bfloat16 and of int8 weights stays 
 class Body:
     """A frozen body that many devices go through at once; nothing of theirs stays in it.
 
-    ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input.
+    ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input. ``frame``: of placement core.
     """
 
-    def __init__(self, network: Any) -> None:
-        self.network = network.eval().requires_grad_(False)
+    def __init__(self, network: Any, frame: Frame | None = None) -> None:
+        self.network, self.frame = network.eval().requires_grad_(False), frame or {}
         self.groups = find_groups(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
         self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()  # the same weights
@@ -204,6 +206,18 @@ class SeededDropout(TorchFunctionMode):
         return self._dropped(scores.softmax(dim=-1), dropout_p) @ value
 
 
-def load_body(config: CloudConfig) -> Body:
-    """The body of ``config.model``, any that transformers loads as AutoModel. Raises ModelError."""
-    return Body(load_body_network(config))
+def load_body(config: CloudConfig, frame: Frame | None = None) -> Body:
+    """The body of ``config.model``, any that transformers loads as AutoModel; ``frame`` by its modules' names.
+
+    A frame that the config names is read, or made and written where there is none. Raises ModelError.
+    """
+    network = load_body_network(config)
+    linears = {name: layer for name, layer in network.named_modules() if isinstance(layer, LINEAR)}
+    if config.core is not None:
+        path = Path(config.core.frame)
+        if path.exists():
+            frame = frame_of(read_frame(path), linears, config.core.r)
+        else:
+            frame = compute_frame(linears, config.core.r)
+            write_frame(path, frame)
+    return Body(network, {name: tensor.to(network.device) for name, tensor in (frame or {}).items()})

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from dlora.errors import CloudError, RunError
 from dlora.seeds import derive_seed
+from dlora.split.adapter import Adapter, Call, HandOffs
 from dlora.split.conversation import (
-    Adapter,
-    Call,
     Channel,
     Misbehaviour,
     PartFailed,
@@ -43,6 +42,7 @@ class Request:
     positions: Tensor | None  # (B, L)
     seed: int | None  # of all dropout; None: none
     factors: Sequence[Tensor] = ()  # that were bound at the forward, in the order of ``Adapter.tensors``
+    killed: frozenset[int] = frozenset()  # groups for which the device is not asked
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Calls:
         self.repeated = 0  # calls that a lost link or a full cloud cost
         self._link: _Link | None = None
         self._limits = Opened(1, 1)
+        self._hand_offs = HandOffs(adapter)
         self._numbers = 0
         self._halvings = 0  # of the batch, because the cloud's memory was too small
         self._calls_since = 0  # that went well since it was
@@ -115,10 +116,10 @@ class Calls:
         ranges, together = self._cut(request)
         self._make_room(request, ranges, together)
         if together:
-            call = self._call(request, ranges, keep)
+            call = self._call(link, request, ranges, keep)
             return Sent(request, ranges, call), torch.cat(self._go(link, call))
         # Too much for the cloud at once: nothing stays there, and a backward goes through each part again.
-        hidden = [self._go(link, self._call(request, [rows], keep=False))[0] for rows in ranges]
+        hidden = [self._go(link, self._call(link, request, [rows], keep=False))[0] for rows in ranges]
         return Sent(request, ranges, None), torch.cat(hidden)
 
     def _backward(self, link: _Link, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
@@ -133,7 +134,7 @@ class Calls:
             self._make_room(sent.request, sent.ranges, together)
             if not together:
                 return self._one_by_one(link, sent, gradient)
-            sent.call = self._call(sent.request, sent.ranges, keep=True)
+            sent.call = self._call(link, sent.request, sent.ranges, keep=True)
             self._go(link, sent.call)
         return self._come_back(link, sent.call, gradient)
 
@@ -142,7 +143,7 @@ class Calls:
         totals: list[Tensor | None] = [None] * len(self.adapter.tensors)
         begun = 0
         for rows in sent.ranges:
-            call = self._call(sent.request, [rows], keep=True)
+            call = self._call(link, sent.request, [rows], keep=True)
             self._go(link, call)
             own = gradient[begun : begun + call.num_rows[0]]
             begun += len(own)
@@ -213,6 +214,7 @@ class Calls:
                 self.repeated += 1
             except PartFailed as failed:
                 self.repeated += 1
+                link.held.clear()  # it may have had no room for them
                 tries = self._shrink(failed, request, tries)
 
     def _went_well(self) -> None:
@@ -304,9 +306,13 @@ class Calls:
         self.wait(min(FIRST_PAUSE_S * 2**tries, MAX_PAUSE_S))
         return tries + 1
 
-    def _call(self, request: Request, ranges: Sequence[range], keep: bool) -> Call:
+    def _call(self, link: _Link, request: Request, ranges: Sequence[range], keep: bool) -> Call:
+        """A new call; what it needs of killed groups goes ahead of it."""
+        units, hand_offs = self._hand_offs.units(request.factors, request.killed, link.held)
+        for frame in hand_offs:
+            link.send(frame)
         self._numbers += 1
-        begins = [begin_of(request, rows, self._numbers, part, keep) for part, rows in enumerate(ranges)]
+        begins = [begin_of(request, rows, self._numbers, part, keep, units) for part, rows in enumerate(ranges)]
         return Call(self._numbers, begins, self.hidden_width, request.factors)
 
 
@@ -315,6 +321,7 @@ class _Link:
 
     def __init__(self, channel: Channel, open_calls: dict[int, Call]) -> None:
         self._channel, self._open = channel, open_calls
+        self.held: dict[int, int] = {}  # group -> the version of its factors that was handed off on this link
 
     def send(self, frame: SplitFrame) -> None:
         try:
@@ -338,7 +345,7 @@ def row_ranges(num_rows: int, count: int) -> list[range]:
     return [range(first, last) for first, last in zip(edges, edges[1:], strict=False) if last > first]
 
 
-def begin_of(request: Request, rows: range, call: int, part: int, keep: bool) -> Begin:
+def begin_of(request: Request, rows: range, call: int, part: int, keep: bool, units: tuple[int, ...] = ()) -> Begin:
     """The part of these rows, without the columns in which none of them has a token."""
     mask = request.mask[rows.start : rows.stop]
     columns = int(mask.any(dim=0).nonzero().max()) + 1
@@ -360,6 +367,7 @@ def begin_of(request: Request, rows: range, call: int, part: int, keep: bool) ->
         seed=None if request.seed is None else derive_seed(request.seed, "part", rows.start),
         token_types=b"" if request.token_types is None else own(request.token_types).to(torch.uint8).numpy().tobytes(),
         positions=() if request.positions is None else tuple(own(request.positions).tolist()),
+        units=units,
         embedded=own(request.embedded).detach().float().cpu(),
     )
 

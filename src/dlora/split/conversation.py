@@ -10,12 +10,16 @@ Forward, one part (micro-batch) of N real tokens:
 and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient up for each group, top to
 bottom. The lowest group's input-gradient is not asked for: below it nothing trains. A group moves 2 (I + sum of O) numbers a
 token (DLoRA, arXiv 2404.05182, as PrivSplit, section 2.1, describes it).
+
+Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud puts x through each module's A and what comes back through its B:
+I and every O are r numbers then. A killed group is not spoken of: the cloud adds nothing, or computes with the factors that it
+was handed (`HandOff`). Which groups are active stands in each part's Begin, so neither a crash nor a repetition can part the
+two halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlora.lora.groups import Group
-from dlora.seeds import derive_seed
-from dlora.split_frames import Begin, Done, Failed, SplitFrame, Values, What, Why
+from dlora.lora.core import Frame
+from dlora.split.adapter import Adapter, Call, shares, through
+from dlora.split.agreement import Agreement
+from dlora.split_frames import ACTIVE, LEFT_OUT, Begin, Done, Failed, SplitFrame, Values, What, Why
 
 # The cloud's side
 
@@ -38,20 +43,26 @@ class Hears(Protocol):
 
 
 class CloudPart:
-    """One part in the cloud: where its real tokens stand, and how it asks the device for updates."""
+    """One part in the cloud: where its real tokens stand, and how it asks the device for updates.
+
+    ``frame``: under placement core, A and B of each module. ``handed_off``: of killed groups, each module's factors.
+    """
 
     def __init__(
         self,
         begin: Begin,
-        groups: Sequence[Group],
+        agreement: Agreement,
+        frame: Frame,
+        handed_off: Mapping[int, list[list[Tensor]]],
         device: torch.device,
         say: Callable[[Values], None],
         hear: Hears,
     ) -> None:
-        self.begin, self.groups, self.device = begin, groups, device
+        self.begin, self.groups, self.device = begin, agreement.groups, device
+        self._core, self._frame, self._handed_off = agreement.frame is not None, frame, handed_off
         self._say, self.hear = say, hear
         self._places = {
-            name: (number, place) for number, group in enumerate(groups) for place, name in enumerate(group.modules)
+            name: (number, place) for number, group in enumerate(self.groups) for place, name in enumerate(group.modules)
         }
         self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}  # group -> its input, the updates not yet fetched
         self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)  # below the lowest group nothing has a gradient
@@ -60,12 +71,12 @@ class CloudPart:
         self.index = torch.from_numpy(mask.nonzero()[0]).to(device)  # (N,) of the real tokens in the flattened part
 
     def update(self, module: str, x: Tensor) -> Tensor | None:
-        """What the device adds to the output of ``module`` for the input ``x`` (..., I); None where it has no factors."""
-        if module not in self._places:
+        """What is added to the output of ``module`` for the input ``x`` (..., I); None where nothing is."""
+        number, place = self._places.get(module, (0, None))
+        if place is None or self._unit(number) == LEFT_OUT:
             return None
-        number, place = self._places[module]
         if number not in self._asked:
-            self._asked[number] = (x, list(_Ask.apply(x, self._anchor, self, number)))  # type: ignore[no-untyped-call]
+            self._asked[number] = (x, list(self._updates(number, x)))
         asked, updates = self._asked[number]
         update = updates[place]
         assert asked is x and update is not None  # else the modules are no group
@@ -73,6 +84,27 @@ class CloudPart:
         if not any(kept is not None for kept in updates):
             del self._asked[number]
         return update
+
+    def _unit(self, number: int) -> int:
+        return self.begin.units[number] if self.begin.units else ACTIVE
+
+    def _updates(self, number: int, x: Tensor) -> Sequence[Tensor]:
+        """Of each module of a group, from the device or from what it handed off."""
+        group = self.groups[number]
+        if self._core:
+            x = torch.cat([F.linear(x.float(), self._of_frame(name, "lora_A", x)) for name in group.modules], dim=-1)
+        if self._unit(number) == ACTIVE:
+            updates: Sequence[Tensor] = _Ask.apply(x, self._anchor, self, number)  # type: ignore[no-untyped-call]
+        else:
+            own = zip(self._handed_off[number], shares(x.float(), group, self._core), strict=True)
+            updates = [through([factor.to(x.device) for factor in factors], share) for factors, share in own]
+        if self._core:
+            named = zip(group.modules, updates, strict=True)
+            updates = [F.linear(update, self._of_frame(name, "lora_B", update)) for name, update in named]
+        return updates
+
+    def _of_frame(self, name: str, half: str, like: Tensor) -> Tensor:
+        return self._frame[f"{name}.{half}"].to(like.device)
 
     def forget(self) -> None:
         """Let go of what a broken forward has left: updates hold the graph, and it holds this part."""
@@ -165,80 +197,6 @@ class Misbehaviour(ValueError):
     """The other half said what no half says here."""
 
 
-class Layer(Protocol):
-    """The factors of one adapted module; a participant dimension of 1 is welcome."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout: float
-
-
-@dataclass
-class _Kept:
-    """What a group's backward needs: the device's own little graph."""
-
-    x: Tensor
-    factors: list[Tensor]  # copies that share memory, A and B of each module
-    update: Tensor
-
-
-@dataclass
-class Call:
-    """One forward, and until its backward what belongs to it."""
-
-    number: int
-    begins: list[Begin]
-    hidden_width: int
-    factors: Sequence[Tensor]  # in the order of ``Adapter.tensors``
-    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)  # (part, group)
-    num_rows: dict[int, int] = field(default_factory=dict)  # part -> rows of its hidden
-
-
-class Adapter:
-    """The factors on the device, by group: updates forward, gradients backward."""
-
-    def __init__(self, groups: Sequence[Group], layers: Mapping[str, Layer]) -> None:
-        self.groups = tuple(groups)
-        self.layers = layers
-        self.tensors = [(name, factor) for group in groups for name in group.modules for factor in ("lora_A", "lora_B")]
-        self._places = {tensor: place for place, tensor in enumerate(self.tensors)}
-
-    def factors(self) -> list[Tensor]:
-        """A and B of every module as they are bound now, in the order of ``tensors``."""
-        return [getattr(self.layers[name], factor) for name, factor in self.tensors]
-
-    def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
-        """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, side by side."""
-        begin, factors = call.begins[part], list[Tensor]()
-        with torch.set_grad_enabled(begin.keep):
-            x = x.detach().to(call.factors[0].device).requires_grad_(begin.keep)
-            updates = []
-            for name in self.groups[number].modules:
-                layer = self.layers[name]
-                pair = [
-                    tensor.detach().flatten(0, -2).requires_grad_(begin.keep and tensor.requires_grad)
-                    for tensor in (call.factors[self._places[name, factor]] for factor in ("lora_A", "lora_B"))
-                ]
-                dropped = x if begin.seed is None else _dropped(x, layer.dropout, f"{begin.seed}/{name}")
-                updates.append(F.linear(F.linear(dropped, pair[0]), pair[1]) * layer.scaling)
-                factors += pair
-            update = torch.cat(updates, dim=1)
-        if begin.keep:
-            call.kept[part, number] = _Kept(x, factors, update)
-        return update
-
-    def gradients(
-        self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the group's factors."""
-        kept = call.kept.pop((part, number))
-        wanted = [*([kept.x] if reply else []), *(tensor for tensor in kept.factors if tensor.requires_grad)]
-        found = iter(torch.autograd.grad(kept.update, wanted, gradient.to(kept.update.device)) if wanted else ())
-        dx = next(found) if reply else None
-        return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
-
-
 def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Tensor]:
     """All parts of a call up, every group answered; returns each part's hidden (rows, hidden width)."""
     for begin in call.begins:
@@ -258,6 +216,8 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
             continue
         if frame.group >= len(adapter.groups):
             raise Misbehaviour(f"the cloud asks for group {frame.group} of {len(adapter.groups)}")
+        if begin.units and begin.units[frame.group] != ACTIVE:
+            raise Misbehaviour(f"the cloud asks for group {frame.group}, which is killed")
         width = adapter.groups[frame.group].in_features
         _check(frame, [(len(begin.embedded), width), (begin.rows, width)])
         update = adapter.update(call, frame.part, frame.group, frame.tensor)
@@ -331,15 +291,6 @@ def _check(frame: Values, shapes: Sequence[tuple[int, ...]]) -> None:
 
 def _name(frame: SplitFrame) -> str:
     return frame.what if isinstance(frame, Values) else type(frame).__name__
-
-
-def _dropped(x: Tensor, rate: float, purpose: str) -> Tensor:
-    """LoRA's own dropout, the same when a part is gone through again."""
-    if not rate:
-        return x
-    generator = torch.Generator().manual_seed(derive_seed(0, "lora-dropout", purpose))
-    keep = torch.rand(x.shape, generator=generator) >= rate
-    return x * keep.to(x.device) / (1 - rate)
 
 
 def bits(packed: bytes, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -20,13 +20,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from dlora.config import Config
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.adapter_io import save_adapter
+from dlora.lora.core import Frame
 from dlora.lora.factors import target_names
-from dlora.lora.groups import active_groups, find_groups
+from dlora.lora.groups import active_groups, core_groups, find_groups
 from dlora.lora.stacked import StackedLinear, StackedModel, attach
 from dlora.model import LINEAR, FrozenModel, MeanPooledClassifier, fingerprint, load_model
-from dlora.split.agreement import Agreement, body_facts, manifest_text
+from dlora.split.adapter import Adapter
+from dlora.split.agreement import Agreement, body_facts, frame_digest, manifest_text
 from dlora.split.calls import Calls, Request, Sent
-from dlora.split.conversation import Adapter, Channel
+from dlora.split.conversation import Channel
 from dlora.split_frames import Opened
 
 Reads = Literal["pooled", "first", "last", "all"]  # of the body's output, by the head
@@ -52,7 +54,7 @@ class Half:
             name: self.model.network.get_submodule(prefix + name) for group in self.agreement.groups for name in group.modules
         }
         manifest = manifest_text(self.facts, self.agreement)
-        adapter = Adapter(self.agreement.groups, layers)
+        adapter = Adapter(self.agreement.groups, layers, self.agreement.frame is not None)
         self.body.calls = Calls(dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait)
         return self.body.calls
 
@@ -70,6 +72,7 @@ class _RemoteBody:
         self.drops = drops  # whether a training forward draws dropout, there or here
         self.calls: Calls | None = None
         self.loss_positions: Tensor | None = None  # (B, L) bool of the forward under way; None: all
+        self.killed: frozenset[int] = frozenset()  # groups, in the forward under way
         self.network: Any = None  # whose training flag counts
 
     def __call__(
@@ -114,6 +117,7 @@ class _RemoteBody:
             positions,
             int(torch.randint(1 << 62, ())) if training and self.drops else None,
             factors,
+            self.killed,
         )
         keep = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         rows = _Through.apply(self.calls, request, keep, *factors).to(inputs_embeds.device)  # type: ignore[no-untyped-call]
@@ -182,8 +186,11 @@ class _Ticket:
             self.calls.drop(self.sent)
 
 
-def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None) -> Half:
-    """Read token embedding and head, draw the factors as PEFT does beside the whole model. Raises ModelError."""
+def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None, frame: Frame | None = None) -> Half:
+    """Read token embedding and head, draw the factors as PEFT does beside the whole model; ``frame``: of placement core.
+
+    Raises ModelError.
+    """
     frozen = load_model(config, tokenizer, label_names, blocks=False)
     weights_hash = fingerprint(frozen.network, but=frozen.head)
     small, mean = frozen.network, isinstance(frozen.network, MeanPooledClassifier)
@@ -218,7 +225,8 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None)
     for layer in body.modules():  # PEFT puts factors where the weight is, and draws nothing on the meta device
         if isinstance(layer, LINEAR):
             layer.weight = nn.Parameter(torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False)
-    model = attach(FrozenModel(network, frozen.source, frozen.head), config.lora, config.task, config.seed)
+    whole = FrozenModel(network, frozen.source, frozen.head)
+    model = attach(whole, config.lora, config.task, config.seed, frame, weights_here=False)
     _empty(body, embedding)
     targets = target_names(model.initial)
     outside = [name for name in targets if not name.startswith(prefix)]
@@ -226,10 +234,16 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None)
         raise ModelError(f"lora.target_modules: {outside[0]} is not in the body; only what runs in the cloud is adapted")
     assert config.split is not None
     active = active_groups(groups, [name.removeprefix(prefix) for name in targets])
+    of_frame = None
+    if config.lora.placement == "core":
+        within = {name.removeprefix(prefix): tensor for name, tensor in model.frame.items()}
+        of_frame = frame_digest(within, [name.removeprefix(prefix) for name in targets])
+        active = core_groups(active, config.lora.r)
     model.loss_positions = config.task == "causal-lm"
     _as_remote(network, remote, model)
     facts = body_facts(model_config, embedding)
-    return Half(model, Agreement(active, config.split.wire, dropout), facts, weights_hash, remote)
+    agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
+    return Half(model, agreement, facts, weights_hash, remote)
 
 
 def _whole_config(small: Any, source: str) -> Any:
@@ -319,7 +333,7 @@ def _as_remote(network: Any, remote: _RemoteBody, model: StackedModel) -> None:
                 if mask is not None and ((mask == 0) & (labels != -100)).any():
                     raise ConfigError("labels hold targets where attention_mask says padding; set them to -100 there")
                 loss_positions = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-            remote.loss_positions = loss_positions
+            remote.loss_positions, remote.killed = loss_positions, model.killed
             try:
                 return original.forward(self, *args, **kwargs)
             finally:
@@ -331,7 +345,7 @@ def _as_remote(network: Any, remote: _RemoteBody, model: StackedModel) -> None:
             for name, initial in model.initial.items():
                 module, _, attribute = name.rpartition(".")
                 values[name] = getattr(self.get_submodule(module), attribute).detach().reshape(1, *initial.shape)
-            save_adapter(Path(save_directory), values, model.peft_config)
+            save_adapter(Path(save_directory), values, model.peft_config, model.frame)
 
         def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
             raise ConfigError("gradient_checkpointing: the body runs in the cloud, which keeps its activations; remove it")

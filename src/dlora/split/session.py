@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlora.split.adapter import as_factors
 from dlora.split.agreement import Agreement, agree
 from dlora.split.body import Body
 from dlora.split.conversation import CloudPart, Misbehaviour, bits, through_the_cloud
 from dlora.split_frames import (
+    ACTIVE,
+    LEFT_OUT,
     Begin,
     ChannelDown,
     Drop,
     Failed,
+    HandOff,
     Open,
     Opened,
     Refused,
@@ -130,6 +134,7 @@ class Session:
         self.device, self.body, self.limits, self.budget = device, body, limits, budget
         self._send, self._tell = send, tell
         self.agreement: Agreement | None = None  # from Open on
+        self._handed_off: dict[int, tuple[int, list[list[Tensor]]]] = {}  # group -> version, each module's factors
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock, self._closed = threading.Lock(), False
         self._answers = 0  # that wait to be sent
@@ -144,9 +149,11 @@ class Session:
         elif self.agreement is None:
             raise Misbehaviour(f"{type(frame).__name__} before Open")
         elif isinstance(frame, Begin):
-            refusal = self._begin(frame)
+            refusal = self._begin(frame, self.agreement)
             if refusal is not None:
                 self._later(refusal)
+        elif isinstance(frame, HandOff):
+            self._keep(frame, self.agreement)
         elif isinstance(frame, Drop):
             with self._lock:
                 dropped = [self._work.pop(key) for key in [*self._work] if key[0] == frame.call]
@@ -163,8 +170,11 @@ class Session:
         """End all parts; their threads end as soon as they look."""
         with self._lock:
             self._closed, works = True, [*self._work.values()]
+            handed_off = sum(_num_bytes(factors) for _, factors in self._handed_off.values())
+            self._handed_off.clear()
         for work in works:
             work.end()
+        self.budget.give_back(handed_off)
         self._threads.shutdown(wait=False)
 
     @property
@@ -181,7 +191,7 @@ class Session:
     # Opening
 
     def _open(self, manifest: str) -> SplitFrame:
-        agreed = agree(manifest, self.body.facts, self.body.groups)
+        agreed = agree(manifest, self.body.facts, self.body.groups, self.body.frame)
         if isinstance(agreed, str):
             self._tell("refused", {"reason": agreed})
             return Refused(agreed)
@@ -191,7 +201,35 @@ class Session:
 
     # Parts
 
-    def _begin(self, begin: Begin) -> SplitFrame | None:
+    def _keep(self, frame: HandOff, agreement: Agreement) -> None:
+        """Factors of a killed group, for the parts to come; those under way keep what they began with.
+
+        Where there is no room for them they are not kept, and the parts that name them fail for want of memory.
+        """
+        if frame.group >= len(agreement.groups):
+            raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
+        group = agreement.groups[frame.group]
+        factors = as_factors(frame.tensor.to(self.body.device), group, agreement.r, agreement.frame is not None)
+        if factors is None:
+            raise Misbehaviour(f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}")
+        with self._lock:
+            before = self._handed_off.pop(frame.group, None)
+            if before is not None:
+                self.budget.give_back(_num_bytes(before[1]))
+            if not self._closed and self.budget.take(_num_bytes(factors)):
+                self._handed_off[frame.group] = frame.version, factors
+
+    def _named(self, begin: Begin, agreement: Agreement) -> dict[int, list[list[Tensor]]] | None:
+        """What was handed off of the groups that a part says are; None where it is not here."""
+        if begin.units and len(begin.units) != len(agreement.groups):
+            raise Misbehaviour(f"{len(begin.units)} units for {len(agreement.groups)} groups")
+        named = {number: version for number, version in enumerate(begin.units) if version not in (ACTIVE, LEFT_OUT)}
+        held = {number: self._handed_off.get(number, (ACTIVE, [])) for number in named}
+        if any(held[number][0] != version for number, version in named.items()):
+            return None
+        return {number: factors for number, (_, factors) in held.items()}
+
+    def _begin(self, begin: Begin, agreement: Agreement) -> SplitFrame | None:
         width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
         if begin.embedded.shape[1] != width:
             raise Misbehaviour(f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}")
@@ -208,6 +246,9 @@ class Session:
                 return self._failed(
                     begin, "tokens", f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is the limit"
                 )
+            handed_off = self._named(begin, agreement)
+            if handed_off is None:
+                return self._failed(begin, "memory", "what was handed off found no room here")
             padded = begin.rows * begin.columns
             if begin.columns > self.body.max_tokens:
                 return self._failed(
@@ -229,18 +270,17 @@ class Session:
                     f"{need_bytes / 1e6:.0f} MB are needed for {padded} tokens, {self.budget.free_bytes / 1e6:.0f} MB are free",
                 )
             work = self._work[key] = _Work(begin, self.limits.idle_s)
-            self._threads.submit(self._run, work, need_bytes)
+            self._threads.submit(self._run, work, agreement, handed_off, need_bytes)
         return None
 
-    def _run(self, work: _Work, need_bytes: int) -> None:
+    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, list[list[Tensor]]], need_bytes: int) -> None:
         """One part's life, in its thread."""
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
         part: CloudPart | None = None
         try:
-            assert self.agreement is not None
-            dropout = self.agreement.dropout
-            part = CloudPart(begin, self.agreement.groups, self.body.device, self._send, work.hear)
+            dropout = agreement.dropout
+            part = CloudPart(begin, agreement, self.body.frame, handed_off, self.body.device, self._send, work.hear)
             answer = through_the_cloud(part, lambda part: self.body.forward(part, dropout))
             seconds = time.monotonic() - began_at
             self._tell(
@@ -284,6 +324,10 @@ class Session:
     def _failed(self, begin: Begin, why: Why, text: str) -> Failed:
         self._tell("failed", {"why": why, "text": text})
         return Failed(begin.call, begin.part, why, text[:1000])
+
+
+def _num_bytes(factors: list[list[Tensor]]) -> int:
+    return sum(tensor.nbytes for own in factors for tensor in own)
 
 
 def _explained(error: Exception) -> tuple[Why, str]:
