@@ -264,7 +264,8 @@ def one_layer_each(num_units: int, num_participants: int) -> tuple[dict[str, tor
     return factors, [Group((f"u{unit}",), 3, (2,)) for unit in range(num_units)]
 
 
-@pytest.mark.parametrize(("kind", "on_kill"), [("kr", "drop"), pytest.param("random", "hand-off", marks=pytest.mark.slow)])
+@pytest.mark.slow  # with neighbours it is in test_scheduled_peers.py
+@pytest.mark.parametrize(("kind", "on_kill"), [("kr", "drop"), ("random", "hand-off")])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
     make_config: MakeConfig, tmp_path: Path, kind: str, on_kill: str
 ) -> None:
