@@ -68,14 +68,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"schedule": {"kind": "kr", "units": ["query"]}},
         ["schedule", "units belongs to kind static, not to kr", "remove it"],
     ),
-    "schedule-with-neighbours": (
-        {"schedule": {"kind": "kr"}},
-        ["schedule", "neighbours is still to come", "peers.count", "remove schedule"],
-    ),
-    "schedule-core": (
-        {"schedule": {"kind": "kr"}, "peers.count": 1, "lora.placement": "core"},
-        ["schedule", "placement core is still to come", "remove one of them"],
-    ),
     "schedule-split": (
         {"schedule": {"kind": "kr"}, "split": {"cloud": "hub"}, "peers.count": 1},
         ["schedule", "in a cloud is still to come", "remove schedule or split"],

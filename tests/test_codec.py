@@ -29,6 +29,7 @@ from dlora.net.codec import (
     decode_tensors,
     encode,
     encode_frame,
+    held,
     message_num_bytes,
 )
 
@@ -290,6 +291,56 @@ def test_anything_is_a_message_or_a_message_error(data: bytes) -> None:
         return
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in got.items()} == EXPECTED
     assert all(tensor.isfinite().all() for tensor in got.values())
+
+
+# Messages that may leave tensors out
+
+PART = encode({"a": TENSORS["a"], "ü": TENSORS["ü"]}, torch.float32)
+
+
+def decoded(data: bytes) -> dict[str, Tensor]:
+    return decode_tensors(data, held(data, EXPECTED))
+
+
+def test_a_part_of_the_known_tensors_is_a_message(tmp_path: Path) -> None:
+    path = tmp_path / "message"
+    path.write_bytes(PART)
+    for got in (decoded(PART), decode_tensors(path, held(path, EXPECTED))):
+        assert got.keys() == {"a", "ü"} and all(torch.equal(tensor, TENSORS[name]) for name, tensor in got.items())
+    assert decoded(MESSAGE).keys() == EXPECTED.keys()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "announces 0 bytes; it should be at most"),
+        (PART[:40], "announces"),
+        (struct.pack("<Q", 2**63) + PART[8:], "announces 9223372036854775808 bytes; it should be at most"),
+        (with_header({}, PART), "no names"),
+        (with_header([], PART), "no names"),
+        (with_header(b"{", PART), "not JSON"),
+        (with_header(b'{"a":1,"a":2}', PART), "twice"),
+        (encode({"a": TENSORS["a"], "c": TENSORS["a"] + 1}, torch.float32), 'known tensors: "c"'),
+        (encode({"a": TENSORS["a"][:4]}, torch.float32), "has .* bytes; it should have"),
+        (encode({"a": TENSORS["a"]}, torch.bfloat16), "has .* bytes; it should have"),
+        (encode({"a": TENSORS["a"] / 0}, torch.float32), "not finite"),
+        (PART + b"0", "has .* bytes; it should have"),
+        (MESSAGE[:8] + PART[8:], "not JSON|known|announces|has"),
+    ],
+)
+def test_what_is_no_part_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(MessageError, match=words) as caught:
+        decoded(data)
+    assert "\n" not in str(caught.value)
+
+
+@given(st.builds(lambda e, c: mutated(PART, e, c), edits, cuts) | st.binary(max_size=len(MESSAGE)))
+def test_anything_is_a_part_or_a_message_error(data: bytes) -> None:
+    try:
+        got = decoded(data)
+    except MessageError:
+        return
+    assert got and {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in got.items()}.items() <= EXPECTED.items()
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(

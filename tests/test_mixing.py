@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import networkx as nx
 import numpy as np
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dlora.config import PeersSection, TopologySection
 from dlora.decentralized.gossip import Edge, Gossip
-from dlora.decentralized.mixing import build_rule, mix
+from dlora.decentralized.mixing import build_rule, mix, mix_edge
 from dlora.decentralized.topology import build_topology
 from dlora.lora.factors import average, consensus_distance
+from dlora.net.codec import encode
 from dlora.net.memory import MemoryTransport
 
 NAMES = ("layer.lora_A", "layer.lora_B", "classifier.weight")
@@ -34,8 +35,14 @@ class Lossy(MemoryTransport):
         super().__init__()
         self.missing = missing
 
-    def exchange(self, round: int, sent: Mapping[str, Tensor], edges: Sequence[Edge]) -> list[Edge]:
-        return [edge for edge in super().exchange(round, sent, edges) if (round, *edge) not in self.missing]
+    def exchange(
+        self,
+        round: int,
+        sent: Mapping[str, Tensor],
+        edges: Sequence[Edge],
+        names: Sequence[Collection[str]] | None = None,
+    ) -> list[Edge]:
+        return [edge for edge in super().exchange(round, sent, edges, names) if (round, *edge) not in self.missing]
 
 
 def train_nothing(names: frozenset[str]) -> Tensor:
@@ -55,6 +62,30 @@ def test_the_mean_is_kept_whichever_edges_are_missing(num_peers: int, kind: str,
     for name, tensor in average(factors).items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-14)
     assert consensus_distance(factors) <= distance * (1 + 1e-12)  # and nobody drifts away
+
+
+@given(num_peers=st.integers(2, 7), kind=st.sampled_from(["ring", "exponential", "base-k"]), data=st.data())
+def test_peers_with_other_units_active_mix_what_both_have_and_keep_the_mean(
+    num_peers: int, kind: str, data: st.DataObject
+) -> None:
+    """Against each peer by itself, edge by edge; who does not send a tensor keeps it to the bit, and so does the wire."""
+    topology = build_topology(TopologySection(kind=kind), None, [str(i) for i in range(num_peers)])
+    names = [data.draw(st.sets(st.sampled_from(NAMES)), label=f"active at {peer}") for peer in range(num_peers)]
+    factors, wire = some_factors(num_peers), MemoryTransport(torch.float64)
+    before = {name: tensor.clone() for name, tensor in factors.items()}
+    Gossip(factors, topology, build_rule(PeersSection()), wire, torch.float64, lambda: names).round(0, train_nothing)
+    for name, tensor in average(factors).items():
+        torch.testing.assert_close(tensor, average(before)[name], rtol=0, atol=1e-14)
+    messages = [{name: before[name][peer : peer + 1] for name in NAMES if name in names[peer]} for peer in range(num_peers)]
+    for peer in range(num_peers):
+        alone = {name: tensor[peer : peer + 1].clone() for name, tensor in before.items()}
+        for other in topology.neighbours(peer, 0):
+            mix_edge(alone, float(topology.mixing(0)[peer, other]), messages[peer], messages[other])
+        for name in NAMES:
+            torch.testing.assert_close(factors[name][peer], alone[name][0], rtol=0, atol=1e-14)
+            assert name in names[peer] or torch.equal(factors[name][peer], before[name][peer])
+    one = [{name: tensor[0] for name, tensor in message.items()} for message in messages]
+    assert wire.bytes_on_wire == sum(len(encode(one[end], torch.float64)) for edge in topology.edges(0) for end in edge)
 
 
 def test_a_missing_neighbour_adds_nothing_and_its_edge_alone_is_left_out() -> None:

@@ -104,7 +104,7 @@ class World:
             ledger,
             self.neighbours(name),
             PATIENCE,
-            self._num_bytes,
+            self._sizes,
             self._decode,
             lambda event, **fields: self.story.append((asyncio.get_running_loop().time(), name, event, fields)),
         )
@@ -113,14 +113,15 @@ class World:
             self._ask(name, "commit")
             self.commits[name] = (factors["x"].clone(), Progress(**vars(progress)))
 
-        async def train(round: int, names: frozenset[str]) -> None:
+        async def train(round: int, names: frozenset[str]) -> frozenset[str]:
             self.rounds_now[name] = round
             await asyncio.sleep(1.0 + 0.1 * self.names.index(name))
             factors["x"] -= self.rate * (factors["x"] - self.targets[name])
+            return names
 
         gossip = PeerGossip(
             name, factors, self.topology, self.rule, ledger, exchange, self.rounds, self.catch_up_after,
-            train, self._encode, self._decode, commit, lambda: None, Progress(**vars(progress)),
+            train, lambda: factors, self._encode, self._decode, commit, lambda rounds: None, Progress(**vars(progress)),
         )  # fmt: skip
         serving = asyncio.create_task(network.serve(exchange.talk))
         life = asyncio.create_task(gossip.run())
@@ -144,9 +145,10 @@ class World:
             self.tasks[name].cancel()
             raise asyncio.CancelledError
 
-    def _num_bytes(self, message: str) -> int:
+    def _sizes(self, message: str) -> range:
         known = expected(message) and (round_of(message) or 0) < self.rounds
-        return message_num_bytes(expected(message)) if known else 0
+        num_bytes = message_num_bytes(expected(message))
+        return range(num_bytes, num_bytes + 1) if known else range(0)
 
     @staticmethod
     def _encode(message: str, tensors: Mapping[str, Tensor]) -> bytes:

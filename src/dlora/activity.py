@@ -31,7 +31,10 @@ class Activity:
             self.costs = [unit["cost"] for unit in event["units"]]
             self.device_flops, self.changes, self._told = event["device_flops"], {}, {}
         elif event["event"] == "active" and self.costs:
-            self.changes.setdefault(event["peer"], []).append((event["step"], frozenset(event["units"])))
+            changes = self.changes.setdefault(event["peer"], [])
+            while changes and changes[-1][0] >= event["step"]:  # told before a kill, and again when the round was repeated
+                changes.pop()
+            changes.append((event["step"], frozenset(event["units"])))
             self._told[event["peer"]] = event
 
     @property

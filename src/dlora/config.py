@@ -242,8 +242,6 @@ class Config(Document):
             raise ValueError(
                 f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid, by-column or files"
             )
-        if self.schedule.kind != "all":
-            self._check_schedule()
         if self.lora.placement == "core" and self.peers.rule != "factor":
             raise ValueError(
                 f"peers.rule {self.peers.rule} chooses between A and B, which placement core freezes both: averaging the cores"
@@ -252,14 +250,6 @@ class Config(Document):
         if self.split is not None:
             self._check_split()
         return self
-
-    def _check_schedule(self) -> None:
-        if self.lora.placement == "core":
-            raise ValueError(f"schedule: {self.schedule.kind} with placement core is still to come; remove one of them")
-        if len(self.peers.members or ()) > 1 or (self.peers.count or 1) > 1:
-            raise ValueError(
-                f"schedule: {self.schedule.kind} with neighbours is still to come; set peers.count to 1, or remove schedule"
-            )
 
     def _hands_off(self) -> bool:
         return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"

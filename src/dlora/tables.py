@@ -56,10 +56,12 @@ def cost_table(costs: dict[str, Any]) -> Group:
     for edge, count in costs["edges"].items():
         edges.add_row(edge, bytes_text(count))
     lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
+    bound = "at most " if costs.get("at_most") else ""  # of the edges too
     between: list[Any] = [
         f"{costs['peers']} peers, {costs['rounds']} rounds; a message is {bytes_text(costs['message_bytes'])}",
         edges,
-        f"{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once",
+        f"{bound}{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted"
+        " once",
         f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
     ]
     return Group(

@@ -17,8 +17,6 @@ from dlora.lora.active import ActiveUnits, Scheduled
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel
 
-_RESTING = "resting"  # in a checkpoint, beside the optimiser's own keys
-
 
 class Group:
     """Participants ``first`` .. ``last - 1``, who go through the model together; owns their optimiser.
@@ -80,21 +78,33 @@ class Participants:
         self.factors = stack(initial, groups[-1].stop, device)
         self.groups = [Group(self.factors, group.start, group.stop, section, scheduled) for group in groups]
 
+    def standing(self) -> Factors:
+        """The function as it stands, for scores and adapters: the factors, with zero for what a schedule has dropped."""
+        standing = dict(self.factors)
+        for group in self.groups:
+            for name, participant in group.units.left_out() if group.units else ():
+                if standing[name] is self.factors[name]:
+                    standing[name] = standing[name].clone()
+                standing[name][group.first + participant] = 0.0
+        return standing
+
+    def took_part(self) -> list[frozenset[str]]:
+        """Of each participant, the tensors that its last local steps may have changed: what it has to tell its neighbours."""
+        return [
+            frozenset(group.parameters) if group.units is None else group.units.took_part(participant)
+            for group in self.groups
+            for participant in range(group.last - group.first)
+        ]
+
     def optimizer_state(self) -> dict[str, Tensor]:
-        """The optimisers' moments and step counts, and what dropped units keep, as flat names -> tensors, for a checkpoint."""
-        moments = {
+        """The optimisers' moments and step counts as flat names -> tensors, for a checkpoint."""
+        return {
             f"{group.first}/{name}/{key}": value
             for group in self.groups
             for name, tensor in group.leaves.items()
             for key, value in group.optimizer.state.get(tensor, {}).items()
             if isinstance(value, Tensor)
         }
-        resting = {
-            f"{group.first}/{name}/{_RESTING}": tensor
-            for group in self.groups
-            for name, tensor in (group.units.resting if group.units else {}).items()
-        }
-        return moments | resting
 
     def load(self, factors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
         """Take back what a checkpoint holds; the groups must be those that wrote it."""
@@ -104,9 +114,6 @@ class Participants:
         for path, value in optimizer_state.items():
             first, name, key = path.split("/")
             group = by_first[int(first)]
-            if key == _RESTING and group.units is not None:
-                group.units.resting[name].copy_(value)
-                continue
             parameter = group.leaves[name]
             group.optimizer.state[parameter][key] = value.to(parameter.device).clone()
 
@@ -127,6 +134,8 @@ def local_steps(
     """
     model.use(group.parameters)
     model.network.train()
+    if group.units is not None:
+        group.units.leave_out()
     num_participants = group.last - group.first
     history: list[Tensor] = []
     for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
@@ -143,6 +152,8 @@ def local_steps(
         group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)
         on_step(num_participants)
+    if group.units is not None:
+        group.units.put_back()
     return torch.stack(history)
 
 

@@ -39,7 +39,7 @@ class Patience:
 class Exchange:
     """All edges of the peer ``name``. ``check(message_name, path)`` raises ValueError unless a file is what it should be.
 
-    ``num_bytes(message_name)`` is the only size a message of that name can have, 0 where no peer sends one.
+    ``sizes(message_name)``: the lengths that a message of that name can have, none where no peer sends one.
     ``report(event, **fields)`` hears what happened and why. ``failed`` ends with the error of this peer's own disk.
     """
 
@@ -51,12 +51,12 @@ class Exchange:
         ledger: Ledger,
         neighbours: Iterable[str],
         patience: Patience,
-        num_bytes: Callable[[str], int],
+        sizes: Callable[[str], range],
         check: Callable[[str, Path], object],
         report: Callable[..., object],
     ) -> None:
         self.name, self.manifest, self.run, self.ledger = name, manifest, run, ledger
-        self.patience, self.num_bytes, self.check, self.report = patience, num_bytes, check, report
+        self.patience, self.sizes, self.check, self.report = patience, sizes, check, report
         self.neighbours = {other: Neighbour(other) for other in neighbours}
         self.round = 0
         self.wanted: set[tuple[str, str]] = set()  # (neighbour, message) asked for beside this round's edges
@@ -209,11 +209,12 @@ class Exchange:
             case Status(round):
                 other.round = round
             case Offer():
-                expected = self.num_bytes(frame.name)
-                if not expected:
+                sizes = self.sizes(frame.name)
+                if not sizes:
                     raise Misbehaviour(f"it offered {frame.name}, which is no message of this run")
-                if frame.num_bytes != expected:
-                    raise Misbehaviour(f"it offered {frame.name} of {frame.num_bytes} bytes; that has {expected}")
+                if frame.num_bytes not in sizes:
+                    bounds = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
+                    raise Misbehaviour(f"it offered {frame.name} of {frame.num_bytes} bytes; that has {bounds}")
                 kind = frame.name if round_of(frame.name) is None else "round"
                 if kind not in other.offers or other.offers[kind].name != frame.name:
                     other.offers[kind] = frame

@@ -7,7 +7,7 @@ others that may be late, gone or broken. While nothing fails they are the same t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,8 +29,13 @@ PARTING_S = 2.0  # for a neighbour in another run to read why this peer goes
 class Transport(Protocol):
     """What moves a message along the edges of a round."""
 
-    def exchange(self, round: int, sent: Mapping[str, Tensor], edges: Sequence[Edge]) -> Sequence[Edge]:
-        """Send each participant's message ((P, ...) tensors) over its ``edges``; return those both ends committed."""
+    def exchange(
+        self, round: int, sent: Mapping[str, Tensor], edges: Sequence[Edge], names: Sequence[Collection[str]] | None = None
+    ) -> Sequence[Edge]:
+        """Send each participant's message ((P, ...) tensors) over its ``edges``; return those both ends committed.
+
+        ``names``: of each participant, which of the tensors its message holds; None: all.
+        """
 
 
 @dataclass
@@ -38,7 +43,8 @@ class Gossip:
     """Dec-LoRA, Algorithm 1, for every participant: K local steps on (A, B), then a mix of A and B apart.
 
     The mix is x_i <- sum_j w_ij x_j. A participant that fails between two commits loses the local steps since the last
-    one, nothing else.
+    one, nothing else. With a schedule, ``took_part`` says of each participant what the round's local steps may have changed;
+    that alone is sent, and an edge mixes what both its ends sent (`mixing`: what this does to the mean).
     """
 
     factors: Factors
@@ -46,6 +52,7 @@ class Gossip:
     rule: Rule
     transport: Transport
     wire: torch.dtype = torch.float32
+    took_part: Callable[[], Sequence[Collection[str]]] | None = None
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
         """One round. ``train`` takes the names that train and returns losses (P,), which are returned."""
@@ -55,8 +62,9 @@ class Gossip:
             for name, tensor in self.factors.items()
             if self.rule.sends(name, number)
         }
-        committed = self.transport.exchange(number, sent, self.topology.edges(number))
-        mix(self.factors, sent, self.topology.mixing(number), committed)
+        names = self.took_part() if self.took_part is not None else None
+        committed = self.transport.exchange(number, sent, self.topology.edges(number), names)
+        mix(self.factors, sent, self.topology.mixing(number), committed, names)
         return losses
 
 
@@ -78,9 +86,10 @@ class Progress:
 class PeerGossip:
     """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends committed.
 
-    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round, names)``, ``encode`` and
-    ``decode`` (tensors <-> a message of that name), ``commit`` (factors, optimiser and progress to disk, all or nothing) and
-    ``restart_optimizer``.
+    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round, names)``, which returns the
+    names of what took part and so is to be sent; ``standing``, the function that the average is taken of (the factors without
+    what a schedule has dropped); ``encode`` and ``decode`` (tensors <-> a message of that name); ``commit`` (factors,
+    optimiser and progress to disk, all or nothing); and ``skip``, which hears how many rounds were passed over.
     """
 
     name: str
@@ -91,11 +100,12 @@ class PeerGossip:
     exchange: Exchange
     rounds: int
     catch_up_after: int  # rounds behind a neighbour before its state is taken
-    train: Callable[[int, frozenset[str]], Awaitable[object]]
+    train: Callable[[int, frozenset[str]], Awaitable[Collection[str]]]
+    standing: Callable[[], Factors]
     encode: Callable[[str, Mapping[str, Tensor]], bytes]
     decode: Callable[[str, Path], Mapping[str, Tensor]]
     commit: Callable[[Progress], object]
-    restart_optimizer: Callable[[], object]
+    skip: Callable[[int], object]
     progress: Progress
 
     @property
@@ -136,8 +146,8 @@ class PeerGossip:
         """Algorithm 1 at one peer."""
         number = self.progress.rounds_done
         self.exchange.enter(number)
-        await self.train(number, trained(self.factors, self.rule, number))
-        sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number)}
+        names = await self.train(number, trained(self.factors, self.rule, number))
+        sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number) and name in names}
         message = round_message(number)
         try:
             self.decode(message, self.ledger.keep(message, self.encode(message, sent)).path)
@@ -164,7 +174,8 @@ class PeerGossip:
     async def _catch_up(self) -> None:
         """Far behind the neighbours: take the mean of what they last sent, and go on from their round.
 
-        The mean over peers is not kept here; what this peer learnt since it left is given up.
+        The mean over peers is not kept here; what this peer learnt since it left is given up, save in units that none of
+        those messages holds: killed there, they stay as they are here.
         """
         here = [neighbour for neighbour in self.exchange.neighbours.values() if neighbour.link is not None]
         ahead = {
@@ -181,11 +192,12 @@ class PeerGossip:
             return
         taken = [self.decode(message, path) for message, path in states]
         with torch.no_grad():
-            for name in taken[0]:
-                self.factors[name].copy_(torch.stack([state[name] for state in taken if name in state]).mean(dim=0))
-        self.restart_optimizer()
+            for name, tensor in self.factors.items():
+                if held := [state[name] for state in taken if name in state]:
+                    tensor.copy_(torch.stack(held).mean(dim=0))
         rounds = sorted(round_of(message) or 0 for message, _ in states)
         was, now = self.progress.rounds_done, rounds[(len(rounds) - 1) // 2]
+        self.skip(now - was)
         self.progress = Progress(now, self.ledger.position, now)
         self.commit(self.progress)
         self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
@@ -199,7 +211,7 @@ class PeerGossip:
         parent, children = self.topology.tree(self.index)
         names = self.topology.names
         paths = await asyncio.gather(*(self.exchange.fetch(names[child], "sum") for child in children))
-        total = {name: tensor.cpu() for name, tensor in self.factors.items()} | {"num_peers": torch.ones(1, 1)}
+        total = {name: tensor.cpu() for name, tensor in self.standing().items()} | {"num_peers": torch.ones(1, 1)}
         for (child, num_below), path in zip(children.items(), paths, strict=True):
             if path is None:
                 continue

@@ -5,11 +5,18 @@ Every rule mixes A and B apart (never their product) and in difference form,
     x_i += sum_j w_ij (sent_j - sent_i)        over the neighbours j whose exchange with i was committed,
 
 so a neighbour that is missing adds nothing, and since w is symmetric the mean over all peers is kept.
+
+A schedule may leave peers with different units active. Then each edge mixes what both its ends sent, tensor by tensor. That
+is as if the edge were missing for the other tensors: the mean of each over all peers, whether they have it active or not, is
+kept exactly, since every matrix here is symmetric (`Topology` refuses others). What changes is who moves: those who have a
+tensor active agree among themselves, edge by edge; one who has it killed keeps what it has, and its share of the mean, until
+it is active again at both ends of an edge of its. So a round agrees more slowly, and not at all about a unit that no two
+neighbours ever have active at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,16 +88,25 @@ def build_rule(section: PeersSection) -> Rule:
 
 
 @torch.no_grad()
-def mix(factors: Factors, sent: Mapping[str, Tensor], mixing: np.ndarray, committed: Iterable[tuple[int, int]]) -> None:
+def mix(
+    factors: Factors,
+    sent: Mapping[str, Tensor],
+    mixing: np.ndarray,
+    committed: Iterable[tuple[int, int]],
+    names: Sequence[Collection[str]] | None = None,
+) -> None:
     """Mix all peers' ``factors`` ((P, ...) each) in place with what they ``sent`` over the ``committed`` edges (i < j).
 
-    ``mixing`` is the round's (P, P) matrix, row = receiver.
+    ``mixing`` is the round's (P, P) matrix, row = receiver. ``names``: of each peer, the tensors that it sent; None: all. An
+    edge mixes a tensor that both its ends sent, so for each tensor the matrix is still symmetric with rows that sum to one.
     """
     weights = np.zeros_like(mixing)
     for i, j in committed:
         weights[i, j], weights[j, i] = mixing[i, j], mixing[j, i]
-    differences = torch.from_numpy(weights - np.diag(weights.sum(axis=1)))  # row i times x = sum_j w_ij (x_j - x_i)
     for name, message in sent.items():
+        senders = np.array([names is None or name in names[peer] for peer in range(len(mixing))])
+        shared = weights * np.outer(senders, senders)
+        differences = torch.from_numpy(shared - np.diag(shared.sum(axis=1)))  # row i times x = sum_j w_ij (x_j - x_i)
         # rows of `differences` sum to zero, so peer 0's value may be taken from all: between alike peers that is exact,
         # and what is multiplied is small, so rounding is small against the change and not against the value
         change = differences.to(message) @ (message - message[0]).flatten(1)
@@ -99,6 +115,9 @@ def mix(factors: Factors, sent: Mapping[str, Tensor], mixing: np.ndarray, commit
 
 @torch.no_grad()
 def mix_edge(factors: Factors, weight: float, sent: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
-    """One peer's ``factors`` ((1, ...) each) after one committed edge, in place: what it sent, what it received."""
-    for name, message in sent.items():
-        factors[name] += weight * (received[name] - message).to(factors[name].device)
+    """One peer's ``factors`` ((1, ...) each) after one committed edge, in place: what it sent, what it received.
+
+    A tensor that only one end sent is not mixed.
+    """
+    for name in sent.keys() & received.keys():
+        factors[name] += weight * (received[name] - sent[name]).to(factors[name].device)

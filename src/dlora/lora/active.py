@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,12 +43,16 @@ def schedule_units(
     participants: Sequence[str],
     on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
 ) -> Scheduled:
-    """One schedule a participant, with draws and scores of its own. Raises ConfigError for a unit that is not there."""
+    """One schedule a participant. Raises ConfigError for a unit that is not there.
+
+    What is drawn (random, the order of kr's first rotation) is drawn alike for all, so that neighbours have the same units
+    active and can mix them; scores, and what is chosen by them, are each participant's own.
+    """
     modules = tuple(group.modules for group in groups)
     named = _named(section.units or (), modules)
     costs = [group.cost for group in groups]
     flops = partial(device_flops, groups, r=lora.r, placement=lora.placement)
-    schedules = tuple(Schedule(section, costs, flops, derive_seed(seed, "schedule", name), named) for name in participants)
+    schedules = tuple(Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants)
     return Scheduled(section, modules, schedules, on_change)
 
 
@@ -59,16 +63,20 @@ class ActiveUnits:
     part of a tensor has moments and step count of its own, so a killed one rests whole while the others go on: P stacked
     participants are P separate runs whoever is active. A tensor that is killed for all participants has no gradient at all.
 
-    Handed off: a killed unit's factors stay what they are and are applied. Dropped: its B is set aside in ``resting`` and is
-    zero until it is revived. Either way ``parameters`` are the function that is evaluated and exported. A revived unit starts
-    with no moments, and its learning rate rises to the schedule's over ``rewarm_steps``.
+    Handed off: a killed unit's factors stay what they are and are applied. Dropped: from `leave_out` to `put_back`, while
+    local steps are taken, its B (or core) is set aside in ``resting`` and zero stands in its place. Between, ``parameters``
+    are what is mixed and kept, and the function that is evaluated and exported is they without what `left_out` names. A
+    revived unit starts with no moments, and its learning rate rises to the schedule's over ``rewarm_steps``.
     """
 
     def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
         self.parameters, self.section = parameters, scheduled.section
         self.schedules = [scheduled.schedules[participant] for participant in participants]
         self.on_change = [partial(scheduled.on_change, participant) for participant in participants]
-        self.names = [[f"{module}.lora_{factor}" for module in held for factor in "AB"] for held in scheduled.modules]
+        self.names = [
+            [name for module in held for factor in "ABM" if (name := f"{module}.lora_{factor}") in parameters]
+            for held in scheduled.modules
+        ]
         self.unit_of = {name: unit for unit, names in enumerate(self.names) for name in names}
         self.allowed = frozenset(parameters)
         self.leaves = {
@@ -76,10 +84,10 @@ class ActiveUnits:
             for name, tensor in parameters.items()
             for participant in range(len(participants))
         }
-        dropped = [name for name in self.unit_of if name.endswith(".lora_B")] if self.section.on_kill == "drop" else []
-        self.resting = {name: torch.zeros_like(parameters[name]) for name in dropped}
-        for participant, schedule in enumerate(self.schedules):
-            self._set_aside(participant, set(range(len(self.names))) - schedule.active)
+        dropped = self.section.on_kill == "drop"
+        factors = [name for name in self.unit_of if dropped and name.endswith((".lora_B", ".lora_M"))]
+        self.resting = {name: torch.zeros_like(parameters[name]) for name in factors}
+        self._took_part = [set[int]() for _ in self.schedules]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For the optimiser: the leaves of each unit of each participant, whose learning rates differ; what is in no unit."""
@@ -90,6 +98,28 @@ class ActiveUnits:
             for unit, names in [*enumerate(self.names), (None, outside)]
             if names
         ]
+
+    def leave_out(self) -> None:
+        """The local steps of a round begin: zero stands where a unit is dropped."""
+        for participant in range(len(self.schedules)):
+            self._took_part[participant] = set()
+            self._set_aside(participant, self._killed(participant))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The local steps of a round have ended: what was set aside is in its place again."""
+        for name, participant in self.left_out():
+            self.parameters[name][participant] = self.resting[name][participant]
+
+    def left_out(self) -> Iterator[tuple[str, int]]:
+        """Tensor and participant of what is dropped now: it is zero in the function that is evaluated and exported."""
+        for participant in range(len(self.schedules)):
+            for unit in self._killed(participant):
+                yield from ((name, participant) for name in self.names[unit] if name in self.resting)
+
+    def took_part(self, participant: int) -> frozenset[str]:
+        """What a participant's local steps since `leave_out` may have changed: its units active in any, all that is in none."""
+        return frozenset(name for name in self.parameters if self.unit_of.get(name) in (None, *self._took_part[participant]))
 
     @property
     def killed(self) -> frozenset[int]:
@@ -129,6 +159,7 @@ class ActiveUnits:
             leaf.grad = None
         for participant, schedule in enumerate(self.schedules):
             active, epoch = schedule.active, schedule.epoch
+            self._took_part[participant] |= active
             schedule.observe(scores[participant])
             if schedule.epoch != epoch:
                 self._change(optimizer, participant, active, schedule.active)
@@ -161,6 +192,10 @@ class ActiveUnits:
                     self.parameters[name][participant] = self.resting[name][participant]
         self._set_aside(participant, before - after)
 
+    def _killed(self, participant: int) -> list[int]:
+        return [unit for unit in range(len(self.names)) if unit not in self.schedules[participant].active]
+
+    @torch.no_grad()
     def _set_aside(self, participant: int, killed: Iterable[int]) -> None:
         """Dropped units: their B rests, zero stands in its place."""
         for unit in killed:

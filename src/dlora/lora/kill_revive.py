@@ -17,7 +17,7 @@ from dlora.seeds import derive_seed
 class Schedule:
     """One participant's schedule over units: groups of modules that share one input, numbered from 0.
 
-    ``costs[u]``: numbers a token on the wire while unit u is active, 2 (d_in + sum of d_out) (`papers`: row A1).
+    ``costs[u]``: numbers a token on the wire while unit u is active (`Group.cost`).
     ``active``: who trains in the next local step; ``epoch`` grows with each change of it. The cost of the active units is at
     most ``active_fraction`` of the cost of all, or that of the dearest unit alone where that is more, so that each unit can
     have its turn; so at least one is active. ``kind``:
@@ -75,15 +75,26 @@ class Schedule:
 
     def observe(self, scores: Mapping[int, float]) -> None:
         """A local step is done; ``scores`` of the units that were active in it, each finite. Who is active may change."""
+        for unit in self.active:
+            total, count = self._scores.get(unit, (0.0, 0))
+            self._scores[unit] = (total + scores.get(unit, 0.0), count + 1)
+            self.utility[unit] = (total + scores.get(unit, 0.0)) / (count + 1) / self.costs[unit]
+        self._pass()
+
+    def skip(self, steps: int) -> None:
+        """Local steps that the others took without this participant: the turns go on, so that draws stay common.
+
+        No score is seen; the traffic counts as if it had taken them.
+        """
+        for _ in range(steps):
+            self._pass()
+
+    def _pass(self) -> None:
         self.numbers += sum(self.costs[unit] for unit in self.active)
         self.device_flops += self.flops(self.active)
         self.steps_done += 1
         if self.steps_done == self.warmup_steps:
             self._in_warmup = self.numbers, self.device_flops
-        for unit in self.active:
-            total, count = self._scores.get(unit, (0.0, 0))
-            self._scores[unit] = (total + scores.get(unit, 0.0), count + 1)
-            self.utility[unit] = (total + scores.get(unit, 0.0)) / (count + 1) / self.costs[unit]
         self._become(self._next())
 
     def age(self, unit: int) -> int | None:

@@ -124,6 +124,28 @@ def message_num_bytes(expected: Expected) -> int:
     return 8 + header_bytes + payload_bytes
 
 
+def held(data: bytes | Path, known: Expected) -> Expected:
+    """Those of the ``known`` tensors that a message says it holds, for `decode_tensors` to check; made for messages that may
+    leave some out. Reads the header alone, and no more of it than one of all known tensors would have.
+
+    Raises MessageError for a header that is longer, is none, or names anything else; OSError when the file cannot be opened.
+    """
+    most = 8 + _sizes(known)[0]
+    if isinstance(data, Path):
+        with data.open("rb") as file:
+            start = file.read(most)
+    else:
+        start = data[:most]
+    header_bytes = int.from_bytes(start[:8], "little")
+    if header_bytes > len(start) - 8:
+        raise MessageError(f"the header announces {header_bytes} bytes; it should be at most {most - 8}")
+    header = _header(start[8 : 8 + header_bytes])
+    if not isinstance(header, dict) or not header or not header.keys() <= known.keys():
+        odd = sorted(set(header) - set(known))[:3] if isinstance(header, dict) else []
+        raise MessageError(f"the message does not hold known tensors: {', '.join(map(_short, odd)) or 'no names'}")
+    return {name: known[name] for name in known if name in header}
+
+
 def decode_tensors(data: bytes | Path, expected: Expected) -> dict[str, Tensor]:
     """The tensors of a message, exactly those expected, in their order; a file is mapped, not read, and must stay as it is.
 
@@ -143,13 +165,7 @@ def _decode(buffer: bytearray | mmap.mmap, expected: Expected) -> dict[str, Tens
     header_bytes, _ = _sizes(expected)
     if int.from_bytes(buffer[:8], "little") != header_bytes:
         raise MessageError(f"the header announces {int.from_bytes(buffer[:8], 'little')} bytes; it should be {header_bytes}")
-    try:
-        header = json.loads(buffer[8 : 8 + header_bytes], object_pairs_hook=_without_doubles)
-    except MessageError:
-        raise
-    except (ValueError, RecursionError):
-        raise MessageError("the header is not JSON") from None
-    starts = _starts(header, expected)
+    starts = _starts(_header(buffer[8 : 8 + header_bytes]), expected)
     tensors = {}
     for name, (dtype, shape) in expected.items():
         tensor = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=8 + header_bytes + starts[name])
@@ -157,6 +173,15 @@ def _decode(buffer: bytearray | mmap.mmap, expected: Expected) -> dict[str, Tens
             raise MessageError(f"{name} holds a value that is not finite")
         tensors[name] = tensor.view(shape)
     return tensors
+
+
+def _header(text: bytes | bytearray) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_without_doubles)
+    except MessageError:
+        raise
+    except (ValueError, RecursionError):
+        raise MessageError("the header is not JSON") from None
 
 
 def _starts(header: object, expected: Expected) -> dict[str, int]:

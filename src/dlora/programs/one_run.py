@@ -17,14 +17,12 @@ from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better, mean_scores
-from dlora.lora.active import Scheduled, schedule_units
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
-from dlora.lora.groups import device_flops
-from dlora.lora.kill_revive import Schedule
 from dlora.net.memory import MemoryTransport
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
+from dlora.programs.schedules import Schedules
 from dlora.programs.training import Training
 from dlora.runlog import RunLog
 
@@ -52,12 +50,15 @@ class Run:
         self.pooled = name == "pooled"
         config = prepared.config
         self.local_steps = self._local_steps()
-        self.scheduled = self._scheduled()
+        plain = name not in ("dec-lora", "dlora")  # the baselines
+        self.schedules = None if plain else Schedules(name, prepared, log.emit)
+        self.scheduled = self.schedules.scheduled if self.schedules else None
         self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step, self.scheduled)
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
         self.trained = self.training.trained
-        self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire)
+        took_part = self.participants.took_part if self.scheduled else None
+        self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire, took_part)
         self.rounds_done = 0
         self.steps_done = 0  # local steps of all participants, for the progress bar
         self.seconds = 0.0  # of training and exchange, without scoring
@@ -78,7 +79,8 @@ class Run:
         self.log.emit(
             "run", run=self.name, rounds=config.train.rounds, local_steps=self.local_steps, participants=len(self.local_steps)
         )
-        self._tell_units(anew=stored is None)
+        if self.schedules is not None:  # a run that goes on has it in its log already
+            self.schedules.tell(self.log.emit if stored is None else self.log.tick)
         if stored is not None:
             self.log.emit("resumed", run=self.name, rounds_done=self.rounds_done)
         else:
@@ -89,6 +91,7 @@ class Run:
         consensus, peers = self._score(peers=True)
         if self.name in ("dec-lora", "dlora"):
             self._write_adapters()
+        spent = self.schedules.spent if self.schedules else {}
         result = {
             "consensus": consensus,
             "peers_mean": mean_scores(peers) if peers else None,
@@ -96,14 +99,14 @@ class Run:
             "best": self.best,
             "bytes_on_wire": self.transport.bytes_on_wire,
             **self._with_cloud,
-            **self._spent,
+            **spent,
             "consensus_distance": consensus_distance(self.trained),
             "seconds": self.seconds,
             "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
             "local_steps": self.local_steps,
         }
         shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
-        self.log.emit("run-done", run=self.name, **shown, **self._with_cloud, **self._spent)
+        self.log.emit("run-done", run=self.name, **shown, **self._with_cloud, **spent)
         self.folder.finish(self.name, self.rounds_done, {"result": result, "log_position": self.log.position})
         return result
 
@@ -138,64 +141,6 @@ class Run:
         steps = self.prepared.local_steps
         return [round(sum(steps) / len(steps))] if self.pooled else steps
 
-    def _scheduled(self) -> Scheduled | None:
-        """Each participant's schedule, where the config asks for one; the baselines are plain LoRA."""
-        section, prepared = self.prepared.config.schedule, self.prepared
-        if section.kind == "all" or self.name not in ("dec-lora", "dlora"):
-            return None
-        lora, seed = prepared.config.lora, prepared.config.seed
-        return schedule_units(section, prepared.units, lora, seed, prepared.names, self._log_active)
-
-    def _tell_units(self, anew: bool) -> None:
-        """What the numbers in the events to come mean, and who starts; a run that goes on has it in its log already."""
-        tell = self.log.emit if anew else self.log.tick
-        if self.scheduled is not None:
-            lora = self.prepared.config.lora
-            units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
-            every = device_flops(self.prepared.units, range(len(units)), lora.r, lora.placement)
-            tell("units", run=self.name, units=units, device_flops=every)
-            for participant, schedule in enumerate(self.scheduled.schedules):
-                tell("active", **self._who_is_active(participant, schedule))
-
-    def _log_active(self, participant: int, schedule: Schedule) -> None:
-        self.log.emit("active", **self._who_is_active(participant, schedule))
-
-    def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
-        """An active set, from local step ``step`` on, and its FLOPs a token; each unit's utility as last known.
-
-        The fractions: what has been spent so far, of that with all units active.
-        """
-        return dict(
-            run=self.name,
-            peer=self.prepared.names[participant],
-            step=schedule.steps_done,
-            epoch=schedule.epoch,
-            units=sorted(schedule.active),
-            utility=schedule.utility,
-            device_flops=schedule.flops(schedule.active),
-            adapter_fraction=schedule.fraction,
-            device_flops_fraction=schedule.flops_fraction,
-        )
-
-    @property
-    def _spent(self) -> dict[str, float]:
-        """For a scheduled run: the adapter's traffic and a split device's FLOPs for it, of those with all units active.
-
-        The mean over the participants; of the whole run, and of what follows the warm-up.
-        """
-        schedules = self.scheduled.schedules if self.scheduled else ()
-        if not schedules:
-            return {}
-        whole = [(one.fraction, one.flops_fraction) for one in schedules]
-        after = [one.after_warmup for one in schedules]
-        means = {"": whole, "_after_warmup": [both for both in after if both is not None]}
-        return {
-            f"{name}_fraction{part}": sum(both[place] for both in of_all) / len(of_all)
-            for part, of_all in means.items()
-            for place, name in enumerate(("adapter", "device_flops"))
-            if of_all
-        }
-
     def _topology(self) -> Topology:
         """Who talks to whom: as configured, everybody (fedavg), or nobody."""
         if self.name == "dec-lora":
@@ -217,10 +162,8 @@ class Run:
         self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
         self.steps_done = self.rounds_done * sum(self.local_steps)
         self.transport.bytes_on_wire = state["bytes_on_wire"]
-        for schedule, of_one in zip(
-            self.scheduled.schedules if self.scheduled else (), state.get("schedules", ()), strict=True
-        ):
-            schedule.load(of_one)
+        if self.schedules is not None:
+            self.schedules.load(state)
         self._cloud_bytes_before += state.get("cloud_bytes", 0)
 
     def _after_round(self) -> None:
@@ -243,7 +186,7 @@ class Run:
                         "seconds": self.seconds,
                         "best": self.best,
                         "log_position": self.log.position,
-                        **({"schedules": [one.state() for one in self.scheduled.schedules]} if self.scheduled else {}),
+                        **(self.schedules.state() if self.schedules else {}),
                         "environment": environment(self.group_size),
                     },
                 ),
@@ -255,16 +198,12 @@ class Run:
 
     def _score(self, peers: bool) -> tuple[Scores, dict[str, Scores]]:
         """Score the average, and each peer's own where asked; remember the best average."""
-        everybody = range(len(self.local_steps))
-        consensus = self._evaluate(average(self.participants.factors), "average", everybody)
+        everybody, standing = range(len(self.local_steps)), self.participants.standing()
+        consensus = self._evaluate(average(standing), "average", everybody)
         own: dict[str, Scores] = {}
         if peers and not self.pooled:
             names = self.prepared.names
-            own = {
-                name: self._evaluate(one(self.participants.factors, i), name, [i])
-                for i, name in enumerate(names)
-                if i or names[1:]
-            }
+            own = {name: self._evaluate(one(standing, i), name, [i]) for i, name in enumerate(names) if i or names[1:]}
             own = own or {names[0]: consensus}  # of one participant the average is its own
         if not self.best or better(consensus, self.best):
             self.best = {"rounds_done": self.rounds_done, **consensus}
@@ -289,7 +228,7 @@ class Run:
         )
 
     def _write_adapters(self) -> None:
-        model, factors = self.prepared.model, self.participants.factors
+        model, factors = self.prepared.model, self.participants.standing()
         save_adapter(self.folder.path / "consensus", average(factors), model.peft_config, model.frame)
         for index, name in enumerate(self.prepared.names):
             save_adapter(self.folder.path / "peers" / name, one(factors, index), model.peft_config, model.frame)

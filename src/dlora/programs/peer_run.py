@@ -21,9 +21,10 @@ from dlora.evaluate import Scores, better
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.grpc import GrpcNetwork
-from dlora.programs.messages import decode_message, encode_message, message_bytes
+from dlora.programs.messages import decode_message, encode_message, message_sizes
 from dlora.programs.prepare import Prepared, manifest_hash, manifest_text
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
+from dlora.programs.schedules import Schedules
 from dlora.programs.training import Training
 from dlora.runlog import RunLog, read_log
 
@@ -48,7 +49,9 @@ class PeerRun:
         self.name, self.prepared, self.manifest = name, prepared, manifest
         self.folder, self.log, self.ledger, self.network, self.stop = folder, log, ledger, network, stop
         self.steps_done = 0
-        self.training = Training(prepared, prepared.local_steps, 1, False, self._tick_step)
+        self.changes: list[dict[str, Any]] = []  # of who is active, not in the log yet: local steps are another thread's
+        self.schedules = Schedules(RUN, prepared, lambda event, **fields: self.changes.append(fields))
+        self.training = Training(prepared, prepared.local_steps, 1, False, self._tick_step, self.schedules.scheduled)
         self.progress = Progress()
         self.round: dict[str, Any] = {}  # the last round's event
         self.trained_round: int | None = None  # since the last commit
@@ -59,6 +62,7 @@ class PeerRun:
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
+            self.schedules.load(stored.state)
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
             self.bytes_before = stored.state["bytes_on_wire"]
             warn_of_another(stored.state["environment"], environment(1))
@@ -71,8 +75,10 @@ class PeerRun:
         """The run, while the network serves; returns the average of all and how many peers are in it."""
         config = self.prepared.config
         self.log.emit("run", run=RUN, rounds=config.train.rounds, local_steps=self.training.local_steps, participants=1)
+        before = read_log(self.folder.log_path)
+        self.schedules.tell(self.log.tick if any(event["event"] == "units" for event in before) else self.log.emit)
         if self.progress.rounds_done:
-            logged = {event.get("round") for event in read_log(self.folder.log_path) if event["event"] == "round"}
+            logged = {event.get("round") for event in before if event["event"] == "round"}
             if self.round and self.round["round"] not in logged:
                 self.log.emit("round", **self.round)  # the kill came between the commit and its line
             self.log.emit("resumed", run=RUN, rounds_done=self.progress.rounds_done)
@@ -83,7 +89,7 @@ class PeerRun:
             self.ledger,
             neighbours,
             Patience(config.peers.silence_s, config.peers.round_limit_s),
-            partial(message_bytes, self.prepared),
+            partial(message_sizes, self.prepared),
             partial(decode_message, self.prepared),
             self.log.emit,
         )
@@ -97,10 +103,11 @@ class PeerRun:
             config.train.rounds,
             config.peers.catch_up_after,
             self._train,
+            self._standing,
             partial(encode_message, self.prepared),
             partial(decode_message, self.prepared),
             self._commit,
-            self._restart_optimizer,
+            self._skip,
             self.progress,
         )
         ended = self.progress.rounds_done == config.train.rounds
@@ -122,25 +129,37 @@ class PeerRun:
         device = self.prepared.model.device
         return self.training.participants.factors | {name: tensor.to(device) for name, tensor in consensus.items()}, num_peers
 
+    def _standing(self) -> Factors:
+        """What of the function as it stands is trained."""
+        standing = self.training.participants.standing()
+        return {name: standing[name] for name in self.training.trained}
+
     async def _stopped_outside_a_round(self) -> None:
         """Raise Interrupted when the user stops before the first local step or after the last: there is no round to finish."""
         while not self.stop() or (self.began and self.progress.rounds_done < self.prepared.config.train.rounds):
             await asyncio.sleep(0.2)
         raise Interrupted(f"{self.name} stopped while it waited for its neighbours; nothing was lost")
 
-    async def _train(self, number: int, names: frozenset[str]) -> None:
+    async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
         self.began = True
         every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
         if number and every and number % every == 0:  # its own score: nobody has the average before the end
-            own = await asyncio.to_thread(self._evaluate, self.training.participants.factors, self.name)
+            own = await asyncio.to_thread(self._evaluate, self.training.participants.standing(), self.name)
             self._emit_scores(None, own)
         losses = await asyncio.to_thread(self.training.round, number, names)
         self.loss, self.trained_round = losses.item(), number
+        self._log_changes()
         if not math.isfinite(self.loss):
             raise RunError(
                 f"the loss of {self.name} is no number any more in round {number}; lower train.learning_rate and start anew"
                 " in another output_dir"
             )
+        return self.training.participants.took_part()[0]
+
+    def _log_changes(self) -> None:
+        for change in self.changes:
+            self.log.emit("active", **change)
+        self.changes.clear()
 
     def _commit(self, progress: Progress) -> None:
         """Factors, optimiser and progress to disk; then the round is done."""
@@ -160,6 +179,7 @@ class PeerRun:
                     "seconds": self.seconds,
                     "best": self.best,
                     "round": self.round,
+                    **self.schedules.state(),
                     "environment": environment(1),
                 },
             ),
@@ -185,22 +205,26 @@ class PeerRun:
             "seconds": self.seconds,
         }
 
-    def _restart_optimizer(self) -> None:
+    def _skip(self, rounds: int) -> None:
+        """The peer takes its neighbours' state: moments begin anew, the schedule keeps its scores and goes to their round."""
         for group in self.training.participants.groups:
             group.optimizer.state.clear()
+        self.schedules.skip(rounds)
+        self._log_changes()
 
     # The end
 
     def finish(self, consensus: Factors, num_peers: int) -> dict[str, Any]:
         """Score and write the two adapters; returns the result that the summary shows."""
-        own = self._evaluate(self.training.participants.factors, self.name)
+        standing = self.training.participants.standing()
+        own = self._evaluate(standing, self.name)
         average = self._evaluate(consensus, "average")
         if not self.best or better(average, self.best):
             self.best = {"rounds_done": self.progress.rounds_done, **average}
         self._emit_scores(average, own)
         model, peers = self.prepared.model, self.folder.path / "peers"
         save_adapter(self.folder.path / "consensus", consensus, model.peft_config, model.frame)
-        save_adapter(peers / self.name, self.training.participants.factors, model.peft_config, model.frame)
+        save_adapter(peers / self.name, standing, model.peft_config, model.frame)
         result = {
             "consensus": average,
             "peers_mean": own,
@@ -208,6 +232,7 @@ class PeerRun:
             "best": self.best,
             "consensus_peers": num_peers,
             "bytes_on_wire": self._bytes_on_wire(),
+            **self.schedules.spent,
             "consensus_distance": None,
             "seconds": self.seconds,
             "local_steps": self.training.local_steps,

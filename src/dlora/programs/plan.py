@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from dlora.config import Config
@@ -13,7 +14,8 @@ from dlora.decentralized.topology import Topology
 from dlora.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from dlora.lora.factors import num_parameters, stack
 from dlora.net.codec import encode_frame
-from dlora.programs.messages import message_bytes
+from dlora.programs.messages import REDUCTION, message_bytes
+from dlora.programs.plan_schedule import CHOSEN, sent_names
 from dlora.programs.plan_split import LINES_MBIT_S, split_costs
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 
@@ -46,6 +48,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "bytes_on_wire": sum(edges.values()),
         "bytes_of_busiest_peer": busiest,
         "seconds_on_the_line": {f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S},
+        **({"at_most": True} if config.schedule.kind in CHOSEN else {}),
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
         "trained_bytes": _STATE_BYTES * parameters,
         **({} if prepared.half is None else {"cloud": split_costs(prepared)}),
@@ -53,7 +56,10 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
 
 
 def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
-    """Serialised frames over each edge in a run in which nothing fails, both directions (law 8)."""
+    """Serialised frames over each edge in a run in which nothing fails, both directions (law 8).
+
+    Where a schedule goes by scores they are no count but a bound: what is sent is at most that.
+    """
     topology, rounds = prepared.topology, prepared.config.train.rounds
     rule, count = build_rule(prepared.config.peers), Counter[tuple[int, int]]()
     hello = Hello(_HASH, manifest_text(prepared.manifest | {"rounds": rounds}), 0)
@@ -61,23 +67,24 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
     for edge in pairs:
         statuses = [Status(round) for round in (0, *range(rounds), rounds, rounds + 1)]  # one when the link comes up
         count[edge] += 2 * _bytes([hello, *statuses])
-    kinds: dict[tuple[int, frozenset[str]], int] = {}  # rounds that send the same tensors cost the same, but for their number
+    names = sent_names(prepared, partial(message_bytes, prepared, round_message(0)))
+    kinds: dict[frozenset[str], int] = {}  # messages that hold the same tensors cost the same
     for round in range(rounds):
-        sent = frozenset(name for name in prepared.trained if rule.sends(name, round))
-        key = (len(f"{round:b}") // 7, sent)  # a number grows by a byte for every 7 bits
-        if key not in kinds:
-            message = list(transfer(prepared, round_message(round)))
-            kinds[key] = 2 * _bytes(message) + _bytes([Have(round), Decided(round, True)])
         for edge in topology.edges(round):
-            count[edge] += kinds[key]
+            count[edge] += _bytes([Have(round), Decided(round, True)])
+            for end in edge:
+                sent = frozenset(name for name in names[end][round] if rule.sends(name, round))
+                if sent not in kinds:
+                    kinds[sent] = _bytes(transfer(round_message(round), message_bytes(prepared, round_message(round), sent)))
+                count[edge] += kinds[sent]
     for edge in tree_edges(topology):
-        count[edge] += _bytes([*transfer(prepared, "sum"), *transfer(prepared, "average")])
+        for message in REDUCTION:
+            count[edge] += _bytes(transfer(message, message_bytes(prepared, message)))
     return dict(count)
 
 
-def transfer(prepared: Prepared, message: str) -> Iterator[Frame]:
+def transfer(message: str, num_bytes: int) -> Iterator[Frame]:
     """The frames that carry one message, and that ask for it."""
-    num_bytes = message_bytes(prepared, message)
     yield Offer(message, num_bytes, _HASH)
     yield Want(message, 0)
     for offset in range(0, num_bytes, MAX_CHUNK_BYTES):
@@ -90,5 +97,5 @@ def tree_edges(topology: Topology) -> list[tuple[int, int]]:
     return [(min(peer, parent), max(peer, parent)) for peer, parent in parents.items() if parent is not None]
 
 
-def _bytes(frames: list[Frame]) -> int:
+def _bytes(frames: Iterable[Frame]) -> int:
     return sum(len(encode_frame(frame)) for frame in frames)

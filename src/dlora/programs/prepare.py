@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from dlora.evaluate import Scores, evaluate
 from dlora.lora.core import FRAME_FILE, Frame, compute_frame, read_frame, write_frame
 from dlora.lora.factors import digest, is_head, num_parameters, stack, target_names
 from dlora.lora.groups import Group as Units
-from dlora.lora.groups import active_groups, find_groups, renamed
+from dlora.lora.groups import active_groups, core_groups, find_groups, renamed
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model import (
     block_linears,
@@ -139,7 +139,7 @@ def prepare(
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed, _kept_frame(config, resume))
-    units = () if config.schedule.kind == "all" else _units(config, model, names, own, half)
+    units = () if config.schedule.kind == "all" else _units(config, model, half)
     manifest: dict[str, Any] = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -161,28 +161,22 @@ def prepare(
     if config.lora.placement == "core":
         manifest["lora"]["placement"] = "core"
         manifest["frame"] = digest(model.frame)
+    if config.schedule.kind != "all":
+        manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
     if config.split is not None:
         manifest["split_wire"] = config.split.wire
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
     return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
 
 
-def _units(config: Config, model: StackedModel, names: Sequence[str], own: str | None, half: Half | None) -> tuple[Units, ...]:
-    """What the schedule switches on and off. Raises ConfigError where it cannot be obeyed."""
-    if own is not None and half is None:
-        raise ConfigError(
-            f"schedule: {config.schedule.kind} is still to come for `dlora peer`; take `dlora simulate`, or remove it"
-        )
-    if len(names) > 1:
-        raise ConfigError(
-            f"schedule: {config.schedule.kind} with neighbours is still to come, and there are {len(names)} peers; make it"
-            " one, or remove schedule"
-        )
+def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:
+    """What the schedule switches on and off."""
     prefix = f"{model.network.base_model_prefix}."
     if half is not None:
         return tuple(renamed(group, prefix) for group in half.agreement.groups)
     groups = [renamed(group, prefix) for group in find_groups(body_maker(model.network))]
-    return active_groups(groups, target_names(model.initial))
+    adapted = active_groups(groups, target_names(model.initial))
+    return core_groups(adapted, config.lora.r) if config.lora.placement == "core" else adapted
 
 
 def _kept_frame(config: Config, resume: bool) -> Frame | None:
