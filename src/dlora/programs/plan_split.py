@@ -26,8 +26,8 @@ _BOUNDARY = ("hidden", "hidden-gradient")
 _LINK = Opened(1 << 14, 1 << 6)
 
 
-def split_costs(prepared: Prepared) -> dict[str, Any]:
-    """Of a run of one participant or of a simulation of many, in which nothing fails.
+def split_costs(prepared: Prepared, own: str | None) -> dict[str, Any]:
+    """Of the device ``own``, with neighbours or without, or of a simulation of all, in a run in which nothing fails.
 
     ``adapter_bytes`` is what the groups of modules cost, ``boundary_bytes`` embedded tokens, hidden states and their
     gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations.
@@ -46,7 +46,7 @@ def split_costs(prepared: Prepared) -> dict[str, Any]:
     scored = Counter[str]()
     for batch in _scoring(prepared):
         scored += _batch_bytes(half, batch, split.pipeline, False)
-    scorings = _num_scorings(prepared)
+    scorings = _num_scorings(prepared, own)
     opening = split_num_bytes(Open(manifest_text(half.facts, half.agreement)), split.wire)
     total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)})
     for name, count in (trained + Counter({key: scorings * value for key, value in scored.items()})).items():
@@ -96,16 +96,22 @@ def _scoring(prepared: Prepared) -> Iterator[Batch]:
             yield collate([rows[index] for index in chosen], prepared.pad_token_id)
 
 
-def _num_scorings(prepared: Prepared) -> int:
-    """How often all evaluation rows go through the body: before, in between, and at the end for each and the average."""
+def _num_scorings(prepared: Prepared, own: str | None) -> int:
+    """How often all evaluation rows go through the body: before, in between, and at the end for each and the average.
+
+    A device with neighbours scores itself in between, itself and the average at the end.
+    """
     config, count = prepared.config, len(prepared.names)
-    own = count if count > 1 else 0  # of one participant the average is its own
+    if own is not None and config.peers.members:
+        every = config.eval_peers_every or config.eval_every
+        return 2 + ((config.train.rounds - 1) // every if every else 0)
+    each = count if count > 1 else 0  # of one participant the average is its own
 
     def due(every: int, rounds_done: int) -> bool:
         return bool(every) and rounds_done % every == 0
 
-    scorings = 1 + 1 + own
+    scorings = 1 + 1 + each
     for rounds_done in range(1, config.train.rounds):
         peers = due(config.eval_peers_every, rounds_done)
-        scorings += (peers or due(config.eval_every, rounds_done)) + own * peers
+        scorings += (peers or due(config.eval_every, rounds_done)) + each * peers
     return scorings

@@ -144,8 +144,6 @@ def prepare(
     if config.lora.placement == "core":
         manifest["lora"]["placement"] = "core"
         manifest["frame"] = digest(model.frame)
-    if config.split is not None:
-        manifest["split_wire"] = config.split.wire
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
     return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
 
