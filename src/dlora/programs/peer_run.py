@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.exchange import BEATS, Exchange, Patience
 from dlora.decentralized.gossip import PeerGossip, Progress
 from dlora.decentralized.ledger import Ledger
 from dlora.decentralized.mixing import build_rule
@@ -31,6 +31,7 @@ from dlora.runlog import RunLog, read_log
 
 RUN = "dec-lora"
 LOOK_S = 0.2  # between two looks at what another thread has found out
+HOLD_S = 10.0  # a link on which nothing is said yet; after net's FIRST_FRAME_S, 20, the other end would find that odd
 
 
 class PeerRun:
@@ -154,7 +155,14 @@ class PeerRun:
         return self.stop() or self.abandoned
 
     async def _talk_unless_stuck(self, talk: Talk, name: str, link: Link) -> None:
-        """No link while the cloud is away: a device that cannot go on is away too, so ``silence_s`` bounds what it costs."""
+        """Not a word while the cloud is away: who cannot go on is away too, and ``silence_s`` bounds what that costs the others.
+
+        New links are held for a while, so that there is one to speak on when the cloud is back.
+        """
+        clock, patience_s = asyncio.get_running_loop(), self.prepared.config.peers.silence_s
+        held_until = clock.time() + min(HOLD_S, patience_s / BEATS)
+        while self.cloud_is_away and clock.time() < held_until:
+            await asyncio.sleep(LOOK_S)
         talking = asyncio.ensure_future(talk(name, link))
         try:
             while not self.cloud_is_away and not talking.done():
