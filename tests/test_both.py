@@ -172,6 +172,7 @@ def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
         ]
 
 
+@pytest.mark.slow  # 10 s of waiting for what is away
 def test_neighbours_go_on_without_a_device_whose_cloud_is_away(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Each device has a cloud of its own, and a wire; the run waits silence_s for the one that is stuck, once."""
     changes = {"train.rounds": 40, "peers.silence_s": 1.0, "peers.catch_up_after": 3, "eval_every": 0}
@@ -196,6 +197,7 @@ def test_neighbours_go_on_without_a_device_whose_cloud_is_away(tmp_path: Path, m
     assert both.adapter("phone") == both.adapter("tablet") and both.result("phone")["consensus_peers"] == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(tmp_path: Path, model_folder: ModelFolder) -> None:
     both = Both(tmp_path, model_folder("bert"), {"train.rounds": 8, "peers.silence_s": 1.0})
     with running(both):

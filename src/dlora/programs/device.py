@@ -1,4 +1,4 @@
-"""The half that owns data, labels, factors and optimiser; its frozen model runs in a cloud. With neighbours, a peer too."""
+"""The half that owns data, labels, factors and optimiser; its model runs in a cloud. With neighbours, a peer too."""
 
 from __future__ import annotations
 

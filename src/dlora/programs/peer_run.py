@@ -155,7 +155,7 @@ class PeerRun:
         return self.stop() or self.abandoned
 
     async def _talk_unless_stuck(self, talk: Talk, name: str, link: Link) -> None:
-        """Not a word while the cloud is away: who cannot go on is away too, and ``silence_s`` bounds what that costs the others.
+        """Not a word while the cloud is away: who cannot go on is away too, and ``silence_s`` bounds what that costs.
 
         New links are held for a while, so that there is one to speak on when the cloud is back.
         """
