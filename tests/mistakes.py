@@ -68,11 +68,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"schedule": {"kind": "kr", "units": ["query"]}},
         ["schedule", "units belongs to kind static, not to kr", "remove it"],
     ),
-    "schedule-split": (
-        {"schedule": {"kind": "kr"}, "split": {"cloud": "hub"}, "peers.count": 1},
-        ["schedule", "in a cloud is still to come", "remove schedule or split"],
-    ),
-    "split-core": ({"split": {"cloud": "hub"}, "lora.placement": "core"}, ["split", "literal only", "remove placement"]),
     # the core
     "core-ffa": ({"lora.placement": "core", "peers.rule": "ffa"}, ["peers.rule ffa", "freezes both", "take rule factor"]),
     "core-alternate": ({"lora.placement": "core", "peers.rule": "alternate"}, ["peers.rule alternate", "take rule factor"]),
@@ -214,7 +209,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 # keys of a cloud's config beside `model` -> their mistaken values; what is said
 CLOUDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no-model": ({"model": None}, ["model", "None"]),
-    "keys-of-a-run": ({"lora": {"r": 4}}, ["lora is not a key", "known here: model, quantization"]),
+    "keys-of-a-run": ({"train": {"rounds": 4}}, ["train is not a key", "known here: model, quantization"]),
     "quantization": ({"quantization": "int4"}, ["quantization", "'none', 'int8' or 'nf4'", "'int4'"]),
     "dtype": ({"dtype": "float16"}, ["dtype", "'float32' or 'bfloat16'", "'float16'"]),
     "two-places": ({"device": "cpu", "device_map": "auto"}, ["device and device_map", "keep one"]),

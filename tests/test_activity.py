@@ -58,6 +58,15 @@ def test_units_are_called_after_their_block_and_the_endings_of_their_modules() -
         "0 c_attn", "0 attn.c_proj", "0 mlp.c_proj"]  # fmt: skip
 
 
+def test_a_round_that_was_repeated_after_a_kill_counts_once() -> None:
+    """A peer's log keeps what it told before it was killed; the round under way is told again."""
+    activity, costs = heard([(0, [0]), (4, [1]), (6, [0])], [10, 10]), [10, 10]
+    for event in told([(0, [0]), (4, [1]), (6, [0]), (9, [1])], costs)[1:]:
+        activity.hear(event)
+    assert [step for step, _ in activity.changes["peer-0"]] == [0, 4, 6, 9]
+    assert activity.shares("peer-0", [0, 12]) == [[7 / 12], [5 / 12]]
+
+
 def test_what_was_spent_is_known_between_changes_too() -> None:
     activity = heard([(0, [0]), (4, [0, 1])], [10, 30])
     assert activity.fractions("peer-0", 6) == pytest.approx(((4 * 10 + 2 * 40) / (6 * 40), (4 * 8 + 2 * 38) / (6 * 38)))
