@@ -148,7 +148,11 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "misspelt": ("phnoe", {}, "phnoe is not a member in .*did you mean phone"),
     "key-of-another": ("tablet", {}, ".*tablet.*phone.*"),
     "compares": ("phone", {"compare": ["local"]}, "compare needs everybody's data in one place; remove it"),
-    "members": ("phone", {"peers": {"members": ["phone", "tablet"]}}, "peers.members: a device has no neighbours; remove it"),
+    "members": (
+        "phone",
+        {"peers": {"members": ["phone", "tablet"]}},
+        "phone and tablet are neighbours but neither has an address",
+    ),
     "no-target": ("phone", {"lora": {"target_modules": ["qeury"]}}, "lora.target_modules: qeury matches no module"),
     "no-file": ("phone", {"data.train": "no-such.jsonl"}, ".*no-such.jsonl"),
 }

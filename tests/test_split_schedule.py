@@ -369,7 +369,7 @@ def test_the_plan_is_what_is_counted(make_config: Callable[..., Config], name: s
     if "schedule" in RUNS[name]:
         again = made.model_copy(update={"output_dir": made.output_dir + "-plan"})
         log = Path(made.output_dir, "log.jsonl")
-        costs = plan_split.split_costs(prepare(again), [Replayed(log)])
+        costs = plan_split.split_costs(prepare(again), None, [Replayed(log)])
         assert counted == pytest.approx(costs["cloud_bytes"], rel=0.002)
     if name not in ("kr", "drop"):
         assert counted == pytest.approx(before["cloud_bytes"], rel=0.02)

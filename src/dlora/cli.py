@@ -152,11 +152,16 @@ def device(
     name: Annotated[str, typer.Option(help="this device's name in the federation", show_default=False)],
     key: KeyPath,
     federation: FederationPath,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="neighbours dial here; default: the port of its address, if any")
+    ] = None,
     set_: Overrides = [],  # noqa: B006  # typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
     as_json: AsJson = False,
 ) -> None:
     """DLoRA, the device: text, labels, factors and optimiser stay here; the frozen model of split.cloud runs there.
+
+    With peers.members a peer too: it agrees with those devices, and the cloud has no part in that.
 
     Example: dlora device run.yaml --name phone --key phone.key --federation federation.yaml --set split.wire=int8
     """
@@ -164,7 +169,9 @@ def device(
     from dlora.programs.device import device as program
 
     with Progress() as progress, _resumable() as stop:
-        summary = program(loaded, name=name, key=key, federation=federation, resume=resume, listeners=[progress], stop=stop)
+        summary = program(
+            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=[progress], stop=stop
+        )
     _print(summary, as_json, summary_table)
     if not as_json:
         typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")

@@ -12,8 +12,7 @@ from dlora.config import Config
 from dlora.errors import ConfigError
 from dlora.model import load_tokenizer
 from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.programs.device import check_halves
-from dlora.programs.halves import far_cloud
+from dlora.programs.halves import check_halves, far_cloud
 from dlora.programs.prepare import handed_frame
 from dlora.split.remote import as_ordinary, load_half
 

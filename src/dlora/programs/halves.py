@@ -1,7 +1,8 @@
-"""How a device's half reaches the body: in a cloud far away, or in one of its own in this process."""
+"""How a device's half reaches the body: in a cloud far away, or in one of its own in this process; whether it may."""
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,16 +11,18 @@ from functools import partial
 import psutil
 
 from dlora.config import CloudConfig, Config
-from dlora.errors import ConfigError, Interrupted
+from dlora.errors import CloudError, ConfigError, IdentityError, Interrupted
 from dlora.net.channel import Channel, Dialler, LoopThread, halves
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.identity import FederationFile, Identity
+from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.net.memory import MemoryHub
 from dlora.net.transport import Link
+from dlora.programs.prepare import Prepared
+from dlora.runlog import RunLog
 from dlora.split.body import load_body
 from dlora.split.remote import Half
 from dlora.split.session import Budget, Limits, Session
-from dlora.split_frames import ChannelDown
+from dlora.split_frames import ChannelDown, Opened
 
 CLOUD, DEVICE = "cloud", "device"  # in one process
 OWN_MEMORY = 0.5  # of what is free, for the body's activations
@@ -36,8 +39,8 @@ def far_cloud(
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
 
-    ``tell(event, reason)`` hears what stands between the two: connection-refused, cloud-lost. A wait for the cloud ends with
-    Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use afterwards.
+    ``tell(event, reason)`` hears what stands between the two: connection-refused, cloud-lost, cloud-back. A wait for the cloud
+    ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use afterwards.
     """
     assert config.split is not None
     with LoopThread() as loop:
@@ -55,6 +58,8 @@ def far_cloud(
                 channel = dialler.dial(give_up)
             except ChannelDown:
                 raise Interrupted(f"{identity.name} stopped while its cloud was away; what was saved stands") from None
+            if was_linked:
+                tell("cloud-back", "there is a link again")
             was_linked = True
             return channel
 
@@ -97,6 +102,18 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
             serving.cancel()
 
 
+def teller(log: RunLog, cloud: str) -> Callable[[str, str], None]:
+    """What `far_cloud` tells, said in the log and on the terminal."""
+    waiting = f"waiting for the cloud {cloud}"
+
+    def tell(event: str, reason: str) -> None:
+        log.emit(event, reason=reason)
+        if event != "cloud-back":
+            log.tick("phase", text=waiting if event == "cloud-lost" else f"{waiting}: {reason}")
+
+    return tell
+
+
 def _link(half: Half, config: Config, dialler: Dialler, dial: Callable[[], Channel]) -> Callable[[], int]:
     assert config.split is not None
     wire = config.split.wire
@@ -109,3 +126,34 @@ def _link(half: Half, config: Config, dialler: Dialler, dial: Callable[[], Chann
     half.link(dialled, config.split.pipeline, time.sleep)
     traffic = dialler.traffic
     return lambda: sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
+
+
+def check_room(prepared: Prepared, limits: Opened) -> None:
+    """Raise CloudError when one of the texts alone is more than the cloud takes."""
+    data = prepared.data
+    options = [option for choice in data.choices for option in choice.options]
+    longest = max(len(row.input_ids) for rows in (*data.peers.values(), data.evaluation, options) for row in rows)
+    if longest > limits.max_tokens:
+        raise CloudError(
+            f"a text of {longest} tokens is more than the cloud takes, {limits.max_tokens}: lower data.max_length, or raise"
+            " limits.max_tokens there"
+        )
+
+
+def check_halves(config: Config, name: str, listed: Federation) -> None:
+    """Raise ConfigError or IdentityError unless ``name`` may be a device and ``config.split.cloud`` is a cloud to dial."""
+    if config.split is None:
+        raise ConfigError("split is missing; a device needs the name of its cloud, such as split: {cloud: hub}")
+    if listed.member(name).role != "device":
+        raise IdentityError(
+            f"{name} is a {listed.member(name).role} in {listed.source}; a device is made with: dlora identity new {name}"
+            " --role device"
+        )
+    cloud = listed.members.get(config.split.cloud)
+    if cloud is None:
+        near = difflib.get_close_matches(config.split.cloud, listed.members, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; it lists {', '.join(sorted(listed.members))}"
+        raise ConfigError(f"split.cloud {config.split.cloud} is not in {listed.source}{hint}")
+    if cloud.role != "cloud" or cloud.address is None:
+        what = f"a {cloud.role}" if cloud.role != "cloud" else "a cloud without an address"
+        raise ConfigError(f"split.cloud {cloud.name} is {what} in {listed.source}; name a cloud that can be dialled")

@@ -1,8 +1,9 @@
-"""One peer for real: its own data, its own disk, and the neighbours it can reach; nothing else exists."""
+"""One peer for real: its own data, its own disk, the neighbours it can reach, a device's cloud; nothing else exists."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import json
 import shutil
@@ -11,10 +12,11 @@ from pathlib import Path
 
 from dlora.config import Config
 from dlora.decentralized.ledger import Ledger
-from dlora.errors import ConfigError, NeighbourError
+from dlora.errors import CloudError, ConfigError, NeighbourError
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.account import Summary, introduction, summary
+from dlora.programs.halves import check_halves, check_room, far_cloud
 from dlora.programs.listening import listen_address
 from dlora.programs.peer_run import RUN, PeerRun
 from dlora.programs.prepare import manifest_text, prepare
@@ -36,12 +38,17 @@ def peer(
 ) -> Summary:
     """Take part in the run of ``config.peers.members`` as ``name``; return what summary.json holds.
 
-    ``listen`` (HOST:PORT) is where to accept links, by default on all interfaces at the port of this member's address.
-    Raises UserError before anything is written when the run cannot start, NeighbourError when a neighbour is in another run.
+    The frozen model runs here or, with ``config.split``, in this device's cloud; each device may have one of its own, and its
+    own wire to it. ``listen`` (HOST:PORT) is where to accept links, by default on all interfaces at the port of this member's
+    address. Raises UserError before anything is written when the run cannot start, NeighbourError when a neighbour is in
+    another run, CloudError when the cloud refuses this device.
     """
     members = _members(config, name)
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
+    if config.split is not None:
+        check_halves(config, name, listed)
+    _check_roles(config, members, listed)
     if not resume:
         RunFolder.check_new(config)
     prepared = prepare(
@@ -70,18 +77,25 @@ def peer(
             lambda reason: log.emit("connection-refused", reason=reason),
         )
         finished, position = _finished(folder), ledger.position
+        run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored)
+        cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = contextlib.nullcontext()
+        if prepared.half is not None:
+            cloud = far_cloud(prepared.half, config, identity, FederationFile(federation), run.hear_of_cloud, run.gives_up)
         try:
-            run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored)
-            consensus, num_peers = asyncio.run(run.live(neighbours))
-        except NeighbourError:
-            if not resume:  # nothing was trained: once the config is mended, the same command starts anew
+            with cloud as run.cloud_bytes:
+                if prepared.half is not None and run.progress.rounds_done < config.train.rounds:
+                    log.tick("phase", text="waiting for the cloud")
+                    check_room(prepared, prepared.half.open())  # before neighbours wait for one who cannot begin
+                consensus, num_peers = asyncio.run(run.live(neighbours))
+                if finished and ledger.position == position and finished["runs"][RUN]["consensus_peers"] == num_peers:
+                    return finished  # no doubt was settled and nobody new is in the average: all is as it was
+                result = run.finish(consensus, num_peers)
+        except (NeighbourError, CloudError):
+            if not resume and not run.began:  # once the config is mended, the same command starts anew
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
         finally:
             ledger.close()
-        if finished and ledger.position == position and finished["runs"][RUN]["consensus_peers"] == num_peers:
-            return finished  # no doubt was settled and nobody new is in the average: all is as it was
-        result = run.finish(consensus, num_peers)
         summed = summary(prepared, {RUN: result}, manifest, 1, result["seconds"], name)
         log.emit("done", seconds=result["seconds"])
         write_atomically(folder.path / "summary.json", to_json(summed, indent=1))
@@ -107,8 +121,14 @@ def _members(config: Config, name: str) -> tuple[str, ...]:
         )
     if config.compare:
         raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
-    if config.split is not None:
-        raise ConfigError(
-            "split: a peer runs the frozen model itself; remove it, or be a device without neighbours: dlora device"
-        )
     return members
+
+
+def _check_roles(config: Config, members: Sequence[str], listed: Federation) -> None:
+    """Neighbours are of one role, peers with peers and devices with devices: their frozen model is in the same place."""
+    role, why = ("peer", "without") if config.split is None else ("device", "with")
+    for name in members:
+        if listed.member(name).role != role:
+            raise ConfigError(
+                f"peers.members: {name} is a {listed.member(name).role} in {listed.source}; {why} split all members are {role}s"
+            )

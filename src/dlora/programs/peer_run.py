@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.exchange import BEATS, Exchange, Patience
 from dlora.decentralized.gossip import PeerGossip, Progress
 from dlora.decentralized.ledger import Ledger
 from dlora.decentralized.mixing import build_rule
@@ -21,6 +21,8 @@ from dlora.evaluate import Scores, better
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.grpc import GrpcNetwork
+from dlora.net.transport import Link, Talk
+from dlora.programs.halves import teller
 from dlora.programs.messages import decode_message, encode_message, message_sizes
 from dlora.programs.prepare import Prepared, manifest_hash, manifest_text
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
@@ -29,10 +31,17 @@ from dlora.programs.training import Training
 from dlora.runlog import RunLog, read_log
 
 RUN = "dec-lora"
+LOOK_S = 0.2  # between two looks at what another thread has found out
+HOLD_S = 10.0  # a link on which nothing is said yet; after net's FIRST_FRAME_S, 20, the other end would find that odd
 
 
 class PeerRun:
-    """The state of one peer between two rounds, on its disk after each."""
+    """The state of one peer between two rounds, on its disk after each.
+
+    ``cloud_bytes`` counts what has gone to and from the cloud in this process, where the frozen model runs in one.
+    """
+
+    cloud_bytes: Callable[[], int] | None = None
 
     def __init__(
         self,
@@ -58,13 +67,15 @@ class PeerRun:
         self.began = self.abandoned = False
         self.best: dict[str, Any] = {}
         self.seconds = 0.0  # of training and exchange, waiting included
-        self.bytes_before = 0  # on the wire, in earlier processes of this run
+        self.bytes_before = self.cloud_bytes_before = 0  # on the wires, in earlier processes of this run
+        self.cloud_is_away = False
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
             self.schedules.load(stored.state)
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
             self.bytes_before = stored.state["bytes_on_wire"]
+            self.cloud_bytes_before = stored.state.get("cloud_bytes", 0)
             warn_of_another(stored.state["environment"], environment(1))
             self.round = stored.state["round"]
             self.steps_done = self.progress.rounds_done * self.training.local_steps[0]
@@ -112,7 +123,8 @@ class PeerRun:
         )
         ended = self.progress.rounds_done == config.train.rounds
         self.log.tick("phase", text="finished; answering neighbours that are not" if ended else "waiting for the neighbours")
-        serving = asyncio.create_task(self.network.serve(exchange.talk))
+        talk = exchange.talk if self.cloud_bytes is None else partial(self._talk_unless_stuck, exchange.talk)
+        serving = asyncio.create_task(self.network.serve(talk))
         life = asyncio.create_task(gossip.run())
         stopping = asyncio.create_task(self._stopped_outside_a_round())
         ends: list[asyncio.Future[Any]] = [exchange.failed, serving, stopping, life]  # all but life end only with an error
@@ -126,6 +138,7 @@ class PeerRun:
             for end in ends:
                 end.cancel()
             await asyncio.gather(*ends, return_exceptions=True)
+        self.abandoned = False  # there are scores to come, through the cloud perhaps
         device = self.prepared.model.device
         return self.training.participants.factors | {name: tensor.to(device) for name, tensor in consensus.items()}, num_peers
 
@@ -137,8 +150,47 @@ class PeerRun:
     async def _stopped_outside_a_round(self) -> None:
         """Raise Interrupted when the user stops before the first local step or after the last: there is no round to finish."""
         while not self.stop() or (self.began and self.progress.rounds_done < self.prepared.config.train.rounds):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(LOOK_S)
         raise Interrupted(f"{self.name} stopped while it waited for its neighbours; nothing was lost")
+
+    # The cloud of a device
+
+    def hear_of_cloud(self, event: str, reason: str) -> None:
+        """What `far_cloud` tells, in the thread that needs the cloud."""
+        assert self.prepared.config.split is not None
+        if event in ("cloud-lost", "cloud-back"):
+            self.cloud_is_away = event == "cloud-lost"
+        teller(self.log, self.prepared.config.split.cloud)(event, reason)
+
+    def gives_up(self) -> bool:
+        """Whether a wait for the cloud is to end."""
+        return self.stop() or self.abandoned
+
+    async def _talk_unless_stuck(self, talk: Talk, name: str, link: Link) -> None:
+        """Not a word while the cloud is away: who cannot go on is away too, and ``silence_s`` bounds what that costs.
+
+        New links are held for a while, so that there is one to speak on when the cloud is back.
+        """
+        clock, patience_s = asyncio.get_running_loop(), self.prepared.config.peers.silence_s
+        held_until = clock.time() + min(HOLD_S, patience_s / BEATS)
+        while self.cloud_is_away and clock.time() < held_until:
+            await asyncio.sleep(LOOK_S)
+        talking = asyncio.ensure_future(talk(name, link))
+        try:
+            while not self.cloud_is_away and not talking.done():
+                await asyncio.wait({talking}, timeout=LOOK_S)
+            if talking.done():
+                talking.result()
+        finally:
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
+
+    @property
+    def _with_cloud(self) -> dict[str, int]:
+        """Bytes with the cloud in all processes of the run, of a device."""
+        return {} if self.cloud_bytes is None else {"cloud_bytes": self.cloud_bytes_before + self.cloud_bytes()}
+
+    # What the protocol is handed
 
     async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
         self.began = True
@@ -176,6 +228,7 @@ class PeerRun:
                 {
                     "progress": vars(progress),
                     "bytes_on_wire": self._bytes_on_wire(),
+                    **self._with_cloud,
                     "seconds": self.seconds,
                     "best": self.best,
                     "round": self.round,
@@ -202,6 +255,7 @@ class PeerRun:
             "learning_rate": self.training.learning_rates(number, self.training.local_steps[0])[-1],
             "consensus_distance": None,
             "bytes_on_wire": self._bytes_on_wire(),
+            **self._with_cloud,
             "seconds": self.seconds,
         }
 
@@ -233,18 +287,22 @@ class PeerRun:
             "consensus_peers": num_peers,
             "bytes_on_wire": self._bytes_on_wire(),
             **self.schedules.spent,
+            **self._with_cloud,
             "consensus_distance": None,
             "seconds": self.seconds,
             "local_steps": self.training.local_steps,
             "edges": _edge_counts(self.name, self.prepared.topology, self.ledger, self.prepared.config.train.rounds),
         }
         shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
-        self.log.emit("run-done", run=RUN, **shown)
+        self.log.emit("run-done", run=RUN, **shown, **self._with_cloud)
         return result
 
     def _evaluate(self, factors: Mapping[str, Tensor], what: str) -> Scores:
+        scheduled = self.schedules.scheduled
         return self.prepared.evaluate(
-            factors, lambda done, total: self.log.tick("evaluating", run=RUN, what=what, done=done, total=total)
+            factors,
+            lambda done, total: self.log.tick("evaluating", run=RUN, what=what, done=done, total=total),
+            scheduled.killed([0]) if scheduled else frozenset(),
         )
 
     def _emit_scores(self, consensus: Scores | None, own: Scores) -> None:
@@ -256,6 +314,7 @@ class PeerRun:
             peers={self.name: own},
             peers_mean=own,
             bytes_on_wire=self._bytes_on_wire(),
+            **self._with_cloud,
             seconds=self.seconds,
         )
 

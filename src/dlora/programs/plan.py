@@ -26,7 +26,8 @@ _STATE_BYTES = 16  # of a trained number: value, gradient and AdamW's two moment
 def plan(config: Config, own: str | None = None) -> dict[str, Any]:
     """The costs of ``config``: of real peers when it names members, else what their messages would be.
 
-    ``own``: whose data are at hand (`dlora peer`); None: everybody's (`dlora simulate`). Raises UserError as the run would.
+    ``own``: whose data are at hand (`dlora peer`, `dlora device`); None: everybody's (`dlora simulate`). Raises
+    UserError as the run would.
     """
     prepared = prepare(config, own=own)
     topology = prepared.topology
@@ -51,7 +52,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         **({"at_most": True} if config.schedule.kind in CHOSEN else {}),
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
         "trained_bytes": _STATE_BYTES * parameters,
-        **({} if prepared.half is None else {"cloud": split_costs(prepared)}),
+        **({} if prepared.half is None else {"cloud": split_costs(prepared, own)}),
     }
 
 

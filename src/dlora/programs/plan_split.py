@@ -39,8 +39,8 @@ class Chooses(Protocol):
         """A step is done."""
 
 
-def split_costs(prepared: Prepared, schedules: Sequence[Chooses] | None = None) -> dict[str, Any]:
-    """Of a run of one participant or of a simulation of many, in which nothing fails.
+def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses] | None = None) -> dict[str, Any]:
+    """Of the device ``own``, with neighbours or without, or of a simulation of all, in a run in which nothing fails.
 
     ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes`` embedded tokens, hidden states
     and their gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations. ``schedules``: one a
@@ -58,7 +58,9 @@ def split_costs(prepared: Prepared, schedules: Sequence[Chooses] | None = None) 
             else ()
         )
     devices = [_Device(half, config, schedules[index] if schedules else None) for index in range(len(prepared.names))]
-    trained, scored, steps, tokens, round_trips = Counter[str](), _scored(prepared, devices, own=False), 0, 0, 0
+    alone = own is None or not config.peers.members  # and a device with neighbours has no average before the end
+    trained, steps, tokens, round_trips = Counter[str](), 0, 0, 0
+    scored = _scored(prepared, devices[:1] if alone else [])
     for round in range(config.train.rounds):
         for device, group in zip(devices, training.participants.groups, strict=True):
             own_steps = training.local_steps[group.first]
@@ -69,9 +71,7 @@ def split_costs(prepared: Prepared, schedules: Sequence[Chooses] | None = None) 
                 round_trips += 2 + max(0, 2 * device.num_active - 1)
                 device.step()
                 steps += 1
-        average, own = _scoring_due(config, round + 1)
-        if average:
-            scored += _scored(prepared, devices, own)
+        scored += _scored(prepared, (_scored_after if alone else _scored_by_itself)(config, round + 1, devices))
     opening = split_num_bytes(Open(manifest_text(half.facts, half.agreement)), split.wire)
     total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)}) + trained + scored
     return {
@@ -164,18 +164,30 @@ def _scoring(prepared: Prepared) -> Iterator[Batch]:
             yield collate([rows[index] for index in chosen], prepared.pad_token_id)
 
 
-def _scored(prepared: Prepared, devices: Sequence[_Device], own: bool) -> Counter[str]:
-    """One evaluation of the average, which is everybody's, and with ``own`` of each participant's."""
-    alone = len(devices) == 1  # of one participant the average is its own
+def _scored(prepared: Prepared, devices: Sequence[_Device]) -> Counter[str]:
+    """One evaluation on each of these."""
     count = Counter[str]()
-    for device in [devices[0], *(devices if own and not alone else [])]:
+    for device in devices:
         for batch in _scoring(prepared):
             count += device.bytes_of(batch, keep=False)
     return count
 
 
-def _scoring_due(config: Config, rounds_done: int) -> tuple[bool, bool]:
-    """Whether the average is scored after so many rounds, and whether each participant's own is too."""
+def _scored_after(config: Config, rounds_done: int, devices: Sequence[_Device]) -> list[_Device]:
+    """Who goes through the evaluation rows after so many rounds: the average, on the first, and where due each on its own."""
     last = rounds_done == config.train.rounds
-    own = last or bool(config.eval_peers_every) and rounds_done % config.eval_peers_every == 0
-    return own or bool(config.eval_every) and rounds_done % config.eval_every == 0, own
+    own = last or _due(config.eval_peers_every, rounds_done)
+    if not own and not _due(config.eval_every, rounds_done):
+        return []
+    return [devices[0], *(devices if own and len(devices) > 1 else [])]  # of one participant the average is its own
+
+
+def _scored_by_itself(config: Config, rounds_done: int, devices: Sequence[_Device]) -> list[_Device]:
+    """Likewise of a device with neighbours: itself in between, itself and the average at the end."""
+    if rounds_done == config.train.rounds:
+        return [*devices, *devices]
+    return [*devices] if _due(config.eval_peers_every or config.eval_every, rounds_done) else []
+
+
+def _due(every: int, rounds_done: int) -> bool:
+    return bool(every) and rounds_done % every == 0

@@ -163,8 +163,6 @@ def prepare(
         manifest["frame"] = digest(model.frame)
     if config.schedule.kind != "all":
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
-    if config.split is not None:
-        manifest["split_wire"] = config.split.wire
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
     return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
 
