@@ -209,7 +209,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 # keys of a cloud's config beside `model` -> their mistaken values; what is said
 CLOUDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no-model": ({"model": None}, ["model", "None"]),
-    "keys-of-a-run": ({"train": {"rounds": 4}}, ["train is not a key", "known here: model, quantization"]),
+    "keys-of-a-run": ({"schedule": {"kind": "kr"}}, ["schedule is not a key", "known here: model, quantization"]),
     "quantization": ({"quantization": "int4"}, ["quantization", "'none', 'int8' or 'nf4'", "'int4'"]),
     "dtype": ({"dtype": "float16"}, ["dtype", "'float32' or 'bfloat16'", "'float16'"]),
     "two-places": ({"device": "cpu", "device_map": "auto"}, ["device and device_map", "keep one"]),
