@@ -19,7 +19,6 @@ from pathlib import Path
 
 import safetensors
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -130,6 +129,8 @@ def read_frame(path: Path) -> Frame:
 @torch.no_grad()
 def _weight(name: str, layer: nn.Module, r: int) -> Tensor:
     """The dense weight of a linear as (O, I) float32, dequantised where it is quantised."""
+    from peft.utils.integrations import dequantize_module_weight  # here: model.py quiets what peft brings in, and comes first
+
     weight: Tensor = dequantize_module_weight(layer).detach().float()
     weight_OI = weight if isinstance(layer, nn.Linear) else weight.T  # GPT-2 stores it the other way round
     if min(weight_OI.shape) < r:
