@@ -23,7 +23,7 @@ DEVICES = ("phone", "tablet", "laptop")
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; scripts/setup brings them")
 def test_three_devices_end_with_one_adapter_and_the_bytes_planned(tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
     folder = tmp_path / "run"
-    changes = ["train.rounds=2", "train.local_steps=1", "data.limit=40", "data.eval_limit=40", "split.wire=float32"]
+    changes = ["train.rounds=2", "train.local_steps=1", "data.eval_limit=40", "split.wire=float32"]
     command = [str(EXAMPLE / "run.sh"), *[word for change in changes for word in ("--set", change)]]
     with subprocess.Popen(
         command,

@@ -65,7 +65,7 @@ cloud=''
 
 say "the same texts, seed and steps without any cloud"
 for name in phone tablet; do
-    dlora simulate "$here/$name.yaml" --set split=null --set "peers.members=[$name]" "$@" \
+    dlora simulate "$here/$name.yaml" "$@" --set split=null --set "peers.members=[$name]" \
         --set "output_dir=$folder/without-cloud/$name" >"$folder/$name.out" 2>&1 </dev/null &
     devices+=($!)
 done

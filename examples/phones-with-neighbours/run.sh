@@ -63,7 +63,7 @@ kill -INT "$cloud" && wait "$cloud"
 cloud=''
 
 say "the same in one process without any wire, and each device by itself (a minute)"
-dlora simulate "$here/run.yaml" --set split=null --set 'compare=[local]' "$@" --set "output_dir=$folder/simulation" \
+OMP_NUM_THREADS=2 dlora simulate "$here/run.yaml" "$@" --set split=null --set 'compare=[local]' --set "output_dir=$folder/simulation" \
     >"$folder/simulation.out" 2>&1 </dev/null &
 others+=($!)
 finish
