@@ -90,7 +90,7 @@ def test_same_seed_and_scores_same_sets_and_resuming_is_exact(
 
 
 def test_kr_revives_the_longest_idle_on_trial_and_keeps_it_if_it_is_worth_more() -> None:
-    """Twelve equal units, two active; those from 7 on have gradients ten times as large; 5 is worth something from step 40 on."""
+    """Twelve equal units, two active; those from 7 on have gradients ten times as large; 5 is worth more from step 40 on."""
     section = ScheduleSection(kind="kr", active_fraction=0.17, period=10, warmup_steps=6)
     schedule = Schedule(section, [10] * 12, len, seed=0)
     sets = []
