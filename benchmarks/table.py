@@ -26,6 +26,7 @@ import torch
 from dlora.config import Config
 from dlora.lora.active import schedule_units
 from dlora.lora.groups import device_flops
+from dlora.lora.kill_revive import Schedule
 from dlora.programs.plan_split import split_costs
 from dlora.programs.prepare import Prepared, prepare
 
@@ -60,14 +61,9 @@ class Flops(NamedTuple):
     head: float
 
 
-def warm_up_steps(prepared: Prepared) -> int:
-    """Of the row's schedule."""
-    return _schedule(prepared).warmup_steps if prepared.units else 0
-
-
 def warm_up_bytes(prepared: Prepared) -> int:
     """The adapter's, before kr or probe choose for the first time."""
-    steps = warm_up_steps(prepared)
+    steps = _schedule(prepared).warmup_steps if prepared.units else 0
     if not steps:
         return 0
     train = prepared.config.train.model_copy(update={"rounds": 1, "local_steps": steps})
@@ -94,27 +90,32 @@ def flops(prepared: Prepared, settings: list[str], num_tokens: int) -> Flops:
     return Flops(device_flops(groups, range(len(groups)), lora.r, lora.placement), head)
 
 
-def _schedule(prepared: Prepared):  # type: ignore[no-untyped-def]
+def _schedule(prepared: Prepared) -> Schedule:
     config = prepared.config
     return schedule_units(config.schedule, prepared.units, config.lora, config.seed, prepared.names).schedules[0]
 
 
 def accuracy(work: Path | None, name: str, seeds: int = 20) -> str:
-    """Of the finished runs of a row; empty where there are none."""
-    if work is None:
-        return ""
+    """Of the finished runs of a row with just its settings; empty where there are none."""
     found = []
-    for seed in range(1, seeds + 1):
-        summary = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed) / "summary.json"
-        if summary.exists():
-            found.append(100 * json.loads(summary.read_text())["runs"]["dec-lora"]["consensus"]["accuracy"])
+    for seed in range(1, seeds + 1 if work else 1):
+        assert work is not None
+        folder = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed)
+        if not (folder / "summary.json").exists():
+            continue
+        expected, done = Config.load(CONFIG, [*ROWS[name], f"seed={seed}"]), Config.load(folder / "config.yaml")
+        if done.model_copy(update={"output_dir": expected.output_dir}) != expected:
+            print(f"{folder}: a run with other settings than the row's is left out", file=sys.stderr)
+            continue
+        summary = json.loads((folder / "summary.json").read_text())
+        found.append(100 * summary["runs"]["dec-lora"]["consensus"]["accuracy"])
     return f"{mean_and_error(found, 2)[:-1]}; {len(found)})" if found else ""
 
 
 def mean_and_error(values: list[float], digits: int) -> str:
     """The mean, in brackets its standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):.{digits}f} ({error:.{digits}f})"
+    error = f"{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else "none"
+    return f"{statistics.mean(values):.{digits}f} ({error})"
 
 
 def split_of(wire: str) -> str:
@@ -150,7 +151,7 @@ def main() -> None:
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     whole: dict[str, float] = {}  # wire -> adapter bytes a token of the first row
     for name, settings in ROWS.items():
-        computed: Flops | None = None
+        computed: Flops | None = None  # the wire changes nothing of it
         for wire in WIRES:
             prepared = prepare(Config.load(CONFIG, ["device=cpu", split_of(wire), *settings, *arguments.set]))
             costs = split_costs(prepared, None)

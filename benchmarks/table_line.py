@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-
 from dlora.config import CloudConfig, Config
 from dlora.errors import Interrupted
 from dlora.net.identity import federation_text, new_identity
