@@ -34,8 +34,7 @@ SECTIONS = st.builds(
     ScheduleSection,
     kind=st.sampled_from(["all", "random", "probe", "kr"]),
     active_fraction=st.floats(0.05, 1.0),
-    period=st.integers(1, 4),
-    swap=st.integers(1, 3),
+    period=st.integers(1, 12),
     warmup_steps=st.integers(1, 12),
 )
 
@@ -46,7 +45,7 @@ def drive(schedule: Schedule, steps: int, seed: int) -> list[frozenset[int]]:
     for step in range(schedule.steps_done, schedule.steps_done + steps):
         sets.append(schedule.active)
         chance = random.Random(f"{seed}/{step}")
-        scores = [chance.choice([-1.0, 0.0, 1.0, chance.gauss(0, 1)]) for _ in schedule.units]
+        scores = [chance.choice([0.0, 1.0, chance.expovariate(1)]) for _ in schedule.units]
         schedule.observe({unit: scores[unit] for unit in schedule.active})
     return sets
 
@@ -90,20 +89,26 @@ def test_same_seed_and_scores_same_sets_and_resuming_is_exact(
     assert sets + drive(second, 80 - stopped_after, seed) == whole
 
 
-def test_kr_kills_the_lowest_and_revives_the_longest_idle_and_the_best_by_turns() -> None:
-    """Six equal units, two active; unit u is worth u a step."""
-    section = ScheduleSection(kind="kr", active_fraction=0.34, period=2, warmup_steps=3)
-    schedule = Schedule(section, [10] * 6, len, seed=0)
+def test_kr_revives_the_longest_idle_on_trial_and_keeps_it_if_it_is_worth_more() -> None:
+    """Twelve equal units, two active; those from 7 on have gradients ten times as large; 5 is worth more from step 40 on."""
+    section = ScheduleSection(kind="kr", active_fraction=0.17, period=10, warmup_steps=6)
+    schedule = Schedule(section, [10] * 12, len, seed=0)
     sets = []
-    for _ in range(3 + 8):
+    for step in range(6 + 11 * 10):
         sets.append(schedule.active)
-        schedule.observe({unit: float(unit) for unit in schedule.active})
-    assert sorted(unit for active in sets[:3] for unit in active) == [0, 1, 2, 3, 4, 5]  # the rotation
-    assert sets[3] == sets[4] == {4, 5}  # the best two
-    idle_first = [unit for active in sets[:3] for unit in sorted(active) if unit < 4]
-    assert sets[5] == sets[6] == {5, idle_first[0]}  # 4, the lower one, for who rests longest
-    assert sets[7] == {5, 4}  # the best of those that rest, for the lower one
-    assert sets[9] == {5, idle_first[1]}
+        worth = [1.0] * 7 + [10.0] * 5
+        worth[2], worth[9] = 2.0, 30.0
+        worth[5] = 90.0 if step >= 40 else 1.0
+        schedule.observe({unit: worth[unit] for unit in schedule.active})
+    assert sorted(unit for active in sets[:6] for unit in active) == [*range(12)]  # the rotation
+    assert {*sets[6:16]} == {frozenset({2, 9})}  # 2 is worth more than its neighbours, if less than 7 to 11
+    idle = [unit for active in sets[:6] for unit in sorted(active) if unit not in (2, 9)]
+    before = idle.index(5)
+    assert before >= 3  # so that its trial is behind the 40th step
+    for turn, revived in enumerate(idle[: before + 1]):
+        start = 16 + 10 * turn
+        assert {*sets[start : start + 2]} == {frozenset({9, revived})}  # instead of 2, the lower one
+        assert {*sets[start + 2 : start + 10]} == {frozenset({9, 5} if revived == 5 else {9, 2})}
 
 
 @pytest.mark.parametrize("kind", ["kr", "random"])

@@ -190,7 +190,6 @@ class ScheduleSection(Section):
         "hand-off", description="hand-off: a killed unit's factors rest where they are and still count; drop: left out"
     )
     period: int = Field(100, ge=1, description="kr, random: local steps between two changes")
-    swap: int = Field(1, ge=1, description="kr: units killed at a change, at least")
     warmup_steps: int = Field(80, ge=1, description="kr: local steps of the first rotation; probe: with everything active")
     rewarm_steps: int = Field(5, ge=1, description="local steps over which a revived unit's learning rate rises again")
     units: tuple[str, ...] | None = Field(

@@ -53,6 +53,7 @@ class Page:
         self.names = [peer["name"] for peer in start["peers"]]
         self.split: Mapping[str, Any] = start.get("split") or {}
         self.device = self.names[0] if self.main.name == "dlora" else None  # alone with its cloud: no peers, no graph
+        self.one = self.alone and len(runs) == 1  # nobody to average or to compare with
         every = [event.get("consensus") or {} for run in runs for event in run.scores.values()]
         # Perplexity is the loss in words a reader knows; a task with options is judged by accuracy.
         told = start["metric"] == "loss" and any("perplexity" in scores for scores in every)
@@ -105,7 +106,7 @@ class Page:
     def cards(self) -> list[tuple[str, str]]:
         """The few numbers to remember: (number, what it is)."""
         together = self.final(self.main)
-        whose = "the adapter" if self.device is not None else "the averaged adapter"
+        whose = "the adapter" if self.one else "the averaged adapter"
         cards = [(self.score(together), f"{self.key} of {whose}")] if together is not None else []
         for name, words in (("local", "against each peer alone"), ("pooled", "against pooling all data")):
             other = next((self.final(run) for run in self.others if run.name == name), None)
@@ -176,10 +177,14 @@ class Page:
 
     def cells(self, run: RunRecord) -> list[tuple[str, bool]]:
         """(text, whether it is the figure that counts) in the table of runs, behind the run's name."""
-        own = [(self.part(run, "peers_mean"), run.name == "local")] if self.device is None else []
+        own = [] if self.one else [(self.part(run, "peers_mean"), run.name == "local")]
         moved = [bytes_text(run.last(wire.of)) for wire in self.traffic]
         plain = [self.best(run), *moved, seconds_text(run.last("seconds")), self.speed(run)]
         return [(self.part(run, "consensus"), run.name != "local"), *own, *((text, False) for text in plain)]
+
+    def run_title(self, run: RunRecord) -> str:
+        """What the page calls a run."""
+        return "Alone" if self.one and self.device is None else run.title
 
     def score(self, value: float | None) -> str:
         """A score in words of this run's metric."""
@@ -221,15 +226,16 @@ class Page:
     def table_notes(self) -> list[tuple[str, str]]:
         """(word, what it means) for the runs there are and the columns."""
         better = "higher" if self.higher_is_better else "lower"
-        notes = [(run.title, _MEANINGS[run.name]) for run in self.runs if run.name in _MEANINGS]
+        known = {} if self.one and self.device is None else _MEANINGS
+        notes = [(run.title, known[run.name]) for run in self.runs if run.name in known]
         return [
             *notes,
             (
                 self.key.capitalize(),
-                f"{better} is better" + ("; in bold the figure that counts." if self.device is None else "."),
+                f"{better} is better" + ("." if self.one else "; in bold the figure that counts."),
             ),
             *((wire.column, wire.meaning) for wire in self.traffic),
-            ("Steps/s", f"local steps{' of all participants' if self.device is None else ''} in a second."),
+            ("Steps/s", f"local steps{'' if self.one else ' of all participants'} in a second."),
         ]
 
     @property

@@ -33,12 +33,12 @@ class Pictures:
             unit, factor = unit_of(page.main.last(wire.of, 0), BYTE_UNITS)
             axes.append((wire.of, f"{wire.axis} ({unit})", factor, wire.caption))
         clock, _ = unit_of(max(run.last("seconds", 0) or 0 for run in page.runs), {"s": 1, "min": 120, "h": 7200})
-        everybody = f", which trained all peers{' and was their cloud' if page.split else ''} itself"
+        everybody = f", which trained all peers{' and was their cloud' if page.split else ''} itself" if not page.alone else ""
         where = ", the cloud's part and waiting for it included" if through else "" if "own" in page.start else everybody
         axes.append(
             (
                 "seconds",
-                f"training {'through the cloud' if through else 'and exchange'} ({clock})",
+                f"training{' through the cloud' if through else '' if page.alone else ' and exchange'} ({clock})",
                 {"s": 1.0, "min": 60.0, "h": 3600.0}[clock],
                 f"The same scores against time on this machine{where}; evaluation is not counted.",
             )
@@ -147,7 +147,7 @@ class Pictures:
             if len({x for x, _ in points}) > 1:
                 series.append(
                     Series(
-                        name=run.title,
+                        name=self.page.run_title(run),
                         x=[x for x, _ in points],
                         y=[y for _, y in points],
                         colour=colour,
@@ -156,7 +156,11 @@ class Pictures:
                     )
                 )
             elif (final := self.page.final(run)) is not None:
-                lines.append(Line(name=f"{run.title} {self.page.score(final)}", y=final * percent, colour=colour, dash=dash))
+                lines.append(
+                    Line(
+                        name=f"{self.page.run_title(run)} {self.page.score(final)}", y=final * percent, colour=colour, dash=dash
+                    )
+                )
         own = [
             (
                 event[over] / factor if factor != 1 else event[over],
@@ -196,7 +200,7 @@ class Pictures:
             [value for value in event.get("losses") or [event.get(key)] if value is not None] for event in events.values()
         ]
         return Series(
-            name=run.title,
+            name=self.page.run_title(run),
             x=list(events),
             y=[None if positive and not (value and value > 0) else value for value in values],
             low=[min(each, default=None) for each in spread] if band else None,

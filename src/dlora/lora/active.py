@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dlora.config import LoraSection, ScheduleSection
 from dlora.errors import ConfigError
@@ -66,7 +65,8 @@ class ActiveUnits:
     Handed off: a killed unit's factors stay what they are and are applied. Dropped: from `leave_out` to `put_back`, while
     local steps are taken, its B (or core) is set aside in ``resting`` and zero stands in its place. Between, ``parameters``
     are what is mixed and kept, and the function that is evaluated and exported is they without what `left_out` names. A
-    revived unit starts with no moments, and its learning rate rises to the schedule's over ``rewarm_steps``.
+    revived unit's first moment is zero, its second what it was, and its learning rate rises to the schedule's over
+    ``rewarm_steps``.
     """
 
     def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
@@ -152,9 +152,8 @@ class ActiveUnits:
                 leaf.grad = tensor.grad[participant].unsqueeze(0) if tensor.grad is not None and takes_part else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * self._rewarming(group)
-        before = {path: leaf.clone() for path, leaf in self.leaves.items() if leaf.grad is not None}
+        scores = [self._scores(participant) for participant in range(len(self.schedules))]
         optimizer.step()
-        scores = [self._scores(participant, before) for participant in range(len(self.schedules))]
         for leaf in (*self.leaves.values(), *self.parameters.values()):
             leaf.grad = None
         for participant, schedule in enumerate(self.schedules):
@@ -172,22 +171,29 @@ class ActiveUnits:
         age = self.schedules[group["participant"]].age(group["unit"])
         return 1.0 if age is None else min(1.0, (age + 1) / self.section.rewarm_steps)
 
-    def _scores(self, participant: int, before: Mapping[str, Tensor]) -> dict[int, float]:
-        """What the step of each active unit was worth: its first-order decrease of the loss, the sum of -g dw."""
+    def _scores(self, participant: int) -> dict[int, float]:
+        """What each active unit's step is worth: the sum of |g| over its B or core, over its A in rounds that train A alone.
+
+        To first order that is what a step of Adam's, which moves every number alike, takes off the loss. A's gradient is zero
+        while B is: counted too, it would make units that have trained little seem worth less.
+        """
         units = sorted(self.schedules[participant].active)
-        decreases = []
+        worth = []
         for unit in units:
-            leaves = {path: self.leaves[path] for name in self.names[unit] if (path := f"{name}@{participant}") in before}
-            worth = [((before[path] - leaf) * leaf.grad).sum() for path, leaf in leaves.items() if leaf.grad is not None]
-            decreases.append(torch.stack(worth).sum())
-        return dict(zip(units, torch.stack(decreases).tolist(), strict=True))  # one wait for the device
+            gradients = {name: self.leaves[f"{name}@{participant}"].grad for name in self.names[unit]}
+            summed = {name: gradient.abs().sum() for name, gradient in gradients.items() if gradient is not None}
+            counted = [total for name, total in summed.items() if not name.endswith(".lora_A")] or [*summed.values()]
+            worth.append(torch.stack(counted).sum())
+        return dict(zip(units, torch.stack(worth).tolist(), strict=True))  # one wait for the device
 
     def _change(
         self, optimizer: torch.optim.Optimizer, participant: int, before: frozenset[int], after: frozenset[int]
     ) -> None:
         for unit in sorted(after - before):
             for name in self.names[unit]:
-                optimizer.state.pop(self.leaves[f"{name}@{participant}"], None)
+                state = optimizer.state.get(self.leaves[f"{name}@{participant}"], {})
+                if "exp_avg" in state:
+                    state["exp_avg"].zero_()
                 if name in self.resting:
                     self.parameters[name][participant] = self.resting[name][participant]
         self._set_aside(participant, before - after)

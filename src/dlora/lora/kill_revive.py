@@ -6,12 +6,16 @@ could not be read; what is here was chosen by measurement. No tensors, no clock,
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlora.config import ScheduleSection
 from dlora.seeds import derive_seed
+
+TRIAL = 5  # of the period's steps one in so many is of a trial
+NEAR = 2  # units before and behind with which one is compared: about a block
 
 
 class Schedule:
@@ -26,13 +30,15 @@ class Schedule:
     - static: the units ``named``, always; their cost is what it is.
     - random: a fresh draw every ``period`` steps. Who is drawn is chance, so no bound on a unit's rest is promised.
     - probe: all for ``warmup_steps``, then once and for all those with the best utility.
-    - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility. Then every ``period`` steps
-      the ``swap`` active ones of the lowest utility are killed, and two kinds of turns alternate: the unit that has rested
-      longest is revived (more are killed until there is room for it), or the one with the best utility when last it was
-      active. What room is left goes to the best that fit. A killed unit is active again after `longest_rest` steps at most.
+    - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility. Then every ``period`` steps the
+      unit that has rested longest is revived on trial, for a fifth of the period: the active ones of the lowest utility are
+      killed until there is room for it, and what room is left goes to the best that fit. After the trial those with the best
+      utility are active again, the one on trial among them or not. A killed unit is active again after `longest_rest` steps at
+      most.
 
     ``flops(units)``: what the device computes for them, a token of a local step; it is counted and chooses nobody.
-    Utility: the mean score of the unit's steps since it was last revived, divided by its cost.
+    Scores are not negative. Utility: the mean score of the unit's steps in its latest turn, divided by its cost; units are
+    compared by it relative to those next to them in the model, for the scale of gradients changes with depth.
     Same seed and same scores give the same sets; `state` and `load` resume exactly.
     """
 
@@ -54,7 +60,7 @@ class Schedule:
         self._in_warmup = (0, 0)  # both, of the steps of the warm-up
         self.changed_at = [0] * len(self.costs)  # the step from which a unit is what it is now, active or killed
         self.utility: list[float | None] = [None] * len(self.costs)  # None: never scored
-        self._scores: dict[int, tuple[float, int]] = {}  # of active units: sum and number since they were revived
+        self._scores: dict[int, tuple[float, int]] = {}  # of active units: sum and number in their latest turn
         self._warmup = self._rotation() if section.kind == "kr" else []
         self.active = self._first(named)
 
@@ -67,11 +73,8 @@ class Schedule:
 
     @property
     def longest_rest(self) -> int:
-        """kr: no unit rests for more steps than this.
-
-        Each second turn revives the unit that has rested longest, and those that are killed later queue behind it.
-        """
-        return self.warmup_steps + 2 * self.section.period * len(self.costs)
+        """kr: no unit rests for more steps than this; who is killed queues behind those that rest already."""
+        return self.warmup_steps + self.section.period * len(self.costs)
 
     def observe(self, scores: Mapping[int, float]) -> None:
         """A local step is done; ``scores`` of the units that were active in it, each finite. Who is active may change."""
@@ -159,24 +162,30 @@ class Schedule:
         if kind == "random" and step % self.section.period == 0:
             return self._drawn()
         if kind in ("probe", "kr") and since == 0:
-            return self._filled(frozenset(), self._by_utility(self.units))
+            return self._best()
         if kind == "kr" and since < 0:
             return self._warmup[step // self._turn]
         if kind == "kr" and since % self.section.period == 0:
-            return self._swapped(since // self.section.period)
+            return self._on_trial()
+        if kind == "kr" and since > self.section.period and since % self.section.period == self.section.period // TRIAL:
+            return self._best()
         return self.active
 
-    def _swapped(self, turn: int) -> frozenset[int]:
-        """One turn of kill and revive, counted from 1."""
+    def _best(self) -> frozenset[int]:
+        self._scores.clear()
+        return self._filled(frozenset(), self._by_utility(self.units))
+
+    def _on_trial(self) -> frozenset[int]:
+        """The active units with one of the killed among them."""
+        self._scores.clear()
         killed = [unit for unit in self.units if unit not in self.active]
         if not killed:
             return self.active
-        oldest = min(killed, key=lambda unit: (self.changed_at[unit], unit))
-        revived = oldest if turn % 2 else self._by_utility(killed)[0]
-        kept = self._by_utility(self.active)[: -self.section.swap]
+        revived = min(killed, key=lambda unit: (self.changed_at[unit], unit))
+        kept = self._by_utility(self.active)[:-1]
         while sum(self.costs[unit] for unit in (*kept, revived)) > self.budget:
             kept.pop()
-        return self._filled(frozenset([*kept, revived]), self._by_utility(killed) + self._by_utility(self.active))
+        return self._filled(frozenset([*kept, revived]), self._by_utility(self.units))
 
     def _become(self, active: frozenset[int]) -> None:
         if active == self.active:
@@ -189,8 +198,16 @@ class Schedule:
 
     def _by_utility(self, units: Iterable[int]) -> list[int]:
         """The best first; one that was never scored comes before all."""
-        known = {unit: self.utility[unit] for unit in units}
-        return sorted(known, key=lambda unit: (known[unit] is not None, -(known[unit] or 0.0), unit))
+        worth = {unit: self._relative(unit) for unit in units}
+        return sorted(worth, key=lambda unit: (-worth[unit], unit))
+
+    def _relative(self, unit: int) -> float:
+        """A unit's utility over the mean of its own and its neighbours'."""
+        own = self.utility[unit]
+        if own is None:
+            return math.inf
+        near = [utility for utility in self.utility[max(0, unit - NEAR) : unit + NEAR + 1] if utility is not None]
+        return own * len(near) / (sum(near) or 1.0)
 
     def _filled(self, active: frozenset[int], candidates: Iterable[int]) -> frozenset[int]:
         """``active`` and, in their order, those candidates that the budget still holds."""
