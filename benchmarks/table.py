@@ -2,13 +2,14 @@
 
     DLORA_ASSETS=... python benchmarks/table.py [--line] [--work runs/savings] [--set train.rounds=2 ...]
 
-The arms of savings.py and the run of savings.yaml (1,000 steps), its frozen model in a cloud. Bytes are those of `dlora plan`,
-which counts each step's frames and which tests hold against what the wire counts: of training, both ways, kr's and probe's of a
-run in which all units are worth the same. About four minutes. Adapter bytes are of the whole run, hand-offs and warm-up (kr's rotation, probe's
-steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run; torch's counter runs beside
-it for COUNTED steps under as many active sets, and must agree to the last FLOP. The head's are the counter's. With --line,
-as root, about nine minutes more: seconds a step at 100 Mbit/s and 30 ms there and back (`table_line.py`). With --work: accuracy of
-finished runs of savings.py, which had no wire; a row that is no arm there may have runs under its own name.
+The arms of savings.py and the run of savings.yaml (1,000 steps), its frozen model in a cloud; about four minutes. Bytes are
+those of `dlora plan`, which counts each step's frames and which tests hold against what the wire counts: of training, both
+ways, kr's and probe's of a run in which all units are worth the same. Adapter bytes are of the whole run, hand-offs and warm-up
+(kr's rotation, probe's steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run;
+torch's counter runs beside it for COUNTED steps under changing active sets, and must agree to the last FLOP. The head's are
+the counter's. With --line, as root, about nine minutes more: seconds a step at 100 Mbit/s and 30 ms there and back
+(`table_line.py`). With --work: accuracy of finished runs of savings.py, which had no wire; a row that is no arm there may have
+runs under its own name, as in sst2/core r 16-all-1.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from dlora.config import Config
+from dlora.errors import ConfigError
 from dlora.lora.active import schedule_units
 from dlora.lora.groups import device_flops
 from dlora.lora.kill_revive import Schedule
@@ -103,9 +105,13 @@ def accuracy(work: Path | None, name: str, seeds: int = 20) -> str:
         folder = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed)
         if not (folder / "summary.json").exists():
             continue
-        expected, done = Config.load(CONFIG, [*ROWS[name], f"seed={seed}"]), Config.load(folder / "config.yaml")
-        if done.model_copy(update={"output_dir": expected.output_dir}) != expected:
-            print(f"{folder}: a run with other settings than the row's is left out", file=sys.stderr)
+        try:
+            done = Config.load(folder / "config.yaml")
+        except ConfigError as error:  # an earlier dlora's
+            print(f"{folder} is left out: {error}", file=sys.stderr)
+            continue
+        if done != Config.load(CONFIG, [*ROWS[name], f"seed={seed}", f"output_dir={done.output_dir}"]):
+            print(f"{folder} is left out: its settings are not the row's", file=sys.stderr)
             continue
         summary = json.loads((folder / "summary.json").read_text())
         found.append(100 * summary["runs"]["dec-lora"]["consensus"]["accuracy"])
@@ -124,7 +130,7 @@ def split_of(wire: str) -> str:
 
 
 def seconds(turns: int) -> dict[tuple[str, str], str]:
-    """Of every row and wire; in brackets the standard error over ``turns`` steps, and the active units that they had."""
+    """Of every row and wire; in brackets the standard error over ``turns`` steps, and their mean number of active units."""
     from table_line import on_the_line
 
     ways = {f"{name}/{wire}": [split_of(wire), *settings] for name, settings in ROWS.items() for wire in WIRES}

@@ -3,7 +3,7 @@
 Root only: the cloud and the devices are a process each in a network namespace each, 100 Mbit/s and 30 ms there and back between
 them, mutual TLS. Each way is a run of `dlora device` in a thread of its own; one takes steps at a time, in turns, so that what
 else the machine does meets all alike. A step counts when nothing was new in it: not the first after a pause (TCP starts anew),
-nor one that hands off. Active sets change every second step instead of every hundredth, so that each counted step has another.
+nor one that hands off. Active sets change more often than in the row (`PERIODS`), so that the counted steps have several.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from savings import CONFIG
 from split_step import LINE, LINES, MODEL, PORT, cloud
 
 SHORT = ["device=cpu", "data.limit=400", "data.eval_limit=8", "train.rounds=1", "train.local_steps=1000"]
-SHORT += ["schedule.warmup_steps=1", "schedule.period=2"]
+SHORT += ["schedule.warmup_steps=1"]
+PERIODS = {"kr": 10, "random": 2}  # steps; of kr's two are a trial, a fifth as in the row
 CORE_R = 16
 Measured = list[tuple[float, int | None]]  # seconds, and active units where a schedule says so, of each counted step
 
@@ -70,7 +71,9 @@ class Device(threading.Thread):
         own = [f"output_dir={folder / self.identity}"]
         if "lora.placement=core" in settings:
             own.append(f"lora.frame={folder / 'frame'}")
-        self.config = Config.load(CONFIG, [*settings, *SHORT, *own])
+        kind = Config.load(CONFIG, [*settings]).schedule.kind
+        period = [f"schedule.period={PERIODS[kind]}"] if kind in PERIODS else []
+        self.config = Config.load(CONFIG, [*settings, *SHORT, *period, *own])
         self.go, self.done = threading.Semaphore(0), queue.Queue[float | Exception]()
         self.over = False
         self.began_at = 0.0
