@@ -7,7 +7,7 @@ those of `dlora plan`, which counts each step's frames and which tests hold agai
 ways, kr's and probe's of a run in which all units are worth the same. Adapter bytes are of the whole run, hand-offs and warm-up
 (kr's rotation, probe's steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run;
 torch's counter runs beside it for COUNTED steps under changing active sets, and must agree to the last FLOP. The head's are
-the counter's. With --line, as root, about nine minutes more: seconds a step at 100 Mbit/s and 30 ms there and back
+the counter's. With --line, as root, a quarter of an hour more: seconds a step at 100 Mbit/s and 30 ms there and back
 (`table_line.py`). With --work: accuracy of finished runs of savings.py, which had no wire; a row that is no arm there may have
 runs under its own name, as in sst2/core r 16-all-1.
 """
@@ -147,7 +147,7 @@ def main() -> None:
     """Print one row for each way and wire."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--line", action="store_true", help="seconds a step over a slow line between namespaces (root)")
-    parser.add_argument("--turns", type=int, default=8, help="steps of each row and wire that are timed")
+    parser.add_argument("--turns", type=int, default=15, help="steps of each row and wire that are timed")
     parser.add_argument("--work", type=Path, help="where savings.py has its runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `dlora simulate` takes it")
     arguments = parser.parse_args()

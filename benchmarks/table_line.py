@@ -37,7 +37,7 @@ from split_step import LINE, LINES, MODEL, PORT, cloud
 
 SHORT = ["device=cpu", "data.limit=400", "data.eval_limit=8", "train.rounds=1", "train.local_steps=1000"]
 SHORT += ["schedule.warmup_steps=1"]
-PERIODS = {"kr": 10, "random": 2}  # steps; of kr's two are a trial, a fifth as in the row
+PERIODS = {"kr": 10, "random": 2}  # steps; of which kr's trial has two, a fifth as in the row; the first comes after ten
 CORE_R = 16
 Measured = list[tuple[float, int | None]]  # seconds, and active units where a schedule says so, of each counted step
 
