@@ -118,16 +118,21 @@ def measure(config: Config) -> list[Step]:
     return work.steps
 
 
+def measure_short(settings: Sequence[str], num_steps: int) -> list[Step]:
+    """The first local steps of savings.yaml with ``settings``, on few rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["device=cpu", "split={cloud: cloud, wire: float32}", "data.limit=200", "data.eval_limit=8", "train.rounds=1"]
+        own += [f"train.local_steps={num_steps}", f"output_dir={folder}/run"]
+        return measure(Config.load(CONFIG, [*own, *settings]))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `dlora simulate` takes it")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        own = ["device=cpu", "split={cloud: cloud, wire: float32}", "data.limit=200", "data.eval_limit=8", "train.rounds=1"]
-        own += [f"train.local_steps={arguments.steps}", f"output_dir={folder}/run"]
-        steps = measure(Config.load(CONFIG, [*own, *arguments.set]))
+    steps = measure_short(arguments.set, arguments.steps)
     print("| step | tokens | LoRA FLOPs a token | by the formula | LoRA FLOPs | head FLOPs |\n|---|---|---|---|---|---|")
     for number, step in enumerate(steps):
         of_token = step.lora_flops / step.tokens

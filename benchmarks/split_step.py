@@ -91,9 +91,9 @@ def local_model(targets: Any) -> Any:
 
 
 @contextmanager
-def cloud(folder: Path, address: str, prefix: Sequence[str] = ()) -> Iterator[None]:
-    """A cloud process; ``prefix`` puts it into a namespace."""
-    (folder / "cloud.yaml").write_text(f"model: {MODEL}\ndevice: cpu\nlisten: {address}\n")
+def cloud(folder: Path, address: str, prefix: Sequence[str] = (), more: str = "") -> Iterator[None]:
+    """A cloud process; ``prefix`` puts it into a namespace; ``more`` goes into its config."""
+    (folder / "cloud.yaml").write_text(f"model: {MODEL}\ndevice: cpu\nlisten: {address}\n{more}")
     command = [*prefix, sys.executable, "-m", "dlora.cli", "cloud", str(folder / "cloud.yaml"), "--name", "hub"]
     command += ["--key", str(folder / "hub.key"), "--federation", str(folder / "hub.yaml")]
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)

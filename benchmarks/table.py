@@ -1,71 +1,181 @@
-"""What each way to train an adapter through a cloud moves and computes: bytes, round trips and FLOPs of one device's run.
+"""What each way to train an adapter through a cloud costs one device: bytes, round trips, FLOPs, seconds; beside its accuracy.
 
-    DLORA_ASSETS=... python benchmarks/table.py [--set train.rounds=2 ...]
+    DLORA_ASSETS=... python benchmarks/table.py [--line] [--work runs/savings] [--set train.rounds=2 ...]
 
-The run of benchmarks/savings.yaml (1,000 steps) with its frozen model in a cloud. Bytes are those of `dlora plan`, which counts
-each step's frames and which tests hold against what the wire counts; kr's are of a run in which all units are worth the same.
-FLOPs are the formula that benchmarks/device_flops.py holds against torch's counter. Accuracy is in benchmarks/savings.py.
+The arms of savings.py and the run of savings.yaml (1,000 steps), its frozen model in a cloud; about four minutes. Bytes are
+those of `dlora plan`, which counts each step's frames and which tests hold against what the wire counts: of training, both
+ways, kr's and probe's of a run in which all units are worth the same. Adapter bytes are of the whole run, hand-offs and warm-up
+(kr's rotation, probe's steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run;
+torch's counter runs beside it for COUNTED steps under changing active sets, and must agree to the last FLOP. The head's are
+the counter's. With --line, as root, a quarter of an hour more: seconds a step at 100 Mbit/s and 30 ms there and back
+(`table_line.py`). With --work: accuracy of finished runs of savings.py, which had no wire; a row that is no arm there may have
+runs under its own name, as in sst2/core r 16-all-1.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from dlora.config import Config
+from dlora.errors import ConfigError
 from dlora.lora.active import schedule_units
 from dlora.lora.groups import device_flops
+from dlora.lora.kill_revive import Schedule
 from dlora.programs.plan_split import split_costs
 from dlora.programs.prepare import Prepared, prepare
 
-CONFIG = Path(__file__).with_name("savings.yaml")
-CORE = ["lora.placement=core", "lora.r=16", "lora.lora_alpha=32"]
-KR = ["schedule.kind=kr", "schedule.period=100"]
-ROWS = {
-    "literal r 8, all": [],
-    "literal r 8, kr 1/8, hand-off": KR,
-    "literal r 8, kr 1/8, drop": [*KR, "schedule.on_kill=drop"],
-    "literal r 8, random 1/8": ["schedule.kind=random", "schedule.period=50"],
-    "literal r 16, all": ["lora.r=16", "lora.lora_alpha=32"],
+sys.path.append(str(Path(__file__).parent))
+
+from device_flops import measure_short
+from savings import ARMS, CONFIG, KR, folder_of
+from stacked_step import machine_facts
+
+TASK = "sst2"  # of savings.py; savings.yaml is that
+WIRES = ("bfloat16", "int8")
+LITERAL_8 = "literal r 8, "
+R_16 = ["lora.r=16", "lora.lora_alpha=32"]
+CORE = ["lora.placement=core", *R_16]
+ROWS = {f"{LITERAL_8}{arm}": settings for arm, settings in ARMS.items()} | {
+    "literal r 16, all": R_16,
     "core r 16, all": CORE,
-    "core r 16, kr 1/8": [*CORE, *KR],
+    "core r 16, kr": [*CORE, *KR],
 }
-HEADER = ("", "wire", "adapter bytes a token", "adapter, MB", "boundary, MB", "round trips a step", "LoRA FLOPs a token")
+COUNTED = 6  # steps
+NEW_SETS = ["schedule.warmup_steps=1", "schedule.period=1"]  # an active set a step
+HEADER = (
+    *("", "wire", "accuracy, %: mean (s.e.; seeds)", "adapter bytes a token", "of literal r 8, all", "adapter, MB"),
+    *("warm-up, MB", "boundary, MB", "round trips a step", "LoRA FLOPs a token", "and head", "seconds a step (s.e.)"),
+)
 
 
-def flops_a_token(prepared: Prepared) -> float:
-    """Mean over the run's steps."""
-    config, units = prepared.config, prepared.units
-    if not units:
-        assert prepared.half is not None
-        groups = prepared.half.agreement.groups
-        return float(device_flops(groups, range(len(groups)), config.lora.r, config.lora.placement))
-    [schedule] = schedule_units(config.schedule, units, config.lora, config.seed, prepared.names).schedules
-    steps = config.train.rounds * prepared.local_steps[0]
-    for _ in range(steps):
-        schedule.observe({})
-    return schedule.device_flops / steps
+class Flops(NamedTuple):
+    """A token, on the device, mean over the run's steps."""
+
+    lora: float
+    head: float
+
+
+def warm_up_bytes(prepared: Prepared) -> int:
+    """The adapter's, before kr or probe choose for the first time."""
+    steps = _schedule(prepared).warmup_steps if prepared.units else 0
+    if not steps:
+        return 0
+    train = prepared.config.train.model_copy(update={"rounds": 1, "local_steps": steps})
+    costs = split_costs(replace(prepared, config=prepared.config.model_copy(update={"train": train})), None)
+    return int(costs["adapter_bytes"])
+
+
+def flops(prepared: Prepared, settings: list[str], num_tokens: int) -> Flops:
+    """By the formula; raises AssertionError where the counter disagrees. ``num_tokens``: of the run."""
+    counted = measure_short([*settings, *NEW_SETS], COUNTED)
+    for step in counted:
+        assert step.lora_flops == step.tokens * step.formula, f"{settings}: the counter says {step}"
+    [head_flops] = {step.head_flops for step in counted}
+    steps = prepared.config.train.rounds * prepared.local_steps[0]
+    head = head_flops * steps / num_tokens
+    if prepared.units:
+        schedule = _schedule(prepared)
+        for _ in range(steps):
+            schedule.observe({})
+        return Flops(schedule.device_flops / steps, head)
+    assert prepared.half is not None
+    groups = prepared.half.agreement.groups
+    lora = prepared.config.lora
+    return Flops(device_flops(groups, range(len(groups)), lora.r, lora.placement), head)
+
+
+def _schedule(prepared: Prepared) -> Schedule:
+    config = prepared.config
+    return schedule_units(config.schedule, prepared.units, config.lora, config.seed, prepared.names).schedules[0]
+
+
+def accuracy(work: Path | None, name: str, seeds: int = 20) -> str:
+    """Of the finished runs of a row with just its settings; empty where there are none."""
+    found = []
+    for seed in range(1, seeds + 1 if work else 1):
+        assert work is not None
+        folder = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed)
+        if not (folder / "summary.json").exists():
+            continue
+        try:
+            done = Config.load(folder / "config.yaml")
+        except ConfigError as error:  # an earlier dlora's
+            print(f"{folder} is left out: {error}", file=sys.stderr)
+            continue
+        if done != Config.load(CONFIG, [*ROWS[name], f"seed={seed}", f"output_dir={done.output_dir}"]):
+            print(f"{folder} is left out: its settings are not the row's", file=sys.stderr)
+            continue
+        summary = json.loads((folder / "summary.json").read_text())
+        found.append(100 * summary["runs"]["dec-lora"]["consensus"]["accuracy"])
+    return f"{mean_and_error(found, 2)[:-1]}; {len(found)})" if found else ""
+
+
+def mean_and_error(values: list[float], digits: int) -> str:
+    """The mean, in brackets its standard error."""
+    error = f"{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else "none"
+    return f"{statistics.mean(values):.{digits}f} ({error})"
+
+
+def split_of(wire: str) -> str:
+    """The setting; table_line.py's cloud has that name."""
+    return f"split={{cloud: hub, wire: {wire}}}"
+
+
+def seconds(turns: int) -> dict[tuple[str, str], str]:
+    """Of every row and wire; in brackets the standard error over ``turns`` steps, and their mean number of active units."""
+    from table_line import on_the_line
+
+    ways = {f"{name}/{wire}": [split_of(wire), *settings] for name, settings in ROWS.items() for wire in WIRES}
+    cells = {}
+    for way, steps in on_the_line(ways, turns).items():
+        name, _, wire = way.rpartition("/")
+        units = [active for _, active in steps if active is not None]
+        shown = f"; {statistics.mean(units):.1f} units" if units else ""
+        cells[name, wire] = mean_and_error([second for second, _ in steps], 2)[:-1] + shown + ")"
+    return cells
 
 
 def main() -> None:
     """Print one row for each way and wire."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--line", action="store_true", help="seconds a step over a slow line between namespaces (root)")
+    parser.add_argument("--turns", type=int, default=15, help="steps of each row and wire that are timed")
+    parser.add_argument("--work", type=Path, help="where savings.py has its runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `dlora simulate` takes it")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine_facts() + "\n")
+    timed = seconds(arguments.turns) if arguments.line else {}
     print("| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    whole: dict[str, float] = {}  # wire -> adapter bytes a token of the first row
     for name, settings in ROWS.items():
-        for wire in ("bfloat16", "int8"):
-            split = f"split={{cloud: cloud, wire: {wire}}}"
-            prepared = prepare(Config.load(CONFIG, ["device=cpu", split, *settings, *arguments.set]))
+        computed: Flops | None = None  # the wire changes nothing of it
+        for wire in WIRES:
+            prepared = prepare(Config.load(CONFIG, ["device=cpu", split_of(wire), *settings, *arguments.set]))
             costs = split_costs(prepared, None)
+            computed = computed or flops(prepared, settings, costs["tokens"])
+            of_token = costs["adapter_bytes_a_token"]
             cells = [
                 name,
                 wire,
-                f"{costs['adapter_bytes_a_token']:,.0f}",
-                f"{costs['adapter_bytes'] / 1e6:.1f}",
-                f"{costs['boundary_bytes'] / 1e6:.1f}",
+                accuracy(arguments.work, name),
+                f"{of_token:,.0f}",
+                f"{100 * of_token / whole.setdefault(wire, of_token):.1f} %",
+                f"{costs['adapter_bytes'] / 1e6:,.1f}",
+                f"{warm_up_bytes(prepared) / 1e6:,.1f}",
+                f"{costs['boundary_bytes'] / 1e6:,.1f}",
                 f"{costs['round_trips_a_step']:.1f}",
-                f"{flops_a_token(prepared):,.0f}",
+                f"{computed.lora:,.0f}",
+                f"{computed.lora + computed.head:,.0f}",
+                timed.get((name, wire), ""),
             ]
             print("| " + " | ".join(cells) + " |", flush=True)
 
