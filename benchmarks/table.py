@@ -8,8 +8,7 @@ ways, kr's and probe's of a run in which all units are worth the same. Adapter b
 (kr's rotation, probe's steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run;
 torch's counter runs beside it for COUNTED steps under changing active sets, and must agree to the last FLOP. The head's are
 the counter's. With --line, as root, a quarter of an hour more: seconds a step at 100 Mbit/s and 30 ms there and back
-(`table_line.py`). With --work: accuracy of finished runs of savings.py, which had no wire; a row that is no arm there may have
-runs under its own name, as in sst2/core r 16-all-1.
+(`table_line.py`). With --work: accuracy of finished runs of savings.py, which had no wire.
 """
 
 from __future__ import annotations
@@ -35,19 +34,13 @@ from dlora.programs.prepare import Prepared, prepare
 sys.path.append(str(Path(__file__).parent))
 
 from device_flops import measure_short
-from savings import ARMS, CONFIG, KR, folder_of
+from savings import ARMS, CONFIG, folder_of
 from stacked_step import machine_facts
 
 TASK = "sst2"  # of savings.py; savings.yaml is that
 WIRES = ("bfloat16", "int8")
 LITERAL_8 = "literal r 8, "
-R_16 = ["lora.r=16", "lora.lora_alpha=32"]
-CORE = ["lora.placement=core", *R_16]
-ROWS = {f"{LITERAL_8}{arm}": settings for arm, settings in ARMS.items()} | {
-    "literal r 16, all": R_16,
-    "core r 16, all": CORE,
-    "core r 16, kr": [*CORE, *KR],
-}
+ROWS = {arm if " r " in arm else f"{LITERAL_8}{arm}": settings for arm, settings in ARMS.items()}
 COUNTED = 6  # steps
 NEW_SETS = ["schedule.warmup_steps=1", "schedule.period=1"]  # an active set a step
 HEADER = (
@@ -133,7 +126,8 @@ def seconds(turns: int) -> dict[tuple[str, str], str]:
     """Of every row and wire; in brackets the standard error over ``turns`` steps, and their mean number of active units."""
     from table_line import on_the_line
 
-    ways = {f"{name}/{wire}": [split_of(wire), *settings] for name, settings in ROWS.items() for wire in WIRES}
+    rows = {name: settings for name, settings in ROWS.items() if name != "core r 64"}  # the cloud there has one frame, of r 16
+    ways = {f"{name}/{wire}": [split_of(wire), *settings] for name, settings in rows.items() for wire in WIRES}
     cells = {}
     for way, steps in on_the_line(ways, turns).items():
         name, _, wire = way.rpartition("/")
