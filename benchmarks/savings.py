@@ -2,8 +2,9 @@
 
     DLORA_ASSETS=... python benchmarks/savings.py [--work runs/savings] [--tasks sst2 reviews] [--arms all ...] [--table]
 
-Paired over five seeds. One run at a time, on one thread; finished runs are not run again, interrupted ones go on. Traffic is that of
-the adapter, counted as a wire would: 2 (d_in + sum of d_out) numbers a token for each active unit and step, warm-up included.
+Paired over five seeds. One run at a time, on one thread; finished runs are not run again, interrupted ones go on. Traffic is
+that of the adapter, counted as a wire would: 2 (d_in + sum of d_out) numbers a token for each active unit and step, warm-up
+included. Rates were chosen on one seed, those of the cores on rows of train.tsv that no run here trains on.
 """
 
 from __future__ import annotations
