@@ -184,12 +184,12 @@ def test_stopped_before_anybody_came_and_resumed_after_the_end(tmp_path: Path, m
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("topology", ["ring", "base-k"])
-def test_kill_9_at_any_instant(tmp_path: Path, model_folder: ModelFolder, topology: str) -> None:
+@pytest.mark.parametrize(("topology", "kind"), [("ring", "all"), ("base-k", "all"), ("ring", "kr")])
+def test_kill_9_at_any_instant(tmp_path: Path, model_folder: ModelFolder, topology: str, kind: str) -> None:
     """Twelve kills at moments drawn by a seed, start-up and the next start-up included."""
     changes = {
         "train.rounds": 100, "train.local_steps": 6, "train.learning_rate": 2e-4, "peers.silence_s": PATIENT_S,
-        "peers.topology.kind": topology,
+        "peers.topology.kind": topology, "schedule": {"kind": kind, "active_fraction": 0.4, "period": 40, "warmup_steps": 20},
     }  # fmt: skip
     peers, generator = Federation(tmp_path, model_folder("bert"), changes), random.Random(topology)
     times = dict.fromkeys(NAMES, 0)
