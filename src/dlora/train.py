@@ -51,12 +51,14 @@ class Group:
 
     def step(self, learning_rate: float, max_grad_norm: float | None) -> None:
         """Clip, take the optimiser's step with the gradients that are there, forget them."""
+        scores: list[dict[int, float]] = []
         if self.units is not None:
             self.units.mask_gradients()
+            scores = self.units.scores()  # before clipping, which depends on who is active
         if max_grad_norm is not None:
             clip_each([tensor for tensor in self.parameters.values() if tensor.requires_grad], max_grad_norm)
         if self.units is not None:
-            self.units.step(self.optimizer, learning_rate)
+            self.units.step(self.optimizer, learning_rate, scores)
             return
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = learning_rate

@@ -143,8 +143,27 @@ class ActiveUnits:
                         tensor.grad[participant] = 0.0
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-        """The optimiser's step for all who are active; then the schedules see its scores and may change who is."""
+    def scores(self) -> list[dict[int, float]]:
+        """What each participant's active units are worth: the sum of |g| over a unit's B or core, as the backward pass left g.
+
+        To first order that is what a step of Adam's, which moves every number alike, takes off the loss. A's gradient is zero
+        while B is: counted too, it would make units that have trained little seem worth less. Rounds that train A alone give
+        no scores.
+        """
+        scored: list[dict[int, float]] = []
+        for participant, schedule in enumerate(self.schedules):
+            worth = {}
+            for unit in sorted(schedule.active):
+                gradients = [self.parameters[name].grad for name in self.names[unit] if not name.endswith(".lora_A")]
+                if sums := [gradient[participant].abs().sum() for gradient in gradients if gradient is not None]:
+                    worth[unit] = torch.stack(sums).sum()
+            values = torch.stack([*worth.values()]).tolist() if worth else []  # one wait for the device
+            scored.append(dict(zip(worth, values, strict=True)))
+        return scored
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float, scores: Sequence[Mapping[int, float]]) -> None:
+        """The optimiser's step for all who are active; then the schedules see its `scores` and may change who is."""
         for name, tensor in self.parameters.items():
             for participant, schedule in enumerate(self.schedules):
                 takes_part = self.unit_of.get(name) in (None, *schedule.active)
@@ -152,7 +171,6 @@ class ActiveUnits:
                 leaf.grad = tensor.grad[participant].unsqueeze(0) if tensor.grad is not None and takes_part else None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * self._rewarming(group)
-        scores = [self._scores(participant) for participant in range(len(self.schedules))]
         optimizer.step()
         for leaf in (*self.leaves.values(), *self.parameters.values()):
             leaf.grad = None
@@ -170,21 +188,6 @@ class ActiveUnits:
             return 1.0
         age = self.schedules[group["participant"]].age(group["unit"])
         return 1.0 if age is None else min(1.0, (age + 1) / self.section.rewarm_steps)
-
-    def _scores(self, participant: int) -> dict[int, float]:
-        """What each active unit's step is worth: the sum of |g| over its B or core, over its A in rounds that train A alone.
-
-        To first order that is what a step of Adam's, which moves every number alike, takes off the loss. A's gradient is zero
-        while B is: counted too, it would make units that have trained little seem worth less.
-        """
-        units = sorted(self.schedules[participant].active)
-        worth = []
-        for unit in units:
-            gradients = {name: self.leaves[f"{name}@{participant}"].grad for name in self.names[unit]}
-            summed = {name: gradient.abs().sum() for name, gradient in gradients.items() if gradient is not None}
-            counted = [total for name, total in summed.items() if not name.endswith(".lora_A")] or [*summed.values()]
-            worth.append(torch.stack(counted).sum())
-        return dict(zip(units, torch.stack(worth).tolist(), strict=True))  # one wait for the device
 
     def _change(
         self, optimizer: torch.optim.Optimizer, participant: int, before: frozenset[int], after: frozenset[int]

@@ -14,8 +14,8 @@ from typing import Any
 from dlora.config import ScheduleSection
 from dlora.seeds import derive_seed
 
-TRIAL = 5  # of the period's steps one in so many is of a trial
-NEAR = 2  # units before and behind with which one is compared: about a block
+TRIALS_A_PERIOD = 5  # would fit: a trial takes that part of one
+NEAR = 2  # units before and behind with which one is compared; a block has four where all linears are adapted
 
 
 class Schedule:
@@ -31,10 +31,10 @@ class Schedule:
     - random: a fresh draw every ``period`` steps. Who is drawn is chance, so no bound on a unit's rest is promised.
     - probe: all for ``warmup_steps``, then once and for all those with the best utility.
     - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility. Then every ``period`` steps the
-      unit that has rested longest is revived on trial, for a fifth of the period: the active ones of the lowest utility are
-      killed until there is room for it, and what room is left goes to the best that fit. After the trial those with the best
-      utility are active again, the one on trial among them or not. A killed unit is active again after `longest_rest` steps at
-      most.
+      unit that has rested longest is revived on trial, for a fifth of the period, a step at least: the active ones of the
+      lowest utility are killed until there is room for it, and what room is left goes to the best that fit. After the trial
+      those with the best utility are active again, the one on trial among them or not. A killed unit is active again after
+      `longest_rest` steps at most; until then it competes with the utility of its latest turn.
 
     ``flops(units)``: what the device computes for them, a token of a local step; it is counted and chooses nobody.
     Scores are not negative. Utility: the mean score of the unit's steps in its latest turn, divided by its cost; units are
@@ -77,11 +77,11 @@ class Schedule:
         return self.warmup_steps + self.section.period * len(self.costs)
 
     def observe(self, scores: Mapping[int, float]) -> None:
-        """A local step is done; ``scores`` of the units that were active in it, each finite. Who is active may change."""
-        for unit in self.active:
+        """A local step is done; ``scores`` of the units that were active in it, finite, or none. Who is active may change."""
+        for unit, score in scores.items():
             total, count = self._scores.get(unit, (0.0, 0))
-            self._scores[unit] = (total + scores.get(unit, 0.0), count + 1)
-            self.utility[unit] = (total + scores.get(unit, 0.0)) / (count + 1) / self.costs[unit]
+            self._scores[unit] = (total + score, count + 1)
+            self.utility[unit] = (total + score) / (count + 1) / self.costs[unit]
         self._pass()
 
     def skip(self, steps: int) -> None:
@@ -165,11 +165,14 @@ class Schedule:
             return self._best()
         if kind == "kr" and since < 0:
             return self._warmup[step // self._turn]
-        if kind == "kr" and since % self.section.period == 0:
-            return self._on_trial()
-        if kind == "kr" and since > self.section.period and since % self.section.period == self.section.period // TRIAL:
-            return self._best()
+        if self.may_choose(since):
+            return self._on_trial() if since % self.section.period == 0 else self._best()
         return self.active
+
+    def may_choose(self, since: int) -> bool:
+        """Whether, ``since`` steps behind the warm-up, a trial of kr's begins or ends."""
+        period = self.section.period
+        return self.section.kind == "kr" and since >= period and since % period in (0, max(1, period // TRIALS_A_PERIOD))
 
     def _best(self) -> frozenset[int]:
         self._scores.clear()
@@ -206,7 +209,8 @@ class Schedule:
         own = self.utility[unit]
         if own is None:
             return math.inf
-        near = [utility for utility in self.utility[max(0, unit - NEAR) : unit + NEAR + 1] if utility is not None]
+        first = max(0, min(unit - NEAR, len(self.units) - 2 * NEAR - 1))  # at the ends of the model as many as elsewhere
+        near = [utility for utility in self.utility[first : first + 2 * NEAR + 1] if utility is not None]
         return own * len(near) / (sum(near) or 1.0)
 
     def _filled(self, active: frozenset[int], candidates: Iterable[int]) -> frozenset[int]:

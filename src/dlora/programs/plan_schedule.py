@@ -44,7 +44,7 @@ def _of_round(schedule: Schedule, steps: int, weight: list[int]) -> frozenset[in
         since = schedule.steps_done - schedule.warmup_steps
         if not chosen or since < 0:
             known |= schedule.active
-        elif unknown == 0 or since == 0 or (schedule.section.kind == "kr" and since % schedule.section.period == 0):
+        elif unknown == 0 or since == 0 or schedule.may_choose(since):
             unknown += 1  # another set, of any units that the budget holds
         schedule.skip(1)
     return known | _heaviest(schedule, unknown * schedule.budget, weight)

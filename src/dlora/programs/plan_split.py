@@ -57,10 +57,13 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
             if prepared.units
             else ()
         )
-    devices = [_Device(half, config, schedules[index] if schedules else None) for index in range(len(prepared.names))]
+    names = prepared.topology.names
+    held: dict[int, object] = {}  # of the link, which all participants of a simulation share
+    devices = [_Device(half, config, held, schedules[index] if schedules else None) for index in range(len(prepared.names))]
+    mean = _Average(half, config, held, devices)
     alone = own is None or not config.peers.members  # and a device with neighbours has no average before the end
     trained, steps, tokens, round_trips = Counter[str](), 0, 0, 0
-    scored = _scored(prepared, devices[:1] if alone else [])
+    scored = _scored(prepared, [mean] if alone else [])
     for round in range(config.train.rounds):
         for device, group in zip(devices, training.participants.groups, strict=True):
             own_steps = training.local_steps[group.first]
@@ -68,10 +71,16 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
                 for batch in micro_batches:
                     trained += device.bytes_of(batch, keep=True)
                     tokens += int(batch.attention_mask.sum())
-                round_trips += 2 + max(0, 2 * device.num_active - 1)
+                round_trips += 2 + max(0, 2 * len(device.active) - 1)
                 device.step()
                 steps += 1
-        scored += _scored(prepared, (_scored_after if alone else _scored_by_itself)(config, round + 1, devices))
+        for device, name in zip(devices, prepared.names, strict=True):
+            near = [names[other] for other in prepared.topology.neighbours(names.index(name), round)]
+            here = [other.in_round for other, its_name in zip(devices, prepared.names, strict=True) if its_name in near]
+            device.mixed(frozenset().union(*here) if here else device.in_round if near else frozenset())
+        for device in devices:
+            device.in_round = frozenset()
+        scored += _scored(prepared, (_scored_after if alone else _scored_by_itself)(config, round + 1, mean, devices))
     opening = split_num_bytes(Open(manifest_text(half.facts, half.agreement)), split.wire)
     total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)}) + trained + scored
     return {
@@ -93,26 +102,47 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
 
 
 class _Device:
-    """One participant's frames: which units it has killed, and which of them the cloud has been handed."""
+    """One participant's frames: which units it has killed, and which of them the cloud has been handed.
 
-    def __init__(self, half: Half, config: Config, schedule: Chooses | None) -> None:
+    ``held``: of a link, which content of each group went over it last. A content is any object; another one has another.
+    """
+
+    def __init__(self, half: Half, config: Config, held: dict[int, object], schedule: Chooses | None) -> None:
         assert config.split is not None
-        self.half, self.pipeline, self.schedule = half, config.split.pipeline, schedule
+        self.half, self.pipeline, self.held, self.schedule = half, config.split.pipeline, held, schedule
         self.drops = config.schedule.on_kill == "drop"
-        self._trained: set[int] = set()  # units that are not zero any more
-        self._held: set[int] = set()
+        self._trained = frozenset[int]()  # units that are not zero any more
+        self.in_round = frozenset[int]()  # units active in a local step of the round under way
+        self._contents: dict[int, object] = {}
 
     @property
-    def num_active(self) -> int:
+    def active(self) -> frozenset[int]:
         """Groups that the device is asked for."""
-        return len(self.half.agreement.groups) if self.schedule is None else len(self.schedule.active)
+        return frozenset(range(len(self.half.agreement.groups))) if self.schedule is None else self.schedule.active
+
+    def has_trained(self, unit: int) -> bool:
+        """Whether its factors have left zero."""
+        return unit in self._trained
+
+    def content(self, unit: int) -> object:
+        """What its factors are now."""
+        return self._contents.setdefault(unit, object())
 
     def step(self) -> None:
         """One local step further."""
         if self.schedule is not None:
             self._trained |= self.schedule.active
-            self._held -= self.schedule.active  # what is trained on is another version
+            self.in_round |= self.schedule.active
+            self._change(self.schedule.active)
             self.schedule.observe({})
+
+    def mixed(self, heard: frozenset[int]) -> None:
+        """A round ends: what both this end and a neighbour trained in it is another, killed since or not."""
+        self._change(self.in_round & heard)
+
+    def _change(self, units: frozenset[int]) -> None:
+        for unit in units:
+            self._contents[unit] = object()
 
     def bytes_of(self, batch: Batch, keep: bool) -> Counter[str]:
         """What a batch moves, on its way there and, with ``keep``, back: down and up, adapter and boundary."""
@@ -140,20 +170,41 @@ class _Device:
     def _units(self, frames: list[SplitFrame]) -> tuple[int, ...]:
         """As `Begin` has them; what must be handed off first is added to ``frames``."""
         half = self.half
-        if self.schedule is None or len(self.schedule.active) == len(half.agreement.groups):
+        active = self.active
+        if len(active) == len(half.agreement.groups):
             return ()
         units = []
         for number in range(len(half.agreement.groups)):
-            if number in self.schedule.active:
+            if number in active:
                 units.append(ACTIVE)
-            elif self.drops or number not in self._trained:
+            elif self.drops or not self.has_trained(number):
                 units.append(LEFT_OUT)
             else:
                 units.append(FIRST_VERSION)
-                if number not in self._held:
-                    self._held.add(number)
+                content = self.content(number)
+                if self.held.get(number) != content:
+                    self.held[number] = content
                     frames.append(hand_off_of(half.agreement, number))
         return tuple(units)
+
+
+class _Average(_Device):
+    """What is scored of several participants: all that any has active is asked for, the rest is handed off."""
+
+    def __init__(self, half: Half, config: Config, held: dict[int, object], devices: Sequence[_Device]) -> None:
+        super().__init__(half, config, held, None)
+        self.devices = devices
+
+    @property
+    def active(self) -> frozenset[int]:
+        return frozenset().union(*(device.active for device in self.devices))
+
+    def has_trained(self, unit: int) -> bool:
+        return any(device.has_trained(unit) for device in self.devices)
+
+    def content(self, unit: int) -> object:
+        contents = [device.content(unit) for device in self.devices]
+        return contents[0] if len(contents) == 1 else tuple(contents)  # of one participant the average is its own
 
 
 def _scoring(prepared: Prepared) -> Iterator[Batch]:
@@ -173,19 +224,20 @@ def _scored(prepared: Prepared, devices: Sequence[_Device]) -> Counter[str]:
     return count
 
 
-def _scored_after(config: Config, rounds_done: int, devices: Sequence[_Device]) -> list[_Device]:
-    """Who goes through the evaluation rows after so many rounds: the average, on the first, and where due each on its own."""
+def _scored_after(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
+    """Who goes through the evaluation rows after so many rounds: the average, and where due each of several on its own."""
     last = rounds_done == config.train.rounds
     own = last or _due(config.eval_peers_every, rounds_done)
     if not own and not _due(config.eval_every, rounds_done):
         return []
-    return [devices[0], *(devices if own and len(devices) > 1 else [])]  # of one participant the average is its own
+    return [mean, *(devices if own and len(devices) > 1 else [])]
 
 
-def _scored_by_itself(config: Config, rounds_done: int, devices: Sequence[_Device]) -> list[_Device]:
-    """Likewise of a device with neighbours: itself in between, itself and the average at the end."""
+def _scored_by_itself(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
+    """Likewise of a device with neighbours: itself in between, itself and the average of all at the end."""
     if rounds_done == config.train.rounds:
-        return [*devices, *devices]
+        mean.held = {}  # others' factors are in it: nothing that went over the link before
+        return [*devices, mean]
     return [*devices] if _due(config.eval_peers_every or config.eval_every, rounds_done) else []
 
 
