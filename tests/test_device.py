@@ -34,7 +34,7 @@ DEVICES: dict[str, dict[str, Any]] = {
     },
     "watch": {
         "split.wire": "int8", "seed": 2, "lora.r": 2, "lora.train_head": False, "split.pipeline": 2,
-        "schedule": {"kind": "kr", "active_fraction": 0.4, "period": 1, "warmup_steps": 3},
+        "schedule": {"kind": "kr", "active_fraction": 0.4, "period": 2, "warmup_steps": 3},
     },
     "ring": {"lora.placement": "core", "split.wire": "bfloat16", "seed": 3},
 }  # fmt: skip

@@ -20,7 +20,7 @@ ModelFolder = Callable[..., Path]
 # Dropout in both halves: what is done again must draw the same.
 CHANGES = {
     "train.model_dropout": 0.1, "split.pipeline": 2, "save_every": 1,
-    "schedule": {"kind": "kr", "active_fraction": 0.4, "period": 1, "warmup_steps": 3},
+    "schedule": {"kind": "kr", "active_fraction": 0.4, "period": 2, "warmup_steps": 3},
 }  # fmt: skip
 
 

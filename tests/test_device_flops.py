@@ -67,7 +67,7 @@ SCORES: dict[str, Callable[[random.Random, int, int], float]] = {
     "query-key-value": lambda chance, unit, step: 1e3 if unit % 4 == 0 else 0.0,
     "highest": lambda chance, unit, step: float(unit),
     "all-alike": lambda chance, unit, step: 0.0,
-    "chance": lambda chance, unit, step: chance.gauss(0, 1),
+    "chance": lambda chance, unit, step: chance.expovariate(1),
 }
 
 

@@ -259,6 +259,57 @@ def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
     assert training.units.took_part(0) == frozenset(factors)  # each unit had its turn in the last four steps
 
 
+def test_a_revived_unit_has_its_second_moment_and_warms_up() -> None:
+    """AdamW: as long as it rests its moments do; revived, the first is zero, and the rate rises over rewarm_steps."""
+    factors, groups = one_layer_each(num_units=2, num_participants=1)
+    section = ScheduleSection(kind="kr", active_fraction=0.5, period=4, warmup_steps=8, rewarm_steps=4)
+    scheduled = schedule_units(section, groups, LoraSection(), 0, ["p"])
+    training = Training(factors, 0, 1, TrainSection(optimizer="adamw", max_grad_norm=1e-3), scheduled)
+    assert training.units is not None
+    training.train_only(frozenset(factors))
+    seen = set()
+    for _ in range(24):
+        [schedule] = training.units.schedules
+        [active] = schedule.active
+        age = schedule.age(active)
+        leaf = training.units.leaves[f"u{active}.lora_B@0"]
+        state = dict(training.optimizer.state.get(leaf, {}))
+        if age == 0 and state:  # revived, not for the first time
+            assert not state["exp_avg"].any() and state["exp_avg_sq"].all()
+            seen.add("revived")
+        for name, tensor in factors.items():
+            if training.parameters[name].requires_grad:
+                training.parameters[name].grad = torch.full_like(tensor, 3.0)
+        assert training.units.scores() == [{active: 2 * 3.0}]  # B alone: two numbers, before clipping
+        training.step(0.1, 1e-3)
+        rates = {group["unit"]: group["lr"] for group in training.optimizer.param_groups}
+        assert rates[None] == 0.1
+        assert rates[active] == pytest.approx(0.1 * (1.0 if age is None else min(1.0, (age + 1) / 4)))
+        seen.add(age)
+    assert {"revived", None, 0, 1, 2, 3} <= seen
+
+
+def test_a_utility_is_of_the_latest_turn_and_of_a_number_on_the_wire() -> None:
+    """Three units of costs 10, 20 and 30, one active: what counts is the score over the cost, as it was last seen."""
+    section = ScheduleSection(kind="kr", active_fraction=0.5, period=10, warmup_steps=3)
+    schedule = Schedule(section, [10, 20, 30], len, seed=0)
+    while schedule.steps_done < schedule.warmup_steps:
+        schedule.observe({unit: 60.0 for unit in schedule.active})
+    assert schedule.utility == [6.0, 3.0, 2.0] and schedule.active == {0, 1}  # they cost half of all
+    for _ in range(10):
+        schedule.observe({0: 1.0, 1: 60.0})
+    assert schedule.utility == [0.1, 3.0, 2.0]  # the rotation's score is not in it
+    assert schedule.active == {2}  # on trial, and as dear as the others together
+    for _ in range(2):
+        schedule.observe({2: 30.0})
+    assert schedule.utility == [0.1, 3.0, 1.0] and schedule.active == {0, 1}
+    for _ in range(8):
+        schedule.observe({0: 1.0, 1: 1.0})
+    for _ in range(2):
+        schedule.observe({2: 30.0})
+    assert schedule.utility == [0.1, 0.05, 1.0] and schedule.active == {2}  # it stays
+
+
 def one_layer_each(num_units: int, num_participants: int) -> tuple[dict[str, torch.Tensor], list[Group]]:
     """Units of one module, 3 in, 2 out, rank 1, with a head beside them."""
     torch.manual_seed(0)

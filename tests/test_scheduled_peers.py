@@ -32,7 +32,7 @@ from dlora.runlog import RunLog, read_log
 
 MakeConfig = Callable[..., Config]
 NAMES = ("north", "east", "south")
-KR: dict[str, Any] = {"kind": "kr", "period": 3, "warmup_steps": 6, "active_fraction": 0.35, "rewarm_steps": 2}
+KR: dict[str, Any] = {"kind": "kr", "period": 5, "warmup_steps": 6, "active_fraction": 0.35, "rewarm_steps": 2}
 RANDOM: dict[str, Any] = {"kind": "random", "period": 3, "active_fraction": 0.3}
 
 

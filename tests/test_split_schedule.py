@@ -242,6 +242,24 @@ def session_of(both: Both, sent: list[SplitFrame], memory_bytes: int = 10**8) ->
     return session
 
 
+def test_versions_that_parts_still_use_are_counted(model_folder: Folder) -> None:
+    """Each part under way keeps the version that it began with; the budget knows of all of them until the parts end."""
+    both = Both(model_folder("bert", "classification"))
+    session = session_of(both, [])
+    groups = both.half.agreement.groups
+    size = sum(4 * (groups[0].in_features + out) for out in groups[0].out_features)
+    begin = Begin(1, 0, 1, 2, b"\xc0", b"\x80", True, None, b"", (), (ACTIVE,) * len(groups), torch.zeros(2, 64))
+    for number in range(6):
+        session.hear(HandOff(0, 2 + number, torch.ones(1, size)))
+        units = (2 + number, *begin.units[1:])
+        session.hear(Begin(**vars(begin) | {"call": 1 + number, "units": units}))
+    taken = session.budget.num_bytes - session.budget.free_bytes
+    assert taken == 6 * (2 * both.cloud.body.bytes_a_token + 4 * size)
+    session.close()
+    session._threads.shutdown(wait=True)
+    assert session.budget.free_bytes == session.budget.num_bytes
+
+
 def test_what_no_device_hands_off_ends_the_link(model_folder: Folder) -> None:
     both = Both(model_folder("bert", "classification"))
     session = session_of(both, sent := [])

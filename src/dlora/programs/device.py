@@ -49,9 +49,12 @@ def device(
         raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
     if not resume:
         RunFolder.check_new(config)
-    prepared = prepare(config, lambda text: [listen({"event": "phase", "text": text}) for listen in listeners], own=name)
+    prepared = prepare(
+        config, lambda text: [hear({"event": "phase", "text": text}) for hear in listeners], own=name, resume=resume
+    )
     assert prepared.half is not None and config.split is not None
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
+    prepared.keep_frame()
     stored = folder.latest(RUN)
     with RunLog(folder.log_path, listeners) as log:
         if resume:

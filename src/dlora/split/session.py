@@ -75,6 +75,20 @@ class _Gone(Exception):
     """The part was dropped, or the session is over."""
 
 
+@dataclass
+class _HandedOff:
+    """A killed group's factors, of each module. Their memory is taken until they are replaced and no part uses them."""
+
+    version: int
+    factors: list[list[Tensor]]
+    users: int = 0
+    replaced: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for own in self.factors for tensor in own)
+
+
 class _Work:
     """A part under way: what it waits for, and where that is put."""
 
@@ -134,7 +148,7 @@ class Session:
         self.device, self.body, self.limits, self.budget = device, body, limits, budget
         self._send, self._tell = send, tell
         self.agreement: Agreement | None = None  # from Open on
-        self._handed_off: dict[int, tuple[int, list[list[Tensor]]]] = {}  # group -> version, each module's factors
+        self._handed_off: dict[int, _HandedOff] = {}  # by group
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock, self._closed = threading.Lock(), False
         self._answers = 0  # that wait to be sent
@@ -170,11 +184,11 @@ class Session:
         """End all parts; their threads end as soon as they look."""
         with self._lock:
             self._closed, works = True, [*self._work.values()]
-            handed_off = sum(_num_bytes(factors) for _, factors in self._handed_off.values())
+            for kept in self._handed_off.values():
+                self._replaced(kept)
             self._handed_off.clear()
         for work in works:
             work.end()
-        self.budget.give_back(handed_off)
         self._threads.shutdown(wait=False)
 
     @property
@@ -212,22 +226,34 @@ class Session:
         factors = as_factors(frame.tensor.to(self.body.device), group, agreement.r, agreement.frame is not None)
         if factors is None:
             raise Misbehaviour(f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}")
+        new = _HandedOff(frame.version, factors)
         with self._lock:
-            before = self._handed_off.pop(frame.group, None)
-            if before is not None:
-                self.budget.give_back(_num_bytes(before[1]))
-            if not self._closed and self.budget.take(_num_bytes(factors)):
-                self._handed_off[frame.group] = frame.version, factors
+            if (before := self._handed_off.pop(frame.group, None)) is not None:
+                self._replaced(before)
+            if not self._closed and self.budget.take(new.num_bytes):
+                self._handed_off[frame.group] = new
 
-    def _named(self, begin: Begin, agreement: Agreement) -> dict[int, list[list[Tensor]]] | None:
+    def _replaced(self, kept: _HandedOff) -> None:
+        """With the lock held, as `_unused`."""
+        kept.replaced = True
+        if not kept.users:
+            self.budget.give_back(kept.num_bytes)
+
+    def _unused(self, kept: _HandedOff) -> None:
+        """A part that used it has ended."""
+        kept.users -= 1
+        if kept.replaced and not kept.users:
+            self.budget.give_back(kept.num_bytes)
+
+    def _named(self, begin: Begin, agreement: Agreement) -> dict[int, _HandedOff] | None:
         """What was handed off of the groups that a part says are; None where it is not here."""
         if begin.units and len(begin.units) != len(agreement.groups):
             raise Misbehaviour(f"{len(begin.units)} units for {len(agreement.groups)} groups")
         named = {number: version for number, version in enumerate(begin.units) if version not in (ACTIVE, LEFT_OUT)}
-        held = {number: self._handed_off.get(number, (ACTIVE, [])) for number in named}
-        if any(held[number][0] != version for number, version in named.items()):
+        held = {number: kept for number in named if (kept := self._handed_off.get(number)) is not None}
+        if any(number not in held or held[number].version != version for number, version in named.items()):
             return None
-        return {number: factors for number, (_, factors) in held.items()}
+        return held
 
     def _begin(self, begin: Begin, agreement: Agreement) -> SplitFrame | None:
         width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
@@ -269,18 +295,21 @@ class Session:
                     "memory",
                     f"{need_bytes / 1e6:.0f} MB are needed for {padded} tokens, {self.budget.free_bytes / 1e6:.0f} MB are free",
                 )
+            for kept in handed_off.values():
+                kept.users += 1
             work = self._work[key] = _Work(begin, self.limits.idle_s)
             self._threads.submit(self._run, work, agreement, handed_off, need_bytes)
         return None
 
-    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, list[list[Tensor]]], need_bytes: int) -> None:
+    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], need_bytes: int) -> None:
         """One part's life, in its thread."""
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
         part: CloudPart | None = None
         try:
             dropout = agreement.dropout
-            part = CloudPart(begin, agreement, self.body.frame, handed_off, self.body.device, self._send, work.hear)
+            factors = {number: kept.factors for number, kept in handed_off.items()}
+            part = CloudPart(begin, agreement, self.body.frame, factors, self.body.device, self._send, work.hear)
             answer = through_the_cloud(part, lambda part: self.body.forward(part, dropout))
             seconds = time.monotonic() - began_at
             self._tell(
@@ -299,6 +328,8 @@ class Session:
             with self._lock:
                 if self._work.get((begin.call, begin.part)) is work:
                     del self._work[begin.call, begin.part]
+                for kept in handed_off.values():
+                    self._unused(kept)
             self.budget.give_back(need_bytes)
         if answer is not None:
             self._answer(answer)
@@ -324,10 +355,6 @@ class Session:
     def _failed(self, begin: Begin, why: Why, text: str) -> Failed:
         self._tell("failed", {"why": why, "text": text})
         return Failed(begin.call, begin.part, why, text[:1000])
-
-
-def _num_bytes(factors: list[list[Tensor]]) -> int:
-    return sum(tensor.nbytes for own in factors for tensor in own)
 
 
 def _explained(error: Exception) -> tuple[Why, str]:
