@@ -187,9 +187,12 @@ class ScheduleSection(Section):
         0.125, gt=0, le=1, description="of the adapter traffic when all are active: the active units' is at most that"
     )
     on_kill: Literal["hand-off", "drop"] = Field(
-        "hand-off", description="hand-off: a killed unit's factors rest where they are and still count; drop: left out"
+        "hand-off",
+        description="hand-off: a killed unit's factors still count, a cloud is sent them; drop: they stay here, left out",
     )
-    period: int = Field(100, ge=1, description="kr, random: local steps between two changes")
+    period: int = Field(
+        100, ge=1, description="local steps between two draws (random) or between the beginnings of two trials (kr)"
+    )
     warmup_steps: int = Field(80, ge=1, description="kr: local steps of the first rotation; probe: with everything active")
     rewarm_steps: int = Field(5, ge=1, description="local steps over which a revived unit's learning rate rises again")
     units: tuple[str, ...] | None = Field(

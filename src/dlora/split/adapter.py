@@ -112,7 +112,8 @@ class Adapter:
 
 class HandOffs:
     """Which version of a killed group's factors the cloud is to use. A version is one content: a group that is revived,
-    trained and killed again has another; one that rests keeps its own, and costs nothing more on this link.
+    trained and killed again has another; one that rests keeps its own and travels no more on this link. What it still costs
+    is a comparison of its content a call: mixing and loading change factors too, and nobody tells.
     """
 
     def __init__(self, adapter: Adapter) -> None:
