@@ -38,7 +38,7 @@ ARMS = {
     "literal r 16": R_16,
     "core r 16": CORE,
     "core r 16, kr": [*CORE, *KR],
-    "literal r 64": R_64,
+    "literal r 64": [*R_64, "train.learning_rate=3e-4"],  # at 1e-3 two seeds of two diverged
     "core r 64": ["lora.placement=core", *R_64, "train.learning_rate=2e-3"],  # of 2e-3 and 4e-3, as 8e-3 of 2e-3, 4e-3, 8e-3
 }  # fmt: skip
 EQUAL_RANK = {"core r 16": "literal r 16", "core r 16, kr": "literal r 16", "core r 64": "literal r 64"}  # else: all
