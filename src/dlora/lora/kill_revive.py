@@ -1,7 +1,7 @@
 """Which modules train now, which are killed, when one is revived.
 
 Kill and Revive is DLoRA's (arXiv 2404.05182; the printed version says Halt and Proceed). Its own metric, periods and ratios
-could not be read; what is here was chosen by measurement. No tensors, no clock, no global random numbers.
+could not be read; what is here was chosen by measurement (docs/lab-log.md). No tensors, no clock, no global random numbers.
 """
 
 from __future__ import annotations
