@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +54,7 @@ class Counter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker = _Nowhere()  # type: ignore[assignment]
+        self.mod_tracker = _Nowhere()  # type: ignore[assignment]  # torch names a class there, and uses no more of it than this
 
 
 @dataclass
@@ -89,7 +90,6 @@ class Work:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While it lasts every `Adapter` is counted."""
-        update, gradients = Adapter.update, Adapter.gradients
 
         def counted(of: Callable[..., Any]) -> Callable[..., Any]:
             def call(adapter: Adapter, call: Any, part: int, *rest: Any) -> Any:
@@ -102,11 +102,9 @@ class Work:
 
             return call
 
-        Adapter.update, Adapter.gradients = counted(update), counted(gradients)  # type: ignore[method-assign]
-        try:
+        update, gradients = counted(Adapter.update), counted(Adapter.gradients)
+        with patch.multiple(Adapter, update=update, gradients=gradients):
             yield
-        finally:
-            Adapter.update, Adapter.gradients = update, gradients  # type: ignore[method-assign]
 
 
 def measure(config: Config) -> list[Step]:

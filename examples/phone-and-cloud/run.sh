@@ -30,23 +30,12 @@ dlora identity new phone --role device --folder "$folder" # a device has no addr
 dlora identity new tablet --role device --folder "$folder"
 dlora identity federation "$folder"/{hub,phone,tablet}.member.yaml >"$folder/federation.yaml"
 
-cloud='' devices=()
-trap 'kill $cloud "${devices[@]}" 2>/dev/null || true; wait' EXIT # whatever happens, no process stays behind
-finish() { # wait for what runs for both devices; if one fails, or the cloud does, say what it said and end
-    local failed=0
-    while [ "$(jobs -pr)" != "$cloud" ]; do
-        if [ "$cloud" ] && ! kill -0 "$cloud" 2>/dev/null; then tail -n 3 "$folder/cloud.out" >&2; exit 1; fi
-        sleep 0.5
-    done
-    for device in "${devices[@]}"; do wait "$device" || failed=$?; done
-    devices=()
-    if [ "$failed" != 0 ]; then tail -n 3 "$folder"/{phone,tablet}.out >&2; exit "$failed"; fi
-}
+. "$here/../processes.sh"
 
 say "what it will cost, counted from the texts before anything travels"
 for name in phone tablet; do
     dlora plan "$here/$name.yaml" --name "$name" "$@" --json >"$folder/$name.plan.json" 2>"$folder/$name.out" </dev/null &
-    devices+=($!)
+    others+=($!)
 done
 finish
 
@@ -57,7 +46,7 @@ cloud=$!
 for name in phone tablet; do # they need not wait until the cloud listens: a device dials until it does
     dlora device "$here/$name.yaml" --name "$name" --key "$folder/$name.key" --federation "$folder/federation.yaml" \
         --set "output_dir=$folder/$name" "$@" >"$folder/$name.out" 2>&1 </dev/null &
-    devices+=($!)
+    others+=($!)
 done
 finish
 kill -INT "$cloud" && wait "$cloud"
@@ -67,7 +56,7 @@ say "the same texts, seed and steps without any cloud"
 for name in phone tablet; do
     dlora simulate "$here/$name.yaml" "$@" --set split=null --set "peers.members=[$name]" \
         --set "output_dir=$folder/without-cloud/$name" >"$folder/$name.out" 2>&1 </dev/null &
-    devices+=($!)
+    others+=($!)
 done
 finish
 python "$here/scores.py" "$folder"

@@ -195,7 +195,6 @@ class Schedule:
             return
         for unit in active ^ self.active:
             self.changed_at[unit] = self.steps_done
-            self._scores.pop(unit, None)
         self.active = active
         self.epoch += 1
 

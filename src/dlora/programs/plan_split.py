@@ -60,8 +60,8 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
     names = prepared.topology.names
     held: dict[int, object] = {}  # of the link, which all participants of a simulation share
     devices = [_Device(half, config, held, schedules[index] if schedules else None) for index in range(len(prepared.names))]
-    mean = _Average(half, config, held, devices)
     alone = own is None or not config.peers.members  # and a device with neighbours has no average before the end
+    mean = _Average(half, config, held if alone else {}, devices)  # and others' factors in it, which were never handed off
     trained, steps, tokens, round_trips = Counter[str](), 0, 0, 0
     scored = _scored(prepared, [mean] if alone else [])
     for round in range(config.train.rounds):
@@ -236,7 +236,6 @@ def _scored_after(config: Config, rounds_done: int, mean: _Device, devices: Sequ
 def _scored_by_itself(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
     """Likewise of a device with neighbours: itself in between, itself and the average of all at the end."""
     if rounds_done == config.train.rounds:
-        mean.held = {}  # others' factors are in it: nothing that went over the link before
         return [*devices, mean]
     return [*devices] if _due(config.eval_peers_every or config.eval_every, rounds_done) else []
 
