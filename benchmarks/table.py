@@ -8,7 +8,7 @@ ways, kr's and probe's of a run in which all units are worth the same. Adapter b
 (kr's rotation, probe's steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run;
 torch's counter runs beside it for COUNTED steps under changing active sets, and must agree to the last FLOP. The head's are
 the counter's. With --line, as root, a quarter of an hour more: seconds a step at 100 Mbit/s and 30 ms there and back
-(`table_line.py`). With --work: accuracy of finished runs of savings.py, which had no wire.
+(`table_line.py`). With --work: accuracy of finished runs of `savings.py --wire`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dlora.programs.prepare import Prepared, prepare
 sys.path.append(str(Path(__file__).parent))
 
 from device_flops import measure_short
-from savings import ARMS, CONFIG, folder_of
+from savings import ARMS, CONFIG, folder_of, split_of
 from stacked_step import machine_facts
 
 TASK = "sst2"  # of savings.py; savings.yaml is that
@@ -90,12 +90,12 @@ def _schedule(prepared: Prepared) -> Schedule:
     return schedule_units(config.schedule, prepared.units, config.lora, config.seed, prepared.names).schedules[0]
 
 
-def accuracy(work: Path | None, name: str, seeds: int = 20) -> str:
-    """Of the finished runs of a row with just its settings; empty where there are none."""
+def accuracy(work: Path | None, name: str, wire: str, seeds: int = 20) -> str:
+    """Of the finished runs of a row over that wire with just its settings; empty where there are none."""
     found = []
     for seed in range(1, seeds + 1 if work else 1):
         assert work is not None
-        folder = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed)
+        folder = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed, wire)
         if not (folder / "summary.json").exists():
             continue
         try:
@@ -103,7 +103,7 @@ def accuracy(work: Path | None, name: str, seeds: int = 20) -> str:
         except ConfigError as error:  # an earlier dlora's
             print(f"{folder} is left out: {error}", file=sys.stderr)
             continue
-        if done != Config.load(CONFIG, [*ROWS[name], f"seed={seed}", f"output_dir={done.output_dir}"]):
+        if done != Config.load(CONFIG, [*ROWS[name], split_of(wire), f"seed={seed}", f"output_dir={done.output_dir}"]):
             print(f"{folder} is left out: its settings are not the row's", file=sys.stderr)
             continue
         summary = json.loads((folder / "summary.json").read_text())
@@ -115,11 +115,6 @@ def mean_and_error(values: list[float], digits: int) -> str:
     """The mean, in brackets its standard error."""
     error = f"{statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else "none"
     return f"{statistics.mean(values):.{digits}f} ({error})"
-
-
-def split_of(wire: str) -> str:
-    """The setting; table_line.py's cloud has that name."""
-    return f"split={{cloud: hub, wire: {wire}}}"
 
 
 def seconds(turns: int) -> dict[tuple[str, str], str]:
@@ -160,7 +155,7 @@ def main() -> None:
             cells = [
                 name,
                 wire,
-                accuracy(arguments.work, name),
+                accuracy(arguments.work, name, wire),
                 f"{of_token:,.0f}",
                 f"{100 * of_token / whole.setdefault(wire, of_token):.1f} %",
                 f"{costs['adapter_bytes'] / 1e6:,.1f}",

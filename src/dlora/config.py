@@ -178,17 +178,23 @@ class SplitSection(Section):
 
 
 class ScheduleSection(Section):
-    """Which units train now. A unit is a group of modules that share one input: query, key and value; gate and up; ..."""
+    """Which units train now. A unit is a group of modules that share one input: query, key and value; gate and up; ...
+
+    A number that a kind has no use for has no effect, so that one file serves all kinds: `--set schedule.kind=all`.
+    """
 
     kind: Literal["all", "static", "random", "probe", "kr"] = Field(
         "all", description="kr: Kill and Revive; static: the units named; random: drawn anew; probe: chosen once"
     )
     active_fraction: float = Field(
-        0.125, gt=0, le=1, description="of the adapter traffic when all are active: the active units' is at most that"
+        0.125,
+        gt=0,
+        le=1,
+        description="kr, random, probe: of the adapter traffic when all are active; the active units' is at most that",
     )
     on_kill: Literal["hand-off", "drop"] = Field(
         "hand-off",
-        description="hand-off: a killed unit's factors still count, a cloud is sent them; drop: they stay here, left out",
+        description="of a killed unit's factors; hand-off: still count, a cloud is sent them; drop: stay here, left out",
     )
     period: int = Field(
         100, ge=1, description="local steps between two draws (random) or between the beginnings of two trials (kr)"
