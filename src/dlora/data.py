@@ -60,7 +60,7 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
     owner = [section.partition.column] if section.partition.column else []
     train = read_placed(section.train, section.columns, _required(section, task) + owner)
     names = _label_names(section, train) if task == "classification" else None
-    train = _draw(train, section.limit, seed, "train")
+    train = draw_rows(train, section.limit, seed, "train")
     labels = _label_indices(section, train, names) if names else None
     if names and labels and len(set(labels)) == 1:
         only = f"every training row has the label {names[labels[0]]!r}"
@@ -98,7 +98,7 @@ def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, se
         raise ConfigError("data.labels is missing; a peer sees only its own labels, so the config must list all, in one order")
     train = read_placed(section.train, section.columns, _required(section, task))
     names = _label_names(section, train) if task == "classification" else None
-    train = _draw(train, section.limit, seed, "train")
+    train = draw_rows(train, section.limit, seed, "train")
     labels = _label_indices(section, train, names) if names else None
     return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names)
 
@@ -131,7 +131,7 @@ def encode_evaluation(
     Every other mistake in the file is one too.
     """
     placed = read_placed(section.eval, section.columns, _required(section, task))
-    placed = _draw(placed, section.eval_limit, seed, "eval")
+    placed = draw_rows(placed, section.eval_limit, seed, "eval")
     return _encode(section, tokenizer, placed, label_names, with_choices=True)
 
 
@@ -172,8 +172,8 @@ class BatchStream:
         return taken
 
 
-def _draw(placed: list[PlacedRow], limit: int | None, seed: int, purpose: str) -> list[PlacedRow]:
-    """At most `limit` rows, without replacement, in their order."""
+def draw_rows(placed: list[PlacedRow], limit: int | None, seed: int, purpose: str) -> list[PlacedRow]:
+    """At most `limit` rows, without replacement, in their order; ``purpose``: train or eval, which draw apart."""
     if limit is None or limit >= len(placed):
         return placed
     generator = np.random.default_rng(derive_seed(seed, "limit", purpose))
