@@ -77,16 +77,22 @@ def split_of(wire: str) -> str:
     return f"split={{cloud: hub, wire: {wire}}}"
 
 
+def dlora(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command line, on one thread."""
+    command = [sys.executable, "-m", "dlora.cli", *arguments]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
 def gather_reviews(work: Path) -> None:
     """The five domains' rows, one domain after the other, in one file for training and one for scores."""
     domains = sorted(Path(os.path.expandvars(DOMAINS)).iterdir())
     for part in ("train", "dev"):
         rows = [row for domain in domains for row in read_rows(str(domain / f"{part}.tsv.gz"))]
-        write_atomically(work / "reviews" / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_atomically(work / "reviews" / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def run_all(work: Path, tasks: list[str], arms: list[str], wire: str | None) -> None:
-    """Run what is not finished, seed after seed, on one thread."""
+    """Run what is not finished, seed after seed."""
     (work / "reviews").mkdir(parents=True, exist_ok=True)
     gather_reviews(work)
     for task in tasks:
@@ -95,15 +101,15 @@ def run_all(work: Path, tasks: list[str], arms: list[str], wire: str | None) -> 
                 folder = folder_of(work, task, arm, seed, wire)
                 if (folder / "summary.json").exists():
                     continue
-                command = [sys.executable, "-m", "dlora.cli", "simulate", str(CONFIG)]
+                command = ["simulate", str(CONFIG)]
                 of_task = [setting.replace("{work}", str(work)) for setting in TASKS[task]]
                 of_wire = [split_of(wire)] if wire else []
                 for setting in [*of_task, *ARMS[arm], *of_wire, f"seed={seed}", f"output_dir={folder}"]:
                     command += ["--set", setting]
                 if (folder / "config.yaml").exists():
                     command.append("--resume")
-                finished = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-                print(f"{task} {arm} seed {seed}: exit {finished.returncode} {finished.stderr.strip()[-300:]}", flush=True)
+                done = dlora(command)
+                print(f"{task} {arm} seed {seed}: exit {done.returncode} {done.stderr.strip()[-300:]}", flush=True)
 
 
 def score_unseen(work: Path, arms: list[str]) -> None:
@@ -117,8 +123,7 @@ def score_unseen(work: Path, arms: list[str]) -> None:
             scores = rows.with_name(f"{folder.name}.json")
             if scores.exists() or not (folder / "summary.json").exists():
                 continue
-            command = [sys.executable, "-m", "dlora.cli", "eval", str(folder), "--data", str(rows), "--json"]
-            done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+            done = dlora(["eval", str(folder), "--data", str(rows), "--json"])
             print(f"{arm} seed {seed}, unseen: exit {done.returncode} {done.stderr.strip()[-300:]}", flush=True)
             if done.returncode == 0:
                 write_atomically(scores, done.stdout)
@@ -171,9 +176,10 @@ def print_table(work: Path, task: str, wire: str | None, unseen: bool) -> None:
 def paired(runs: dict[int, Scores], others: dict[int, Scores]) -> str:
     """The mean difference in accuracy and its standard error."""
     differences = [runs[seed].accuracy - others[seed].accuracy for seed in runs if seed in others]
-    if runs is others or len(differences) < 2:
+    if runs is others or not differences:
         return ""
-    return f"{statistics.mean(differences):+.2f} ({statistics.stdev(differences) / len(differences) ** 0.5:.2f})"
+    error = f"{statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else "one seed"
+    return f"{statistics.mean(differences):+.2f} ({error})"
 
 
 def main() -> None:
@@ -182,10 +188,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/savings"), help="where the run folders lie")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["sst2"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--wire", choices=["float32", "bfloat16", "int8"], help="dtype of a wire to a cloud; default: no cloud")
-    parser.add_argument(
-        "--unseen", action="store_true", help="instead: scores of the runs of sst2 on rows that none trained on"
-    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--wire", choices=["float32", "bfloat16", "int8"], help="dtype of a wire to a cloud; default: no cloud")
+    which.add_argument("--unseen", action="store_true", help="instead: scores of the runs of sst2 on rows that none trained on")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     arguments = parser.parse_args()
     work, wire = arguments.work, arguments.wire
