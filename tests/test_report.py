@@ -199,6 +199,13 @@ def test_a_run_without_any_score_yet(tmp_path: Path) -> None:
     assert len(page.pictures()) == 2  # the graph and the rows
 
 
+def test_one_score_is_no_curve(tmp_path: Path) -> None:
+    for name, rounds in {"once": 0, "twice": 1}.items():
+        (tmp_path / name).mkdir()
+        page = Page(write_report(make_run(tmp_path / name, stop_at=rounds, runs=("dec-lora",))))
+        assert ("How the score grew" in page.text("h2")) == (name == "twice")
+
+
 def test_causal_lm_speaks_of_perplexity_and_lower_is_better(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, metric="loss", runs=("dec-lora", "local"))))
     assert f"reached a perplexity of {math.exp(4 - 2 * 0.843):.2f} together" in page.text("p")

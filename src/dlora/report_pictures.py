@@ -22,8 +22,8 @@ class Pictures:
 
     @cached_property
     def scores(self) -> list[tuple[str, str]]:
-        """(SVG, caption): the score against rounds, bytes and seconds."""
-        if not any(self.page.final(run) is not None for run in self.page.runs):
+        """(SVG, caption): the score against rounds, bytes and seconds; nothing where no run was scored twice."""
+        if not any(len(run.scores) > 1 and self.page.final(run) is not None for run in self.page.runs):
             return []
         page, through = self.page, self.page.device is not None
         better = "higher" if page.higher_is_better else "lower"
