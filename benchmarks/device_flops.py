@@ -52,9 +52,11 @@ class _Nowhere:
 class Counter(FlopCounterMode):
     """FLOPs of this thread."""
 
+    mod_tracker: Any  # torch says ModuleTracker, and uses no more of it than `_Nowhere` has
+
     def __init__(self) -> None:
         super().__init__(display=False)
-        self.mod_tracker = _Nowhere()  # type: ignore[assignment]  # torch names a class there, and uses no more of it than this
+        self.mod_tracker = _Nowhere()
 
 
 @dataclass

@@ -77,7 +77,7 @@ def split_of(wire: str) -> str:
     return f"split={{cloud: hub, wire: {wire}}}"
 
 
-def dlora(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def run_dlora(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """The command line, on one thread."""
     command = [sys.executable, "-m", "dlora.cli", *arguments]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -85,6 +85,7 @@ def dlora(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 def gather_reviews(work: Path) -> None:
     """The five domains' rows, one domain after the other, in one file for training and one for scores."""
+    (work / "reviews").mkdir(parents=True, exist_ok=True)
     domains = sorted(Path(os.path.expandvars(DOMAINS)).iterdir())
     for part in ("train", "dev"):
         rows = [row for domain in domains for row in read_rows(str(domain / f"{part}.tsv.gz"))]
@@ -93,8 +94,8 @@ def gather_reviews(work: Path) -> None:
 
 def run_all(work: Path, tasks: list[str], arms: list[str], wire: str | None) -> None:
     """Run what is not finished, seed after seed."""
-    (work / "reviews").mkdir(parents=True, exist_ok=True)
-    gather_reviews(work)
+    if "reviews" in tasks:
+        gather_reviews(work)
     for task in tasks:
         for seed in SEEDS:
             for arm in arms:
@@ -108,7 +109,7 @@ def run_all(work: Path, tasks: list[str], arms: list[str], wire: str | None) -> 
                     command += ["--set", setting]
                 if (folder / "config.yaml").exists():
                     command.append("--resume")
-                done = dlora(command)
+                done = run_dlora(command)
                 print(f"{task} {arm} seed {seed}: exit {done.returncode} {done.stderr.strip()[-300:]}", flush=True)
 
 
@@ -123,7 +124,7 @@ def score_unseen(work: Path, arms: list[str]) -> None:
             scores = rows.with_name(f"{folder.name}.json")
             if scores.exists() or not (folder / "summary.json").exists():
                 continue
-            done = dlora(["eval", str(folder), "--data", str(rows), "--json"])
+            done = run_dlora(["eval", str(folder), "--data", str(rows), "--json"])
             print(f"{arm} seed {seed}, unseen: exit {done.returncode} {done.stderr.strip()[-300:]}", flush=True)
             if done.returncode == 0:
                 write_atomically(scores, done.stdout)

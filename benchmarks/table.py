@@ -34,7 +34,7 @@ from dlora.programs.prepare import Prepared, prepare
 sys.path.append(str(Path(__file__).parent))
 
 from device_flops import measure_short
-from savings import ARMS, CONFIG, folder_of, split_of
+from savings import ARMS, CONFIG, SEEDS, folder_of, split_of
 from stacked_step import machine_facts
 
 TASK = "sst2"  # of savings.py; savings.yaml is that
@@ -90,10 +90,10 @@ def _schedule(prepared: Prepared) -> Schedule:
     return schedule_units(config.schedule, prepared.units, config.lora, config.seed, prepared.names).schedules[0]
 
 
-def accuracy(work: Path | None, name: str, wire: str, seeds: int = 20) -> str:
+def accuracy(work: Path | None, name: str, wire: str) -> str:
     """Of the finished runs of a row over that wire with just its settings; empty where there are none."""
     found = []
-    for seed in range(1, seeds + 1 if work else 1):
+    for seed in SEEDS if work else ():
         assert work is not None
         folder = folder_of(work, TASK, name.removeprefix(LITERAL_8), seed, wire)
         if not (folder / "summary.json").exists():

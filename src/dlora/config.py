@@ -180,7 +180,7 @@ class SplitSection(Section):
 class ScheduleSection(Section):
     """Which units train now. A unit is a group of modules that share one input: query, key and value; gate and up; ...
 
-    A number that a kind has no use for has no effect, so that one file serves all kinds: `--set schedule.kind=all`.
+    But for ``units``, what a kind has no use for has no effect, so that one file serves all kinds: `--set schedule.kind=all`.
     """
 
     kind: Literal["all", "static", "random", "probe", "kr"] = Field(
