@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,7 @@ def schedule_units(
     active and can mix them; scores, and what is chosen by them, are each participant's own.
     """
     modules = tuple(group.modules for group in groups)
-    named = _named(section.units or (), modules)
+    named = named_units(section.units or (), groups)
     costs = [group.cost for group in groups]
     flops = partial(device_flops, groups, r=lora.r, placement=lora.placement)
     schedules = tuple(Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants)
@@ -214,12 +215,13 @@ class ActiveUnits:
                     self.parameters[name][participant] = 0.0
 
 
-def _named(wanted: Sequence[str], modules: Sequence[Sequence[str]]) -> frozenset[int]:
-    """The units that hold a module of that name, or whose name ends so."""
+def named_units(wanted: Sequence[str], groups: Sequence[Group]) -> frozenset[int]:
+    """The units that hold a module of that name, or whose name ends so. Raises ConfigError where there is none."""
     found = set()
     for name in wanted:
-        units = [unit for unit, held in enumerate(modules) if any(f".{module}".endswith(f".{name}") for module in held)]
+        units = [u for u, group in enumerate(groups) if any(f".{module}".endswith(f".{name}") for module in group.modules)]
         if not units:
-            raise ConfigError(f"schedule.units: {name} is no adapted module; they are {', '.join(held[0] for held in modules)}")
+            there = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", module) for group in groups for module in group.modules)
+            raise ConfigError(f"schedule.units: {name} is no adapted module; they are, * being a number: {', '.join(there)}")
         found.update(units)
     return frozenset(found)

@@ -18,6 +18,7 @@ from dlora.data import BatchStream, FederatedData, collate, load_data, load_own_
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.evaluate import Scores, evaluate
+from dlora.lora.active import named_units
 from dlora.lora.core import FRAME_FILE, Frame, compute_frame, read_frame, write_frame
 from dlora.lora.factors import digest, is_head, num_parameters, stack, target_names
 from dlora.lora.groups import Group as Units
@@ -140,6 +141,7 @@ def prepare(
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed, _kept_frame(config, resume))
     units = () if config.schedule.kind == "all" else _units(config, model, half)
+    named_units(config.schedule.units or (), units)  # that they are there
     manifest: dict[str, Any] = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
