@@ -377,6 +377,18 @@ def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer
     assert together.units.took_part(1) == single[1].units.took_part(0)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["kr", "probe", "static"])
+def test_a_dry_run_says_what_the_first_step_trains(make_config: MakeConfig, kind: str) -> None:
+    units = {"schedule.units": ["layer.1.attention.self.query"]} if kind == "static" else {}
+    config = scheduled(make_config, kind, **units)
+    said = dry_run(config)["schedule"]
+    dlora.simulate(config)
+    active = active_events(config)[0]["units"]
+    costs = [unit.cost for unit in prepare(config).units]
+    fraction = sum(costs[unit] for unit in active) / sum(costs)
+    assert said == {"kind": kind, "units": len(costs), "active": len(active), "adapter_fraction": fraction}
+
+
 def test_a_unit_that_is_not_there_is_named(make_config: MakeConfig) -> None:
     config = scheduled(make_config, "static", **{"schedule.units": ["layer.9.output.dense"]})
     for start in (dlora.simulate, dry_run):

@@ -47,6 +47,11 @@ def plan_table(plan: dict[str, Any]) -> Group:
     ]
     if len(plan["peers"]) == 1:
         agreement = [f"{plan['trainable_parameters']:,} trained numbers, one participant"]
+    if first := plan.get("schedule"):
+        agreement.append(
+            f"schedule {first['kind']}: {first['units']} units; {first['active']} of them active in the first step, with"
+            f" {100 * first['adapter_fraction']:.1f} % of the adapter's traffic"
+        )
     return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *agreement)
 
 

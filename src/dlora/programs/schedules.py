@@ -93,3 +93,11 @@ class Schedules:
             adapter_fraction=schedule.fraction,
             device_flops_fraction=schedule.flops_fraction,
         )
+
+
+def first_step(prepared: Prepared) -> dict[str, Any]:
+    """How many units there are, how many are active in the first step, and what part of the adapter's traffic they have."""
+    config, costs = prepared.config, [unit.cost for unit in prepared.units]
+    [schedule] = schedule_units(config.schedule, prepared.units, config.lora, config.seed, ["any"]).schedules
+    fraction = sum(costs[unit] for unit in schedule.active) / sum(costs)
+    return {"units": len(costs), "active": len(schedule.active), "adapter_fraction": fraction}

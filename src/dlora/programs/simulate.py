@@ -12,6 +12,7 @@ from dlora.programs.halves import own_cloud
 from dlora.programs.one_run import Run
 from dlora.programs.prepare import fitting_group_size, manifest_hash, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
+from dlora.programs.schedules import first_step
 from dlora.report import write_report
 from dlora.runlog import Listener, RunLog, to_json, write_atomically
 
@@ -65,5 +66,6 @@ def dry_run(config: Config) -> Summary:
     prepared = prepare(config)
     return introduction(prepared, ("dec-lora", *config.compare), fitting_group_size(prepared)) | {
         "local_steps": prepared.local_steps,
+        **({"schedule": {"kind": config.schedule.kind} | first_step(prepared)} if prepared.units else {}),
         "manifest": manifest_hash(prepared.manifest),
     }
