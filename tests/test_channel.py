@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -26,7 +27,7 @@ from dlora.net.codec import FrameError
 from dlora.net.grpc import GrpcNetwork, member_of_role
 from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
 from dlora.net.memory import MemoryHub
-from dlora.net.transport import Link, Network
+from dlora.net.transport import Link, LinkDown, Network
 from dlora.split_frames import ChannelDown, Done, Drop, Open, Refused, SplitFrame, Values
 
 LIMIT_S = 10  # for what must happen at once; nothing waits that long
@@ -49,6 +50,36 @@ class Cloud:
 
     def channel(self) -> Channel:
         return self.channels.get(timeout=LIMIT_S)[1]
+
+
+class Stuck:
+    """A link whose other end takes nothing, and from which nothing comes any more."""
+
+    async def send(self, frame: bytes) -> None:
+        await asyncio.sleep(LIMIT_S)
+
+    async def receive(self) -> bytes:
+        raise LinkDown("the link has ended")
+
+
+def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() -> None:
+    unheard: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+        channel = Channel(Stuck())  # type: ignore[arg-type]
+        channel.send(Drop(1))
+        carrying = asyncio.create_task(channel.carry())
+        await asyncio.sleep(0.05)  # reading has failed: it flushes
+        carrying.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await carrying
+        gc.collect()
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(main())
+    gc.collect()
+    assert not unheard
 
 
 class InMemory:

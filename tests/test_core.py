@@ -226,11 +226,32 @@ def test_a_frame_is_made_once_and_handed_round(
             prepare(make_config(**keys))
     for content in ({name: frame[name].half()}, {name: frame[name][0].clone()}):
         save_file(content, file)
-        with pytest.raises(dlora.UserError, match="handed.safetensors is no frame"):
+        with pytest.raises(dlora.UserError, match="handed.safetensors is none"):
             prepare(make_config(**keys))
     file.write_bytes(b"not tensors")
     with pytest.raises(dlora.UserError, match="handed.safetensors cannot be read"):
         prepare(make_config(**keys))
+
+
+def test_a_resumed_core_run_names_what_changed(make_config: MakeConfig, tmp_path: Path) -> None:
+    file = tmp_path / "handed.safetensors"
+    keys = {**CORE, "train.rounds": 1, "output_dir": str(tmp_path / "run")}
+    dlora.simulate(make_config(**keys, **{"lora.frame": str(file)}))
+    with pytest.raises(dlora.UserError, match=r"resume: lora.r was 4 and is 3"):
+        dlora.simulate(make_config(**keys | {"lora.r": 3}), resume=True)
+    handed = keys | {"train.rounds": 2, "lora.frame": str(file)}
+    dlora.simulate(make_config(**handed), resume=True)
+    write_frame(file, {name: -tensor for name, tensor in read_frame(file).items()})
+    with pytest.raises(dlora.UserError, match="handed.safetensors is another frame than .*run/frame.safetensors"):
+        dlora.simulate(make_config(**handed | {"train.rounds": 3}), resume=True)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc: where not even root can write")
+def test_a_frame_that_cannot_be_kept_where_it_should_be_costs_no_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(**CORE, **{"lora.frame": "/proc/frame.safetensors", "output_dir": str(tmp_path / "run")})
+    with pytest.raises(dlora.UserError, match="/proc/frame.safetensors cannot be written"):
+        dlora.simulate(config)
+    assert not Path(config.output_dir).exists()
 
 
 def test_peers_whose_frames_differ_are_told_what_to_do() -> None:

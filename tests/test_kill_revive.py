@@ -389,6 +389,14 @@ def test_a_dry_run_says_what_the_first_step_trains(make_config: MakeConfig, kind
     assert said == {"kind": kind, "units": len(costs), "active": len(active), "adapter_fraction": fraction}
 
 
+@pytest.mark.parametrize("kind", ["kr", "probe"])
+def test_a_run_that_is_over_before_anything_is_chosen_says_so(make_config: MakeConfig, kind: str) -> None:
+    config = scheduled(make_config, kind, **{"schedule.warmup_steps": 40})
+    for start in (dry_run, dlora.simulate):
+        with pytest.warns(UserWarning, match=r"chooses after a warm-up of 4\d local steps, and this run has 12; lower"):
+            start(config)
+
+
 def test_a_unit_that_is_not_there_is_named(make_config: MakeConfig) -> None:
     config = scheduled(make_config, "static", **{"schedule.units": ["layer.9.output.dense"]})
     for start in (dlora.simulate, dry_run):

@@ -222,6 +222,12 @@ def test_a_run_resumes_only_with_its_own_config(finished: Finished) -> None:
     assert "resume: train.learning_rate was 0.005 and is 0.01" in refused(finished.peers, *changed)
 
 
+def test_a_peers_run_is_gone_on_with_by_that_peer(finished: Finished) -> None:
+    folder = finished.peers.run("north")
+    said = refused(finished.peers, "simulate", str(folder / "config.yaml"), "--resume")
+    assert f"go on with: dlora peer {folder}/config.yaml --name north" in said
+
+
 def test_without_a_run_there_is_nothing_to_resume(lonely: Federation) -> None:
     assert "holds no run" in refused(lonely, *lonely.arguments("north", "--resume"))
 

@@ -85,7 +85,7 @@ def test_the_table_says_what_the_json_says(members: Federation) -> None:
     outcome = call("plan", members.config_path)
     assert (outcome.exit_code, outcome.err) == (0, "")
     text = outcome.out.replace(NBSP, " ")
-    assert f"4 peers, 4 rounds; a message is {costs['message_bytes'] / 1e3:.1f} kB" in text
+    assert f"4 peers, 4 rounds; a message with all that trains is {costs['message_bytes'] / 1e3:.1f} kB" in text
     for edge in costs["edges"]:
         assert edge in text
     assert "4 Mbit/s" in text and "100 Mbit/s" in text and "memory: " in text

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import dlora
 from dlora.config import Config
 from dlora.programs.plan import plan
+from dlora.tables import cost_table
 
 slow = pytest.mark.slow
 CASES = [
@@ -37,6 +39,17 @@ def test_the_plan_is_what_is_counted(
     assert costs["cloud_bytes"] == costs["down_bytes"] + costs["up_bytes"]
     parts = costs["adapter_bytes"] + costs["boundary_bytes"] + costs["scoring_bytes"]
     assert parts == pytest.approx(costs["cloud_bytes"], rel=0.05)  # the rest opened the conversation
+
+
+@pytest.mark.parametrize(("kind", "known"), [("kr", False), ("probe", False), ("random", True)])
+def test_a_plan_of_what_scores_will_choose_says_about(make_config: Callable[..., Config], kind: str, known: bool) -> None:
+    config = make_config(**{"split": {"cloud": "cloud", "wire": "int8"}, "schedule": {"kind": kind, "warmup_steps": 2}})
+    costs = plan(config)
+    assert ("about" not in costs["cloud"]) is known
+    console = Console(width=200)
+    with console.capture() as said:
+        console.print(cost_table(costs))
+    assert ("in all about" not in said.get()) is known
 
 
 def test_the_plan_is_the_formula(make_config: Callable[..., Config]) -> None:

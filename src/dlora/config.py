@@ -26,7 +26,9 @@ class LoraSection(Section):
         "literal", description="literal: A and B train; core: both are the weight's own top directions, an r x r core trains"
     )
     frame: str | None = Field(
-        None, description="core: file of those directions, handed round: read, or made where there is none; null: found here"
+        None,
+        min_length=1,
+        description="core: file of those directions, handed round: read, or made where there is none; null: found here",
     )
 
     @model_validator(mode="after")
@@ -190,7 +192,8 @@ class ScheduleSection(Section):
         0.125,
         gt=0,
         le=1,
-        description="kr, random, probe: of the adapter traffic when all are active; the active units' is at most that",
+        description="kr, random, probe: of the adapter traffic when all are active; the active units' is at most that, or"
+        " that of one unit where it alone has more",
     )
     on_kill: Literal["hand-off", "drop"] = Field(
         "hand-off",
@@ -297,7 +300,9 @@ class CoreSection(Section):
     """What the cloud holds for devices of placement core."""
 
     r: int = Field(ge=1, description="rank of the frame; that of the devices' lora.r")
-    frame: str = Field(description="its file, for the devices too (lora.frame): read, or made where there is none")
+    frame: str = Field(
+        min_length=1, description="its file, for the devices too (lora.frame): read, or made where there is none"
+    )
 
 
 class CloudConfig(Document):

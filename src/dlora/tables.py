@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from dlora.runlog import bytes_text, score_text, seconds_text
+from dlora.runlog import bytes_text, percent_text, score_text, seconds_text
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -42,7 +42,7 @@ def plan_table(plan: dict[str, Any]) -> Group:
     messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
     agreement = [
         f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
-        f"a message is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
+        f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
         f" spectral gap {plan['spectral_gap']:.3f}",
     ]
     if len(plan["peers"]) == 1:
@@ -50,7 +50,7 @@ def plan_table(plan: dict[str, Any]) -> Group:
     if first := plan.get("schedule"):
         agreement.append(
             f"schedule {first['kind']}: {first['units']} units; {first['active']} of them active in the first step, with"
-            f" {100 * first['adapter_fraction']:.1f} % of the adapter's traffic"
+            f" {percent_text(first['adapter_fraction'])} of the adapter's traffic"
         )
     return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *agreement)
 
@@ -63,7 +63,8 @@ def cost_table(costs: dict[str, Any]) -> Group:
     lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
     bound = "at most " if costs.get("at_most") else ""  # of the edges too
     between: list[Any] = [
-        f"{costs['peers']} peers, {costs['rounds']} rounds; a message is {bytes_text(costs['message_bytes'])}",
+        f"{costs['peers']} peers, {costs['rounds']} rounds; a message with all that trains is"
+        f" {bytes_text(costs['message_bytes'])}",
         edges,
         f"{bound}{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted"
         " once",
@@ -79,16 +80,17 @@ def cost_table(costs: dict[str, Any]) -> Group:
 
 def _with_cloud(costs: dict[str, Any]) -> list[str]:
     """The conversation with the cloud."""
+    about = "about " if costs.get("about") else ""
     lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
     return [
         f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules,"
         f" {costs['tokens']:,} tokens",
-        f"a step moves {bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']:.4g} round trips;"
+        f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']:.4g} round trips;"
         f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
-        f"in all {bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
+        f"in all {about}{bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
         f" {bytes_text(costs['adapter_bytes'])}, boundary {bytes_text(costs['boundary_bytes'])}, scoring"
         f" {bytes_text(costs['scoring_bytes'])}",
-        f"the slower way takes {lines}",
+        f"the slower way takes {about}{lines}",
     ]
 
 

@@ -14,7 +14,7 @@ from machine to machine, and where singular values are close not the same at all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -64,11 +64,10 @@ def frame_of(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: in
     A file names modules within the body or within a model around it; both are found. ``weights_here``: the linears have
     their weights, so that the frame can be compared with them.
     """
-    known = {name.partition(".")[2]: tensor for name, tensor in frame.items()} | dict(frame)
-    found: Frame = {}
+    find, found = _by_name(frame), Frame()
     for name, layer in layers.items():
         for half in ("lora_A", "lora_B"):
-            tensor = known.get(f"{name}.{half}", known.get(f"{name.partition('.')[2]}.{half}"))
+            tensor = find(f"{name}.{half}")
             if tensor is None:
                 raise ModelError(
                     f"lora.frame: {name} is adapted here but not in the frame; it was made for other lora.target_modules or"
@@ -83,6 +82,17 @@ def frame_of(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: in
         if weights_here and not _is_of(weight_OI, lora_A, lora_B):
             raise ModelError(f"lora.frame: {name} is not of this model's weight; it was made for another checkpoint")
     return found
+
+
+def is_in(frame: Frame, other: Frame) -> bool:
+    """Whether ``other`` says the same of each module of ``frame``, within the body or within a model around it."""
+    find = _by_name(other)
+    return all((same := find(name)) is not None and torch.equal(tensor, same) for name, tensor in frame.items())
+
+
+def _by_name(frame: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
+    known = {name.partition(".")[2]: tensor for name, tensor in frame.items()} | dict(frame)
+    return lambda name: known.get(name, known.get(name.partition(".")[2]))
 
 
 def _is_of(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
@@ -120,9 +130,9 @@ def read_frame(path: Path) -> Frame:
     try:
         frame: Frame = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"lora.frame: {path} cannot be read ({error}); copy it anew from where it was made") from error
+        raise RunError(f"frame {path} cannot be read ({error}); copy it anew from where it was made") from error
     if any(tensor.dtype != torch.float32 or tensor.dim() != 2 for tensor in frame.values()):
-        raise RunError(f"lora.frame: {path} is no frame; copy it anew from where it was made")
+        raise RunError(f"frame {path} is none; copy it anew from where it was made")
     return frame
 
 
@@ -135,7 +145,7 @@ def _weight(name: str, layer: nn.Module, r: int) -> Tensor:
     weight_OI = weight if isinstance(layer, nn.Linear) else weight.T  # GPT-2 stores it the other way round
     if min(weight_OI.shape) < r:
         raise ConfigError(
-            f"lora.r {r}: {name} is {tuple(weight_OI.shape)} and has {min(weight_OI.shape)} singular directions; lower lora.r,"
-            " leave it out of lora.target_modules, or take placement: literal"
+            f"lora.r {r}: {name} is {tuple(weight_OI.shape)} and has {min(weight_OI.shape)} singular directions; lower lora.r"
+            " (a cloud's: core.r), leave it out of lora.target_modules, or take placement: literal"
         )
     return weight_OI

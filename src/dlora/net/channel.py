@@ -106,10 +106,12 @@ class Channel:
         finally:
             giving_up.cancel()
             self.close()
-            await asyncio.wait({writing}, timeout=FLUSH_S)
-            for task in (reading, writing):
-                task.cancel()
-            ended = await asyncio.gather(reading, writing, return_exceptions=True)
+            try:
+                await asyncio.wait({writing}, timeout=FLUSH_S)
+            finally:  # cancelled once more or not, both tasks end here
+                for task in (reading, writing):
+                    task.cancel()
+                ended = await asyncio.gather(reading, writing, return_exceptions=True)
         for failure in ended:
             if isinstance(failure, Exception) and not isinstance(failure, LinkDown):
                 raise failure

@@ -30,6 +30,8 @@ def connect(config: Config, *, name: str, key: str | Path, federation: str | Pat
     check_halves(config, name, listed)
     if config.task == "classification" and config.data.labels is None:
         raise ConfigError("data.labels is missing; the head has an output for each, so name them all, in order")
+    if config.schedule.kind != "all":
+        warnings.warn("connect trains all units at all times: a schedule is for dlora device and dlora simulate", stacklevel=2)
     half = load_half(config, load_tokenizer(config.model), config.data.labels, handed_frame(config))
     network = as_ordinary(half)
     stack = contextlib.ExitStack()

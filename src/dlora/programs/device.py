@@ -47,12 +47,15 @@ def device(
         raise ConfigError("--listen is for neighbours to dial: name them in peers.members, or remove it")
     if config.compare:
         raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
-    if not resume:
+    if resume:
+        RunFolder.check_same(config, name)
+    else:
         RunFolder.check_new(config)
     prepared = prepare(
         config, lambda text: [hear({"event": "phase", "text": text}) for hear in listeners], own=name, resume=resume
     )
     assert prepared.half is not None and config.split is not None
+    prepared.hand_frame()  # before anything else is written
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
     stored = folder.latest(RUN)

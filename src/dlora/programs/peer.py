@@ -49,7 +49,9 @@ def peer(
     if config.split is not None:
         check_halves(config, name, listed)
     _check_roles(config, members, listed)
-    if not resume:
+    if resume:
+        RunFolder.check_same(config, name)
+    else:
         RunFolder.check_new(config)
     prepared = prepare(
         config, lambda text: [listen_to({"event": "phase", "text": text}) for listen_to in listeners], own=name, resume=resume
@@ -60,6 +62,7 @@ def peer(
     )
     manifest = prepared.manifest | {"rounds": config.train.rounds}
     listen = listen_address(listen, listed.member(name).address)
+    prepared.hand_frame()  # before anything else is written
     folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
     stored = folder.latest(RUN)

@@ -49,7 +49,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "bytes_on_wire": sum(edges.values()),
         "bytes_of_busiest_peer": busiest,
         "seconds_on_the_line": {f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S},
-        **({"at_most": True} if config.schedule.kind in CHOSEN else {}),
+        **({"at_most": True} if config.schedule.kind in CHOSEN else {}),  # the bytes between peers
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
         "trained_bytes": _STATE_BYTES * parameters,
         **({} if prepared.half is None else {"cloud": split_costs(prepared, own)}),

@@ -14,6 +14,7 @@ from dlora.data import Batch, collate
 from dlora.evaluate import batches_of
 from dlora.lora.active import schedule_units
 from dlora.net.split_codec import split_num_bytes
+from dlora.programs.plan_schedule import CHOSEN
 from dlora.programs.prepare import Prepared
 from dlora.programs.training import Training
 from dlora.split.agreement import manifest_text
@@ -45,11 +46,12 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
     ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes`` embedded tokens, hidden states
     and their gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations. ``schedules``: one a
     participant; by default the config's, for which all units are worth the same: what kr and probe will find is not known
-    ahead.
+    ahead, so ``about`` says that a run may move some per cent more or less.
     """
     config, half, split = prepared.config, prepared.half, prepared.config.split
     assert half is not None and split is not None
     training = Training(prepared, prepared.local_steps, 1, False, lambda num_participants: None)
+    about = schedules is None and config.schedule.kind in CHOSEN
     if schedules is None:
         section = config.schedule
         schedules = (
@@ -85,6 +87,7 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
     total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)}) + trained + scored
     return {
         "wire": split.wire,
+        **({"about": True} if about else {}),
         "steps": steps,
         "tokens": tokens,
         "groups": len(half.agreement.groups),

@@ -19,7 +19,7 @@ from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.evaluate import Scores, evaluate
 from dlora.lora.active import named_units
-from dlora.lora.core import FRAME_FILE, Frame, compute_frame, read_frame, write_frame
+from dlora.lora.core import FRAME_FILE, Frame, compute_frame, is_in, read_frame, write_frame
 from dlora.lora.factors import digest, is_head, num_parameters, stack, target_names
 from dlora.lora.groups import Group as Units
 from dlora.lora.groups import active_groups, core_groups, find_groups, renamed
@@ -104,13 +104,17 @@ class Prepared:
         """The initial values of what trains: all but a head that rests."""
         return {name: tensor for name, tensor in self.model.initial.items() if name not in self.model.frozen_head}
 
+    def hand_frame(self) -> None:
+        """Under placement core: write the frame where ``lora.frame`` says, if nothing is there."""
+        given = self.config.lora.frame
+        if self.model.frame and given and not Path(given).exists():
+            write_frame(Path(given), self.model.frame)
+
     def keep_frame(self) -> None:
-        """Under placement core: write the frame into the run folder, and where ``lora.frame`` says if nothing is there."""
-        if self.model.frame:
-            given = self.config.lora.frame
-            for path in (Path(self.config.output_dir, FRAME_FILE), *([Path(given)] if given else [])):
-                if not path.exists():
-                    write_frame(path, self.model.frame)
+        """Under placement core: write the frame into the run folder, if it is not there."""
+        path = Path(self.config.output_dir, FRAME_FILE)
+        if self.model.frame and not path.exists():
+            write_frame(path, self.model.frame)
 
 
 def prepare(
@@ -181,25 +185,29 @@ def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Unit
 
 def _kept_frame(config: Config, resume: bool) -> Frame | None:
     """The frame of the run that goes on, else the one that was handed round; None: it is to be computed."""
-    kept = [Path(config.output_dir, FRAME_FILE)] if resume else []
-    handed = [Path(config.lora.frame)] if config.lora.frame else []
-    for path in handed:
-        if not path.parent.is_dir():
-            raise ConfigError(f"lora.frame: {path} can neither be read nor made, for {path.parent} is no folder; make it")
-    return next((read_frame(path) for path in (*kept, *handed) if path.exists()), None)
+    kept, handed = Path(config.output_dir, FRAME_FILE), Path(config.lora.frame) if config.lora.frame else None
+    if resume and kept.exists():
+        frame = read_frame(kept)
+        if handed and handed.exists() and not is_in(frame, read_frame(handed)):
+            raise ConfigError(f"lora.frame: {handed} is another frame than {kept}, which this run began with; give that one")
+        return frame
+    if handed and not handed.parent.is_dir():
+        raise ConfigError(f"lora.frame: {handed} can neither be read nor made, for {handed.parent} is no folder; make it")
+    return read_frame(handed) if handed and handed.exists() else None
 
 
 def handed_frame(config: Config) -> Frame | None:
     """The frame that a device was handed, under placement core: it has no weights to make one of."""
     if config.lora.placement != "core":
         return None
-    path = Path(config.lora.frame or "")
-    if not path.is_file():
+    given = config.lora.frame
+    if given is None or not Path(given).is_file():
+        what = "is missing" if given is None else f"{given} is no file"
         raise ConfigError(
-            f"lora.frame: {config.lora.frame} is no file; a device has no weights to find its frame in: copy the cloud's file"
-            " (core.frame in its config) here, and name it"
+            f"lora.frame: {what}; a device has no weights to find its frame in: copy the cloud's file (core.frame in its"
+            " config) here, and name it"
         )
-    return read_frame(path)
+    return read_frame(Path(given))
 
 
 def whole_frame(config: Config) -> Frame:

@@ -58,6 +58,30 @@ class RunFolder:
             )
 
     @classmethod
+    def check_same(cls, config: Config, own: str | None = None) -> None:
+        """Raise RunError unless ``output_dir`` holds this run, with this config; `train.rounds` may grow.
+
+        ``own``: the participant whose run it is; None: a simulation of all. Nothing is changed.
+        """
+        path = Path(config.output_dir)
+        stored = read_config(path)
+        began = _first_event(path)
+        if began and began.get("own") != own:
+            raise RunError(f"resume: {path} holds a run of another kind or participant; go on with: {resume_command(path)}")
+        before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key) or key in LOCAL_KEYS:
+                continue
+            if key == "train.rounds" and config.train.rounds > stored.train.rounds:
+                if config.train.lr_scheduler_type == "constant":
+                    continue
+                raise RunError(
+                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but under a"
+                    f" {config.train.lr_scheduler_type} learning rate a longer run takes other steps from the start; start anew"
+                )
+            raise _changed(key, before.get(key), now.get(key))
+
+    @classmethod
     def create(cls, config: Config) -> RunFolder:
         """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
         cls.check_new(config)
@@ -77,24 +101,11 @@ class RunFolder:
 
     @classmethod
     def resume(cls, config: Config, manifest: str) -> RunFolder:
-        """Take up the run in ``output_dir``; `train.rounds` may grow.
+        """Take up the run in ``output_dir``, of which `check_same` knows that it is this one.
 
-        Raises RunError when there is no run, or when a key of the config or of the manifest (canonical JSON) differs.
+        Raises RunError when a key of the manifest (canonical JSON) differs.
         """
         folder = cls(Path(config.output_dir))
-        stored = read_config(folder.path)
-        before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or key in LOCAL_KEYS:
-                continue
-            if key == "train.rounds" and config.train.rounds > stored.train.rounds:
-                if config.train.lr_scheduler_type == "constant":
-                    continue
-                raise RunError(
-                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but under a"
-                    f" {config.train.lr_scheduler_type} learning rate a longer run takes other steps from the start; start anew"
-                )
-            raise _changed(key, before.get(key), now.get(key))
         agreed = _read_manifest(folder.path)
         for key, value in json.loads(manifest).items():
             if agreed is not None and agreed.get(key) != value:
@@ -166,6 +177,25 @@ def read_config(path: Path) -> Config:
     except (ValueError, yaml.YAMLError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew") from error
+
+
+def resume_command(path: Path) -> str:
+    """What goes on with the run in ``path``: of the program that began it."""
+    own, config = (_first_event(path) or {}).get("own"), f"{path}/config.yaml"
+    if own is None:
+        return f"dlora simulate {config} --resume"
+    program = "peer" if read_config(path).split is None else "device"
+    return f"dlora {program} {config} --name {own} --key {own}.key --federation federation.yaml --resume"
+
+
+def _first_event(path: Path) -> dict[str, Any] | None:
+    """What the log of the run in ``path`` begins with; None where it stopped before that was written."""
+    try:
+        with open(path / "log.jsonl", encoding="utf-8") as log:
+            event: dict[str, Any] = json.loads(log.readline())
+    except (OSError, ValueError):
+        return None
+    return event
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

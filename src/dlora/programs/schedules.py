@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dlora.lora.active import schedule_units
+from dlora.lora.active import Scheduled, schedule_units
 from dlora.lora.groups import device_flops
 from dlora.lora.kill_revive import Schedule
 from dlora.programs.prepare import Prepared
@@ -19,14 +20,7 @@ class Schedules:
 
     def __init__(self, run: str, prepared: Prepared, emit: Callable[..., None]) -> None:
         self.run, self.prepared, self.emit = run, prepared, emit
-        section = prepared.config.schedule
-        self.scheduled = (
-            None
-            if section.kind == "all"
-            else schedule_units(
-                section, prepared.units, prepared.config.lora, prepared.config.seed, prepared.names, self._changed
-            )
-        )
+        self.scheduled = None if prepared.config.schedule.kind == "all" else _made(prepared, prepared.names, self._changed)
 
     @property
     def each(self) -> Sequence[Schedule]:
@@ -97,7 +91,25 @@ class Schedules:
 
 def first_step(prepared: Prepared) -> dict[str, Any]:
     """How many units there are, how many are active in the first step, and what part of the adapter's traffic they have."""
-    config, costs = prepared.config, [unit.cost for unit in prepared.units]
-    [schedule] = schedule_units(config.schedule, prepared.units, config.lora, config.seed, ["any"]).schedules
-    fraction = sum(costs[unit] for unit in schedule.active) / sum(costs)
-    return {"units": len(costs), "active": len(schedule.active), "adapter_fraction": fraction}
+    [schedule] = _made(prepared, ["any"]).schedules
+    fraction = sum(schedule.costs[unit] for unit in schedule.active) / sum(schedule.costs)
+    kind, units = schedule.section.kind, len(schedule.costs)
+    return {"kind": kind, "units": units, "active": len(schedule.active), "adapter_fraction": fraction}
+
+
+def _made(
+    prepared: Prepared,
+    participants: Sequence[str],
+    on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
+) -> Scheduled:
+    """One a participant; warns of a run that is over before anything has been chosen."""
+    config = prepared.config
+    made = schedule_units(config.schedule, prepared.units, config.lora, config.seed, participants, on_change)
+    warmup_steps, steps = made.schedules[0].warmup_steps, config.train.rounds * max(prepared.local_steps)
+    if warmup_steps >= steps:
+        warnings.warn(
+            f"schedule: {config.schedule.kind} chooses after a warm-up of {warmup_steps} local steps, and this run has {steps};"
+            " lower schedule.warmup_steps, or train longer",
+            stacklevel=2,
+        )
+    return made

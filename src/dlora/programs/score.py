@@ -17,7 +17,7 @@ from dlora.lora.adapter_io import load_adapter
 from dlora.lora.core import FRAME_FILE, read_frame
 from dlora.lora.stacked import attach
 from dlora.model import load_model, load_tokenizer
-from dlora.programs.run_folder import read_config
+from dlora.programs.run_folder import read_config, resume_command
 from dlora.runlog import Listener
 
 
@@ -40,7 +40,7 @@ def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Liste
     run = Path(run)
     config, labels = _read_run(run)
     if not (run / "consensus").is_dir():
-        raise RunError(f"{run} has no adapters yet; finish it with: dlora simulate {run}/config.yaml --resume")
+        raise RunError(f"{run} has no adapters yet; finish it with: {resume_command(run)}")
     section = config.data if data is None else config.data.model_copy(update={"eval": data, "eval_limit": None})
     tokenizer = load_tokenizer(config.model)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)

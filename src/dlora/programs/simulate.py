@@ -29,9 +29,12 @@ def simulate(
     ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised.
     Raises UserError before anything is written when the run cannot start.
     """
-    if not resume:
+    if resume:
+        RunFolder.check_same(config)
+    else:
         RunFolder.check_new(config)
     prepared = prepare(config, lambda text: [listen({"event": "phase", "text": text}) for listen in listeners], resume=resume)
+    prepared.hand_frame()  # before anything else is written
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
     runs = ("dec-lora", *config.compare)
@@ -66,6 +69,6 @@ def dry_run(config: Config) -> Summary:
     prepared = prepare(config)
     return introduction(prepared, ("dec-lora", *config.compare), fitting_group_size(prepared)) | {
         "local_steps": prepared.local_steps,
-        **({"schedule": {"kind": config.schedule.kind} | first_step(prepared)} if prepared.units else {}),
+        **({"schedule": first_step(prepared)} if prepared.units else {}),
         "manifest": manifest_hash(prepared.manifest),
     }
