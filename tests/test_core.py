@@ -226,7 +226,7 @@ def test_a_frame_is_made_once_and_handed_round(
             prepare(make_config(**keys))
     for content in ({name: frame[name].half()}, {name: frame[name][0].clone()}):
         save_file(content, file)
-        with pytest.raises(dlora.UserError, match="handed.safetensors is none"):
+        with pytest.raises(dlora.UserError, match="handed.safetensors is no frame"):
             prepare(make_config(**keys))
     file.write_bytes(b"not tensors")
     with pytest.raises(dlora.UserError, match="handed.safetensors cannot be read"):

@@ -132,7 +132,7 @@ def read_frame(path: Path) -> Frame:
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(f"frame {path} cannot be read ({error}); copy it anew from where it was made") from error
     if any(tensor.dtype != torch.float32 or tensor.dim() != 2 for tensor in frame.values()):
-        raise RunError(f"frame {path} is none; copy it anew from where it was made")
+        raise RunError(f"{path} is no frame; copy it anew from where it was made")
     return frame
 
 

@@ -192,10 +192,10 @@ def _first_event(path: Path) -> dict[str, Any] | None:
     """What the log of the run in ``path`` begins with; None where it stopped before that was written."""
     try:
         with open(path / "log.jsonl", encoding="utf-8") as log:
-            event: dict[str, Any] = json.loads(log.readline())
+            event = json.loads(log.readline())
     except (OSError, ValueError):
         return None
-    return event
+    return event if isinstance(event, dict) else None
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
