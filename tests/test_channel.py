@@ -67,7 +67,7 @@ def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() ->
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
-        channel = Channel(Stuck())  # type: ignore[arg-type]
+        channel = Channel(Stuck())
         channel.send(Drop(1))
         carrying = asyncio.create_task(channel.carry())
         await asyncio.sleep(0.05)  # reading has failed: it flushes

@@ -251,12 +251,12 @@ def test_it_writes_texts_without_a_cache_and_says_so_with_one(members: Members, 
         ]
 
 
-@pytest.mark.usefixtures("cloud")
 def test_a_schedule_is_said_to_have_no_part_in_it(members: Members, folder: Path, family: str) -> None:
     with pytest.warns(UserWarning, match="connect trains all units"):
         connect(members, config(folder, family, schedule={"kind": "kr"})).disconnect()
 
 
+@pytest.mark.usefixtures("cloud")
 def test_a_disconnected_or_forgotten_model_leaves_no_thread(members: Members, folder: Path, family: str) -> None:
     def wires() -> int:
         return sum(thread.name == "dlora-wire" for thread in threading.enumerate())

@@ -55,7 +55,6 @@ def device(
         config, lambda text: [hear({"event": "phase", "text": text}) for hear in listeners], own=name, resume=resume
     )
     assert prepared.half is not None and config.split is not None
-    prepared.hand_frame()  # before anything else is written
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
     stored = folder.latest(RUN)
