@@ -4,7 +4,7 @@
 
 The arms of savings.py and the run of savings.yaml (1,000 steps), its frozen model in a cloud; about four minutes. Bytes are
 those of `dlora plan`, which counts each step's frames and which tests hold against what the wire counts: of training, both
-ways, kr's and probe's of a run whose scores are drawn by chance. Adapter bytes are of the whole run, hand-offs and warm-up
+ways, kr's and probe's of a run in which all units are worth the same. Adapter bytes are of the whole run, hand-offs and warm-up
 (kr's rotation, probe's steps with everything active) among them. FLOPs of the adapter are the formula's mean over the run;
 torch's counter runs beside it for COUNTED steps under changing active sets, and must agree to the last FLOP. The head's are
 the counter's. With --line, as root, a quarter of an hour more: seconds a step at 100 Mbit/s and 30 ms there and back
@@ -28,7 +28,6 @@ from dlora.errors import ConfigError
 from dlora.lora.active import schedule_units
 from dlora.lora.groups import device_flops
 from dlora.lora.kill_revive import Schedule
-from dlora.programs.plan_schedule import GuessedScores
 from dlora.programs.plan_split import split_costs
 from dlora.programs.prepare import Prepared, prepare
 
@@ -76,9 +75,9 @@ def flops(prepared: Prepared, settings: list[str], num_tokens: int) -> Flops:
     steps = prepared.config.train.rounds * prepared.local_steps[0]
     head = head_flops * steps / num_tokens
     if prepared.units:
-        schedule, guessed = _schedule(prepared), GuessedScores(prepared.config.seed, [unit.cost for unit in prepared.units])
+        schedule = _schedule(prepared)
         for _ in range(steps):
-            schedule.observe(guessed.of(schedule.active))
+            schedule.observe({})
         return Flops(schedule.device_flops / steps, head)
     assert prepared.half is not None
     groups = prepared.half.agreement.groups

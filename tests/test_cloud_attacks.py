@@ -47,13 +47,15 @@ class Target:
         self.port = int(members.address.rpartition(":")[2])
 
     def serves_the_good_one(self) -> None:
-        """A whole step over a link of its own."""
+        """A whole step over a link of its own, which has ended on both sides when this returns."""
+        before = len(self.served.heard("closed", device="tablet"))
         with self.members.dialler("tablet") as dialler:
             self.half.link(dialler.dial, 1, lambda seconds: None)
             factors = halves.factors(self.half.model)
             self.half.model.use(factors)
             forward(self.half.model, halves.batch()).sum().backward()  # type: ignore[no-untyped-call]
             assert all(factor.grad is not None for factor in factors.values())
+        until(lambda: len(self.served.heard("closed", device="tablet")) > before, "its link to end", PATIENCE_S)
 
     def refused(self, words: str) -> None:
         """Wait until the cloud tells of it."""
@@ -70,7 +72,6 @@ def running(members: Members, model_folder: Callable[..., Path]) -> Iterator[Tar
     with serving(members, bert, {"limits.max_tokens": 256, "limits.max_parts": 4, "limits.idle_s": 1.0}) as served:
         target = Target(members, served, halves.config(bert))
         target.serves_the_good_one()
-        served.wait_for("closed")
         yield target
 
 
@@ -82,7 +83,6 @@ def target(running: Target) -> Iterator[Target]:
     yield running
     assert resident_bytes("VmHWM") - before < MEMORY_BYTES
     running.serves_the_good_one()
-    running.served.wait_for("closed", device="tablet")
     assert running.served.heard("load", device="tablet")[-1]["tokens"] == 0
 
 

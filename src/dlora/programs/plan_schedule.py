@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 
 from dlora.lora.active import schedule_units
 from dlora.lora.kill_revive import Schedule
 from dlora.programs.prepare import Prepared
-from dlora.seeds import derive_seed
 
 CHOSEN = ("kr", "probe")  # by scores, which nobody knows before the run
-
-
-class GuessedScores:
-    """Scores of units of about the same utility, so that chance chooses: then the budget is as full as in a run."""
-
-    def __init__(self, seed: int, costs: Sequence[int]) -> None:
-        self._chance, self._costs = random.Random(derive_seed(seed, "plan")), costs
-
-    def of(self, active: Iterable[int]) -> dict[int, float]:
-        """Those of the next local step."""
-        return {unit: self._costs[unit] * self._chance.uniform(0.5, 1.5) for unit in sorted(active)}
 
 
 def sent_names(prepared: Prepared, num_bytes: Callable[[Collection[str]], int]) -> list[list[Collection[str]]]:

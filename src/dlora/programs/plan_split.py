@@ -14,7 +14,7 @@ from dlora.data import Batch, collate
 from dlora.evaluate import batches_of
 from dlora.lora.active import schedule_units
 from dlora.net.split_codec import split_num_bytes
-from dlora.programs.plan_schedule import CHOSEN, GuessedScores
+from dlora.programs.plan_schedule import CHOSEN
 from dlora.programs.prepare import Prepared
 from dlora.programs.training import Training
 from dlora.split.agreement import manifest_text
@@ -45,8 +45,8 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
 
     ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes`` embedded tokens, hidden states
     and their gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations. ``schedules``: one a
-    participant; by default the config's, with scores by chance: what kr and probe will find is not known ahead, so ``about``
-    says that a run may move some per cent more or less.
+    participant; by default the config's, for which all units are worth the same: what kr and probe will find is not known
+    ahead, so ``about`` says that a run may move some per cent more or less.
     """
     config, half, split = prepared.config, prepared.half, prepared.config.split
     assert half is not None and split is not None
@@ -117,7 +117,6 @@ class _Device:
         self._trained = frozenset[int]()  # units that are not zero any more
         self.in_round = frozenset[int]()  # units active in a local step of the round under way
         self._contents: dict[int, object] = {}
-        self._guessed = GuessedScores(config.seed, [group.cost for group in half.agreement.groups])
 
     @property
     def active(self) -> frozenset[int]:
@@ -138,7 +137,7 @@ class _Device:
             self._trained |= self.schedule.active
             self.in_round |= self.schedule.active
             self._change(self.schedule.active)
-            self.schedule.observe(self._guessed.of(self.schedule.active))
+            self.schedule.observe({})
 
     def mixed(self, heard: frozenset[int]) -> None:
         """A round ends: what both this end and a neighbour trained in it is another, killed since or not."""
