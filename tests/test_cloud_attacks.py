@@ -26,7 +26,7 @@ from dlora.net.channel import halves as frame_kind
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
 from dlora.net.split_codec import encode_split
-from dlora.split_frames import Begin, ChannelDown, Done, Drop, Open, Opened, SplitFrame, Values
+from dlora.split_frames import Begin, ChannelDown, Done, Drop, Failed, Open, Opened, SplitFrame, Values
 from dlora.train import forward
 
 MEMORY_BYTES = 160 * MIB  # that an attack may cost, the attacker's own buffers included
@@ -69,7 +69,7 @@ class Target:
 @pytest.fixture(scope="module")
 def running(members: Members, model_folder: Callable[..., Path]) -> Iterator[Target]:
     bert = model_folder("bert")
-    with serving(members, bert, {"limits.max_tokens": 256, "limits.max_parts": 4, "limits.idle_s": 1.0}) as served:
+    with serving(members, bert, {"limits.max_tokens": 256, "limits.max_parts": 4, "limits.idle_s": 3.0}) as served:
         target = Target(members, served, halves.config(bert))
         target.serves_the_good_one()
         yield target
@@ -197,12 +197,14 @@ def test_a_hoarder_holds_no_more_than_its_limits_and_not_for_long(target: Target
         channel, _ = opened(phone, target.manifest)
         for call in range(1, 21):
             channel.send(begin(call, tokens=32))
-        failures = target.served
-        until(
-            lambda: len(failures.heard("failed", device="phone", why="tokens")) == 16, "those beyond to be refused", PATIENCE_S
-        )
+            while call > 4:  # beyond them
+                said = channel.receive(PATIENCE_S)
+                if isinstance(said, Failed):
+                    assert (said.call, said.why) == (call, "tokens")
+                    break
         target.serves_the_good_one()
-        until(lambda: len(failures.heard("failed", device="phone", why="expired")) == 4, "the others to expire", PATIENCE_S)
+        until(lambda: len(target.served.heard("failed", why="expired")) == 4, "the others to expire", PATIENCE_S)
+        assert len(target.served.heard("failed", device="phone")) == 20
         channel.send(begin(99))
         assert not channel.is_down
 
