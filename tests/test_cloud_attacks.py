@@ -29,7 +29,7 @@ from dlora.net.split_codec import encode_split
 from dlora.split_frames import Begin, ChannelDown, Done, Drop, Failed, Open, Opened, SplitFrame, Values
 from dlora.train import forward
 
-MEMORY_BYTES = 160 * MIB  # that an attack may cost, the attacker's own buffers included
+MEMORY_BYTES = 64 * MIB  # that an attack may cost, the attacker's own buffers included
 TALK = "/dlora.split.Cloud/Talk"
 
 

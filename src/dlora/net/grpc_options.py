@@ -23,6 +23,8 @@ _BOTH_ENDS = [
     # own choice grows beyond 16 MiB on a fast link. With this one, 160 Mbit/s go over a link of 200 ms.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4 << 20),
+    # Of one read. Without it a flood that never pauses doubles it again and again: 250 MiB were held (grpc/grpc#42194).
+    ("grpc.experimental.tcp_max_read_buffer_size", 4 << 20),
 ]
 _LISTENER = [
     *_BOTH_ENDS,
