@@ -57,7 +57,7 @@ class Target:
             before = resident_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
             yield network.port
-            assert resident_bytes("VmHWM") - before < memory_bytes  # the attackers' own buffers included
+            assert resident_bytes("VmHWM") - before < memory_bytes  # the attackers' own part included: 200 TLS ends in one test
             await self.serves_the_good_one()
 
     async def echo(self, name: str, link: Link) -> None:

@@ -572,17 +572,10 @@ def test_what_no_device_says_ends_the_link(open_session: Any, half: Half) -> Non
 def test_a_device_that_takes_no_answers_loses_its_link(open_session: Any, half: Half) -> None:
     _, begin, _, cloud = open_session
     taken = threading.Event()
-    taken.set()
-
-    def send(frame: SplitFrame) -> None:
-        taken.wait(10)
-
-    session = Session("phone", cloud.body, cloud.limits, cloud.budget, send, cloud.tell)
-    session.hear(Open(manifest_text(half.facts, half.agreement)))
-    until(lambda: session.agreement is not None and session._answers == 0)
-    taken.clear()
-    many = replace(begin, embedded=torch.zeros(65, 64))  # one more than the limit
-    for call in range(cloud.limits.max_parts + 1):
+    session = Session("phone", cloud.body, cloud.limits, cloud.budget, lambda frame: taken.wait(10), cloud.tell)
+    session.hear(Open(manifest_text(half.facts, half.agreement)))  # the first answer
+    many = replace(begin, embedded=torch.zeros(cloud.limits.max_tokens + 1, 64))
+    for call in range(cloud.limits.max_parts):
         session.hear(replace(many, call=call))
     with pytest.raises(Misbehaviour, match="5 answers are waiting to be taken"):
         session.hear(replace(many, call=99))
