@@ -31,7 +31,7 @@ LINEARS = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"} | {
     "mlp.down_proj": (MLP, WIDTH),
 }  # of a block: in, out
 CORE_R = 16
-ROWS = {
+ROWS: dict[str, dict[str, dict[str, object]]] = {
     "literal r 8, all": {"lora": {"r": 8}},
     "literal r 8, kr 1/8": {"lora": {"r": 8}, "schedule": {"kind": "kr"}},
     f"core r {CORE_R}, all": {"lora": {"r": CORE_R, "placement": "core"}},

@@ -6,7 +6,6 @@ import asyncio
 import multiprocessing
 import random
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -40,8 +39,8 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
     )
     ledger = Ledger(folder / name)
     exchange = Exchange(
-        name, "{}", "0" * 64, ledger, neighbours, Patience(60.0, 600.0), lambda message: MESSAGE_BYTES,
-        lambda message, path: None, lambda event, **fields: None,
+        name, "{}", "0" * 64, ledger, neighbours, Patience(60.0, 600.0),
+        lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda message, path: None, lambda event, **fields: None,
     )  # fmt: skip
     serving = asyncio.create_task(network.serve(exchange.talk))
     exchange.enter(0)
@@ -93,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -71,7 +71,7 @@ def stepper(model: Any) -> Step:
     def step() -> float:
         began_at = time.perf_counter()
         loss = torch.nn.functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - began_at

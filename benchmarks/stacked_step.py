@@ -90,7 +90,7 @@ class Stacked:
 
         return {
             "forward": run_forward,
-            "backward": lambda: loss.pop().backward(),  # type: ignore[no-untyped-call]
+            "backward": lambda: loss.pop().backward(),
             "clipping": lambda: clip_each(parameters, MAX_GRAD_NORM),
             "optimiser": self.group.optimizer.step,
             "zero_grad": self.group.optimizer.zero_grad,
@@ -131,7 +131,7 @@ class PlainPeft:
 
         return {
             "forward": run_forward,
-            "backward": lambda: loss.pop().backward(),  # type: ignore[no-untyped-call]
+            "backward": lambda: loss.pop().backward(),
             "clipping": lambda: torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM),
             "optimiser": self.optimizer.step,
             "zero_grad": self.optimizer.zero_grad,
@@ -151,7 +151,7 @@ class PlainPeft:
     def step_on(self, rows: slice, optimizer: torch.optim.Optimizer) -> float:
         """One step on some rows."""
         loss = self.loss(rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()

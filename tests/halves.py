@@ -97,7 +97,7 @@ class QueueCloud:
         return dial
 
 
-def config(folder: Path, task: str = "classification", **overrides: Any) -> Config:
+def config(folder: Path, task: str = "classification", /, **overrides: Any) -> Config:
     """A device's config for a tiny model; paths override keys."""
     tree: dict[str, Any] = {
         "model": str(folder),

@@ -107,6 +107,11 @@ def cut(path: str) -> None:
     Path(path).write_bytes(content[: len(content) // 2])
 
 
+def take_tokenizer() -> None:
+    for file in Path("model").glob("tok*"):
+        file.unlink()
+
+
 def widen() -> None:
     tree = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps({**tree, "intermediate_size": 64}))
@@ -116,10 +121,7 @@ MODELS: dict[str, tuple[Callable[[], object], list[str]]] = {
     "without-weights": (lambda: Path("model/model.safetensors").unlink(), ["model.safetensors", "weights"]),
     "half-the-weights": (lambda: cut("model/model.safetensors"), ["model model", "weights"]),
     "other-weights": (widen, ["no fitting weights for", "intermediate.dense"]),
-    "without-tokenizer": (
-        lambda: [file.unlink() for file in Path("model").glob("tok*")],
-        ["holds no tokenizer", "tokenizer.json"],
-    ),
+    "without-tokenizer": (take_tokenizer, ["holds no tokenizer", "tokenizer.json"]),
     "half-a-tokenizer": (lambda: cut("model/tokenizer.json"), ["tokenizer", "model"]),
     "half-a-config": (lambda: cut("model/config.json"), ["config.json"]),
     "unknown-architecture": (

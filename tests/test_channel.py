@@ -179,7 +179,7 @@ def give_up_after(limit_s: float) -> Callable[[], bool]:
 
 def test_frames_go_both_ways_in_order_and_are_counted(net: InMemory | Loopback) -> None:
     big = Values("input", 1, 0, 0, torch.arange(1 << 20).view(1024, 1024).float())  # decoded in a thread
-    frames = [Open("{}"), Drop(1), big, Drop(2), big, Done(1, 0), Drop(3)]
+    frames: list[SplitFrame] = [Open("{}"), Drop(1), big, Drop(2), big, Done(1, 0), Drop(3)]
     with dialling(net) as dialler:
         channel, back = dialler.dial(), net.cloud.channel()
         for frame in frames:

@@ -95,10 +95,12 @@ def serving(members: Members, model: Path, changes: dict[str, Any] | None = None
     served, tree = Serving(), {"model": str(model), "device": "cpu"}
     change(tree, changes or {})
     config = CloudConfig.parse(tree)
-    files = {"key": members.key("hub"), "federation": members.federation}
+    key, federation = members.key("hub"), members.federation
     with ThreadPoolExecutor(1) as thread:
         served.done = thread.submit(
-            lambda: cloud(config, name="hub", **files, listeners=[served.events.append], stop=served.stop.is_set)
+            lambda: cloud(
+                config, name="hub", key=key, federation=federation, listeners=[served.events.append], stop=served.stop.is_set
+            )
         )
         try:
             served.wait_for("serving")
@@ -280,7 +282,7 @@ def test_the_command_serves_until_it_is_told_to_stop(as_json: bool, members: Mem
 
     ending = threading.Thread(target=end)
     ending.start()
-    files = ["--key", members.key("hub"), "--federation", members.federation]
+    files: list[str | Path] = ["--key", members.key("hub"), "--federation", members.federation]
     more = ["--json"] if as_json else []
     outcome = call("cloud", tmp_path / "cloud.yaml", "--name", "hub", *files, "--set", "device=cpu", *more)
     ending.join()
@@ -298,7 +300,7 @@ def test_the_command_serves_until_it_is_told_to_stop(as_json: bool, members: Mem
 
 def test_the_command_says_what_is_missing(members: Members, bert: Path, tmp_path: Path) -> None:
     (tmp_path / "cloud.yaml").write_text(f"model: {bert}\n")
-    files = ["--key", members.key("north"), "--federation", members.federation]
+    files: list[str | Path] = ["--key", members.key("north"), "--federation", members.federation]
     outcome = call("cloud", tmp_path / "cloud.yaml", "--name", "north", *files)
     assert (outcome.exit_code, outcome.out) == (2, "")
     assert outcome.err.startswith("error: north is a peer") and outcome.err.count("\n") == 1

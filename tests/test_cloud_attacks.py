@@ -53,7 +53,7 @@ class Target:
             self.half.link(dialler.dial, 1, lambda seconds: None)
             factors = halves.factors(self.half.model)
             self.half.model.use(factors)
-            forward(self.half.model, halves.batch()).sum().backward()  # type: ignore[no-untyped-call]
+            forward(self.half.model, halves.batch()).sum().backward()
             assert all(factor.grad is not None for factor in factors.values())
         until(lambda: len(self.served.heard("closed", device="tablet")) > before, "its link to end", PATIENCE_S)
 
@@ -132,7 +132,7 @@ def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Ta
         elsewhere = tmp_path / name
         elsewhere.mkdir()
         with LoopThread() as loop:
-            heard = []
+            heard: list[str] = []
 
             async def talk(device: str, link: Any, heard: list[str] = heard) -> None:
                 heard.append(device)

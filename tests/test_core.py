@@ -52,7 +52,7 @@ def off(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
     """|D - D'| / |D'| over all tensors."""
     assert ours.keys() == reference.keys() and reference
     distance = torch.cat([(ours[name] - reference[name]).flatten() for name in reference]).norm()
-    return (distance / torch.cat([tensor.flatten() for tensor in reference.values()]).norm()).item()
+    return float(distance / torch.cat([tensor.flatten() for tensor in reference.values()]).norm())
 
 
 def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tensor]:
@@ -79,6 +79,7 @@ def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tens
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         logits = functional_call(network, weights, (), inputs).logits
         torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        assert train.max_grad_norm is not None
         torch.nn.utils.clip_grad_norm_(trained.values(), train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -570,7 +570,7 @@ class Answers(grpc.GenericRpcHandler):
 
 
 def serve(own: Identity, federation: Federation, names: list[str]) -> tuple[grpc.Server, int]:
-    server = grpc.server(ThreadPoolExecutor(1), handlers=(Answers(),))
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Answers()])
     pair = [(own.key_pem, own.certificate_pem)]
     credentials = grpc.ssl_server_credentials(pair, federation.trusted(names), require_client_auth=True)
     port = server.add_secure_port("127.0.0.1:0", credentials)
@@ -594,8 +594,8 @@ def ask(port: int, key: str, certificate: str, roots: bytes, target: str) -> str
     credentials = grpc.ssl_channel_credentials(roots, key.encode(), certificate.encode())
     options = [("grpc.ssl_target_name_override", target)]
     with grpc.secure_channel(f"127.0.0.1:{port}", credentials, options) as channel:
-        answer = channel.unary_unary("/a/b")(b"", timeout=10)
-    return bytes(answer).decode()
+        ask: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/a/b")
+        return ask(b"", timeout=10).decode()
 
 
 @pytest.mark.parametrize("key", ["anna.key", "new/anna.key"])
@@ -623,7 +623,7 @@ def test_grpc_refuses_strangers_and_other_names(bob_listens: tuple[int, Federati
     ):
         with pytest.raises(grpc.RpcError) as caught:
             ask(port, key, certificate, federation.trusted([trusted]), target)
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert ask(port, *proof, federation.trusted(["bob"]), "bob")  # and bob still serves
 
 

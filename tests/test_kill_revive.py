@@ -117,7 +117,7 @@ def test_an_eighth_saves_seven_eighths_warm_up_included(kind: str) -> None:
     """MiniLM's 24 units: 6 blocks of query, key, value; output; up; down. The rotation through all takes eight turns."""
     widths = [(384, 3 * 384), (384, 384), (384, 1536), (1536, 384)]
     costs = [2 * (in_features + out) for _ in range(6) for in_features, out in widths]
-    schedule = Schedule(ScheduleSection(kind=kind), costs, len, 0)  # type: ignore[arg-type]
+    schedule = Schedule(ScheduleSection(kind=kind), costs, len, 0)
     drive(schedule, 1000, 0)
     assert schedule.warmup_steps == (80 if kind == "kr" else 0)
     assert 0.11 < schedule.fraction <= 0.125
@@ -146,7 +146,7 @@ def test_a_seed_of_its_own_is_a_draw_of_its_own() -> None:
     assert len({*one}) > 10  # drawn anew in every period
 
 
-def scheduled(make_config: MakeConfig, kind: str = "kr", **overrides: Any) -> Config:
+def scheduled(make_config: MakeConfig, kind: str = "kr", /, **overrides: Any) -> Config:
     """One participant of twelve local steps in three rounds."""
     keys: dict[str, Any] = {"kind": kind, "period": 2, "warmup_steps": 5, "active_fraction": 0.3, "rewarm_steps": 2}
     keys |= {key.removeprefix("schedule."): value for key, value in overrides.items() if key.startswith("schedule.")}
@@ -268,7 +268,7 @@ def test_a_revived_unit_has_its_second_moment_and_warms_up() -> None:
     training = Training(factors, 0, 1, TrainSection(optimizer="adamw", max_grad_norm=1e-3), scheduled)
     assert training.units is not None
     training.train_only(frozenset(factors))
-    seen = set()
+    seen: set[str | int | None] = set()
     for _ in range(24):
         [schedule] = training.units.schedules
         [active] = schedule.active
@@ -345,7 +345,7 @@ def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer
     """Three participants, each with its own scores: after every step each is what it would be alone."""
     keys: dict[str, Any] = {"active_fraction": 0.3, "period": 2, "warmup_steps": 3, "on_kill": on_kill, "rewarm_steps": 3}
     section = ScheduleSection(kind="kr", **keys)
-    train = TrainSection(optimizer=optimizer, weight_decay=0.1, max_grad_norm=0.5)  # type: ignore[arg-type]
+    train = TrainSection(optimizer=optimizer, weight_decay=0.1, max_grad_norm=0.5)
     names = ["p", "q", "r"]
     factors, groups = one_layer_each(6, 3)
     alone = [{name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)]

@@ -96,7 +96,7 @@ def relative_difference(update: dict[str, torch.Tensor], reference: dict[str, to
     names = [name for name in reference if part in name]
     assert names
     difference = torch.cat([(update[name] - reference[name]).flatten() for name in names]).norm()
-    return (difference / torch.cat([reference[name].flatten() for name in names]).norm()).item()
+    return float(difference / torch.cat([reference[name].flatten() for name in names]).norm())
 
 
 def assert_same(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str) -> None:

@@ -282,7 +282,7 @@ def test_a_receive_that_is_given_up_loses_no_frame(pair: Pair) -> None:
         given_up, met = asyncio.Event(), asyncio.Barrier(2)
 
         async def at_a(_: str, link: Link) -> None:
-            for _ in range(3):
+            for _attempt in range(3):
                 receiving = asyncio.ensure_future(link.receive())
                 await asyncio.sleep(0)
                 receiving.cancel()
@@ -316,7 +316,7 @@ def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
             await link.send(Status(0))
             for offset in range(NUM_CHUNKS):
                 sending = asyncio.ensure_future(link.send(Chunk("x", offset, bytes(MAX_CHUNK_BYTES))))
-                done, _ = await asyncio.wait({sending}, timeout=0.5)
+                done, _pending = await asyncio.wait({sending}, timeout=0.5)
                 if not done:
                     stuck.set()
                 await sending

@@ -19,7 +19,7 @@ from test_simulate import assert_identical, factors_of, optimizer_of, stop_after
 
 import dlora
 from dlora.config import Config
-from dlora.decentralized import gossip
+from dlora.decentralized import gossip, mixing
 from dlora.decentralized.ledger import Ledger, Message, round_of
 from dlora.net.memory import MemoryHub
 from dlora.programs.messages import message_bytes, message_sizes
@@ -36,7 +36,7 @@ KR: dict[str, Any] = {"kind": "kr", "period": 5, "warmup_steps": 6, "active_frac
 RANDOM: dict[str, Any] = {"kind": "random", "period": 3, "active_fraction": 0.3}
 
 
-def federation(make_config: MakeConfig, schedule: dict[str, Any], num_peers: int = 3, **overrides: Any) -> Config:
+def federation(make_config: MakeConfig, schedule: dict[str, Any], num_peers: int = 3, /, **overrides: Any) -> Config:
     """Peers in a line with rows of their own; four rounds of four local steps."""
     members = list(NAMES[:num_peers])
     keys: dict[str, Any] = {"train.rounds": 4, "train.local_steps": 4, "train.learning_rate": 2e-2, "eval_every": 0}
@@ -100,9 +100,11 @@ class Peers:
             manifest = prepared.manifest | {"rounds": config.train.rounds}
             folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
             prepared.keep_frame()
-            ledger, network = Recorded(folder.path / "exchange"), hub.network(name)
-            arguments: Any = (name, prepared, manifest, folder, RunLog(folder.log_path), ledger, network, lambda: False)
-            lives.append(asyncio.create_task(self._live(Gated(*arguments, folder.latest(RUN)), ledger, edges[name])))
+            ledger: Any = Recorded(folder.path / "exchange")
+            network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
+            log, latest = RunLog(folder.log_path), folder.latest(RUN)
+            peer = Gated(name, prepared, manifest, folder, log, ledger, network, lambda: False, latest)
+            lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
         while Gated.here < len(names) and not all(life.done() for life in lives):
             await asyncio.sleep(0.01)
         for life in lives:
@@ -193,18 +195,19 @@ def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
 ) -> None:
     """kr by each one's scores: one mix moves nobody's tensors but the senders', and the mean over all stays where it was."""
     config = federation(make_config, {**KR, "on_kill": "drop"})
-    prepared, seen = prepare(config), []
+    prepared = prepare(config)
+    seen: list[Any] = []
+    original = mixing.mix
 
-    def watched(factors: Any, sent: Any, mixing: Any, committed: Any, names: Any) -> None:
+    def watched(factors: Any, sent: Any, matrix: Any, committed: Any, names: Any) -> None:
         before = {name: tensor.clone() for name, tensor in factors.items()}
-        mix(factors, sent, mixing, committed, names)
+        original(factors, sent, matrix, committed, names)
         for name, tensor in factors.items():
             torch.testing.assert_close(tensor.mean(0), before[name].mean(0), rtol=0, atol=3e-7)  # float32
             for peer in range(len(NAMES)):
                 assert name in names[peer] or torch.equal(tensor[peer], before[name][peer])
         seen.append(names)
 
-    mix = gossip.mix
     monkeypatch.setattr(gossip, "mix", watched)
     dlora.simulate(config)
     assert len(seen) == 4

@@ -178,11 +178,13 @@ def test_values_that_are_not_finite(wire: Wire, value: float) -> None:
 
 def begin(**changes: Any) -> dict[str, Any]:
     """The fields of a good part of two rows, three tokens, width 1, with changes."""
-    return {"begin": pb.Begin(**{"rows": 2, "columns": 2, "mask": b"\xd0", "width": 1} | changes)}
+    fields: dict[str, Any] = {"rows": 2, "columns": 2, "mask": b"\xd0", "width": 1}
+    return {"begin": pb.Begin(**fields | changes)}
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    return {"values": pb.Values(**{"what": "input", "rows": 3, "width": 1} | changes)}
+    fields: dict[str, Any] = {"what": "input", "rows": 3, "width": 1}
+    return {"values": pb.Values(**fields | changes)}
 
 
 BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
@@ -280,7 +282,7 @@ def test_another_wire_is_another_length() -> None:
     data = encode_split(Values("input", 0, 0, 0, torch.ones(4, 8)), "bfloat16")
     for wire in ("float32", "int8"):
         with pytest.raises(FrameError, match="64 bytes of a tensor"):
-            decode_split(data, wire)  # type: ignore[arg-type]
+            decode_split(data, wire)
 
 
 def test_we_do_not_send_what_we_would_refuse() -> None:

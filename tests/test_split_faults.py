@@ -47,7 +47,7 @@ def half(model_folder: Folder) -> Half:
     return small_half(model_folder)
 
 
-def small_half(model_folder: Folder, family: str = "bert", **overrides: Any) -> Half:
+def small_half(model_folder: Folder, family: str = "bert", /, **overrides: Any) -> Half:
     """Three groups in a tiny model, so that a step has few frames."""
     targets = {"bert": r".*(query|value)$|.*1\.output\.dense", "llama": r".*(q_proj|v_proj)|.*1.*down_proj"}[family]
     made = device_half(
@@ -175,7 +175,7 @@ class Failing:
         plain = channel.send
 
         def send(frame: SplitFrame) -> None:
-            if self.left and isinstance(frame, self.on) and (self.what is None or frame.what == self.what):  # type: ignore[attr-defined]
+            if self.left and isinstance(frame, self.on) and self.what in (None, getattr(frame, "what", None)):
                 self.left -= 1
                 if self.on is not Begin:
                     channel.session.hear(Drop(frame.call))  # type: ignore[union-attr]
@@ -557,7 +557,7 @@ def test_what_no_device_says_ends_the_link(open_session: Any, half: Half) -> Non
         Open(manifest_text(half.facts, half.agreement)),
         replace(begin, call=100),  # twice
         replace(begin, call=101, embedded=torch.zeros(len(begin.embedded), 63)),
-        *(Values(what, 100, 0, 0, zeros) for what in ("input", "hidden", "update-gradient")),  # type: ignore[arg-type]
+        *(Values(what, 100, 0, 0, zeros) for what in ("input", "hidden", "update-gradient")),
         Opened(1, 1), Refused("no"), Done(100, 0), Failed(100, 0, "memory", "no"),
     ]  # fmt: skip
     for frame in nonsense:
@@ -572,7 +572,11 @@ def test_what_no_device_says_ends_the_link(open_session: Any, half: Half) -> Non
 def test_a_device_that_takes_no_answers_loses_its_link(open_session: Any, half: Half) -> None:
     _, begin, _, cloud = open_session
     taken = threading.Event()
-    session = Session("phone", cloud.body, cloud.limits, cloud.budget, lambda frame: taken.wait(10), cloud.tell)
+
+    def waits(_: SplitFrame) -> None:
+        taken.wait(10)
+
+    session = Session("phone", cloud.body, cloud.limits, cloud.budget, waits, cloud.tell)
     session.hear(Open(manifest_text(half.facts, half.agreement)))  # the first answer
     many = replace(begin, embedded=torch.zeros(cloud.limits.max_tokens + 1, 64))
     for call in range(cloud.limits.max_parts):
@@ -688,7 +692,8 @@ def test_a_cloud_that_lies_ends_in_an_error(half: Half, truth: str, lie: Any, me
 
     def tell(frame: SplitFrame) -> SplitFrame:
         if isinstance(frame, Values) and frame.what == truth:
-            return next(lies, lambda frame: frame)(frame)
+            told: SplitFrame = next(lies, lambda frame: frame)(frame)
+            return told
         return frame
 
     half.link(lambda: Liar(cloud.dial()(), tell), 1, lambda seconds: None)

@@ -27,7 +27,8 @@ from dlora.programs.prepare import prepare
 from dlora.runlog import read_log
 from dlora.split.adapter import as_factors
 from dlora.split.agreement import agree, manifest_text
-from dlora.split.session import Budget, Limits, Misbehaviour, Session
+from dlora.split.conversation import Misbehaviour
+from dlora.split.session import Budget, Limits, Session
 from dlora.split_frames import ACTIVE, LEFT_OUT, Begin, ChannelDown, Failed, HandOff, SplitFrame, Values
 from dlora.train import Group, forward, local_steps
 
@@ -45,7 +46,7 @@ CORE = {"lora.placement": "core"}
 class Both:
     """A device's half beside the whole model, alike to the last bit."""
 
-    def __init__(self, folder: Path, task: str = "classification", **overrides: Any) -> None:
+    def __init__(self, folder: Path, task: str = "classification", /, **overrides: Any) -> None:
         self.config = config(folder, task, **overrides)
         self.whole = whole_model(self.config)
         frame = self.whole.frame or None
@@ -104,10 +105,8 @@ def test_split_is_unsplit(model_folder: Folder, schedule: str | None, placement:
     link(both.half, both.cloud, 2)
     ours, theirs = both.scheduled(), both.scheduled()
     steps = some_steps(20)
-    results = (
-        train(model, steps, scheduled, optimizer) for model, scheduled in ((both.half.model, ours), (both.whole, theirs))
-    )
-    assert_same(*results, optimizer)
+    split = train(both.half.model, steps, ours, optimizer)
+    assert_same(split, train(both.whole, steps, theirs, optimizer), optimizer)
     if ours is not None and theirs is not None:
         assert ours.schedules[0].state()["changed_at"] == theirs.schedules[0].state()["changed_at"]
 
@@ -262,7 +261,8 @@ def test_versions_that_parts_still_use_are_counted(model_folder: Folder) -> None
 
 def test_what_no_device_hands_off_ends_the_link(model_folder: Folder) -> None:
     both = Both(model_folder("bert", "classification"))
-    session = session_of(both, sent := [])
+    sent: list[Any] = []
+    session = session_of(both, sent)
     groups = both.half.agreement.groups
     size = sum(4 * (groups[0].in_features + out) for out in groups[0].out_features)
     for frame, said in [
@@ -346,8 +346,8 @@ def test_dropout_with_what_the_cloud_computes_is_refused(model_folder: Folder) -
     folder = model_folder("bert", "classification")
     for section in (CORE, {"schedule": SCHEDULES["kr"]}):
         with pytest.raises(dlora.UserError, match="the cloud reads the inputs itself|the cloud reads inputs itself"):
-            config(folder, **section, **{"lora.lora_dropout": 0.1})
-    config(folder, schedule=SCHEDULES["kr-drop"], **{"lora.lora_dropout": 0.1})
+            config(folder, **section | {"lora.lora_dropout": 0.1})
+    config(folder, **{"schedule": SCHEDULES["kr-drop"], "lora.lora_dropout": 0.1})
 
 
 # Law 8, and whole runs
@@ -428,5 +428,5 @@ def test_a_frame_is_found_by_its_names_in_the_body_or_around_it(model_folder: Fo
     linears = {name: layers[name].base_layer for name in names}
     within = {name.partition(".")[2]: tensor for name, tensor in both.whole.frame.items()}
     for given in (both.whole.frame, within, {f"model.{name}": tensor for name, tensor in within.items()}):
-        found = frame_of(given, linears, 4)  # type: ignore[arg-type]
+        found = frame_of(given, linears, 4)
         assert found.keys() == both.whole.frame.keys()

@@ -175,7 +175,7 @@ def test_the_two_weight_rules_on_a_star() -> None:
 
 
 def test_erdos_renyi_is_the_first_connected_graph_from_its_seed_on() -> None:
-    def oracle(seed: int) -> nx.Graph:
+    def oracle(seed: int) -> "nx.Graph[int]":
         return next(g for s in itertools.count(seed) if nx.is_connected(g := nx.gnp_random_graph(12, 0.2, seed=s)))
 
     drawn = [build("erdos-renyi", 12, p=0.2, seed=seed).edges(0) for seed in range(20)]
@@ -241,7 +241,7 @@ def test_rounds_to_agree_is_what_multiplying_the_matrices_gives(topology: Topolo
     while np.linalg.norm(product - 1 / n, 2) > (1 + 1e-8) / factor:
         mixing = topology.mixing(rounds)
         product = mixing @ product
-        messages += np.count_nonzero(mixing - np.diag(np.diag(mixing)))
+        messages += int(np.count_nonzero(mixing - np.diag(np.diag(mixing))))
         rounds += 1
     assert rounds_to_agree(topology, factor) == (rounds, messages)
 

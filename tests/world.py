@@ -126,7 +126,8 @@ class World:
         serving = asyncio.create_task(network.serve(exchange.talk))
         life = asyncio.create_task(gossip.run())
         try:
-            done, _ = await asyncio.wait({serving, life, exchange.failed}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {serving, life, exchange.failed}
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 result = task.result()
                 assert result is not None

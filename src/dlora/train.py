@@ -149,7 +149,7 @@ def local_steps(
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
             micro_loss_P = summed_loss(logits, batch.labels, num_participants) / targets_P.to(model.device)
-            micro_loss_P.sum().backward()  # type: ignore[no-untyped-call]
+            micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
         group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)

@@ -168,7 +168,7 @@ def through_the_cloud(part: CloudPart, forward: Callable[[CloudPart], Tensor]) -
         part.say("hidden", 0, hidden)
         gradient = part.hear("hidden-gradient", 0, (len(hidden), hidden.shape[1]))
         if hidden.requires_grad:
-            hidden.backward(gradient.to(hidden.device, hidden.dtype))  # type: ignore[no-untyped-call]
+            hidden.backward(gradient.to(hidden.device, hidden.dtype))
         return Done(begin.call, begin.part)
 
 
