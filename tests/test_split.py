@@ -524,6 +524,7 @@ def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
 @pytest.mark.slow
 def test_a_quantised_body_is_the_quantised_model(model_folder: Folder) -> None:
     """nf4 on a CPU: bitsandbytes must not repack the cloud's weights into its form without a backward."""
+    pytest.importorskip("bitsandbytes")
     folder = model_folder("llama", "causal-lm")
     own = config(folder, "causal-lm")
     whole = whole_model(Config.parse(own.model_dump(mode="json") | {"split": None, "quantization": "nf4"}))
