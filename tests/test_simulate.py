@@ -17,7 +17,8 @@ import dlora
 from dlora.config import Config
 from dlora.data import collate
 from dlora.programs import simulate as program
-from dlora.programs.prepare import fitting_group_size, prepare
+from dlora.programs.grouping import find_grouping
+from dlora.programs.prepare import prepare
 from dlora.runlog import read_log
 
 MakeConfig = Callable[..., Config]
@@ -175,9 +176,9 @@ def test_groups_train_what_the_whole_stack_trains(make_config: MakeConfig, tmp_p
 
 def test_the_group_shrinks_when_memory_is_short(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(make_config())
-    assert fitting_group_size(prepared) == 4
+    assert find_grouping(prepared).size == 4
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2_000_000})())
-    shrunk = fitting_group_size(prepared)
+    shrunk = find_grouping(prepared).size
     assert 1 <= shrunk < 4
 
 

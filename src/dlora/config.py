@@ -157,7 +157,9 @@ class PeersSection(Section):
     silence_s: float = Field(60, gt=0, description="a neighbour from which nothing comes for so long is left out of the round")
     round_limit_s: float = Field(3600, gt=0, description="the longest a round waits for a neighbour, whatever still comes")
     catch_up_after: int = Field(10, ge=1, description="rounds behind its neighbours after which a peer takes their state")
-    group_size: int | None = Field(None, ge=1, description="participants trained at once; null: as many as fit")
+    group_size: int | None = Field(
+        None, ge=1, description="participants trained at once; null: as many as fit, one where the model mixes them"
+    )
 
     @model_validator(mode="after")
     def _who(self) -> PeersSection:

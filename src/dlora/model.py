@@ -225,7 +225,23 @@ def resolve_device(device: str) -> torch.device:
 def block_linears(network: nn.Module) -> list[str]:
     """Names of the linears of the transformer blocks: those that stand in a numbered list of modules."""
     lists = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
-    return [name for name, module in network.named_modules() if isinstance(module, LINEAR) and name.startswith(lists)]
+    return [name for name, module in network.named_modules() if is_linear(module) and name.startswith(lists)]
+
+
+@torch.no_grad()
+def is_linear(module: nn.Module) -> bool:
+    """Whether this maps each token by its weight and does nothing else: some routers of experts are made from nn.Linear."""
+    if not isinstance(module, LINEAR):
+        return False
+    kind = type(module)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith("transformers.models."):
+        return True
+    token = torch.zeros(1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        mapped = module(token)
+    except (RuntimeError, ValueError, IndexError):
+        return False
+    return isinstance(mapped, Tensor) and mapped.shape == (1, 1, module.out_features)
 
 
 def body_maker(network: Any) -> Callable[[], Any]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlora.model import LINEAR, FrozenModel, block_linears  # first: it quiets what peft brings in
+from dlora.model import LINEAR, FrozenModel, block_linears, is_linear  # first: it quiets what peft brings in
 
 # isort: split
 import peft
@@ -178,7 +178,7 @@ def attach(
 
     placed = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
     for name, layer in placed.items():
-        if not isinstance(layer.get_base_layer(), LINEAR):
+        if not is_linear(layer.get_base_layer()):
             raise ModelError(f"lora.target_modules: {name} is no linear but {type(layer.get_base_layer()).__name__}")
     if section.placement == "core":
         frame = _place_cores(network, placed, section, frame, weights_here)

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from dlora.config import CloudConfig, Config
-from dlora.data import BatchStream, FederatedData, collate, load_data, load_own_data
+from dlora.data import BatchStream, FederatedData, load_data, load_own_data
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.evaluate import Scores, evaluate
 from dlora.lora.active import named_units
 from dlora.lora.core import FRAME_FILE, Frame, compute_frame, is_in, read_frame, write_frame
-from dlora.lora.factors import digest, is_head, num_parameters, stack, target_names
+from dlora.lora.factors import digest, is_head, target_names
 from dlora.lora.groups import Group as Units
 from dlora.lora.groups import active_groups, core_groups, find_groups, renamed
 from dlora.lora.stacked import StackedModel, attach
@@ -35,10 +34,8 @@ from dlora.model import (
 )
 from dlora.net.codec import encode
 from dlora.split.remote import Half, load_half
-from dlora.train import activation_bytes
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_USABLE_MEMORY = 0.6  # of what is free: the rest is for the frozen model's workspace and for others
 
 
 @dataclass(frozen=True)
@@ -224,23 +221,3 @@ def manifest_text(manifest: dict[str, Any]) -> str:
 def manifest_hash(manifest: dict[str, Any]) -> str:
     """SHA-256 of the canonical JSON."""
     return hashlib.sha256(manifest_text(manifest).encode()).hexdigest()
-
-
-def fitting_group_size(prepared: Prepared) -> int:
-    """How many participants go through the model at once: as many as their longest batches leave room for, at least 1.
-
-    Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens a row.
-    """
-    if prepared.half is not None:
-        return 1  # tokens travel without padding, and so one participant's at a time
-    if prepared.config.peers.group_size is not None:
-        return min(prepared.config.peers.group_size, len(prepared.names))
-    rows = [row for peer in prepared.data.peers.values() for row in peer]
-    longest = max(rows, key=lambda row: len(row.input_ids))
-    batch = collate([longest] * prepared.config.train.per_device_train_batch_size, prepared.pad_token_id)
-    device = prepared.model.device
-    kept_bytes = activation_bytes(prepared.model, stack(prepared.model.initial, 1, device), batch, prepared.autocast_dtype)
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * len(prepared.names)  # value, gradient, two moments
-    room_bytes = _USABLE_MEMORY * free_bytes - state_bytes
-    return max(1, min(len(prepared.names), int(room_bytes / kept_bytes)))

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 from dlora.config import Config
 from dlora.programs.account import Summary, introduction, summary
+from dlora.programs.grouping import find_grouping
 from dlora.programs.halves import own_cloud
 from dlora.programs.one_run import Run
-from dlora.programs.prepare import fitting_group_size, manifest_hash, manifest_text, prepare
+from dlora.programs.prepare import manifest_hash, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.programs.schedules import first_step
 from dlora.report import write_report
@@ -39,7 +40,8 @@ def simulate(
     prepared.keep_frame()
     runs = ("dec-lora", *config.compare)
     stored = {run: folder.latest(run) for run in runs}
-    group_size = next((c.state["environment"]["group_size"] for c in stored.values() if c), 0) or fitting_group_size(prepared)
+    before = next((c.state["environment"]["group_size"] for c in stored.values() if c), None)
+    group_size, one_at_a_time = find_grouping(prepared, before)
     wired = own_cloud(prepared.half, config) if prepared.half else contextlib.nullcontext()
     with RunLog(folder.log_path, listeners) as log, wired as cloud_bytes:
         if resume:
@@ -47,6 +49,8 @@ def simulate(
         if log.position == 0:
             write_atomically(folder.path / "manifest.json", manifest_text(prepared.manifest))
             log.emit("start", **introduction(prepared, runs, group_size))
+            if one_at_a_time is not None:
+                log.emit("one-at-a-time", reason=one_at_a_time)
         started = time.monotonic()
         results = {}
         for run in runs:
@@ -67,7 +71,7 @@ def dry_run(config: Config) -> Summary:
     """Check everything a run needs and say what it would be; nothing is written."""
     RunFolder.check_new(config)
     prepared = prepare(config)
-    return introduction(prepared, ("dec-lora", *config.compare), fitting_group_size(prepared)) | {
+    return introduction(prepared, ("dec-lora", *config.compare), find_grouping(prepared).size) | {
         "local_steps": prepared.local_steps,
         **({"schedule": first_step(prepared)} if prepared.units else {}),
         "manifest": manifest_hash(prepared.manifest),
