@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from dlora import cli
 
 
 class Outcome(NamedTuple):
-    """What a command left on the terminal."""
+    """What a command left on the terminal; ``err`` is standard error without the lines that tell how far it is."""
 
     exit_code: int
     out: str
@@ -40,7 +41,12 @@ def call(*arguments: str | Path) -> Outcome:
             cli.main()
         except SystemExit as leaving:
             exit_code = leaving.code if isinstance(leaving.code, int) else 1
-    return Outcome(exit_code, out.getvalue(), err.getvalue())
+    return Outcome(exit_code, out.getvalue(), without_news(err.getvalue()))
+
+
+def without_news(err: str) -> str:
+    """Standard error without the lines of `Progress`, which begin with the time of day."""
+    return re.sub(r"(?m)^\d\d:\d\d:\d\d .*\n", "", err)
 
 
 def start(folder: Path, *arguments: str | Path) -> subprocess.Popen[str]:
@@ -59,7 +65,7 @@ def start(folder: Path, *arguments: str | Path) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str]) -> Outcome:
     """Wait for a process and read what it printed."""
     out, err = process.communicate(timeout=100)
-    return Outcome(process.returncode, out, err)
+    return Outcome(process.returncode, out, without_news(err))
 
 
 def furnish(folder: Path, model: Path, changes: Mapping[str, Any] | None = None) -> Path:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
-from command import Outcome, assert_identical, call, contents, final_factors, finish, furnish, start
+from command import Outcome, assert_identical, call, contents, final_factors, finish, furnish, start, without_news
 
+import dlora
 from dlora.runlog import NBSP, read_log
 
 REPOSITORY = Path(__file__).parents[1]
@@ -102,6 +104,47 @@ def test_the_examples_in_the_help_are_real(tmp_path: Path, monkeypatch: pytest.M
     assert call(*shlex.split(example[1])).exit_code == 0
 
 
+def test_the_version() -> None:
+    assert call("--version") == Outcome(0, f"dlora {dlora.__version__}\n", "")
+
+
+def test_shell_completion_can_be_installed() -> None:
+    assert "--install-completion" in call("--help").out
+
+
+@pytest.mark.parametrize("arguments", [["simulate"], ["plan"], ["eval"], ["peer", "run.yaml"], ["topology"]])
+def test_what_is_missing_on_the_command_line_is_shown_by_an_example(arguments: list[str]) -> None:
+    outcome = call(*arguments)
+    assert outcome.exit_code == 2 and outcome.err.count("\n") == 1
+    assert f"example: dlora {arguments[0]} " in outcome.err
+    assert ("dlora config > run.yaml" in outcome.err) == ("CONFIG" in outcome.err)
+
+
+@pytest.mark.parametrize("command", ["simulate", "peer", "device", "plan", "eval", "cloud"])
+def test_the_first_line_comes_before_anything_slow_is_imported(command: str, tmp_path: Path) -> None:
+    """At that moment neither torch nor transformers is there; the line is no slower than Python and typer are."""
+    needed = [] if command in ("simulate", "plan", "eval") else ["--name", "a", "--key", "a.key", "--federation", "f.yaml"]
+    code = f"""
+import sys
+from dlora import cli
+
+class Watching:
+    def __getattr__(self, name):
+        return getattr(sys.__stderr__, name)
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip()[9:17], *sorted({{"torch", "transformers", "numpy"}} & sys.modules.keys()))
+            sys.exit(0)
+
+sys.stderr = Watching()
+sys.argv = {["dlora", command, "run.yaml", *needed]!r}
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("starting\n", "")
+
+
 def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path, Any]) -> None:
     outcome = call("simulate", "run.yaml", "--resume")  # a finished run is only told again
     assert (outcome.exit_code, outcome.err) == (0, "")
@@ -142,6 +185,15 @@ def test_set_overrides_the_config(work: Path) -> None:
     assert resolved["train"]["learning_rate"] == 1e-4
     assert resolved["peers"]["topology"]["kind"] == "complete"
     assert resolved["lora"]["r"] == 4  # what was not overridden
+
+
+def test_a_dry_run_where_a_run_stands_says_so_and_writes_nothing(work: Path) -> None:
+    before = contents(work)
+    for changes, says in ([], "run holds this run already: --resume goes on with it"), (["--set", "seed=1"], "another run"):
+        outcome = call("simulate", "run.yaml", "--dry-run", *changes)
+        assert (outcome.exit_code, outcome.err) == (0, "")
+        assert says in words(outcome.out) and "would run dec-lora" in outcome.out
+    assert contents(work) == before
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(work: Path) -> None:
@@ -296,13 +348,41 @@ def test_ctrl_c_twice_discards_the_round(fresh: Path, whole: Path) -> None:
     wait_for_round(process, fresh / "run", 1)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    assert process.stderr.readline() == "stopping after this round; Ctrl-C again discards it\n"
+    said = next(line for line in process.stderr if without_news(line))
+    assert said == "stopping after this round; Ctrl-C again discards it\n"
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert (outcome.exit_code, outcome.out) == (4, "")
     [message] = outcome.err.splitlines()
     assert message.startswith("the round under way is discarded, what was saved stands; go on with: dlora simulate ")
     resume(message)
+    assert_as_if_uninterrupted(Path("run"), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=["Ctrl-C", "SIGUSR1"])
+def test_a_signal_while_loading_ends_at_once_and_the_same_command_starts_anew(
+    number: signal.Signals, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    """Field case 15: nothing is written yet, and libraries that are being imported cannot swallow the signal."""
+    folder = furnish(tmp_path / "work", model_folder("bert"))
+    process = start(folder, "simulate", "run.yaml")
+    assert process.stderr is not None
+    assert "starting" in process.stderr.readline()
+    process.send_signal(number)
+    outcome = finish(process)
+    assert (outcome.exit_code, outcome.out) == (4, "")
+    assert outcome.err == "stopped before it began; nothing was written; start it again with: dlora simulate run.yaml\n"
+    assert not (folder / "run").exists()
+
+
+def test_sigusr1_is_heard_as_sigterm_is(fresh: Path, whole: Path) -> None:
+    """Field case 15: Slurm sends it before a job's end."""
+    process = start(fresh, "simulate", "run.yaml")
+    wait_for_round(process, fresh / "run", 0)
+    process.send_signal(signal.SIGUSR1)
+    outcome = finish(process)
+    assert outcome.exit_code == 4 and "finished and saved; go on with: dlora simulate run.yaml --resume" in outcome.err
+    resume(outcome.err)
     assert_as_if_uninterrupted(Path("run"), whole)
 
 

@@ -44,7 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("decentralized/finite_time", "lora/factors", "lora/kill_revive", "runlog"),
     ("rows", "seeds", "activity"),
-    ("config",),
+    ("config", "stopping"),
     ("config_file",),
     ("errors", "frames", "split_frames"),
 )
@@ -203,6 +203,16 @@ def test_every_python_file_is_type_checked() -> None:
     assert (
         ours.stdout and [name for name in ours.stdout.split() if not any(Path(name).is_relative_to(at) for at in checked)] == []
     )
+
+
+def test_bitsandbytes_is_imported_for_a_quantised_base_only() -> None:
+    """It takes seconds, and PEFT imports it wherever it is installed; what it finds later is what is there."""
+    code = (
+        "import sys, importlib.util, dlora.programs.simulate\n"
+        "from peft.import_utils import is_bnb_available\n"
+        "print('bitsandbytes' in sys.modules, is_bnb_available() == (importlib.util.find_spec('bitsandbytes') is not None))"
+    )
+    assert run_python(code).split() == ["False", "True"]
 
 
 def test_all_is_what_is_public() -> None:

@@ -1,10 +1,12 @@
 """Events become bars on a terminal and nothing elsewhere."""
 
 import io
+import re
+from typing import Any
 
 from rich.console import Console
 
-from dlora.progress import Progress
+from dlora.progress import STARTING, Progress
 from dlora.runlog import Event
 
 STORY: list[Event] = [
@@ -109,12 +111,37 @@ def test_peers_with_a_cloud_show_both_wires() -> None:
         assert "1.4 MB, 3.0 MB with the cloud" in drawn(progress)
 
 
-def test_nothing_where_there_is_no_terminal() -> None:
+def lines(**options: Any) -> list[str]:
+    """What is printed of the story where there is no terminal, without the time of day in front."""
     file = io.StringIO()
-    with Progress(Console(file=file, force_terminal=False)) as progress:
+    with Progress(Console(file=file, force_terminal=False), **options) as progress:
         for event in STORY + END:
             progress(event)
-    assert file.getvalue() == ""
+    printed = file.getvalue().replace("\u00a0", " ").splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in printed)
+    return [line[9:] for line in printed]
+
+
+def test_where_there_is_no_terminal_a_line_says_what_has_begun() -> None:
+    """Field case 15: what a cluster's log shows."""
+    assert lines() == [
+        STARTING,
+        "loading model",
+        "Dec-LoRA 0/2 rounds",
+        "Dec-LoRA 1/2 rounds, loss 0.693, accuracy 84.3 %, 1.4 MB",
+        "Alone 3 rounds",
+    ]
+
+
+def test_where_there_is_no_terminal_a_line_from_time_to_time_says_how_far_it_is() -> None:
+    often = lines(lines_every_s=0.0)
+    assert "Dec-LoRA 1/2 rounds, loss 0.693, 1.4 MB, scoring [b]peer, 1 of 3" in often
+    assert [line for line in lines() if line not in often] == []
+    assert len(often) > len(lines())
+
+
+def test_quiet_prints_nothing() -> None:
+    assert lines(quiet=True) == []
 
 
 def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dlora.errors import RunError
-from dlora.runlog import RunLog, bytes_text, read_log, run_records, score_text, seconds_text, write_atomically
+from dlora.runlog import RunLog, bytes_text, count_text, read_log, run_records, score_text, seconds_text, write_atomically
 
 
 def test_events_are_written_and_heard_ticks_only_heard(tmp_path: Path) -> None:
@@ -169,3 +169,9 @@ def test_an_unfinished_run_is_told_by_its_latest_events() -> None:
     assert dec_lora.last("bytes_on_wire") == 20  # the round's, not the older scores'
     assert dec_lora.scores[1]["consensus"] == {"accuracy": 0.5} and dec_lora.scores[1]["peers_mean"] == {"accuracy": 0.4}
     assert local.figure({"consensus": {"loss": 1.0}, "peers_mean": {"loss": 2.0}}, "loss") == 2.0
+
+
+def test_a_mean_of_counts_has_no_exponent() -> None:
+    assert [count_text(count) for count in (2, 7.5, 99.96, 2000.0, 2000.4, 1e6)] == [
+        "2", "7.5", "100", "2,000", "2,000", "1,000,000",
+    ]  # fmt: skip

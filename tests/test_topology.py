@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import reduce
 from typing import Any
 
 import networkx as nx
@@ -144,6 +145,15 @@ def test_gap_of_rounds_that_differ_is_the_rate_a_round_over_the_cycle() -> None:
     pair, rest = np.full((2, 2), 0.5), np.eye(2)
     lazy = 0.25 * pair + 0.75 * rest  # its second eigenvalue is 0.75
     assert spectral_gap(Topology("by hand", ("ana", "bo"), (lazy, rest))) == pytest.approx(1 - math.sqrt(0.75))
+
+
+@pytest.mark.parametrize(("kind", "n"), [("ring", 60), ("erdos-renyi", 60), ("base-k", 57), ("exponential", 60)])
+def test_the_gap_is_what_a_singular_value_decomposition_gives(kind: str, n: int) -> None:
+    topology = build(kind, n)
+    part = Topology(kind, topology.names, topology.matrices[:-1] or topology.matrices)  # of a cycle: not exact, not symmetric
+    product = reduce(lambda done, mixing: mixing @ done, part.matrices)
+    largest = np.linalg.svd(product - 1 / n, compute_uv=False)[0]
+    assert spectral_gap(part) == pytest.approx(1 - largest ** (1 / part.period), abs=1e-12)
 
 
 # --- each kind is what its name says ---

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from dlora.cloud_view import CloudView
-from dlora.config import CloudConfig, Config, TopologySection
-from dlora.config_file import parse_section
+import dlora
 from dlora.errors import ConfigError, DloraError, Interrupted
 from dlora.progress import Progress
-from dlora.runlog import to_json, write_atomically
+from dlora.runlog import Listener, to_json, write_atomically
+from dlora.stopping import Stop, resumable
 from dlora.tables import cost_table, plan_table, scores_table, served_table, summary_table
+
+if TYPE_CHECKING:
+    from dlora.config import Config
+
+# What takes time to import is imported by the command that needs it, after it has said that it is at work.
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune language models with LoRA on data that may not leave its owner.\n\n"
@@ -63,8 +62,23 @@ def main() -> None:
         _fail("interrupted", Interrupted.exit_code)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a mistake on the command line, as typer words it
-            _fail(error.format_message() or "no command given; see above", 2)
+            _fail(_with_example(error), 2)
         raise
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dlora {dlora.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -83,18 +97,19 @@ def simulate(
     """
     if dry_run and resume:
         raise ConfigError("--dry-run and --resume: a dry run starts nothing and resumes nothing; give one of them")
-    loaded = Config.load(config, set_)
-    from dlora.programs import simulate as program
+    progress = Progress(quiet=as_json)
+    with resumable(progress) as stop, progress:
+        loaded = _load(config, set_)
+        from dlora.programs import simulate as program
 
+        if dry_run:
+            document = program.dry_run(loaded, listeners=[progress])
+        else:
+            document = program.simulate(loaded, resume=resume, listeners=[progress, stop.hear], stop=stop)
     if dry_run:
-        plan = program.dry_run(loaded)
-        _print(plan, as_json, plan_table)
-        return
-    with Progress() as progress, _resumable() as stop:
-        summary = program.simulate(loaded, resume=resume, listeners=[progress], stop=stop)
-    _print(summary, as_json, summary_table)
-    if not as_json:
-        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+        _print(document, as_json, plan_table)
+    else:
+        _print_summary(document, as_json, loaded.output_dir)
 
 
 @app.command()
@@ -112,16 +127,16 @@ def peer(
 
     Example: dlora peer run.yaml --name north --key north.key --federation federation.yaml
     """
-    loaded = Config.load(config, set_)
-    from dlora.programs.peer import peer as program
+    progress = Progress(quiet=as_json)
+    with resumable(progress) as stop, progress:
+        loaded = _load(config, set_)
+        from dlora.programs.peer import peer as program
 
-    with Progress() as progress, _resumable() as stop:
+        hearing: list[Listener] = [progress, stop.hear]
         summary = program(
-            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=[progress], stop=stop
+            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=hearing, stop=stop
         )
-    _print(summary, as_json, summary_table)
-    if not as_json:
-        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+    _print_summary(summary, as_json, loaded.output_dir)
 
 
 @app.command()
@@ -138,11 +153,18 @@ def cloud(
 
     Example: dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml --set limits.max_devices=8
     """
-    loaded = CloudConfig.load(config, set_)
-    with CloudView(quiet=as_json) as view, _stopping("stopping; devices dial again when the cloud is back") as stop:
+    from dlora.cloud_view import CloudView
+
+    answer = "stopping; devices dial again when the cloud is back"
+    view = CloudView(quiet=as_json)
+    with Stop(answer, view) as stop, view:
+        from dlora.config import CloudConfig
+
+        loaded = CloudConfig.load(config, set_)
         from dlora.programs.cloud import cloud as program
 
-        summary = program(loaded, name=name, key=key, federation=federation, listen=listen, listeners=[view], stop=stop)
+        hearing: list[Listener] = [view, stop.hear]
+        summary = program(loaded, name=name, key=key, federation=federation, listen=listen, listeners=hearing, stop=stop)
     _print(summary, as_json, served_table)
 
 
@@ -165,16 +187,16 @@ def device(
 
     Example: dlora device run.yaml --name phone --key phone.key --federation federation.yaml --set split.wire=int8
     """
-    loaded = Config.load(config, set_)
-    from dlora.programs.device import device as program
+    progress = Progress(quiet=as_json)
+    with resumable(progress) as stop, progress:
+        loaded = _load(config, set_)
+        from dlora.programs.device import device as program
 
-    with Progress() as progress, _resumable() as stop:
+        hearing: list[Listener] = [progress, stop.hear]
         summary = program(
-            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=[progress], stop=stop
+            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=hearing, stop=stop
         )
-    _print(summary, as_json, summary_table)
-    if not as_json:
-        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+    _print_summary(summary, as_json, loaded.output_dir)
 
 
 @app.command()
@@ -188,10 +210,13 @@ def plan(
 
     Example: dlora plan run.yaml --name north --set peers.wire=bfloat16
     """
-    loaded = Config.load(config, set_)
-    from dlora.programs.plan import plan as program
+    progress = Progress(quiet=as_json)
+    with Stop("stopping", progress), progress:
+        loaded = _load(config, set_)
+        from dlora.programs.plan import plan as program
 
-    _print(program(loaded, name), as_json, cost_table)
+        costs = program(loaded, name)
+    _print(costs, as_json, cost_table)
 
 
 @app.command(name="eval")
@@ -204,9 +229,10 @@ def evaluate(
 
     Example: dlora eval runs/sst2-ring --data more-reviews.tsv
     """
-    from dlora.programs.score import score
+    progress = Progress(quiet=as_json)
+    with Stop("stopping", progress), progress:
+        from dlora.programs.score import score
 
-    with Progress() as progress:
         scores = score(run, data, listeners=[progress])
     _print(scores, as_json, scores_table)
 
@@ -242,6 +268,8 @@ def topology(
 
     Example: dlora topology base-k --peers 10 -o base-k.svg
     """
+    from dlora.config import TopologySection
+    from dlora.config_file import parse_section
     from dlora.decentralized import topology as graphs
 
     section = parse_section(TopologySection, {"kind": kind, "p": p, "seed": seed, "k": k})
@@ -318,47 +346,34 @@ def _fail(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
+def _with_example(error: Any) -> str:
+    """What is wrong on the command line, and a line that is right: the example in the command's help."""
+    message = " ".join((error.format_message() or "no command given; see above").split())
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    _, _, example = (getattr(command, "help", None) or "").partition("Example: ")
+    if example:
+        message = f"{message.rstrip('.')}; example: {' '.join(example.split())}"
+        if any(argument.metavar == "CONFIG" for argument in command.params) and "CONFIG" in message:  # type: ignore[union-attr]
+            message += " (dlora config > run.yaml writes a config to start from)"
+    return message
+
+
 def _warn(message: Warning | str, *_where: Any) -> None:
     """A warning as one line, without the place in our code that says nothing to a user."""
     Console(stderr=True).print(Text.from_markup("[yellow]warning:[/yellow] ").append(str(message)), soft_wrap=True)
 
 
-@contextmanager
-def _stopping(answer: str) -> Iterator[Callable[[], bool]]:
-    """Whether the first Ctrl-C (or SIGTERM) has come, to which ``answer`` is printed; the second is a KeyboardInterrupt."""
-    asked = False
+def _load(path: Path, overrides: list[str]) -> Config:
+    """The config of a run."""
+    from dlora.config import Config
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        Console(stderr=True).print(answer)
-
-    asking = (signal.SIGINT, signal.SIGTERM)  # services send the second
-    before = [signal.signal(number, interrupt) for number in asking]
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in zip(asking, before, strict=True):
-            signal.signal(number, handler)
+    return Config.load(path, overrides)
 
 
-@contextmanager
-def _resumable() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the round finish and saves; the second gives it up. Either way: how to go on."""
-    try:
-        with _stopping("stopping after this round; Ctrl-C again discards it") as stop:
-            yield stop
-    except Interrupted as interrupted:
-        raise Interrupted(f"{interrupted}; go on with: {_resume_command()}") from None
-    except KeyboardInterrupt:
-        raise Interrupted(f"the round under way is discarded, what was saved stands; go on with: {_resume_command()}") from None
-
-
-def _resume_command() -> str:
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join(["dlora", *arguments, "--resume"])
+def _print_summary(summary: dict[str, Any], as_json: bool, output_dir: str) -> None:
+    _print(summary, as_json, summary_table)
+    if not as_json:
+        typer.echo(f"report: {Path(output_dir, 'report.html')}")
 
 
 def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlora.cloud_record import CloudRecord, Served
+from dlora.progress import STARTING
 from dlora.runlog import NBSP, Event, bytes_text, seconds_text
 
 REFRESHES_A_SECOND = 4
@@ -28,7 +29,7 @@ class CloudView:
         self._console = console or Console(stderr=True)
         self._quiet = quiet
         self._record = CloudRecord()
-        self._waiting: Spinner | None = Spinner("dots", Text("starting"))
+        self._waiting: Spinner | None = Spinner("dots", Text(STARTING))
         self._live = Live(
             get_renderable=self._drawn,
             console=self._console,
@@ -39,7 +40,7 @@ class CloudView:
     def __call__(self, event: Event) -> None:
         """Hear one event; unknown ones change nothing."""
         self._record(event)
-        if event["event"] == "phase":
+        if event["event"] == "loading":
             self._waiting = Spinner("dots", Text(event["text"]))
         if event["event"] == "serving":
             self._waiting = None
@@ -47,13 +48,23 @@ class CloudView:
         if text is not None and not self._quiet and (event["event"] == "serving" or not self._console.is_terminal):
             self._console.print(Text(text), soft_wrap=True)
 
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the table where there is one."""
+        self._console.print(Text(f"\n{text}" if self._console.is_terminal else text), soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the table away."""
+        self._live.stop()
+
     def __enter__(self) -> CloudView:
         if self._console.is_terminal:
-            self._live.start()
+            self._live.start(refresh=True)
+        elif not self._quiet:
+            self._console.print(Text(f"{datetime.now():%H:%M:%S} {STARTING}"), soft_wrap=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._live.stop()
+        self.close()
 
     def _drawn(self) -> Group:
         if self._waiting is not None:

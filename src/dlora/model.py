@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -318,6 +319,26 @@ def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=beside
     )
+
+
+@contextlib.contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Keep PEFT from importing bitsandbytes, which takes seconds, where no base is quantised by it: it is not there.
+
+    A quantised base has imported it before, and then nothing changes.
+    """
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]
+        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+        for found in (is_bnb_available, is_bnb_4bit_available):  # PEFT remembers what it found
+            found.cache_clear()
 
 
 @contextlib.contextmanager

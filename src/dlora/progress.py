@@ -1,8 +1,10 @@
-"""The run's events as progress bars on a terminal."""
+"""The run's events as progress bars on a terminal, and as a line a minute where there is none."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
+from datetime import datetime
 from types import TracebackType
 
 from rich import progress as bars
@@ -12,17 +14,24 @@ from rich.table import Table
 from rich.text import Text
 
 from dlora.activity import Activity
-from dlora.runlog import NBSP, TITLES, Event, bytes_text, score_text
+from dlora.runlog import NBSP, TITLES, Event, bytes_text, score_text, seconds_text
+
+STARTING = "starting: torch and transformers take some seconds to load"
+LINES_EVERY_S = 60.0
 
 
 class Progress:
     """A listener of `RunLog`: a line for what is being prepared, a bar for each run, one below it while it is scored.
 
-    Draws on standard error, and nothing where that is no terminal. A context manager; the runs' bars stay after it.
+    Draws on standard error. Where that is no terminal, it prints a line when something else begins, and how far the run is
+    once a minute, for the logs of services and clusters; with ``quiet`` none. Each line begins with the time of day. A context
+    manager that says at once that something is going on; the runs' bars stay after it.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, quiet: bool = False, lines_every_s: float = LINES_EVERY_S) -> None:
         console = console or Console(stderr=True)
+        self._prints = not console.is_terminal and not quiet
+        self._lines_every_s, self._printed_at, self._text = lines_every_s, time.monotonic(), ""
         self._bars = _Bars(
             bars.SpinnerColumn(finished_text="[green]✓"),
             bars.TextColumn("{task.description}", markup=False),
@@ -43,10 +52,31 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Hear one event or tick; unknown ones change nothing."""
+        self._show(event)
+        if not self._prints:
+            return
+        match event["event"]:
+            case "loading" | "phase":
+                self._print(event["text"])
+            case "run" | "resumed" | "run-done":
+                self._print_run(event["run"])
+            case "step" | "round" | "evaluating" | "scores" if time.monotonic() - self._printed_at >= self._lines_every_s:
+                self._print_run(event["run"])
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the bars where there are any."""
+        self._bars.console.print(Text(f"\n{text}" if self._bars.console.is_terminal else text), soft_wrap=True)
+
+    def close(self) -> None:
+        """Leave the runs' bars and take no more of the terminal."""
+        self._forget()
+        self._bars.stop()
+
+    def _show(self, event: Event) -> None:
         match event["event"]:
             case "start":
                 self._metric = event["metric"]
-            case "phase":
+            case "loading" | "phase":
                 self._pass(event["text"], 0, None)
             case "evaluating":
                 self._pass(f"  scoring {event['what']}", event["done"], event["total"])
@@ -87,12 +117,14 @@ class Progress:
                 self._forget()
 
     def __enter__(self) -> Progress:
+        self._pass(STARTING, 0, None)
         self._bars.start()
+        if self._prints:
+            self._print(STARTING)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._forget()
-        self._bars.stop()
+        self.close()
 
     def _bar(self, run: str) -> bars.TaskID:
         """The run's bar, made when the run is first heard of (a resumed one may start in the middle)."""
@@ -119,6 +151,22 @@ class Progress:
         notes.update(news)
         kinds = ("loss", "score", "active", "sent", "cloud", "neighbours")
         self._bars.update(self._bar(run), note=", ".join(notes[kind] for kind in kinds if kind in notes))
+
+    def _print_run(self, run: str) -> None:
+        """How far a run is: what its bar shows."""
+        tasks = {task.id: task for task in self._bars.tasks}
+        task, passing = tasks[self._bar(run)], tasks.get(self._passing) if self._passing is not None else None
+        said = [f"{task.description} {task.fields['done']}", task.fields["note"]]
+        if passing is not None and passing.total:
+            said.append(f"{passing.description.strip()}, {passing.completed:,.0f} of {passing.total:,.0f}")
+        elif task.time_remaining and not task.finished:
+            said.append(f"{seconds_text(task.time_remaining)} left")
+        self._print(", ".join(filter(None, said)))
+
+    def _print(self, text: str) -> None:
+        if text != self._text:
+            self._text, self._printed_at = text, time.monotonic()
+            self._bars.console.print(Text(f"{datetime.now():%H:%M:%S} {text}"), soft_wrap=True)
 
     def _pass(self, text: str, done: int, total: int | None) -> None:
         if self._passing is None:

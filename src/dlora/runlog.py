@@ -96,6 +96,22 @@ class RunLog:
             listener(entry)
 
 
+def loading(listeners: Iterable[Listener]) -> Callable[[str], None]:
+    """Tells the listeners what is being loaded: no line of a log, for there is no run yet."""
+
+    def tell(text: str) -> None:
+        for listener in listeners:
+            listener({"event": "loading", "text": text})
+
+    return tell
+
+
+def loaded(listeners: Iterable[Listener]) -> None:
+    """Tells the listeners that all is loaded, before the run's folder is made: from here on something can be lost."""
+    for listener in listeners:
+        listener({"event": "loaded"})
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """JSON text; a number that is not finite becomes null."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
@@ -194,6 +210,11 @@ def score_text(value: float | None, key: str) -> str:
 def percent_text(fraction: float) -> str:
     """A fraction in per cent: 12.4 %."""
     return f"{100 * fraction:.1f}{NBSP}%"
+
+
+def count_text(count: float) -> str:
+    """A mean of counts: 2,000 or 312, below a hundred with what is behind the point, 7.5."""
+    return f"{count:,.0f}" if count >= 100 or count == round(count) else f"{count:.3g}"
 
 
 def bytes_text(count: float | None) -> str:

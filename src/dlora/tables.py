@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from dlora.runlog import bytes_text, percent_text, score_text, seconds_text
+from dlora.runlog import bytes_text, count_text, percent_text, score_text, seconds_text
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -42,7 +42,7 @@ def plan_table(plan: dict[str, Any]) -> Group:
     messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
     agreement = [
         f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
-        f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round {messages:.3g} messages;"
+        f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round {count_text(messages)} messages;"
         f" spectral gap {plan['spectral_gap']:.3f}",
     ]
     if len(plan["peers"]) == 1:
@@ -52,6 +52,8 @@ def plan_table(plan: dict[str, Any]) -> Group:
             f"schedule {first['kind']}: {first['units']} units; {first['active']} of them active in the first step, with"
             f" {percent_text(first['adapter_fraction'])} of the adapter's traffic"
         )
+    if "stands" in plan:
+        agreement.append(plan["stands"])
     return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *agreement)
 
 
@@ -85,7 +87,7 @@ def _with_cloud(costs: dict[str, Any]) -> list[str]:
     return [
         f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules,"
         f" {costs['tokens']:,} tokens",
-        f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in {costs['round_trips_a_step']:.4g} round trips;"
+        f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in {count_text(costs['round_trips_a_step'])} round trips;"
         f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
         f"in all {about}{bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
         f" {bytes_text(costs['adapter_bytes'])}, boundary {bytes_text(costs['boundary_bytes'])}, scoring"

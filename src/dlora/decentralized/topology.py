@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import combinations
 from typing import Literal, get_args
 
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from dlora.config import TopologySection
 from dlora.decentralized.finite_time import Matrix, base_k, hypercube
 from dlora.errors import TopologyError
+from dlora.runlog import count_text
 
 Weights = Literal["metropolis", "laplacian"]
 
@@ -54,6 +55,12 @@ class Topology:
     def num_peers(self) -> int:
         """How many peers there are."""
         return len(self.names)
+
+    @cached_property
+    def spectral_gap(self) -> float:
+        """What `spectral_gap` explains, worked out once."""
+        product = reduce(lambda done, mixing: mixing @ done, self.matrices)
+        return float(1 - _disagreement(product) ** (1 / self.period))
 
     def mixing(self, round: int) -> Matrix:
         """The (n, n) mixing matrix of a round; entry [i, j] is the weight peer i gives to what peer j sent."""
@@ -238,13 +245,22 @@ def spectral_gap(topology: Topology) -> float:
 
     When rounds differ: 1 - |W_(T-1) ... W_0 - J|_2 ^ (1/T) over a cycle of T rounds, J the matrix of all 1/n.
     """
-    product = reduce(lambda done, mixing: mixing @ done, topology.matrices)
-    return float(1 - _disagreement(product) ** (1 / topology.period))
+    return topology.spectral_gap
 
 
 def _disagreement(product: Matrix) -> float:
-    """|product - J|_2: the largest factor by which the peers' distance to their mean may still be multiplied."""
-    norm = float(np.linalg.norm(product - 1 / len(product), 2))
+    """|product - J|_2: the largest factor by which the peers' distance to their mean may still be multiplied.
+
+    A symmetric matrix's norm is its largest absolute eigenvalue, any other's the root of the largest of M^T M: to rounding what
+    a singular value decomposition gives, in a fraction of its time (1,000 peers).
+    """
+    apart = product - 1 / len(product)
+    if np.linalg.norm(apart) <= ROUNDING:  # Frobenius' norm is never below this one
+        return 0.0
+    if np.array_equal(apart, apart.T):
+        norm = float(np.abs(np.linalg.eigvalsh(apart)).max())
+    else:
+        norm = math.sqrt(max(0.0, float(np.linalg.eigvalsh(apart.T @ apart)[-1])))
     return norm if norm > ROUNDING else 0.0
 
 
@@ -299,7 +315,7 @@ def describe(topology: Topology) -> str:
     goals = {"rounds to 100 times closer": 100.0} | ({"rounds to the exact average": 1 / ROUNDING} if gap == 1 else {})
     for goal, factor in goals.items():
         rounds, messages = rounds_to_agree(topology, factor)
-        lines.append(f"{goal:<30} {rounds:,} ({messages:,} messages, {messages / n:.4g} a peer)")
+        lines.append(f"{goal:<30} {rounds:,} ({messages:,} messages, {count_text(messages / n)} a peer)")
     return "\n".join(lines)
 
 

@@ -11,13 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlora.model import LINEAR, FrozenModel, block_linears, is_linear  # first: it quiets what peft brings in
+from dlora.model import (
+    LINEAR,
+    FrozenModel,
+    block_linears,
+    is_linear,
+    without_bitsandbytes,
+)  # first: it quiets what peft brings in
 
 # isort: split
-import peft
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
+
+with without_bitsandbytes():
+    import peft
+    from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -167,7 +175,7 @@ def attach(
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_bitsandbytes():
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(peft_config, network)
     except ValueError as error:

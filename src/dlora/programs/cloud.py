@@ -61,7 +61,7 @@ def cloud(
     metrics = None if config.metrics is None else CloudMetrics(*check_listen(config.metrics, "metrics"))
     record = CloudRecord()
     telling = _Telling([record, *([metrics] if metrics else []), *listeners])
-    telling.tell("phase", text=f"loading {config.model}")
+    telling.tell("loading", text=f"loading {config.model}")
     body = load_body(config)
     limits = config.limits
     guests = _Guests(

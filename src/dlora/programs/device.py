@@ -15,7 +15,7 @@ from dlora.programs.peer import peer
 from dlora.programs.prepare import manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, to_json, write_atomically
+from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
 
 RUN = "dlora"
 
@@ -51,9 +51,8 @@ def device(
         RunFolder.check_same(config, name)
     else:
         RunFolder.check_new(config)
-    prepared = prepare(
-        config, lambda text: [hear({"event": "phase", "text": text}) for hear in listeners], own=name, resume=resume
-    )
+    prepared = prepare(config, loading(listeners), own=name, resume=resume)
+    loaded(listeners)
     assert prepared.half is not None and config.split is not None
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()

@@ -22,7 +22,7 @@ from dlora.programs.peer_run import RUN, PeerRun
 from dlora.programs.prepare import manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, to_json, write_atomically
+from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
 
 
 def peer(
@@ -53,9 +53,8 @@ def peer(
         RunFolder.check_same(config, name)
     else:
         RunFolder.check_new(config)
-    prepared = prepare(
-        config, lambda text: [listen_to({"event": "phase", "text": text}) for listen_to in listeners], own=name, resume=resume
-    )
+    prepared = prepare(config, loading(listeners), own=name, resume=resume)
+    loaded(listeners)
     topology = prepared.topology
     listed.check_dialable(
         {(members[one], members[two]) for round in range(topology.period) for one, two in topology.edges(round)}

@@ -58,6 +58,19 @@ class RunFolder:
             )
 
     @classmethod
+    def standing(cls, config: Config) -> str | None:
+        """What to know where ``output_dir`` holds a run already; None where a new one can begin. RunError as `check_new`."""
+        path = Path(config.output_dir)
+        if not (path / "config.yaml").is_file():
+            cls.check_new(config)
+            return None
+        try:
+            cls.check_same(config)
+        except RunError as error:
+            return f"{path} holds another run ({error})"
+        return f"{path} holds this run already: --resume goes on with it, a new one takes --set output_dir=..."
+
+    @classmethod
     def check_same(cls, config: Config, own: str | None = None) -> None:
         """Raise RunError unless ``output_dir`` holds this run, with this config; `train.rounds` may grow.
 

@@ -15,7 +15,7 @@ from dlora.programs.prepare import manifest_hash, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.programs.schedules import first_step
 from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, to_json, write_atomically
+from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
 
 
 def simulate(
@@ -34,7 +34,8 @@ def simulate(
         RunFolder.check_same(config)
     else:
         RunFolder.check_new(config)
-    prepared = prepare(config, lambda text: [listen({"event": "phase", "text": text}) for listen in listeners], resume=resume)
+    prepared = prepare(config, loading(listeners), resume=resume)
+    loaded(listeners)
     prepared.hand_frame()  # before anything else is written
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
@@ -67,12 +68,13 @@ def simulate(
     return summed
 
 
-def dry_run(config: Config) -> Summary:
-    """Check everything a run needs and say what it would be; nothing is written."""
-    RunFolder.check_new(config)
-    prepared = prepare(config)
+def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:
+    """Check everything a run needs and say what it would be; nothing is written, where a run stands neither."""
+    stands = RunFolder.standing(config)
+    prepared = prepare(config, loading(listeners))
     return introduction(prepared, ("dec-lora", *config.compare), find_grouping(prepared).size) | {
         "local_steps": prepared.local_steps,
         **({"schedule": first_step(prepared)} if prepared.units else {}),
+        **({"stands": stands} if stands else {}),
         "manifest": manifest_hash(prepared.manifest),
     }
