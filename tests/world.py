@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.frames import Frame
 from dlora.lora.factors import Factors
-from dlora.net.codec import Expected, decode_tensors, encode, message_num_bytes
+from dlora.net.codec import Expected, FrameError, decode_tensors, encode, message_num_bytes
 from dlora.net.memory import MemoryHub, MemoryNetwork
+from dlora.net.transport import LinkDown
 
 SIZE = 3
 PATIENCE = Patience(silence_s=60, round_limit_s=600)
@@ -59,6 +60,11 @@ class World:
         self.story: list[tuple[float, str, str, dict[str, Any]]] = []
         self.fault: Callable[[str, str], bool] = lambda name, what: False  # asked before every frame and write
         self.on_frame: Callable[[World, str, str, Frame], None] = lambda world, here, there, frame: None  # before it is sent
+        self.liar: Liar | None = None
+        self.lag_s: dict[str, float] = {}  # how much longer every frame of a peer takes
+        self.steps_s: dict[tuple[str, int], float] = {}  # how much longer a peer's local steps of a round take
+        self.trained: dict[str, list[int]] = {}
+        self.broken: list[BaseException] = []  # what ended a conversation and is no fault: a mistake in the protocol
         self.manifests = dict.fromkeys(names, '{"r":8}')
         self.catch_up_after = 10
 
@@ -94,7 +100,7 @@ class World:
 
     async def _live(self, name: str) -> None:
         network = FaultyNetwork(self, name)
-        ledger = FaultyLedger(self, name)
+        ledger = self.make_ledger(name)
         start, progress = self.commits.get(name, (self.start[name], Progress()))
         factors: Factors = {"x": start.clone()}
         exchange = Exchange(
@@ -106,7 +112,7 @@ class World:
             PATIENCE,
             self._sizes,
             self._decode,
-            lambda event, **fields: self.story.append((asyncio.get_running_loop().time(), name, event, fields)),
+            lambda event, **fields: self._report(name, event, fields),
         )
 
         def commit(progress: Progress) -> None:
@@ -115,7 +121,8 @@ class World:
 
         async def train(round: int, names: frozenset[str]) -> frozenset[str]:
             self.rounds_now[name] = round
-            await asyncio.sleep(1.0 + 0.1 * self.names.index(name))
+            self.trained.setdefault(name, []).append(round)
+            await asyncio.sleep(1.0 + 0.1 * self.names.index(name) + self.steps_s.pop((name, round), 0.0))
             factors["x"] -= self.rate * (factors["x"] - self.targets[name])
             return names
 
@@ -140,6 +147,17 @@ class World:
                 task.cancel()
             await asyncio.gather(serving, life, return_exceptions=True)
             ledger.close()
+
+    def make_ledger(self, name: str) -> FaultyLedger:
+        """The ledger of a peer that begins."""
+        return FaultyLedger(self, name)
+
+    def heard(self, name: str, event: str, fields: dict[str, Any]) -> None:
+        """What a peer reports, when it does."""
+
+    def _report(self, name: str, event: str, fields: dict[str, Any]) -> None:
+        self.story.append((asyncio.get_running_loop().time(), name, event, fields))
+        self.heard(name, event, fields)
 
     def _ask(self, name: str, what: str) -> None:
         if self.fault(name, what):
@@ -172,10 +190,14 @@ class World:
 
     def doubts(self) -> list[list[int]]:
         """The rounds in which each peer is in doubt."""
+        return [[round for rounds in doubts.values() for round in rounds] for doubts in self.doubts_with()]
+
+    def doubts_with(self) -> list[dict[str, list[int]]]:
+        """For each peer, neighbour -> the rounds in doubt with it."""
         ledgers = [Ledger(self.folder / name) for name in self.names]
         for ledger in ledgers:
             ledger.close()
-        return [[round for other in self.names for round in ledger.in_doubt(other)] for ledger in ledgers]
+        return [{other: rounds for other in self.names if (rounds := ledger.in_doubt(other))} for ledger in ledgers]
 
     def total(self) -> np.ndarray:
         """Of what the peers have committed; those that never did are where they started."""
@@ -213,6 +235,18 @@ class FaultyLedger(Ledger):
         self.world._ask(self.name, "after " + state)
 
 
+class Liar(Protocol):
+    """A member that runs the program with frames of its own in between."""
+
+    name: str
+
+    def tells(self, there: str, frame: Frame) -> Iterable[Frame]:
+        """What it sends in place of ``frame``."""
+
+    def answers(self, there: str, frame: Frame) -> Iterable[Frame]:
+        """What it sends when ``frame`` comes, beside what its program does."""
+
+
 class FaultyNetwork(MemoryNetwork):
     """A network that is silent once its peer is dead, and asks before each frame."""
 
@@ -224,14 +258,29 @@ class FaultyNetwork(MemoryNetwork):
 
     async def serve(self, talk: Any) -> None:
         async def faulty(neighbour: str, link: Any) -> None:
-            send = link.send
+            world, send, receive = self.world, link.send, link.receive
+            liar = world.liar if world.liar is not None and world.liar.name == self.name else None
 
             async def ask(frame: Frame) -> None:
-                self.world._ask(self.name, type(frame).__name__)
-                self.world.on_frame(self.world, self.name, neighbour, frame)
-                await send(frame)
+                world._ask(self.name, type(frame).__name__)
+                world.on_frame(world, self.name, neighbour, frame)
+                await asyncio.sleep(world.lag_s.get(self.name, 0.0))
+                for told in [frame] if liar is None else liar.tells(neighbour, frame):
+                    await send(told)
 
-            link.send = ask
-            await talk(neighbour, link)
+            async def hear() -> Frame:
+                frame = await receive()
+                for told in [] if liar is None else liar.answers(neighbour, frame):
+                    await send(told)
+                return frame  # type: ignore[no-any-return]
+
+            link.send, link.receive = ask, hear
+            try:
+                await talk(neighbour, link)
+            except (LinkDown, FrameError, OSError):
+                raise
+            except Exception as error:
+                world.broken.append(error)
+                raise
 
         await super().serve(faulty)
