@@ -35,6 +35,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a-baseline-without-list": ({"compare": "local"}, ["compare", "list", "'local'"]),
     "three-texts": ({"data.text": ["a", "b", "c"]}, ["data.text", "one column, or two for pairs", "['a', 'b', 'c']"]),
     "a-word-for-a-block": ({"peers.topology": "ring"}, ["peers.topology", "a block of keys", "'ring'"]),
+    "a-key-of-another-tool": ({"train.max_steps": 9}, ["train.max_steps is not a key", "`train.rounds` times `train.local_steps`"]),
+    "members-that-climb": (  # field case 35
+        {"peers": {"members": ["../../../X", "b"]}},
+        ["members: '../../../X' cannot name a folder"],
+    ),
     # the frozen model elsewhere
     "split-a-word": ({"split": "hub"}, ["split", "a block of keys", "'hub'"]),
     "split-without-cloud": ({"split": {"wire": "int8"}}, ["split.cloud is missing"]),
@@ -203,6 +208,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     # where it goes
     "output-dir-is-a-file": ({"output_dir": "train.jsonl"}, ["output_dir train.jsonl is a file", "--set output_dir="]),
     "output-dir-in-a-file": ({"output_dir": "train.jsonl/run"}, ["train.jsonl/run cannot be made", "Not a directory"]),
+    "output-dir-of-300-letters": ({"output_dir": "x" * 300}, ["cannot be made (File name too long)"]),  # field case 11
+    "output-dir-with-a-zero": ({"output_dir": "a\0b"}, ["output_dir: a text with a zero byte"]),
+    "train-of-300-letters": ({"data.train": "x" * 300 + ".csv"}, ["cannot be read", "File name too long"]),
+    "model-of-300-letters": ({"model": "x" * 300}, ["model xxx"]),
+    "model-with-a-zero": ({"model": "a\0b"}, ["model: a text with a zero byte"]),
     "output-dir-of-others": ({"output_dir": "model"}, ["output_dir model holds files that are no run"]),
 }  # fmt: skip
 

@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("rows", "seeds", "activity"),
     ("config", "stopping"),
     ("config_file",),
+    ("names", "other_keys", "yaml_file"),
     ("errors", "frames", "split_frames"),
 )
 # Folders that never know of each other, whatever their floors.

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from dlora.config import PartitionSection
 from dlora.errors import ConfigError, DataError, UserError
-from dlora.partition import by_owner, partition, safe_name
+from dlora.names import safe_name
+from dlora.partition import by_owner, partition
 from dlora.rows import read_rows
 
 Hands = dict[str, list[int]]
@@ -214,10 +215,19 @@ def test_by_owner() -> None:
     assert by_owner(["x", "y", "x"], ["x", "y"], None) == {"x": [0, 2], "y": [1]}
     with pytest.raises(ConfigError, match="peers.count is 3, data.train names 2 files"):
         by_owner(["x", "y"], ["x", "y"], 3)
-    with pytest.raises(ConfigError, match="peer '../x' cannot name a folder"):
-        by_owner(["../x"], ["../x"], None)
     with pytest.raises(DataError, match="data.limit leaves y without rows"):
         by_owner(["x"], ["x", "y"], None)
+
+
+def test_a_by_column_name_fits_every_disk() -> None:
+    """Field case 35: 80 letters of four bytes are 320, and a name takes 255; found before training, not after."""
+    clients = ["\U00020000" * 80, "\U00020001" * 80, "é" * 80]
+    section = PartitionSection(kind="by-column", column="who")
+    hands = partition(section, None, None, None, [{"who": who} for who in clients], 0)
+    assert [len(name.encode()) for name in hands] == [160, 200, 200]
+    same = [{"who": clients[0]}, {"who": clients[0] + "!"}]
+    with pytest.raises(DataError, match="are the same as folder names"):
+        partition(section, None, None, None, same, 0)
 
 
 def test_safe_name() -> None:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dlora.config_file import Document, Section
+from dlora.config_file import Document, Section, Text
+from dlora.names import why_unsafe
 
 Baseline = Literal["pooled", "local", "fedavg"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -18,14 +19,14 @@ class LoraSection(Section):
     r: int = Field(8, ge=1, description="rank of every pair (A, B)")
     lora_alpha: float = Field(16, gt=0, description="scaling = lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: Literal["all-linear"] | tuple[str, ...] | str = Field(
+    target_modules: Literal["all-linear"] | tuple[Text, ...] | Text = Field(
         "all-linear", description="all-linear: the linears of the transformer blocks; else names or one regex, as in PEFT"
     )
     train_head: bool = Field(True, description="classification: train, mix and send the new head too")
     placement: Literal["literal", "core"] = Field(
         "literal", description="literal: A and B train; core: both are the weight's own top directions, an r x r core trains"
     )
-    frame: str | None = Field(
+    frame: Text | None = Field(
         None,
         min_length=1,
         description="core: file of those directions, handed round: read, or made where there is none; null: found here",
@@ -47,7 +48,7 @@ class PartitionSection(Section):
     shares: tuple[tuple[float, ...], ...] | None = Field(
         None, description="label-shares: one row a peer, one column a label: the make-up of that peer's data"
     )
-    column: str | None = Field(None, description="by-column: the column whose values name the clients")
+    column: Text | None = Field(None, description="by-column: the column whose values name the clients")
     sizes: tuple[float, ...] | None = Field(None, description="iid, label-shares: relative number of rows a peer")
 
     @model_validator(mode="after")
@@ -72,12 +73,12 @@ class PartitionSection(Section):
 class DataSection(Section):
     """The text, its columns and how it is divided."""
 
-    train: str | dict[str, str] = Field(description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}")
-    eval: str | dict[str, str] = Field(description="what every score is measured on; same forms as train")
-    columns: tuple[str, ...] | None = Field(None, description="names of the columns of a csv or tsv without a header")
-    text: str | tuple[str, str] = Field("text", description="classification: one column, or two for pairs")
-    label: str = Field("label", description="classification: the column of the label")
-    labels: tuple[str, ...] | None = Field(None, description="names in order; null: those of the training data, sorted")
+    train: Text | dict[Text, Text] = Field(description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}")
+    eval: Text | dict[Text, Text] = Field(description="what every score is measured on; same forms as train")
+    columns: tuple[Text, ...] | None = Field(None, description="names of the columns of a csv or tsv without a header")
+    text: Text | tuple[Text, Text] = Field("text", description="classification: one column, or two for pairs")
+    label: Text = Field("label", description="classification: the column of the label")
+    labels: tuple[Text, ...] | None = Field(None, description="names in order; null: those of the training data, sorted")
     max_length: int = Field(128, ge=2, description="tokens; longer examples are cut")
     limit: int | None = Field(None, ge=1, description="training rows, drawn by the seed; null: all")
     eval_limit: int | None = Field(None, ge=1, description="evaluation rows, drawn by the seed; null: all")
@@ -87,6 +88,8 @@ class DataSection(Section):
     def _files(self) -> DataSection:
         if self.train == {}:
             raise ValueError("train names no peer; expected {peer: file}")
+        if isinstance(self.train, dict) and (wrong := why_unsafe(tuple(self.train))):
+            raise ValueError(f"train: the peer {wrong}")
         if isinstance(self.train, dict) != (self.partition.kind == "files"):
             raise ValueError("train: {peer: file} and partition: {kind: files} go together; give both or neither")
         return self
@@ -126,7 +129,7 @@ class TopologySection(Section):
     p: float | None = Field(None, gt=0, le=1, description="erdos-renyi: probability of an edge")
     seed: int | None = Field(None, ge=0, description="erdos-renyi: the first connected graph from this seed on (default 0)")
     k: int | None = Field(None, ge=1, description="base-k: neighbours a round, at most (default 1)")
-    edges: tuple[tuple[str | int, str | int], ...] | None = Field(None, description="edges: pairs of peers, by name or index")
+    edges: tuple[tuple[Text | int, Text | int], ...] | None = Field(None, description="edges: pairs of peers, by name or index")
 
     @model_validator(mode="after")
     def _needs(self) -> TopologySection:
@@ -153,7 +156,7 @@ class PeersSection(Section):
     )
     period: int = Field(5, ge=1, description="alternate: rounds before the other factor's turn")
     wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of what is sent")
-    members: tuple[str, ...] | None = Field(None, description="names instead of a count: who takes part (`dlora peer`)")
+    members: tuple[Text, ...] | None = Field(None, description="names instead of a count: who takes part (`dlora peer`)")
     silence_s: float = Field(60, gt=0, description="a neighbour from which nothing comes for so long is left out of the round")
     round_limit_s: float = Field(3600, gt=0, description="the longest a round waits for a neighbour, whatever still comes")
     catch_up_after: int = Field(10, ge=1, description="rounds behind its neighbours after which a peer takes their state")
@@ -168,13 +171,17 @@ class PeersSection(Section):
         twice = sorted({name for name in self.members or () if (self.members or ()).count(name) > 1})
         if twice:
             raise ValueError(f"members names {twice[0]} twice; name each peer once")
+        if self.members is not None and not self.members:
+            raise ValueError("members names nobody; name those who take part, or remove it")
+        if wrong := why_unsafe(self.members or ()):
+            raise ValueError(f"members: {wrong}")
         return self
 
 
 class SplitSection(Section):
     """The frozen model elsewhere: data, labels, factors and head stay here."""
 
-    cloud: str = Field(min_length=1, description="the member that runs the frozen model, by its name in the federation")
+    cloud: Text = Field(min_length=1, description="the member that runs the frozen model, by its name in the federation")
     wire: Literal["float32", "bfloat16", "int8"] = Field(
         "bfloat16", description="dtype of hidden states and updates on their way; int8: dynamic, a scale for each token"
     )
@@ -206,7 +213,7 @@ class ScheduleSection(Section):
     )
     warmup_steps: int = Field(80, ge=1, description="kr: local steps of the first rotation; probe: with everything active")
     rewarm_steps: int = Field(5, ge=1, description="local steps over which a revived unit's learning rate rises again")
-    units: tuple[str, ...] | None = Field(
+    units: tuple[Text, ...] | None = Field(
         None, description="static: modules by name or by the end of it; the units that hold them are active"
     )
 
@@ -222,7 +229,7 @@ class ScheduleSection(Section):
 class Config(Document):
     """One run. `Config.load` reads it from YAML; every field has a default that works but `model`'s and `data`'s."""
 
-    model: str = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
+    model: Text = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
     task: Literal["classification", "causal-lm"] = "classification"
     pooling: Literal["mean"] | None = Field(
         None,
@@ -230,7 +237,7 @@ class Config(Document):
     )
     quantization: Quantization = Field("none", description="of the frozen base only; needs dlora[4bit]")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast; what trains stays float32")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
@@ -242,8 +249,8 @@ class Config(Document):
     per_device_eval_batch_size: int = Field(64, ge=1)
     save_every: int = Field(5, ge=1, description="rounds between checkpoints; the last one is kept")
     compare: tuple[Baseline, ...] = Field((), description="baselines on the same data and seed")
-    seed: int = Field(0, ge=0)
-    output_dir: str = "runs/run"
+    seed: int = Field(0, ge=0, lt=2**63)
+    output_dir: Text = "runs/run"
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:
@@ -302,7 +309,7 @@ class CoreSection(Section):
     """What the cloud holds for devices of placement core."""
 
     r: int = Field(ge=1, description="rank of the frame; that of the devices' lora.r")
-    frame: str = Field(
+    frame: Text = Field(
         min_length=1, description="its file, for the devices too (lora.frame): read, or made where there is none"
     )
 
@@ -310,17 +317,17 @@ class CoreSection(Section):
 class CloudConfig(Document):
     """One cloud: the frozen model and what it gives. `CloudConfig.load` reads it from YAML; only `model` must be given."""
 
-    model: str = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
+    model: Text = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
     quantization: Quantization = Field("none", description="of the frozen weights; needs dlora[4bit]")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    device_map: str | dict[str, int | str] | None = Field(
+    device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device_map: Text | dict[Text, int | Text] | None = Field(
         None, description="null, or a word or {module: device} as in transformers: the model over several devices"
     )
     core: CoreSection | None = Field(None, description="for devices with lora.placement core; null: none are served")
     limits: LimitsSection = LimitsSection()
-    listen: str | None = Field(None, description="HOST:PORT; null: all interfaces at the port of this member's address")
-    metrics: str | None = Field(None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere")
+    listen: Text | None = Field(None, description="HOST:PORT; null: all interfaces at the port of this member's address")
+    metrics: Text | None = Field(None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere")
 
     @model_validator(mode="after")
     def _one_place(self) -> CloudConfig:

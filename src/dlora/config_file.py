@@ -6,12 +6,29 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dlora.errors import ConfigError
+from dlora.other_keys import ADVICE
+from dlora.yaml_file import MAX_CHARACTERS, ConfigLoader, read_yaml
+
+_MAX_SHOWN = 80  # characters of a value in a message
+_MAX_LINES = 20  # mistakes that are named at once
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, bool | float):
+        what = str(value).lower() if isinstance(value, bool) else f"the number {value}"
+        raise ValueError(f"YAML reads this as {what}; put the text in quotes")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("a text with a zero byte names nothing; take it out")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_as_written)]  # a name or a label, which may be a whole number
 
 
 class Section(BaseModel):
@@ -33,15 +50,16 @@ class Document(Section):
         Raises ConfigError naming the key, what came and what was expected.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 at byte {error.start}"
-            raise ConfigError(f"config {path} cannot be read ({reason}); give the path of a YAML file") from error
+            with Path(path).open(encoding="utf-8-sig") as file:
+                text = file.read(MAX_CHARACTERS + 1)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else reason
+            raise ConfigError(f"config {_short(path)} cannot be read ({reason}); give the path of a YAML file") from error
         try:
-            tree = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).replace('in "<unicode string>",', "at").split())
-            raise ConfigError(f"config {path} is not YAML: {reason}") from error
+            tree = read_yaml(text, ConfigLoader)
+        except ValueError as error:
+            raise ConfigError(f"config {path} is not YAML: {error}") from error
         if not isinstance(tree, dict):
             found = "nothing" if tree is None else f"a {type(tree).__name__}"
             needed = " and ".join(key for key, field in cls.model_fields.items() if field.is_required())
@@ -65,17 +83,10 @@ def parse_section(section: type[S], tree: dict[str, Any]) -> S:
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(mistake, section, tree) for mistake in error.errors())
-        raise ConfigError("\n".join(lines)) from error
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text (it wants 1.0e-3); people write 1e-3."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+        mistakes = error.errors()
+        lines = [*dict.fromkeys(" ".join(_explain(one, section, tree).split()) for one in mistakes[:_MAX_LINES])]
+        more = len(mistakes) - _MAX_LINES
+        raise ConfigError("\n".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])) from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -89,9 +100,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(branch, dict):
             raise ConfigError(f"--set {override}: {parent} is a value, not a block of keys")
     try:
-        branch[leaf] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: {value} is not YAML") from error
+        branch[leaf] = read_yaml(value, ConfigLoader)
+    except ValueError as error:
+        raise ConfigError(f"--set {_short(override)}: the value is not YAML: {error}") from error
 
 
 def _substitute(value: Any, key: str = "") -> Any:
@@ -124,19 +135,45 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
     if form is not None:  # a key with several forms: pydantic names the form, and each of them complains
         for part in mistake["loc"][:form]:
             tree = tree[part]
-        return f"{'.'.join(path[:form])}: expected {section.model_fields[path[depth]].description}; got {tree!r}"
+        return f"{'.'.join(path[:form])}: expected {section.model_fields[path[depth]].description}; got {_short(repr(tree))}"
     if mistake["type"] == "extra_forbidden":
-        known = list(section.model_fields)
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{key} is not a key; {hint}"
+        return f"{key} is not a key; {_advice(path[-1], section, root)}"
     if mistake["type"] == "missing":
         return f"{key} is missing; the config must say it"
     message = mistake["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = re.sub(r"valid dictionary or instance of \w+", "block of keys", re.sub(r"[Tt]uple", "list", message))
     if isinstance(mistake["input"], dict):
         return f"{key}: {message}".removeprefix(": ")
-    return f"{key}: {message[0].lower()}{message[1:]}, got {mistake['input']!r}"
+    message = message if message.startswith("YAML") else f"{message[0].lower()}{message[1:]}"
+    return f"{key}: {message}, got {_short(repr(mistake['input']))}"
+
+
+def _advice(key: str, section: type[Section], root: type[Section]) -> str:
+    """What to write instead of an unknown key."""
+    known = list(section.model_fields)
+    elsewhere = [path for path in paths_of(root) if path.split(".")[-1] == key]
+    if key in ADVICE and "limits" not in root.model_fields:  # a cloud has few of these keys
+        return ADVICE[key]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def paths_of(section: type[Section], above: str = "") -> list[str]:
+    """Every key of a document by its whole path, such as train.rounds."""
+    paths = []
+    for key in section.model_fields:
+        paths.append(above + key)
+        if inner := _section_of(section, key):
+            paths += paths_of(inner, f"{above}{key}.")
+    return paths
+
+
+def _short(value: str | Path) -> str:
+    """A value that a message can hold."""
+    text = str(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text):,} characters)"
 
 
 def _section_of(section: Any, key: str) -> type[Section] | None:

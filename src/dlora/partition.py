@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy.typing as npt
 
 from dlora.config import PartitionSection
 from dlora.errors import ConfigError, DataError
+from dlora.names import safe_name
 from dlora.rows import Row, require_column
 from dlora.seeds import derive_seed
 
@@ -60,16 +60,9 @@ def by_owner(owners: Sequence[str], files: Collection[str], num_peers: int | Non
     for index, owner in enumerate(owners):
         hands[owner].append(index)
     for peer, hand in hands.items():
-        if not peer or safe_name(peer) != peer:
-            raise ConfigError(f"data.train: peer {peer!r} cannot name a folder; use letters, digits, dots and dashes")
         if not hand:
             raise DataError(f"data.limit leaves {peer} without rows; raise it")
     return hands
-
-
-def safe_name(value: str) -> str:
-    """`value` as the name of a folder: letters, digits, dot, dash and underscore, 80 at most; "" if none is left."""
-    return re.sub(r"[^\w.-]+", "-", value).strip("-.")[:80]
 
 
 def _apportion(total: int, weights: Shares) -> Counts:

@@ -39,7 +39,11 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
     Raises DataError: no such file, not readable, no rows, a damaged row (with its number, the first data row is 1).
     """
     path = Path(source)
-    rows = _from_hub(source) if not path.exists() and _is_hub_name(path) else _from_file(path, columns)
+    try:
+        there = path.exists()
+    except OSError as error:  # 300 letters, no right to look
+        raise DataError(f"{source} cannot be read: {error.strerror}") from error
+    rows = _from_hub(source) if not there and _is_hub_name(path) else _from_file(path, columns)
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one")
     return rows

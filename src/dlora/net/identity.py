@@ -21,13 +21,13 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal, TypeAlias, get_args
 
-import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from dlora.errors import IdentityError
+from dlora.yaml_file import TextLoader, read_yaml
 
 Role: TypeAlias = Literal["peer", "cloud", "device"]
 
@@ -296,16 +296,6 @@ def _validity(certificate: x509.Certificate) -> tuple[str, str, str, str]:
     return state, begin, end, now
 
 
-class _Loader(yaml.BaseLoader):
-    """Every value is text, so that a member may be called ``no`` or ``7``; a key that stands twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands twice in one block", node.start_mark)
-        return mapping
-
-
 def _entry(member: Member) -> str:
     """A member as YAML says it, in its own file and in the federation's; what is in it was checked to need no escapes."""
     head = f'name: "{member.name}"\nrole: {member.role}\naddress: {json.dumps(member.address)}\ncertificates:\n'
@@ -318,10 +308,9 @@ def _read_members(path: Path) -> tuple[list[Member], bool]:
     if "PRIVATE KEY" in text:
         raise IdentityError(f"{path} holds a private key, which its owner gives to nobody; give NAME.member.yaml instead")
     try:
-        tree = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        reason = " ".join(str(error).replace('in "<unicode string>",', "at").split())
-        raise IdentityError(f"{path} is not YAML: {reason}") from error
+        tree = read_yaml(text, TextLoader)
+    except ValueError as error:
+        raise IdentityError(f"{path} is not YAML: {error}") from error
     if not tree:
         raise IdentityError(f"{path} is empty; if a command reads and writes it at once, let it write to another file")
     if not isinstance(tree, dict) or "members" not in tree:

@@ -49,7 +49,11 @@ class RunFolder:
     def check_new(cls, config: Config) -> None:
         """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
         path = Path(config.output_dir)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        except (OSError, ValueError) as error:  # 300 letters, no right to look
+            raise _cannot_make(path, error) from error
+        if taken:
             if not (path / "config.yaml").is_file():
                 what = "holds files that are no run" if path.is_dir() else "is a file"
                 raise RunError(f"output_dir {path} {what}; choose another with --set output_dir=..., or remove it")
@@ -105,11 +109,7 @@ class RunFolder:
             write_atomically(folder.path / "config.yaml", config.dump())
         except (OSError, RunError) as error:
             _remove_empty(folder._made)
-            cause = error if isinstance(error, OSError) else error.__cause__
-            reason = getattr(cause, "strerror", None) or cause
-            raise RunError(
-                f"output_dir {folder.path} cannot be made ({reason}); mend that, or choose another with --set output_dir=..."
-            ) from error
+            raise _cannot_make(folder.path, error if isinstance(error, OSError) else error.__cause__) from error
         return folder
 
     @classmethod
@@ -209,6 +209,11 @@ def _first_event(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return event if isinstance(event, dict) else None
+
+
+def _cannot_make(path: Path, cause: BaseException | None) -> RunError:
+    reason = getattr(cause, "strerror", None) or cause
+    return RunError(f"output_dir {path} cannot be made ({reason}); mend that, or choose another with --set output_dir=...")
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
