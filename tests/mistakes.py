@@ -35,7 +35,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a-baseline-without-list": ({"compare": "local"}, ["compare", "list", "'local'"]),
     "three-texts": ({"data.text": ["a", "b", "c"]}, ["data.text", "one column, or two for pairs", "['a', 'b', 'c']"]),
     "a-word-for-a-block": ({"peers.topology": "ring"}, ["peers.topology", "a block of keys", "'ring'"]),
-    "a-key-of-another-tool": ({"train.max_steps": 9}, ["train.max_steps is not a key", "`train.rounds` times `train.local_steps`"]),
+    "a-key-of-another-tool": ({"train.max_steps": 9}, ["train.max_steps is not a key", "`train.rounds` times `train.local"]),
     "members-that-climb": (  # field case 35
         {"peers": {"members": ["../../../X", "b"]}},
         ["members: '../../../X' cannot name a folder"],
