@@ -53,7 +53,9 @@ def tensors(draw: st.DrawFn, rows: int | None = None) -> Tensor:
 @st.composite
 def begins(draw: st.DrawFn) -> Begin:
     rows, columns = draw(st.integers(1, 5)), draw(st.integers(1, 9))
-    bits = draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns).filter(any))
+    packed = draw(st.booleans())
+    some = st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns).filter(any)
+    bits = [True] * (rows * columns) if packed else draw(some)
     num_tokens = sum(bits)
     needed = draw(st.none() | st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
     positions = st.lists(st.integers(0, 2**31 - 1), min_size=num_tokens, max_size=num_tokens).map(tuple)
@@ -67,9 +69,10 @@ def begins(draw: st.DrawFn) -> Begin:
         keep=draw(st.booleans()),
         seed=draw(st.none() | st.integers(0, 2**63 - 1)),
         token_types=draw(st.just(b"") | st.binary(min_size=num_tokens, max_size=num_tokens)),
-        positions=draw(st.just(()) | positions),
+        positions=draw(positions if packed else st.just(()) | positions),
         units=draw(st.lists(numbers, max_size=9).map(tuple)),
         embedded=draw(tensors(num_tokens)),
+        packed=packed,
     )
 
 
@@ -222,6 +225,8 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "needed padding": ({**begin(needed=b"\x10"), "payload": bytes(12)}, "needed has bits set beyond its 3"),
     "types": ({**begin(token_types=b"\x00\x00"), "payload": bytes(12)}, "2 token_types for 3 tokens"),
     "positions": ({**begin(positions=[0, 1, 2, 3]), "payload": bytes(12)}, "4 positions for 3 tokens"),
+    "packed without positions": ({**begin(packed=True, mask=b"\xf0"), "payload": bytes(16)}, "packed texts without a position"),
+    "packed with padding": ({**begin(packed=True, positions=[0, 1, 0]), "payload": bytes(12)}, "or with padding"),
     "far position": ({**begin(positions=[0, 2**31, 2]), "payload": bytes(12)}, "positions 2147483648"),
     "units": ({**begin(units=[0] * (MAX_UNITS + 1)), "payload": bytes(12)}, "65537 units"),
     "version": ({"handoff": pb.HandOff(version=1, width=3), "payload": bytes(12)}, "version 1 is not between 2 and"),
@@ -300,6 +305,7 @@ def test_we_do_not_send_what_we_would_refuse() -> None:
         Begin(**vars(good) | {"positions": (0, 1, -1)}),
         Begin(**vars(good) | {"units": (0, 2**53)}),
         Begin(**vars(good) | {"units": (0,) * (MAX_UNITS + 1)}),
+        Begin(**vars(good) | {"positions": (0, 1, 0), "packed": True}),
         HandOff(0, 1, torch.ones(1, 4)),
         HandOff(0, 2, torch.ones(2, 4)),
     ):

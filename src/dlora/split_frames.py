@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2  # 2: `Begin.packed`
 
 Wire: TypeAlias = Literal["float32", "bfloat16", "int8"]  # int8: per token, with a float32 scale each
 What: TypeAlias = Literal["input", "update", "hidden", "hidden-gradient", "update-gradient", "input-gradient"]
@@ -60,6 +60,7 @@ class Begin:
     positions: tuple[int, ...]  # one a token, or empty: the body counts
     units: tuple[int, ...]  # one a group: ACTIVE, LEFT_OUT, or the version that was handed off; empty: all are active
     embedded: Tensor  # (N, hidden width)
+    packed: bool = False  # no attention mask was given: where positions begin again within a row, another text begins
 
 
 @dataclass(frozen=True, eq=False)

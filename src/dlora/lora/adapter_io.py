@@ -17,6 +17,7 @@ from dlora.runlog import write_atomically
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
 _WEIGHTS = "adapter_model.safetensors"
+_TRAINED = "model.safetensors"
 _CORES = "core.safetensors"  # beside it under placement core: B M does not give M back to the last bit
 
 
@@ -41,6 +42,15 @@ def save_adapter(
         copy.deepcopy(peft_config).save_pretrained(str(folder))
     except OSError as error:
         raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then go on with --resume") from error
+
+
+def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
+    """Write the same factors under the names of the model's parameters, as a transformers Trainer reads them to go on."""
+    own = {name: tensor[0].detach().cpu().contiguous() for name, tensor in factors.items()}
+    try:
+        write_atomically(folder / _TRAINED, save(own, metadata={"format": "pt"}))
+    except OSError as error:
+        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then save again") from error
 
 
 def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

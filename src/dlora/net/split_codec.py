@@ -169,6 +169,8 @@ def _check_tokens(fields: dict[str, Any]) -> None:
     for name in ("token_types", "positions"):
         if len(fields[name]) not in (0, num_tokens):
             raise FrameError(f"Begin frame: {len(fields[name])} {name} for {num_tokens} tokens")
+    if fields["packed"] and not (num_tokens == num_places == len(fields["positions"])):
+        raise FrameError("Begin frame: packed texts without a position for each place, or with padding")
 
 
 def _check_bits(name: str, data: bytes, num_bits: int) -> None:

@@ -54,7 +54,7 @@ class Refused(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., later: _Optional[bool] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("call", "part", "rows", "columns", "mask", "needed", "keep", "seed", "token_types", "positions", "width", "units")
+    __slots__ = ("call", "part", "rows", "columns", "mask", "needed", "keep", "seed", "token_types", "positions", "width", "units", "packed")
     CALL_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +67,7 @@ class Begin(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     UNITS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
     call: int
     part: int
     rows: int
@@ -79,7 +80,8 @@ class Begin(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     width: int
     units: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, call: _Optional[int] = ..., part: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., mask: _Optional[bytes] = ..., needed: _Optional[bytes] = ..., keep: _Optional[bool] = ..., seed: _Optional[int] = ..., token_types: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ...) -> None: ...
+    packed: bool
+    def __init__(self, call: _Optional[int] = ..., part: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., mask: _Optional[bytes] = ..., needed: _Optional[bytes] = ..., keep: _Optional[bool] = ..., seed: _Optional[int] = ..., token_types: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., packed: _Optional[bool] = ...) -> None: ...
 
 class Values(_message.Message):
     __slots__ = ("what", "call", "part", "group", "rows", "width", "reply")

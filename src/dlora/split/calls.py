@@ -43,6 +43,7 @@ class Request:
     seed: int | None  # of all dropout; None: none
     factors: Sequence[Tensor] = ()  # that were bound at the forward, in the order of ``Adapter.tensors``
     killed: frozenset[int] = frozenset()  # groups for which the device is not asked
+    packed: bool = False  # as in `Begin`
 
 
 @dataclass
@@ -369,6 +370,7 @@ def begin_of(request: Request, rows: range, call: int, part: int, keep: bool, un
         positions=() if request.positions is None else tuple(own(request.positions).tolist()),
         units=units,
         embedded=own(request.embedded).detach().float().cpu(),
+        packed=request.packed,
     )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +17,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from dlora.config import Config
 from dlora.errors import ConfigError, ModelError
-from dlora.lora.adapter_io import save_adapter
 from dlora.lora.core import Frame
 from dlora.lora.factors import target_names
 from dlora.lora.groups import active_groups, core_groups, find_groups
@@ -29,6 +26,8 @@ from dlora.split.adapter import Adapter
 from dlora.split.agreement import Agreement, body_facts, frame_digest, manifest_text
 from dlora.split.calls import Calls, Request, Sent
 from dlora.split.conversation import Channel
+from dlora.split.inputs import by_name, check_names, per_token, real_tokens, several_texts
+from dlora.split.ordinary import as_remote, stand_in
 from dlora.split_frames import Opened
 
 Reads = Literal["pooled", "first", "last", "all"]  # of the body's output, by the head
@@ -67,69 +66,89 @@ class Half:
 class _RemoteBody:
     """What stands in for the body's forward."""
 
-    def __init__(self, config: Any, embedding: nn.Module, prefix: str, reads: Reads, drops: bool) -> None:
+    def __init__(self, config: Any, embedding: Any, prefix: str, reads: Reads, drops: bool) -> None:
         self.config, self.embedding, self.prefix, self.reads = config, embedding, prefix, reads
         self.drops = drops  # whether a training forward draws dropout, there or here
+        self.attention = config._attn_implementation
+        self.dropouts: list[tuple[nn.Dropout, float]] = []  # of the body, with the rates that it was made with
         self.calls: Calls | None = None
         self.loss_positions: Tensor | None = None  # (B, L) bool of the forward under way; None: all
+        self.unread = 0.0  # what stands in hidden states that did not come, in the forward under way
         self.killed: frozenset[int] = frozenset()  # groups, in the forward under way
-        self.network: Any = None  # whose training flag counts
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Any = None,
-        **ignored: Any,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """As a transformers body; what else heads hand on (num_items_in_batch, return_dict, use_cache) means nothing here."""
-        if past_key_values is not None:
-            raise ConfigError("the body in the cloud keeps no key-value cache; call generate(..., use_cache=False)")
+    def forward(self, stub: Any, *args: Any, **kwargs: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """As ``stub``, a transformers body, takes and gives it; what cannot be so is refused."""
+        given = by_name(type(stub).forward, args, kwargs)
+        check_names(given, self.config)
         if self.calls is None:
             raise ConfigError("this model is not linked to a cloud; make it with dlora.connect")
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.embedding(input_ids)
+        factors = self.calls.adapter.factors()
+        self._check_body(stub, factors)
+        input_ids: Tensor | None = given.get("input_ids")
+        inputs_embeds: Any = given.get("inputs_embeds")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("a forward takes input_ids or inputs_embeds, and one of them only")
+        if input_ids is not None:
+            inputs_embeds = self._embedded(input_ids)
         shape = inputs_embeds.shape[:2]
-        mask = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
-        if mask.shape != shape:
-            raise ConfigError(f"attention_mask has shape {tuple(mask.shape)}; expected {tuple(shape)}: rows, tokens")
-        if not mask.any(dim=1).all():
-            raise ConfigError("attention_mask leaves a row without any token; remove that row")
-        if self.reads in ("first", "pooled") and not mask[:, 0].all():
-            raise ConfigError("attention_mask: this head reads the first token, which is padding; pad on the right")
-        if token_type_ids is not None and not 0 <= int(token_type_ids.min()) <= int(token_type_ids.max()) < 256:
-            raise ConfigError(f"token_type_ids go to {int(token_type_ids.max())}; a split takes 0 to 255")
-        positions = None if position_ids is None else position_ids.cpu().expand(shape)
+        mask = real_tokens(given.get("attention_mask"), shape)
+        token_types = per_token("token_type_ids", given.get("token_type_ids"), shape)
+        if token_types is not None and int(token_types.max()) > 255:
+            raise ConfigError(f"token_type_ids go to {int(token_types.max())}; a split takes 0 to 255")
+        positions = per_token("position_ids", given.get("position_ids"), shape)
+        packed = several_texts(given, positions, mask)
         if positions is None and input_ids is not None:
             positions = self.positions(input_ids.cpu(), mask)
         needed = self.needed(mask, input_ids)
-        training = bool(self.network.training)
-        factors = self.calls.adapter.factors()
         request = Request(
             inputs_embeds.detach().cpu(),
             mask,
             needed,
-            None if token_type_ids is None else token_type_ids.cpu().expand(shape),
+            token_types,
             positions,
-            int(torch.randint(1 << 62, ())) if training and self.drops else None,
+            int(torch.randint(1 << 62, ())) if stub.training and self.drops else None,
             factors,
             self.killed,
+            packed,
         )
         keep = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         rows = _Through.apply(self.calls, request, keep, *factors).to(inputs_embeds.device)  # type: ignore[no-untyped-call]
         if needed is None:
             unread = rows.new_zeros(()).expand(*shape, rows.shape[1])  # heads take the pooled output by its place
             return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=unread, pooler_output=rows)
-        hidden = rows.new_zeros(*shape, rows.shape[1])
+        hidden = rows.new_full((*shape, rows.shape[1]), self.unread)
         hidden = hidden.index_put((needed.to(rows.device),), rows)
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden)
 
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """(B, L) -> (B, L, E)."""
+        least, most, rows = int(input_ids.min()), int(input_ids.max()), len(self.embedding.weight)
+        if input_ids.dim() != 2 or not 0 <= least <= most < rows:
+            raise ConfigError(
+                f"input_ids of shape {tuple(input_ids.shape)} go from {least} to {most}; the model has {rows} tokens: take its"
+                " own tokenizer"
+            )
+        embedded: Tensor = self.embedding(input_ids)
+        return embedded
+
+    def _check_body(self, stub: Any, factors: Sequence[Tensor]) -> None:
+        """Raise ConfigError for what was changed here and has no way to the body in the cloud."""
+        if torch.is_grad_enabled() and self.embedding.weight.requires_grad:
+            raise ConfigError("the token embedding asks for a gradient, and none comes back: requires_grad_(False) for it")
+        if any(factor.dtype != torch.float32 for factor in factors):
+            raise ConfigError("the factors are no float32 any more: undo .to(), .half() or bf16_full_eval; bf16=True is fine")
+        if any((layer.p, layer.training) != (rate, stub.training) for layer, rate in self.dropouts):
+            raise ConfigError(
+                "dropout was changed in the body, which draws it in the cloud: give train.model_dropout in the config, and"
+                " train() or eval() the whole model"
+            )
+        if (now := self.config._attn_implementation) != self.attention:
+            raise ConfigError(f"attn_implementation {now}: the cloud attends in its own way; take {self.attention} again")
+
     def needed(self, mask: Tensor, input_ids: Tensor | None) -> Tensor | None:
-        """Whose final hidden states the head reads (B, L); None: the pooled output."""
+        """Whose final hidden states the head reads (B, L); None: the pooled output. Raises ConfigError if padding is read."""
+        if self.reads in ("first", "pooled") and not mask[:, 0].all():
+            raise ConfigError("attention_mask: this head reads the first token, which is padding; pad on the right")
         if self.reads == "pooled":
             return None
         if self.reads == "all":
@@ -137,9 +156,15 @@ class _RemoteBody:
         elif self.reads == "first":
             needed = mask & (torch.arange(mask.shape[1]) == 0)
         else:
-            needed = _rightmost(mask)
-            if input_ids is not None and self.config.pad_token_id is not None:  # as heads look for it: by id, not by mask
-                needed = needed | mask & _rightmost(input_ids.cpu() != self.config.pad_token_id)
+            padding = self.config.pad_token_id
+            real = torch.ones_like(mask) if input_ids is None or padding is None else input_ids.cpu() != padding
+            read = _rightmost(real)  # as heads look for it: by id, not by mask
+            if (read & ~mask).any():
+                raise ConfigError(
+                    "attention_mask: this head reads the last token that is no pad by its id, or without input_ids the last"
+                    f" place, and the mask says padding there; pad with the id {padding}"
+                )
+            needed = _rightmost(mask) | read
         return torch.where(needed.any(dim=1, keepdim=True), needed, _rightmost(mask))  # of every row something comes back
 
     def positions(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
@@ -217,9 +242,9 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None,
     )
     dropout = config.train.model_dropout
     remote = _RemoteBody(model_config, embedding, prefix, "all", dropout != 0.0 or config.lora.lora_dropout > 0)
-    remote.counts_ids, remote.network = counts_ids, network
+    remote.counts_ids = counts_ids
     for module in _stubs(body, embedding):
-        module.forward = remote
+        stand_in(module, remote.forward)
     if config.task == "classification" and not mean:
         remote.reads = _reads(network, _stubs(body, embedding))
     for layer in body.modules():  # PEFT puts factors where the weight is, and draws nothing on the meta device
@@ -240,7 +265,8 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None,
         of_frame = frame_digest(within, [name.removeprefix(prefix) for name in targets])
         active = core_groups(active, config.lora.r)
     model.loss_positions = config.task == "causal-lm"
-    _as_remote(network, remote, model)
+    remote.dropouts = [(layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)]
+    as_remote(network, remote, model)
     facts = body_facts(model_config, embedding)
     agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
     return Half(model, agreement, facts, weights_hash, remote)
@@ -277,7 +303,7 @@ def _rightmost(flags: Tensor) -> Tensor:
 
 def _reads(network: Any, stubs: Sequence[Any]) -> Reads:
     """What the head reads, found by changing it: one text of three tokens and a pad."""
-    config, remote = network.config, stubs[0].forward
+    config, remote = network.config, [stub.forward for stub in stubs]
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     ids = torch.full((1, 4), (pad + 1) % config.vocab_size)
     ids[0, 3] = pad
@@ -305,8 +331,8 @@ def _reads(network: Any, stubs: Sequence[Any]) -> Reads:
             return "pooled" if not read else "all"
         return {(0,): "first", (2,): "last"}.get(tuple(read), "all")  # type: ignore[return-value, arg-type]
     finally:
-        for stub in stubs:
-            stub.forward = remote
+        for stub, forward in zip(stubs, remote, strict=True):
+            stub.forward = forward
 
 
 def _empty(body: Any, embedding: nn.Module) -> None:
@@ -318,40 +344,7 @@ def _empty(body: Any, embedding: nn.Module) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None and (tensor.is_meta or set(tensor.stride()) == {0}):
                     tensors[name] = None
-
-
-def _as_remote(network: Any, remote: _RemoteBody, model: StackedModel) -> None:
-    """Make the network an instance of a subclass of its class, which knows what differs when the body is elsewhere."""
-    original = type(network)
-
-    class Remote(original):  # type: ignore[misc, valid-type]
-        @functools.wraps(original.forward)
-        def forward(self, *args: Any, loss_positions: Tensor | None = None, **kwargs: Any) -> Any:
-            labels = kwargs.get("labels")
-            if loss_positions is None and model.loss_positions and labels is not None:
-                mask = kwargs.get("attention_mask")
-                if mask is not None and ((mask == 0) & (labels != -100)).any():
-                    raise ConfigError("labels hold targets where attention_mask says padding; set them to -100 there")
-                loss_positions = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-            remote.loss_positions, remote.killed = loss_positions, model.killed
-            try:
-                return original.forward(self, *args, **kwargs)
-            finally:
-                remote.loss_positions = None
-
-        def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
-            """A PEFT folder; the frozen weights are the cloud's."""
-            values = {}
-            for name, initial in model.initial.items():
-                module, _, attribute = name.rpartition(".")
-                values[name] = getattr(self.get_submodule(module), attribute).detach().reshape(1, *initial.shape)
-            save_adapter(Path(save_directory), values, model.peft_config, model.frame)
-
-        def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-            raise ConfigError("gradient_checkpointing: the body runs in the cloud, which keeps its activations; remove it")
-
-    Remote.__name__, Remote.__qualname__, Remote.__module__ = original.__name__, original.__qualname__, original.__module__
-    network.__class__ = Remote
+                    module.extra_repr = str  # nothing; most tell the shape of their weight
 
 
 def as_ordinary(half: Half) -> Any:

@@ -276,7 +276,7 @@ class Session:
             if handed_off is None:
                 return self._failed(begin, "memory", "what was handed off found no room here")
             padded = begin.rows * begin.columns
-            if begin.columns > self.body.max_tokens:
+            if begin.columns > self.body.max_tokens and not begin.packed:  # then positions decide
                 return self._failed(
                     begin, "broken", f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}"
                 )
@@ -287,6 +287,13 @@ class Session:
             if max(begin.token_types, default=0) >= self.body.num_token_types:
                 return self._failed(
                     begin, "broken", f"a token type of {max(begin.token_types)}; {self.body.num_token_types} are known"
+                )
+            if begin.packed and not self.body.separates:
+                return self._failed(
+                    begin,
+                    "broken",
+                    f"{type(self.body.network).__name__} does not keep apart the texts that share a row: give each text a row,"
+                    " or an attention_mask if the row is one text",
                 )
             need_bytes = padded * self.body.bytes_a_token
             if not self.budget.take(need_bytes):
