@@ -106,8 +106,8 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def final_factors(run: Path, name: str = "dec-lora") -> dict[str, torch.Tensor]:
-    """The stacked factors of the one checkpoint that a finished run keeps."""
-    [folder] = (run / "checkpoints" / name).iterdir()
+    """The stacked factors of the last of the two checkpoints that a finished run keeps."""
+    *_, folder = sorted((run / "checkpoints" / name).iterdir())
     return {key: tensor.clone() for key, tensor in load_file(folder / "factors.safetensors").items()}
 
 

@@ -192,14 +192,14 @@ RUNS: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "manifest": (lambda: cut("run/manifest.json"), ["simulate", "run.yaml", "--resume"], ["run/manifest.json"]),
     "manifest-eval": (lambda: cut("run/manifest.json"), ["eval", "run"], ["manifest.json cannot be read"]),
     "factors": (
-        lambda: cut("run/checkpoints/dec-lora/round-000003/factors.safetensors"),
+        lambda: [cut(f"run/checkpoints/dec-lora/round-00000{number}/factors.safetensors") for number in (2, 3)],
         ["simulate", "run.yaml", "--resume"],
-        ["round-000003 cannot be read"],
+        ["round-000003 cannot be read", "round-000002 cannot be read", "start anew"],
     ),
-    "result": (
-        lambda: cut("run/checkpoints/dec-lora/round-000003/result.json"),
+    "state": (
+        lambda: [cut(f"run/checkpoints/dec-lora/round-00000{number}/state.json") for number in (2, 3)],
         ["simulate", "run.yaml", "--resume"],
-        ["round-000003 cannot be read"],
+        ["round-000003 cannot be read", "round-000002 cannot be read"],
     ),
     "log": (
         lambda: Path("run/log.jsonl").write_bytes(Path("run/log.jsonl").read_bytes().splitlines(keepends=True)[0]),
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_during_the_run_keeps_the_last_checkpoint(
     disk: Disk, after_a_run: Path, checkpoints: float, saved: int
 ) -> None:
     """There is room for so many checkpoints; with space, --resume gives the factors of the run that always had it."""
-    [checkpoint] = Path("run/checkpoints/dec-lora").iterdir()
+    *_, checkpoint = sorted(Path("run/checkpoints/dec-lora").iterdir())
     size_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
     disk.resize(int(checkpoints * size_bytes) + 40_000)
     run = disk.path / "run"

@@ -25,12 +25,12 @@ MakeConfig = Callable[..., Config]
 
 
 def factors_of(config: Config, run: str = "dec-lora") -> dict[str, torch.Tensor]:
-    [folder] = Path(config.output_dir, "checkpoints", run).glob("round-*")
+    *_, folder = sorted(Path(config.output_dir, "checkpoints", run).glob("round-*"))
     return load_file(folder / "factors.safetensors")
 
 
 def optimizer_of(config: Config, run: str = "dec-lora") -> dict[str, torch.Tensor]:
-    [folder] = Path(config.output_dir, "checkpoints", run).glob("round-*")
+    *_, folder = sorted(Path(config.output_dir, "checkpoints", run).glob("round-*"))
     return load_file(folder / "optimizer.safetensors")
 
 

@@ -12,8 +12,9 @@ from dlora.programs.account import Summary, introduction, summary
 from dlora.programs.halves import check_halves, check_room, far_cloud, teller
 from dlora.programs.one_run import Run
 from dlora.programs.peer import peer
-from dlora.programs.prepare import manifest_text, prepare
+from dlora.programs.prepare import Prepared, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
+from dlora.programs.run_lock import sole_use
 from dlora.report import write_report
 from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
 
@@ -53,6 +54,19 @@ def device(
         RunFolder.check_new(config)
     prepared = prepare(config, loading(listeners), own=name, resume=resume)
     loaded(listeners)
+    with sole_use(Path(config.output_dir)):
+        return _trained(prepared, identity, FederationFile(federation), resume, listeners, stop)
+
+
+def _trained(
+    prepared: Prepared,
+    identity: Identity,
+    federation: FederationFile,
+    resume: bool,
+    listeners: Sequence[Listener],
+    stop: Callable[[], bool],
+) -> Summary:
+    config, name = prepared.config, identity.name
     assert prepared.half is not None and config.split is not None
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
@@ -64,7 +78,7 @@ def device(
             write_atomically(folder.path / "manifest.json", manifest_text(prepared.manifest))
             log.emit("start", **introduction(prepared, [RUN], 1, name))
         tell = teller(log, config.split.cloud)
-        with far_cloud(prepared.half, config, identity, FederationFile(federation), tell, stop) as cloud_bytes:
+        with far_cloud(prepared.half, config, identity, federation, tell, stop) as cloud_bytes:
             if stored and stored.result and stored.rounds_done >= config.train.rounds:
                 result = stored.result["result"]
             else:

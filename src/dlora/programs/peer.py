@@ -19,8 +19,9 @@ from dlora.programs.account import Summary, introduction, summary
 from dlora.programs.halves import check_halves, check_room, far_cloud
 from dlora.programs.listening import listen_address
 from dlora.programs.peer_run import RUN, PeerRun
-from dlora.programs.prepare import manifest_text, prepare
+from dlora.programs.prepare import Prepared, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
+from dlora.programs.run_lock import sole_use
 from dlora.report import write_report
 from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
 
@@ -59,9 +60,24 @@ def peer(
     listed.check_dialable(
         {(members[one], members[two]) for round in range(topology.period) for one, two in topology.edges(round)}
     )
-    manifest = prepared.manifest | {"rounds": config.train.rounds}
     listen = listen_address(listen, listed.member(name).address)
     prepared.hand_frame()  # before anything else is written
+    with sole_use(Path(config.output_dir)):
+        return _took_part(prepared, identity, FederationFile(federation), listen, resume, listeners, stop)
+
+
+def _took_part(
+    prepared: Prepared,
+    identity: Identity,
+    federation: FederationFile,
+    listen: str | None,
+    resume: bool,
+    listeners: Sequence[Listener],
+    stop: Callable[[], bool],
+) -> Summary:
+    config, topology, name = prepared.config, prepared.topology, identity.name
+    members = topology.names
+    manifest = prepared.manifest | {"rounds": config.train.rounds}
     folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
     stored = folder.latest(RUN)
@@ -73,7 +89,7 @@ def peer(
         neighbours = [members[other] for other in topology.all_neighbours(members.index(name))]
         network = GrpcNetwork(
             identity,
-            FederationFile(federation),
+            federation,
             neighbours,
             listen,
             lambda reason: log.emit("connection-refused", reason=reason),
@@ -82,7 +98,7 @@ def peer(
         run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored)
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = contextlib.nullcontext()
         if prepared.half is not None:
-            cloud = far_cloud(prepared.half, config, identity, FederationFile(federation), run.hear_of_cloud, run.gives_up)
+            cloud = far_cloud(prepared.half, config, identity, federation, run.hear_of_cloud, run.gives_up)
         try:
             with cloud as run.cloud_bytes:
                 if prepared.half is not None and run.progress.rounds_done < config.train.rounds:

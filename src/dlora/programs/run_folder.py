@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,14 @@ from torch import Tensor
 from dlora.config import Config
 from dlora.config_file import parse_section
 from dlora.errors import ConfigError, RunError
+from dlora.programs.run_lock import LOCK_FILE, cannot_make, check_unused, remove_empty
+from dlora.programs.sums import SUMS_FILE, check_sums, sums_text
 from dlora.runlog import sync_folder, write_atomically
 
 # What may change from start to start: where the run and its frame lie, and how long one peer waits for its neighbours.
 LOCAL_KEYS = {"output_dir", "lora.frame", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
+RESULT_FILE = "result.json"
+STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}  # of every checkpoint; each program adds its own
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,20 @@ class RunFolder:
         self.path = path
         self.log_path = path / "log.jsonl"
         self._made: list[Path] = []  # by `create`, innermost first
+        self._damaged: set[Path] = set()  # checkpoints that `latest` found so
 
     @classmethod
     def check_new(cls, config: Config) -> None:
         """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
-        path = Path(config.output_dir)
+        check_unused(Path(config.output_dir))
+        cls._check_empty(Path(config.output_dir))
+
+    @staticmethod
+    def _check_empty(path: Path) -> None:
         try:
-            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+            taken = path.exists() and (not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir()))
         except (OSError, ValueError) as error:  # 300 letters, no right to look
-            raise _cannot_make(path, error) from error
+            raise cannot_make(path, error) from error
         if taken:
             if not (path / "config.yaml").is_file():
                 what = "holds files that are no run" if path.is_dir() else "is a file"
@@ -81,6 +88,7 @@ class RunFolder:
         ``own``: the participant whose run it is; None: a simulation of all. Nothing is changed.
         """
         path = Path(config.output_dir)
+        check_unused(path)
         stored = read_config(path)
         began = _first_event(path)
         if began and began.get("own") != own:
@@ -101,15 +109,15 @@ class RunFolder:
     @classmethod
     def create(cls, config: Config) -> RunFolder:
         """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
-        cls.check_new(config)
         folder = cls(Path(config.output_dir))
+        cls._check_empty(folder.path)
         folder._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.path / "config.yaml", config.dump())
         except (OSError, RunError) as error:
-            _remove_empty(folder._made)
-            raise _cannot_make(folder.path, error if isinstance(error, OSError) else error.__cause__) from error
+            remove_empty(folder._made)
+            raise cannot_make(folder.path, error if isinstance(error, OSError) else error.__cause__) from error
         return folder
 
     @classmethod
@@ -129,54 +137,103 @@ class RunFolder:
     def remove(self) -> None:
         """Take back what `create` made, and all that came into it."""
         shutil.rmtree(self.path)
-        _remove_empty(self._made)
+        remove_empty(self._made)
 
     def save(self, run: str, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint beside the last one, then drop the last one; a crash leaves one of them whole.
+        """Write a checkpoint beside the last one and keep both, the one before them goes; a crash leaves two of them whole.
 
-        Raises RunError when there is no space left, or no right to write; the last one then stays.
+        Raises RunError when there is no space left, or no right to write; those that were there then stay.
         """
         runs = self.path / "checkpoints" / run
         target = runs / f"round-{checkpoint.rounds_done:06d}"
-        partial = runs / f".{target.name}.partial"
-        aside = runs / f"{target.name}.before"
-        older = [path for path in runs.glob("round-*") if path not in (target, aside)]
+        partial, aside = runs / f".{target.name}.partial", runs / f"{target.name}.before"
         for leftover in runs.glob(".*.partial"):  # of a process that was killed while it saved
             shutil.rmtree(leftover, ignore_errors=True)
+        files = {
+            "factors.safetensors": save(checkpoint.factors),
+            "optimizer.safetensors": save(checkpoint.optimizer),
+            "state.json": json.dumps(checkpoint.state, indent=1).encode(),
+        }
         try:
             partial.mkdir(parents=True)
-            write_atomically(partial / "factors.safetensors", save(checkpoint.factors))
-            write_atomically(partial / "optimizer.safetensors", save(checkpoint.optimizer))
-            write_atomically(partial / "state.json", json.dumps(checkpoint.state, indent=1))
+            for name, content in files.items():
+                write_atomically(partial / name, content)
+            write_atomically(partial / SUMS_FILE, sums_text(files))
             if target.exists():  # the same rounds again: at no moment is there no whole checkpoint
+                shutil.rmtree(aside, ignore_errors=True)
                 target.rename(aside)
+                self._damaged = {aside if path == target else path for path in self._damaged}
             partial.rename(target)
             sync_folder(runs)
         except OSError as error:
             raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); mend that, then add --resume") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
-        for path in (*older, aside):
-            shutil.rmtree(path, ignore_errors=True)
+        _, *older = self._newest_first(run)
+        whole = [path for path in older if path not in self._damaged]
+        for path in older:
+            if path not in whole[:1]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, run: str, rounds_done: int, result: dict[str, Any]) -> None:
         """Keep the result of a finished run beside its last checkpoint."""
-        write_atomically(self.path / "checkpoints" / run / f"round-{rounds_done:06d}" / "result.json", json.dumps(result))
+        folder = self.path / "checkpoints" / run / f"round-{rounds_done:06d}"
+        content = json.dumps(result)
+        write_atomically(folder / RESULT_FILE, content)
+        if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none; a result without a sum does not count
+            sums = (folder / SUMS_FILE).read_text() + sums_text({RESULT_FILE: content.encode()})
+            write_atomically(folder / SUMS_FILE, sums)
 
     def latest(self, run: str) -> Checkpoint | None:
-        """The newest checkpoint of ``run``, or None before its first. Raises RunError when it is damaged."""
+        """The newest whole checkpoint of ``run``, or None before its first. Warns of a damaged one that is passed over.
+
+        Raises RunError when all that are there are damaged.
+        """
+        damages = []
+        for folder in self._newest_first(run):
+            try:
+                checkpoint = _read_checkpoint(folder)
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                damages.append(f"checkpoint {folder} cannot be read ({' '.join(str(error).split())})")
+                self._damaged.add(folder)
+                continue
+            if damages:
+                warnings.warn(f"{'; '.join(damages)}; going back to {folder.name}, the one before it", stacklevel=2)
+            return checkpoint
+        if damages:
+            raise RunError(f"{'; '.join(damages)}; restore it, or start anew in another output_dir")
+        return None
+
+    def _newest_first(self, run: str) -> list[Path]:
+        """The checkpoints that are there: one with ``.before`` was made before another of the same round."""
         found = (self.path / "checkpoints" / run).glob("round-*")
-        folder = max(found, key=lambda path: (path.stem, path.suffix == ""), default=None)
-        if folder is None:
-            return None
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            factors, optimizer = (load_file(folder / f"{part}.safetensors") for part in ("factors", "optimizer"))
-            finished = folder / "result.json"
-            result = json.loads(finished.read_text()) if finished.exists() else None
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
-            raise RunError(f"checkpoint {folder} cannot be read ({error}); start anew in another output_dir") from error
-        return Checkpoint(int(folder.stem.removeprefix("round-")), factors, optimizer, state, result)
+        return sorted(found, key=lambda path: (path.stem, path.suffix == ""), reverse=True)
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises OSError, ValueError or SafetensorError, saying what is wrong, unless the folder is as it was saved."""
+    names = ["factors.safetensors", "optimizer.safetensors", "state.json"]
+    finished = folder / RESULT_FILE
+    if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none
+        names += [name for name in check_sums(folder) if name not in names]
+    elif finished.exists():
+        names.append(RESULT_FILE)
+    state, factors, optimizer = (
+        _read_object(folder / names[2], STATE_KEYS),
+        load_file(folder / names[0]),
+        load_file(folder / names[1]),
+    )
+    result = _read_object(finished, {"result", "log_position"}) if RESULT_FILE in names else None
+    return Checkpoint(int(folder.stem.removeprefix("round-")), factors, optimizer, state, result)
+
+
+def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
+    """Raises OSError or ValueError unless the file is a JSON object with at least ``keys``."""
+    read = json.loads(path.read_text())
+    missing = keys - read.keys() if isinstance(read, dict) else keys
+    if missing:
+        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
+    return dict(read)
 
 
 def read_config(path: Path) -> Config:
@@ -211,22 +268,12 @@ def _first_event(path: Path) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
-def _cannot_make(path: Path, cause: BaseException | None) -> RunError:
-    reason = getattr(cause, "strerror", None) or cause
-    return RunError(f"output_dir {path} cannot be made ({reason}); mend that, or choose another with --set output_dir=...")
-
-
-def _remove_empty(folders: Iterable[Path]) -> None:
-    """What others have put something into stays, and so does what is gone."""
-    for path in folders:
-        with contextlib.suppress(OSError):
-            path.rmdir()
-
-
 def _read_manifest(path: Path) -> dict[str, Any] | None:
     """What the run's participants agreed on; None where it stopped before that was written."""
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
         return manifest
     except FileNotFoundError:
         return None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from dlora.config import Config
 from dlora.programs.account import Summary, introduction, summary
 from dlora.programs.grouping import find_grouping
 from dlora.programs.halves import own_cloud
 from dlora.programs.one_run import Run
-from dlora.programs.prepare import manifest_hash, manifest_text, prepare
+from dlora.programs.prepare import Prepared, manifest_hash, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
+from dlora.programs.run_lock import sole_use
 from dlora.programs.schedules import first_step
 from dlora.report import write_report
 from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
@@ -37,6 +39,12 @@ def simulate(
     prepared = prepare(config, loading(listeners), resume=resume)
     loaded(listeners)
     prepared.hand_frame()  # before anything else is written
+    with sole_use(Path(config.output_dir)):
+        return _simulated(prepared, resume, listeners, stop)
+
+
+def _simulated(prepared: Prepared, resume: bool, listeners: Sequence[Listener], stop: Callable[[], bool]) -> Summary:
+    config = prepared.config
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
     runs = ("dec-lora", *config.compare)
