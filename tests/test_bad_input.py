@@ -112,6 +112,12 @@ def take_tokenizer() -> None:
         file.unlink()
 
 
+def cut_both(name: str) -> None:
+    """In both checkpoints that the run keeps."""
+    for number in (2, 3):
+        cut(f"run/checkpoints/dec-lora/round-00000{number}/{name}")
+
+
 def widen() -> None:
     tree = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps({**tree, "intermediate_size": 64}))
@@ -192,12 +198,12 @@ RUNS: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "manifest": (lambda: cut("run/manifest.json"), ["simulate", "run.yaml", "--resume"], ["run/manifest.json"]),
     "manifest-eval": (lambda: cut("run/manifest.json"), ["eval", "run"], ["manifest.json cannot be read"]),
     "factors": (
-        lambda: [cut(f"run/checkpoints/dec-lora/round-00000{number}/factors.safetensors") for number in (2, 3)],
+        lambda: cut_both("factors.safetensors"),
         ["simulate", "run.yaml", "--resume"],
         ["round-000003 cannot be read", "round-000002 cannot be read", "start anew"],
     ),
     "state": (
-        lambda: [cut(f"run/checkpoints/dec-lora/round-00000{number}/state.json") for number in (2, 3)],
+        lambda: cut_both("state.json"),
         ["simulate", "run.yaml", "--resume"],
         ["round-000003 cannot be read", "round-000002 cannot be read"],
     ),

@@ -107,7 +107,7 @@ def test_a_folder_has_one_process_at_a_time(after_a_run: Path) -> None:
     """Field case 34: the second is told which process has it; the lock goes with its process, however that ends."""
     before = (after_a_run / "run/log.jsonl").read_bytes()
     with sole_use(Path("run")):
-        for arguments in (["--resume"], [], ["--dry-run"]):
+        for arguments in (["--resume"], []):
             outcome = call("simulate", "run.yaml", *arguments)
             assert (outcome.exit_code, outcome.err.count("\n")) == (2, 1), outcome
             assert f"run is in use by process {os.getpid()} on " in outcome.err and "since 20" in outcome.err
