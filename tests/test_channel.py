@@ -24,8 +24,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dlora.errors import IdentityError
 from dlora.net.channel import WINDOW_FRAMES, Channel, Dialler, LoopThread, halves
 from dlora.net.codec import FrameError
-from dlora.net.grpc import GrpcNetwork, member_of_role
-from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
+from dlora.net.grpc import GrpcNetwork
+from dlora.net.identity import Federation, FederationFile, Identity, federation_text, member_of_role, new_identity
 from dlora.net.memory import MemoryHub
 from dlora.net.transport import Link, LinkDown, Network
 from dlora.split_frames import ChannelDown, Done, Drop, Open, Refused, SplitFrame, Values

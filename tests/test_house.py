@@ -56,10 +56,10 @@ STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentr
 ROOMS: dict[str, set[str]] = {
     "transformers": {"model", "lora/stacked", "lora/adapter_io", "split/remote", "split/body"},
     "peft": {"model", "lora/stacked", "lora/adapter_io", "lora/core"},
-    "grpc": {"net/grpc"},
+    "grpc": {"net/grpc", "net/grpc_link"},
     "grpc_health": {"net/grpc"},
     "google": {"net/codec", "net/peer_pb2", "net/split_codec", "net/split_pb2"},
-    "cryptography": {"net/identity"},
+    "cryptography": {"net/certificates"},
     "prometheus_client": {"cloud_metrics"},
     "typer": {"cli", "progress"},
     "rich": {"cli", "progress", "cloud_view", "tables"},

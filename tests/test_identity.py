@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlora.errors import IdentityError
-from dlora.net import identity
+from dlora.net import certificates, identity
 from dlora.net.identity import Federation, FederationFile, Identity, Member, federation_text, fingerprint, new_identity
 
 ADDRESSES = {"anna": "anna.example.org:7000", "bob": None, "carol": "[2001:db8::1]:7000", "dave": None}
@@ -77,7 +77,7 @@ def at(monkeypatch: pytest.MonkeyPatch, days: float) -> None:
         def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
             return datetime.now(tz) + timedelta(days=days)
 
-    monkeypatch.setattr(identity, "datetime", Shifted)
+    monkeypatch.setattr(certificates, "datetime", Shifted)
 
 
 class Shape(NamedTuple):
@@ -414,18 +414,18 @@ FORGED: dict[str, tuple[Shape, str]] = {
 
 def test_what_is_forged_well_is_taken() -> None:
     """Or the table above would prove nothing."""
-    assert identity._checked(forge(Shape()), "anna", "here")
+    assert certificates.checked(forge(Shape()), "anna", "here")
 
 
 @pytest.mark.parametrize("name", FORGED)
 def test_a_certificate_of_another_form_is_not_listed(name: str) -> None:
     shape, says = FORGED[name]
-    refusal(lambda: identity._checked(forge(shape), "anna", "here"), "here: ", says)
+    refusal(lambda: certificates.checked(forge(shape), "anna", "here"), "here: ", says)
 
 
 def test_text_around_a_certificate_is_not_passed_on(made: dict[str, tuple[str, str]]) -> None:
     pem = certificate_of(made["anna"][1])
-    assert identity._checked(f"bag attributes\n{pem}\nand more", "anna", "here") == pem
+    assert certificates.checked(f"bag attributes\n{pem}\nand more", "anna", "here") == pem
 
 
 # --- rotation --------------------------------------------------------------------------------------------------------
@@ -501,8 +501,11 @@ def test_a_clock_that_is_off(work: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     at(monkeypatch, days=-2)
     there = f"{begin - timedelta(days=2):%Y-%m-%d }"
     refusal(load, "anna.key is valid from 20", f"here it is {there}", "set the clock")
-    at(monkeypatch, days=729)
+    at(monkeypatch, days=715)
     load()
+    at(monkeypatch, days=729)
+    with pytest.warns(UserWarning, match="the certificate of anna in anna.key ends at 20.* in 24 hours; before that"):
+        load()
     at(monkeypatch, days=731)
     refusal(load, "anna.key expired at 20", f"here it is {begin + timedelta(days=731):%Y-%m-%d }", "dlora identity new anna")
 

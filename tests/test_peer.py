@@ -21,7 +21,7 @@ from test_laws import UPDATE_BOUND, assert_same, relative_difference, update_of
 
 import dlora
 from dlora.data import collate
-from dlora.net import identity
+from dlora.net import certificates, identity
 from dlora.net.identity import federation_text, new_identity
 from dlora.programs.prepare import prepare
 
@@ -199,7 +199,7 @@ def test_a_certificate_that_is_not_yet_valid_is_refused(lonely: Federation, monk
         def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
             return datetime.now(tz) - timedelta(days=1)
 
-    monkeypatch.setattr(identity, "datetime", SlowClock)
+    monkeypatch.setattr(certificates, "datetime", SlowClock)
     assert "set the clock" in refused(lonely, *lonely.arguments("north"))
 
 

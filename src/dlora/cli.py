@@ -320,9 +320,12 @@ def federation(
 
     Example: dlora identity federation clinic-a.member.yaml clinic-b.member.yaml > federation.yaml
     """
-    from dlora.net.identity import federation_text
+    from dlora.net.identity import federation_of
 
-    typer.echo(federation_text(members), nl=False)
+    made = federation_of(members)
+    for apart in made.apart():
+        warnings.warn(apart, stacklevel=1)
+    typer.echo(made.dump(), nl=False)
 
 
 @identities.command()

@@ -74,6 +74,8 @@ class CloudRecord:
             case "connection-refused":
                 self.refused_links += 1
                 self._note(event, event["reason"])
+            case "certificate":
+                self._note(event, event["reason"])
             case "closed":
                 served.since = None
                 served.parts_here = served.tokens_here = 0

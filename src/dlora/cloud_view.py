@@ -90,6 +90,8 @@ def _said(event: Event) -> str | None:
             return f"{event['device']} refused: {event['reason']}"
         case "failed":
             return f"{event['device']}: a part failed ({event['why']}): {event['text']}"
+        case "certificate":
+            return f"warning: {event['reason']}"
         case "connection-refused":
             return f"connection refused: {event['reason']}"
     return None

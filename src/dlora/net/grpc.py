@@ -19,74 +19,43 @@ import os
 import ssl
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every stranger that is turned away prints a line here
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from dlora.errors import ConfigError, IdentityError
+from dlora.errors import ConfigError
 from dlora.net.codec import FrameError
+from dlora.net.doorman import Doorman
+from dlora.net.grpc_link import ENDED, Call, Context, GrpcLink
 from dlora.net.grpc_options import (
     COURTESY_S,
     DIAL_S,
+    DOOR_S,
+    FEW_BYTES,
     FIRST_FRAME_S,
     FLUSH_S,
+    HANG_UPS,
+    LINKS_AT_ONCE,
+    LINKS_PER_S,
     MAX_PAUSE_S,
+    MAX_STRANGERS,
     MIN_PAUSE_S,
+    QUEUE_S,
     RELOAD_S,
     SETTLE_S,
     dialler_options,
     listener_options,
 )
-from dlora.net.identity import Federation, FederationFile, Identity, Member, Role
-from dlora.net.slot import Slot
+from dlora.net.identity import FederationFile, Identity
+from dlora.net.rates import Rate, Told
 from dlora.net.transport import PEERS, FrameKind, LinkDown, Talk, Traffic
+from dlora.net.watch import Watch
 
 _FOR_EVER_S = 1e6
 _METHOD = "Talk"
 _ACCEPTED = ("dlora-link", "accepted")  # the listener's first headers
-
-# What gRPC raises when a stream has ended, whichever end it was that ended it.
-_ENDED = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
-
-_Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
-_Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
-_Stream: TypeAlias = "_Context | _Call"
-
-
-def member_of_role(federation: Federation, name: str, role: Role) -> Member:
-    """The member of that name. Raises IdentityError when it has another role."""
-    member = federation.member(name)
-    if member.role != role:
-        known = ", ".join(sorted(other.name for other in federation.members.values() if other.role == role)) or "none"
-        advice = f"name one of the members whose role is {role}: {known}"
-        raise IdentityError(f"{name} is a {member.role} in {federation.source}, not a {role}; {advice}")
-    return member
-
-
-class GrpcLink:
-    """One end of a link; tasks of the network carry frames between its two slots and the stream."""
-
-    def __init__(self, neighbour: str, dialled_by: str, stream: _Stream, kind: FrameKind, trusted: bytes) -> None:
-        self.neighbour, self.dialled_by, self.stream, self.kind = neighbour, dialled_by, stream, kind
-        self.trusted = trusted  # the neighbour's certificates when the link was made
-        self.incoming: Slot[Any] = Slot()
-        self.outgoing: Slot[bytes] = Slot()
-
-    async def send(self, frame: Any) -> None:
-        """Hand a frame to the wire; waits while the one before it has not left. Raises LinkDown."""
-        await self.outgoing.put(self.kind.encode(frame))
-
-    async def receive(self) -> Any:
-        """The next frame. Raises LinkDown at the end."""
-        return await self.incoming.get()
-
-    def close(self) -> None:
-        """End the link."""
-        self.incoming.close()
-        self.outgoing.close()
 
 
 class GrpcNetwork:
@@ -95,8 +64,9 @@ class GrpcNetwork:
     ``neighbours`` are dialled where they have an address; None makes a cloud, which dials nobody, lets in whoever has the
     role device in the federation file as it then is, and answers gRPC's health checks on the same port. ``listen`` is
     HOST:PORT to be dialled at, port 0 for any free one, or None to dial only. ``on_refused`` hears, in one line, of
-    everything that was turned away or ended for what it sent, as far as it came through TLS. ``kind`` is what the links
-    carry. ``bound`` is set while it serves; ``port`` is the one listened on.
+    everything that was turned away or ended for what it sent, as far as it came through TLS; ``on_certificate`` of each that
+    ends soon, is over, or is not valid yet. ``kind`` is what the links carry. ``bound`` is set while it serves; ``port`` is the
+    one listened on.
     """
 
     def __init__(
@@ -107,18 +77,23 @@ class GrpcNetwork:
         listen: str | None,
         on_refused: Callable[[str], object] = lambda reason: None,
         kind: FrameKind = PEERS,
+        on_certificate: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.identity, self.federation, self.listen, self.kind = identity, federation, listen, kind
         self.is_cloud, self._dialled = neighbours is None, tuple(neighbours or ())
         self.traffic = Traffic()
         self.port: int | None = None
         self.bound = asyncio.Event()
-        self._on_refused = on_refused
+        self._tell_refused, self._told = on_refused, Told()
+        self._watch, self._door = Watch(identity, on_certificate), Doorman(MAX_STRANGERS)
+        self._arrivals: defaultdict[str, Rate] = defaultdict(lambda: Rate(LINKS_PER_S, LINKS_AT_ONCE, QUEUE_S))
+        self._paces: defaultdict[str, Rate] = defaultdict(lambda: Rate(kind.frames_per_s, kind.frames_at_once, _FOR_EVER_S))
         self._links: dict[str, GrpcLink] = {}
         self._unlinked = {name: asyncio.Event() for name in self._dialled}
         self._attempted = {name: asyncio.Event() for name in self._dialled}  # not set while we dial
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one conversation at a time
         self._said: dict[str, str] = {}  # why a neighbour cannot be dialled, told once
+        self._hung_up: defaultdict[str, int] = defaultdict(int)  # times on end, in the handshake
         for name in self._dialled:
             self._unlinked[name].set()
             self._attempted[name].set()
@@ -139,9 +114,11 @@ class GrpcNetwork:
         self._servers = [] if self.listen is None else [self._listener(self.listen, self._roots())]
         try:
             async with asyncio.TaskGroup() as self._tasks:
+                self._tasks.create_task(self._keep_watching())
                 if self._servers:
                     await self._servers[0].start()
                     self._tasks.create_task(self._keep_listening())
+                    self._tasks.create_task(self._keep_the_door())
                 self.bound.set()
                 for name in self._dialled:
                     self._tasks.create_task(self._keep_dialling(name))
@@ -152,6 +129,21 @@ class GrpcNetwork:
         finally:
             await asyncio.gather(*(server.stop(FLUSH_S) for server in self._servers))
             await asyncio.sleep(SETTLE_S)
+
+    async def _keep_watching(self) -> None:
+        """Whoever was struck off the federation file loses the link, silent or not; certificates are looked at as well."""
+        while True:
+            for name, link in [*self._links.items()]:
+                if self._trusted(name) != link.trusted and not link.is_closed:
+                    link.close()
+                    self._on_refused(f"{name}: its certificates in the federation file have changed")
+            self._watch.look(self.federation.current, self.neighbours)
+            await asyncio.sleep(RELOAD_S)
+
+    def _on_refused(self, reason: str) -> None:
+        line = self._told.line(reason, asyncio.get_running_loop().time())
+        if line is not None:
+            self._tell_refused(line)
 
     # The listening end
 
@@ -175,6 +167,11 @@ class GrpcNetwork:
                 self._servers.append(server)
                 await server.start()
                 roots = changed
+
+    async def _keep_the_door(self) -> None:
+        while True:
+            self._door.look(self.port or 0)
+            await asyncio.sleep(DOOR_S)
 
     def _listener(self, address: str, roots: bytes) -> grpc.aio.Server:
         pair = (self.identity.key_pem, self.identity.certificate_pem)
@@ -204,12 +201,22 @@ class GrpcNetwork:
         member = federation.members.get(name)
         return b"" if member is None or (self.is_cloud and member.role != "device") else federation.trusted([name])
 
-    async def _accept(self, _: object, context: _Context) -> None:
+    async def _accept(self, _: object, context: Context) -> None:
         name, reason = self._who(context)
         if reason is not None:
             self._on_refused(f"{context.peer()}: {reason}")
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, reason)
 
+        with self._door.let_in(context.peer()):
+            await self._admit(name, context)
+
+    async def _admit(self, name: str, context: Context) -> None:
+        """A neighbour's call becomes its link, in its turn."""
+        wait_s = self._arrivals[name].take(asyncio.get_running_loop().time())
+        if wait_s is None:
+            self._on_refused(f"{name}: it dials too often, {LINKS_PER_S:g} times a second are taken")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {LINKS_PER_S:g} links a second")
+        await asyncio.sleep(wait_s or 0.0)
         if self.identity.name < name and name in self._attempted:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(COURTESY_S):
@@ -230,7 +237,7 @@ class GrpcNetwork:
         finally:
             link.close()  # gRPC cancels this task, not the conversation, when the other end has gone
 
-    def _who(self, context: _Context) -> tuple[str, str | None]:
+    def _who(self, context: Context) -> tuple[str, str | None]:
         """The name of the caller, and why it is refused."""
         facts = {key: next(iter(values), b"") for key, values in context.auth_context().items()}
         name = facts.get("x509_common_name", b"").decode(errors="replace")
@@ -266,7 +273,7 @@ class GrpcNetwork:
         tls = grpc.ssl_channel_credentials(trusted, self.identity.key_pem, self.identity.certificate_pem)
         options = dialler_options(self.kind.max_bytes, name)
         async with grpc.aio.secure_channel(address, tls, options) as channel:
-            call: _Call = channel.stream_stream(f"/{self.kind.service}/{_METHOD}")()
+            call: Call = channel.stream_stream(f"/{self.kind.service}/{_METHOD}")()
             link = GrpcLink(name, self.identity.name, call, self.kind, trusted)
             self._attempted[name].clear()
             try:
@@ -276,16 +283,17 @@ class GrpcNetwork:
                         return 0.0
                 if not self._is_taken(link):
                     return 0.0
-            except (*_ENDED, TimeoutError):
+            except (*ENDED, TimeoutError):
                 return 0.0
             finally:
                 self._attempted[name].set()
             self._said.pop(name, None)
+            self._hung_up.pop(name, None)
             clock = asyncio.get_running_loop()
             began_at = clock.time()
             await self._converse(link)
             lived_s = clock.time() - began_at
-            with contextlib.suppress(*_ENDED, TimeoutError):
+            with contextlib.suppress(*ENDED, TimeoutError):
                 async with asyncio.timeout(FLUSH_S):  # the other end has read everything when it hangs up as well
                     await call.done_writing()
                     await call.code()
@@ -294,7 +302,12 @@ class GrpcNetwork:
     def _explain(self, name: str, code: grpc.StatusCode, details: str | None) -> None:
         """Say once what stands between us and a neighbour; that it is not there yet is nothing to be said."""
         text = ascii(details or "")[:300]
-        if (code is grpc.StatusCode.PERMISSION_DENIED or "handshake failed" in text) and self._said.get(name) != text:
+        if "Socket closed" in text:
+            self._hung_up[name] += 1
+            text = self._watch.hung_up() if self._hung_up[name] == HANG_UPS else ""
+        elif code is not grpc.StatusCode.PERMISSION_DENIED and "handshake failed" not in text:
+            text = ""
+        if text and self._said.get(name) != text:
             self._said[name] = text
             self._on_refused(f"dialling {name}: {text}")
 
@@ -317,7 +330,7 @@ class GrpcNetwork:
         name = link.neighbour
         try:
             async with self._turns[name]:
-                reading, writing = asyncio.create_task(self._read(link)), asyncio.create_task(self._write(link))
+                reading, writing = asyncio.create_task(self._read(link)), asyncio.create_task(link.write(self.traffic))
                 try:
                     await self._talk(name, link)
                 except LinkDown:
@@ -353,6 +366,10 @@ class GrpcNetwork:
                     data = await link.stream.read()
                 if not isinstance(data, bytes):  # the end
                     return
+                if len(data) < FEW_BYTES and (pause_s := self._paces[name].take(asyncio.get_running_loop().time())):
+                    await asyncio.sleep(pause_s)  # the rest waits at the other end
+                if link.is_closed:
+                    return
                 if self._trusted(name) != link.trusted:
                     reason = "its certificates in the federation file have changed"
                     return
@@ -363,20 +380,9 @@ class GrpcNetwork:
             reason = f"no frame within {FIRST_FRAME_S:g} s"
         except FrameError as error:
             reason = str(error)
-        except (*_ENDED, LinkDown):
+        except (*ENDED, LinkDown):
             pass
         finally:
             link.close()
             if reason is not None:
                 self._on_refused(f"{name}: {reason}")
-
-    async def _write(self, link: GrpcLink) -> None:
-        """Frames out of the link; gRPC's write returns once HTTP/2 had room for the frame."""
-        with contextlib.suppress(*_ENDED, LinkDown):
-            try:
-                while True:
-                    data = await link.outgoing.get()
-                    self.traffic.sent(link.neighbour, len(data))
-                    await link.stream.write(data)
-            finally:
-                link.outgoing.close()

@@ -13,6 +13,12 @@ FLUSH_S = 1.0  # for the last frames to leave when a conversation ends
 SETTLE_S = 0.03  # for what gRPC still has to report of cancelled calls: it must not find the event loop closed
 RELOAD_S = 1.0  # between two looks at the federation file
 MAX_CONNECTIONS = 256  # from outside, strangers' included: file descriptors must remain for the run's own files
+MAX_STRANGERS = 128  # of them, that are nobody's link; with more, those that are held longest are hung up
+DOOR_S = 0.25  # between two looks at who is at the door
+LINKS_AT_ONCE, LINKS_PER_S = 30, 1.0  # of one member that dials in; more of them wait
+QUEUE_S = 4.0  # for that long at most
+HANG_UPS = 3  # on end, until it is said that the other end hangs up in the handshake
+FEW_BYTES = 1 << 12  # frames below cost time and carry nothing: so many a second are read of a member
 
 _BOTH_ENDS = [
     ("grpc.max_metadata_size", 8192),

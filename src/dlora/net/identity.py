@@ -16,28 +16,20 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from textwrap import indent
 from typing import Any, Literal, TypeAlias, get_args
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID
-
 from dlora.errors import IdentityError
+from dlora.net.certificates import NEW, as_der, checked, concern, fingerprint, make, of_key_file, owner_of, validity
 from dlora.yaml_file import TextLoader, read_yaml
 
 Role: TypeAlias = Literal["peer", "cloud", "device"]
 
-VALIDITY_DAYS = 730
-CLOCK_SLACK_MINUTES = 10  # a neighbour whose clock is behind by less finds a new certificate valid
 MAX_FILE_BYTES = 1 << 20  # of a key, member or federation file; a member takes about 1 KB
 
 _NAME = re.compile(r"(?=.{1,63}\Z)[A-Za-z0-9]([A-Za-z0-9_-]|\.(?!\.))*(?<![._-])\Z", re.ASCII)
 _HOST = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]|\.(?!\.))*\Z", re.ASCII)
-_NEW = "make a new one with: dlora identity new"
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class Federation:
     def is_listed(self, name: str, der: bytes) -> bool:
         """Whether this certificate, in DER, is one of those listed for that name; False for an unknown name."""
         listed = self.members[name].certificates if name in self.members else ()
-        return hashlib.sha256(der).digest() in [_parse(pem).fingerprint(hashes.SHA256()) for pem in listed]
+        return hashlib.sha256(der).digest() in [hashlib.sha256(as_der(pem)).digest() for pem in listed]
 
     def trusted(self, names: Iterable[str]) -> bytes:
         """The certificates of these members, PEM after PEM: the roots of a TLS connection with any of them."""
@@ -93,6 +85,33 @@ class Federation:
             if [self.member(end).address for end in (one, other)] == [None, None]:
                 advice = "give one of them an address: HOST:PORT there, or take a topology in which they are no neighbours"
                 raise IdentityError(f"{one} and {other} are neighbours but neither has an address in {self.source}; {advice}")
+
+    def apart(self) -> list[str]:
+        """Says which members can never meet, because nobody has an address that the others could dial."""
+        said = []
+        by_role: dict[Role, list[Member]] = {}
+        for member in self.members.values():
+            by_role.setdefault(member.role, []).append(member)
+        again = "make one of them again with: dlora identity new NAME --address HOST:PORT"
+        for role, own in by_role.items():
+            names = ", ".join(sorted(member.name for member in own)[:8])
+            if any(member.address for member in own):
+                continue
+            if role == "cloud" and "device" in by_role:
+                said.append(f"the cloud {names} has no address, so no path joins it and the devices; {again} --role cloud")
+            if role == "peer" and len(own) > 1 or role == "device" and len(own) > 1 and "cloud" not in by_role:
+                said.append(f"no path joins the {role}s {names}: none has an address that another could dial; {again}")
+        return said
+
+
+def member_of_role(federation: Federation, name: str, role: Role) -> Member:
+    """The member of that name. Raises IdentityError when it has another role."""
+    member = federation.member(name)
+    if member.role != role:
+        known = ", ".join(sorted(other.name for other in federation.members.values() if other.role == role)) or "none"
+        advice = f"name one of the members whose role is {role}: {known}"
+        raise IdentityError(f"{name} is a {member.role} in {federation.source}, not a {role}; {advice}")
+    return member
 
 
 @dataclass(frozen=True)
@@ -108,21 +127,20 @@ class Identity:
         """Read a key file and check that the others take it for ``name``. Raises IdentityError; warns if others can read it."""
         num_listed = len(federation.member(name).certificates)
         key_pem, certificate = _read_key_file(Path(key_path))
-        der, source = certificate.public_bytes(serialization.Encoding.DER), federation.source
+        der, source = as_der(certificate), federation.source
         if not federation.is_listed(name, der):
             for owner in (owner for owner in federation.members if federation.is_listed(owner, der)):
                 advice = f"give {name}'s key file, or the name {owner}"
                 raise IdentityError(f"wrong key for the name: {key_path} is the key of {owner}, not of {name}; {advice}")
             advice = "put its member file into the federation file, here and at the others"
             raise IdentityError(f"the certificate in {key_path} is not among the {num_listed} of {name} in {source}; {advice}")
-        state, begin, end, now = _validity(certificate)
+        state, begin, end, now = validity(certificate)
         if state == "not yet valid":
             raise IdentityError(f"the certificate in {key_path} is valid from {begin}, here it is {now}; set the clock")
         if state == "expired":
-            raise IdentityError(f"the certificate in {key_path} expired at {end}, here it is {now}; {_NEW} {name}")
-        if Path(key_path).stat().st_mode & 0o077:
-            warnings.warn(f"others on this machine can read or change {key_path}; run: chmod 600 {key_path}", stacklevel=2)
-        return cls(name, key_pem, _pem(certificate).encode())
+            raise IdentityError(f"the certificate in {key_path} expired at {end}, here it is {now}; {NEW} {name}")
+        _warn_of_the_end(certificate, key_path, name)
+        return cls(name, key_pem, certificate.encode())
 
 
 class FederationFile:
@@ -155,18 +173,9 @@ class FederationFile:
 def new_identity(name: str, address: str | None, role: Role, folder: str | Path) -> tuple[Path, Path]:
     """Write ``NAME.key`` (mode 0600; stays here) and ``NAME.member.yaml`` (goes to the others) into ``folder``.
 
-    ECDSA P-256, because gRPC for Python fails with Ed25519. Raises IdentityError; never overwrites a file.
+    Raises IdentityError; never overwrites a file.
     """
-    subject = x509.Name.from_rfc4514_string(f"CN={_name(name, 'a new identity')}")
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC).replace(microsecond=0)
-    builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(minutes=CLOCK_SLACK_MINUTES))
-    builder = builder.not_valid_after(now + timedelta(days=VALIDITY_DAYS))
-    for extension, critical in _extensions(name):
-        builder = builder.add_extension(extension, critical)
-    pem = _pem(builder.sign(key, hashes.SHA256()))
-    plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    private_pem = key.private_bytes(serialization.Encoding.PEM, *plain).decode()
+    private_pem, pem = make(_name(name, "a new identity"))
     tree = {"name": name, "role": role, "address": address or "null", "certificates": [pem]}
     key_path, member_path = Path(folder, f"{name}.key"), Path(folder, f"{name}.member.yaml")
     _create(member_path, _entry(_member(tree, "a new identity")), 0o644)
@@ -178,33 +187,44 @@ def new_identity(name: str, address: str | None, role: Role, folder: str | Path)
     return key_path, member_path
 
 
-def federation_text(paths: Sequence[str | Path]) -> str:
-    """The federation file made of member files, or of an older federation file and new member files.
+def federation_of(paths: Sequence[str | Path]) -> Federation:
+    """The federation made of member files, or of an older federation file and new member files.
 
     Certificates of one name are all listed, so that an old and a new one overlap; a warning asks to make sure of them.
     Raises IdentityError when two files differ in role or address, and for whatever ``Federation.load`` refuses.
     """
-    return Federation(_merged([(member, str(path)) for path in paths for member in _read_members(Path(path))[0]])).dump()
+    return Federation(_merged([(member, str(path)) for path in paths for member in _read_members(Path(path))[0]]))
 
 
-def fingerprint(pem: str) -> str:
-    """SHA-256 of the certificate's DER: 16 groups of 4 hex digits, to be read out over the phone."""
-    return _parse(pem).fingerprint(hashes.SHA256()).hex(":", 2)
+def federation_text(paths: Sequence[str | Path]) -> str:
+    """The federation file that `federation_of` gives."""
+    return federation_of(paths).dump()
 
 
 def describe(path: str | Path) -> str:
-    """What a key, member or federation file says, for people; nothing of a private key. Raises IdentityError."""
+    """What a key, member or federation file says, for people; nothing of a private key.
+
+    Raises IdentityError; warns of a key that others can read and of a certificate that ends soon.
+    """
     if "PRIVATE KEY" in _read_text(Path(path)):
         certificate = _read_key_file(Path(path))[1]
-        told = [(f"{_owner(certificate)} (a key file)", certificate)]
+        told = [(owner_of(certificate), " (a key file)", certificate)]
     else:
         members = _read_members(Path(path))[0]
-        told = [(f"{m.name} ({m.role}, {m.address or 'only dials'})", _parse(pem)) for m in members for pem in m.certificates]
+        told = [(m.name, f" ({m.role}, {m.address or 'only dials'})", pem) for m in members for pem in m.certificates]
     lines = []
-    for head, certificate in told:
-        state, begin, end, _ = _validity(certificate)
-        lines += [head, f"  {state}: from {begin} until {end}", f"  {fingerprint(_pem(certificate))}"]
+    for name, head, certificate in told:
+        state, begin, end, _ = validity(certificate)
+        lines += [name + head, f"  {state}: from {begin} until {end}", f"  {fingerprint(certificate)}"]
+        if state == "valid":
+            _warn_of_the_end(certificate, path, name)
     return "\n".join(lines)
+
+
+def _warn_of_the_end(certificate: str, path: str | Path, name: str) -> None:
+    worry = concern(certificate)
+    if worry is not None:
+        warnings.warn(f"the certificate of {name} in {path} {worry[1]}; before that, {NEW} {name}", stacklevel=3)
 
 
 def _read_text(path: Path) -> str:
@@ -215,7 +235,7 @@ def _read_text(path: Path) -> str:
             raise IdentityError(f"{path} has more than {MAX_FILE_BYTES:,} bytes: not a key, member or federation file")
         return content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not text at byte {error.start}"
+        reason = error.strerror if isinstance(error, OSError) else f"not text at byte {error.start}, where PEM or YAML is"
         raise IdentityError(f"{path} cannot be read ({reason}); give the path of a text file that you may read") from error
 
 
@@ -234,66 +254,15 @@ def _create(path: Path, text: str, mode: int) -> None:
         raise IdentityError(f"{path} cannot be written ({error.strerror}); choose a folder where you may write") from error
 
 
-def _extensions(name: str) -> list[tuple[x509.ExtensionType, bool]]:
-    """What every certificate must say, and whether critically: without the first two it could sign in another's name."""
-    only_sign = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital_signature comes first
-    purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    san, constraints = x509.SubjectAlternativeName([x509.DNSName(name)]), x509.BasicConstraints(ca=False, path_length=None)
-    return [(only_sign, True), (constraints, True), (x509.ExtendedKeyUsage(purposes), False), (san, False)]
-
-
-def _parse(pem: str) -> x509.Certificate:
-    """The one certificate in a text; ValueError when there is none or another one hides behind it."""
-    [certificate] = x509.load_pem_x509_certificates(pem.encode())
-    return certificate
-
-
-def _owner(certificate: x509.Certificate) -> str:
-    return str(certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value)
-
-
-def _pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def _checked(pem: Any, name: str, where: str) -> str:
-    """A certificate as PEM again (and nothing else that stood around it), when it is one that `new_identity` makes."""
-    try:
-        certificate = _parse(pem)
-        owner = _owner(certificate)
-        certificate.verify_directly_issued_by(certificate)
-        found = [certificate.extensions.get_extension_for_class(type(value)) for value, _ in _extensions(owner)]
-        fits = [(extension.value, extension.critical) for extension in found] == _extensions(owner)
-        fits = fits and certificate.subject == x509.Name.from_rfc4514_string(f"CN={owner}")
-        fits = fits and isinstance(getattr(certificate.public_key(), "curve", None), ec.SECP256R1)
-    except Exception as error:  # a stranger's bytes; cryptography has a dozen exceptions for them without a common root
-        raise IdentityError(f"{where}: not exactly one certificate in PEM that can be read; {_NEW}") from error
-    if not fits:
-        raise IdentityError(f"{where}: the certificate is not of the form that cannot sign in another's name; {_NEW}")
-    if owner != name:
-        raise IdentityError(f"{where}: the certificate was made for {owner}, not for {name}; each member needs one of its own")
-    return _pem(certificate)
-
-
-def _read_key_file(path: Path) -> tuple[bytes, x509.Certificate]:
-    """The file, which gRPC takes for the private key as it is, and the certificate in it; they belong together."""
+def _read_key_file(path: Path) -> tuple[bytes, str]:
+    """The file, which gRPC takes for the private key as it is, and the certificate in it; warns if others can read it."""
     text = _read_text(path)
-    try:
-        key, certificate = serialization.load_pem_private_key(text.encode(), None), _parse(text)
-        owner, belongs = _owner(certificate), key.public_key() == certificate.public_key()
-    except Exception as error:  # as above
-        wanted = "a private key without a password and its certificate, both PEM"
-        raise IdentityError(f"{path} is not a key file ({wanted}); {_NEW}") from error
-    if not belongs:
-        raise IdentityError(f"the key in {path} does not belong to the certificate of {owner} beside it; {_NEW} {owner}")
+    certificate = of_key_file(text, path)
+    if path.stat().st_mode & 0o077:
+        warnings.warn(f"others on this machine can read or change {path}; run: chmod 600 {path}", stacklevel=3)
     return text.encode(), certificate
 
 
-def _validity(certificate: x509.Certificate) -> tuple[str, str, str, str]:
-    moments = certificate.not_valid_before_utc, certificate.not_valid_after_utc, datetime.now(UTC)
-    state = "not yet valid" if moments[2] < moments[0] else "expired" if moments[2] > moments[1] else "valid"
-    begin, end, now = (f"{moment:%Y-%m-%d %H:%M} UTC" for moment in moments)
-    return state, begin, end, now
 
 
 def _entry(member: Member) -> str:
@@ -307,6 +276,9 @@ def _read_members(path: Path) -> tuple[list[Member], bool]:
     text = _read_text(path)
     if "PRIVATE KEY" in text:
         raise IdentityError(f"{path} holds a private key, which its owner gives to nobody; give NAME.member.yaml instead")
+    if text.lstrip().startswith("-----BEGIN "):
+        advice = "its owner makes NAME.member.yaml with: dlora identity new NAME"
+        raise IdentityError(f"{path} is a key or a certificate of another program, not a member or federation file; {advice}")
     try:
         tree = read_yaml(text, TextLoader)
     except ValueError as error:
@@ -331,7 +303,7 @@ def _member(tree: Any, where: str) -> Member:
         raise IdentityError(f"{where}: role is {_came(role)}, expected one of {', '.join(get_args(Role))}")
     if not isinstance(listed, list) or not listed:
         raise IdentityError(f"{where}: certificates is {_came(listed)}, expected a list of one or more")
-    certificates = tuple(dict.fromkeys(_checked(pem, name, where) for pem in listed))
+    certificates = tuple(dict.fromkeys(checked(pem, name, where) for pem in listed))
     return Member(name, role, _address(tree.get("address", "null"), where), certificates)
 
 

@@ -25,9 +25,11 @@ class FrameKind:
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]  # raises FrameError
     max_bytes: int  # of one frame; a longer one is refused by its announced length, before memory is taken
+    frames_per_s: float = 1e9  # small ones of one member; more wait at its end
+    frames_at_once: int = 1  # before that
 
 
-PEERS = FrameKind("dlora.Peer", encode_frame, decode_frame, MAX_FRAME_BYTES)
+PEERS = FrameKind("dlora.Peer", encode_frame, decode_frame, MAX_FRAME_BYTES, frames_per_s=200, frames_at_once=500)
 
 
 class Link(Protocol):

@@ -78,6 +78,7 @@ def cloud(
         place,
         lambda reason: telling.tell("connection-refused", reason=reason),
         halves(guests.max_frame_bytes),
+        lambda reason: telling.tell("certificate", reason=reason),
     )
     telling.traffic = network.traffic
     began_at = time.monotonic()

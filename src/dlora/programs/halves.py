@@ -17,6 +17,7 @@ from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.net.memory import MemoryHub
 from dlora.net.transport import Link
+from dlora.programs.listening import certificate_teller
 from dlora.programs.prepare import Prepared
 from dlora.runlog import RunLog
 from dlora.split.body import load_body
@@ -39,13 +40,21 @@ def far_cloud(
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
 
-    ``tell(event, reason)`` hears what stands between the two: connection-refused, cloud-lost, cloud-back. A wait for the cloud
-    ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use afterwards.
+    ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate, cloud-lost, cloud-back. A wait
+    for the cloud ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use then.
     """
     assert config.split is not None
     with LoopThread() as loop:
-        refused = partial(tell, "connection-refused")
-        dialler = Dialler(GrpcNetwork(identity, federation, [config.split.cloud], None, refused, kind=halves()), loop)
+        network = GrpcNetwork(
+            identity,
+            federation,
+            [config.split.cloud],
+            None,
+            partial(tell, "connection-refused"),
+            halves(),
+            partial(tell, "certificate"),
+        )
+        dialler = Dialler(network, loop)
         was_linked = over = False
 
         def dial() -> Channel:
@@ -106,7 +115,12 @@ def teller(log: RunLog, cloud: str) -> Callable[[str, str], None]:
     """What `far_cloud` tells, said in the log and on the terminal."""
     waiting = f"waiting for the cloud {cloud}"
 
+    told_of_certificate = certificate_teller(log)
+
     def tell(event: str, reason: str) -> None:
+        if event == "certificate":
+            told_of_certificate(reason)
+            return
         log.emit(event, reason=reason)
         if event != "cloud-back":
             log.tick("phase", text=waiting if event == "cloud-lost" else f"{waiting}: {reason}")

@@ -1,11 +1,14 @@
-"""Where a program accepts links, checked before anything else is done for it."""
+"""Where a program accepts links, checked before anything else is done for it; what it says of certificates meanwhile."""
 
 from __future__ import annotations
 
 import errno
 import socket
+import warnings
+from collections.abc import Callable
 
 from dlora.errors import ConfigError
+from dlora.runlog import RunLog
 
 
 def listen_address(listen: str | None, address: str | None) -> str | None:
@@ -40,3 +43,13 @@ def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
                 f"cannot listen on {listen}: {what}; stop that program or give another HOST:PORT to {option}"
             ) from None
     return host, int(port)
+
+
+def certificate_teller(log: RunLog) -> Callable[[str], None]:
+    """Says in the log and on the terminal what a network finds of certificates: one ends soon, is over or not valid yet."""
+
+    def tell(reason: str) -> None:
+        log.emit("certificate", reason=reason)
+        warnings.warn(reason, stacklevel=2)
+
+    return tell

@@ -17,7 +17,7 @@ from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.account import Summary, introduction, summary
 from dlora.programs.halves import check_halves, check_room, far_cloud
-from dlora.programs.listening import listen_address
+from dlora.programs.listening import certificate_teller, listen_address
 from dlora.programs.peer_run import RUN, PeerRun
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
@@ -93,6 +93,7 @@ def _took_part(
             neighbours,
             listen,
             lambda reason: log.emit("connection-refused", reason=reason),
+            on_certificate=certificate_teller(log),
         )
         finished, position = _finished(folder), ledger.position
         run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored)
