@@ -230,7 +230,11 @@ class Watched(Loopback):
 
 
 def pair_of(ends: dict[str, float]) -> Callable[[Path], object]:
-    return lambda folder: [made(name, folder, left_s) for name, left_s in ends.items()]
+    def prepare(folder: Path) -> None:
+        for name, left_s in ends.items():
+            made(name, folder, left_s)
+
+    return prepare
 
 
 DAY_S = 86_400.0

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from dlora.errors import IdentityError
 from dlora.net import certificates, identity
-from dlora.net.identity import Federation, FederationFile, Identity, Member, federation_text, fingerprint, new_identity
+from dlora.net.certificates import fingerprint
+from dlora.net.identity import Federation, FederationFile, Identity, Member, federation_text, new_identity
 
 ADDRESSES = {"anna": "anna.example.org:7000", "bob": None, "carol": "[2001:db8::1]:7000", "dave": None}
 
