@@ -1,4 +1,4 @@
-"""Where a program accepts links, checked before anything else is done for it; what it says of certificates meanwhile."""
+"""Where a program accepts links, checked before all else; what it says of certificates meanwhile."""
 
 from __future__ import annotations
 
