@@ -263,8 +263,6 @@ def _read_key_file(path: Path) -> tuple[bytes, str]:
     return text.encode(), certificate
 
 
-
-
 def _entry(member: Member) -> str:
     """A member as YAML says it, in its own file and in the federation's; what is in it was checked to need no escapes."""
     head = f'name: "{member.name}"\nrole: {member.role}\naddress: {json.dumps(member.address)}\ncertificates:\n'
