@@ -20,7 +20,7 @@ import yaml
 from command import Outcome, assert_identical, call, contents, final_factors, finish, furnish, start, without_news
 
 import dlora
-from dlora.runlog import NBSP, read_log
+from dlora.runlog import NBSP, read_log, seconds_text
 
 REPOSITORY = Path(__file__).parents[1]
 OPTIONS = {
@@ -32,7 +32,7 @@ OPTIONS = {
     "topology": ["KIND", "--peers", "--p", "--seed", "-k", "--weights", "--output", "--json"],
 }
 LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 60, "peers.count": 2, "save_every": 2}  # time to interrupt one
-CLOCKS = {"seconds", "participant_steps_per_second"}
+CLOCKS = {"seconds", "spent_s", "participant_steps_per_second", "tokens_per_second"}
 
 
 def one_document(outcome: Outcome) -> Any:
@@ -149,13 +149,32 @@ def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path,
     outcome = call("simulate", "run.yaml", "--resume")  # a finished run is only told again
     assert (outcome.exit_code, outcome.err) == (0, "")
     summary = json.loads(Path("run/summary.json").read_text())
-    assert {**summary, "seconds": 0} == {**template[1], "seconds": 0}
+    assert {**summary, "seconds": 0, "spent_s": 0} == {**template[1], "seconds": 0, "spent_s": 0}
     _, *rows, report, _ = plain(outcome.out).split("\n")
     assert report == "report: run/report.html"
+    rows, times = rows[: len(summary["runs"])], rows[len(summary["runs"]) :]
+    told = [re.split(r" {2,}", line.strip()) for line in times]
+    assert told[0] == ["time", *summary["runs"], "all"]
+    assert [line[0] for line in told[1:]] == [
+        "start-up", "training", "exchange", "scoring", "saving", "report", "other", "in all",
+    ]  # fmt: skip
+    assert told[-1][-1] == plain(seconds_text(summary["spent_s"]["in_all"]))
     for row, (name, run) in zip(rows, summary["runs"].items(), strict=True):
         scores = [f"{100 * run[of]['accuracy']:.1f} %" for of in ("consensus", "peers_mean", "best")]
         assert re.split(r" {2,}", row.strip())[:3] == [name, *scores[:2]]
         assert f"{scores[2]} ({run['best']['rounds_done']})" in row
+
+
+def test_the_table_says_where_all_of_the_time_went(work: Path) -> None:
+    """The parts add up to what a clock outside measures, but for the end of the process."""
+    began = time.monotonic()
+    process = start(work, "simulate", "run.yaml", "--set", "output_dir=timed", "--set", "train.local_steps=40", "--json")
+    outcome = finish(process)
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    spent, outside_s = json.loads(outcome.out)["spent_s"], time.monotonic() - began
+    parts = [seconds for part, seconds in spent.items() if part != "in_all"]
+    assert spent["in_all"] == pytest.approx(sum(parts)) and spent["other"] < 0.05 * spent["in_all"] + 1
+    assert spent["in_all"] < outside_s
 
 
 def test_a_language_model_is_shown_by_its_perplexity(tmp_path: Path, model_folder: Callable[..., Path]) -> None:

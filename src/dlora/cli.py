@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -97,19 +98,16 @@ def simulate(
     """
     if dry_run and resume:
         raise ConfigError("--dry-run and --resume: a dry run starts nothing and resumes nothing; give one of them")
+    if not dry_run:
+        _train("simulate", config, set_, as_json, resume=resume)
+        return
     progress = Progress(quiet=as_json)
-    with resumable(progress) as stop, progress:
+    with Stop("stopping", progress), progress:
         loaded = _load(config, set_)
         from dlora.programs import simulate as program
 
-        if dry_run:
-            document = program.dry_run(loaded, listeners=[progress])
-        else:
-            document = program.simulate(loaded, resume=resume, listeners=[progress, stop.hear], stop=stop)
-    if dry_run:
-        _print(document, as_json, plan_table)
-    else:
-        _print_summary(document, as_json, loaded.output_dir)
+        plan = program.dry_run(loaded, listeners=[progress])
+    _print(plan, as_json, plan_table)
 
 
 @app.command()
@@ -127,16 +125,8 @@ def peer(
 
     Example: dlora peer run.yaml --name north --key north.key --federation federation.yaml
     """
-    progress = Progress(quiet=as_json)
-    with resumable(progress) as stop, progress:
-        loaded = _load(config, set_)
-        from dlora.programs.peer import peer as program
-
-        hearing: list[Listener] = [progress, stop.hear]
-        summary = program(
-            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=hearing, stop=stop
-        )
-    _print_summary(summary, as_json, loaded.output_dir)
+    who = {"name": name, "key": key, "federation": federation, "listen": listen}
+    _train("peer", config, set_, as_json, resume=resume, **who)
 
 
 @app.command()
@@ -187,16 +177,8 @@ def device(
 
     Example: dlora device run.yaml --name phone --key phone.key --federation federation.yaml --set split.wire=int8
     """
-    progress = Progress(quiet=as_json)
-    with resumable(progress) as stop, progress:
-        loaded = _load(config, set_)
-        from dlora.programs.device import device as program
-
-        hearing: list[Listener] = [progress, stop.hear]
-        summary = program(
-            loaded, name=name, key=key, federation=federation, listen=listen, resume=resume, listeners=hearing, stop=stop
-        )
-    _print_summary(summary, as_json, loaded.output_dir)
+    who = {"name": name, "key": key, "federation": federation, "listen": listen}
+    _train("device", config, set_, as_json, resume=resume, **who)
 
 
 @app.command()
@@ -373,10 +355,16 @@ def _load(path: Path, overrides: list[str]) -> Config:
     return Config.load(path, overrides)
 
 
-def _print_summary(summary: dict[str, Any], as_json: bool, output_dir: str) -> None:
+def _train(program: str, config: Path, overrides: list[str], as_json: bool, **keys: Any) -> None:
+    """Run ``dlora.programs.<program>`` until it is done or told to stop, and print what came of it."""
+    progress = Progress(quiet=as_json)
+    with resumable(progress) as stop, progress:
+        loaded = _load(config, overrides)
+        run = getattr(importlib.import_module(f"dlora.programs.{program}"), program)
+        summary = run(loaded, **keys, listeners=[progress, stop.hear], stop=stop, whole_process=True)
     _print(summary, as_json, summary_table)
     if not as_json:
-        typer.echo(f"report: {Path(output_dir, 'report.html')}")
+        typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
 
 
 def _print(document: dict[str, Any], as_json: bool, table: Callable[[dict[str, Any]], RenderableType]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -246,6 +246,9 @@ class Config(Document):
     split: SplitSection | None = Field(None, description="the frozen model runs in this member's cloud; null: here")
     eval_every: int = Field(5, ge=0, description="rounds between scores of the average; 0: at the end only")
     eval_peers_every: int = Field(0, ge=0, description="rounds between scores of each peer's own; 0: at the end only")
+    eval_peers: Literal["all", "none"] | Annotated[int, Field(ge=1)] = Field(
+        "all", description="whose own scores: all, none, or of so many, drawn by the seed (their mean with its standard error)"
+    )
     per_device_eval_batch_size: int = Field(64, ge=1)
     save_every: int = Field(5, ge=1, description="rounds between checkpoints; the last one is kept")
     compare: tuple[Baseline, ...] = Field((), description="baselines on the same data and seed")
@@ -256,6 +259,10 @@ class Config(Document):
     def _combinations(self) -> Config:
         if len(set(self.compare)) != len(self.compare):
             raise ValueError("compare names a baseline twice")
+        if self.eval_peers == "none" and self.eval_peers_every:
+            raise ValueError(
+                f"eval_peers none switches off what eval_peers_every {self.eval_peers_every} asks for; remove one of them"
+            )
         if self.task == "causal-lm" and self.pooling is not None:
             raise ValueError("pooling belongs to task classification; remove it")
         if self.task == "causal-lm" and self.data.partition.kind in ("dirichlet", "label-shares"):

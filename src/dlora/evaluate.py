@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from dlora.lora.stacked import StackedModel
 from dlora.train import autocast, forward, num_targets, summed_loss
 
 Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One participant's scores; ``confusion[a][b]`` of a classifier: rows of class a that were taken for class b."""
+
+    scores: Scores
+    confusion: list[list[int]] | None = None
 
 
 @torch.no_grad()
@@ -28,51 +37,60 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     killed: frozenset[int] = frozenset(),
-) -> Scores:
-    """Score one participant's factors ((1, ...) each) on ``examples``.
+) -> list[Scored]:
+    """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all of them in one forward.
 
     Classification: accuracy, f1 (of the second class when there are two, else the mean over classes) and mean loss.
     Causal-lm: loss and perplexity a target token; with ``choices`` also accuracy, the answer being the likeliest option.
-    ``on_batch`` hears (examples done, examples in all). ``killed``: units whose factors rest, as `StackedModel.use` takes them.
+    ``batch_size``: examples of one participant in a forward, which has P times as many rows. ``on_batch`` hears (examples done,
+    examples in all), before the first batch too. ``killed``: units whose factors rest, as `StackedModel.use` takes them.
     """
     model.use(factors, killed)
     model.network.eval()
+    num_participants = len(next(iter(factors.values())))
     options = [option for choice in choices for option in choice.options]
     total = len(examples) + len(options)
+    on_batch(0, total)
 
     def batches(rows: Sequence[Example], already: int) -> list[tuple[Tensor, Tensor, list[int]]]:
-        """Losses, predictions and indices of ``rows``, a batch at a time."""
+        """Losses (P, N), predictions (P, N) and the N indices of ``rows``, a batch at a time."""
         results, done = [], already
         for chosen in batches_of(rows, batch_size):
-            batch = collate([rows[index] for index in chosen], pad_token_id).to(model.device)
+            batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(model.device)
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
-            results.append((*_reduce(logits, batch.labels), chosen))
+            losses, predictions = (one.view(num_participants, -1) for one in _reduce(logits, batch.labels))
+            results.append((losses, predictions, chosen))
             done += len(chosen)
             on_batch(done, total)
         return results
 
     scored = batches(examples, 0)
-    loss = sum(losses.sum().item() for losses, _, _ in scored)
+    losses = [sum(of[participant].sum().item() for of, _, _ in scored) for participant in range(num_participants)]
     if not isinstance(examples[0].labels, list):
-        predicted = torch.empty(len(examples), dtype=torch.long)
+        predicted = torch.empty(num_participants, len(examples), dtype=torch.long)
         for _, predictions, chosen in scored:
-            predicted[chosen] = predictions
-        labels = torch.tensor([example.labels for example in examples])
-        return _classification(predicted, labels, model.network.config.num_labels) | {"loss": loss / len(examples)}
+            predicted[:, chosen] = predictions
+        labels, num_classes = torch.tensor([example.labels for example in examples]), model.network.config.num_labels
+        confusions = [_confusion(one, labels, num_classes) for one in predicted]
+        return [
+            Scored(_classification(confusion) | {"loss": loss / len(examples)}, confusion.tolist())
+            for confusion, loss in zip(confusions, losses, strict=True)
+        ]
     targets = sum(num_targets(torch.tensor([example.labels]), 1).item() for example in examples)
-    scores = {"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700.0))}
+    scores = [{"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700.0))} for loss in losses]
     if choices:
-        log_likelihood = torch.empty(len(options))
-        for losses, _, chosen in batches(options, len(examples)):
-            log_likelihood[chosen] = -losses
+        log_likelihood = torch.empty(num_participants, len(options))
+        for of, _, chosen in batches(options, len(examples)):
+            log_likelihood[:, chosen] = -of
         starts = torch.tensor([0, *(len(choice.options) for choice in choices)]).cumsum(0).tolist()
-        right = sum(
-            log_likelihood[start : start + len(choice.options)].argmax().item() == choice.answer
-            for start, choice in zip(starts, choices, strict=False)
-        )
-        scores["accuracy"] = right / len(choices)
-    return scores
+        for participant, own in enumerate(log_likelihood):
+            right = sum(
+                own[start : start + len(choice.options)].argmax().item() == choice.answer
+                for start, choice in zip(starts, choices, strict=False)
+            )
+            scores[participant]["accuracy"] = right / len(choices)
+    return [Scored(each) for each in scores]
 
 
 def batches_of(rows: Sequence[Example], batch_size: int) -> list[list[int]]:
@@ -98,20 +116,36 @@ def mean_scores(peers: Mapping[str, Scores]) -> Scores:
     return {name: sum(scores[name] for scores in peers.values()) / len(peers) for name in names}
 
 
+def standard_errors(peers: Mapping[str, Scores], num_peers: int) -> Scores | None:
+    """Of `mean_scores` of a sample of all ``num_peers``, drawn without putting back; None where nothing can be said."""
+    count = len(peers)
+    if not 1 < count < num_peers:
+        return None
+    means = mean_scores(peers)
+    return {
+        name: math.sqrt(
+            sum((scores[name] - mean) ** 2 for scores in peers.values()) / (count - 1) / count * (1 - count / num_peers)
+        )
+        for name, mean in means.items()
+    }
+
+
 def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Each example's summed loss (N,), and its most likely class (N,) where there are classes; on the CPU."""
     losses = summed_loss(logits, labels, len(labels)).cpu()
     return losses, logits.argmax(dim=-1).cpu() if logits.dim() == 2 else losses
 
 
-def _classification(predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
-    """Accuracy and F1 from the confusion counts."""
-    f1 = []
-    for label in range(num_classes):
-        hits = ((predicted == label) & (labels == label)).sum().item()
-        named = (predicted == label).sum().item() + (labels == label).sum().item()
-        f1.append(2 * hits / named if named else 0.0)
+def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Rows by class and by the class that they were taken for: (N,), (N,) -> (C, C)."""
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def _classification(confusion: Tensor) -> Scores:
+    """Accuracy and F1 from the confusion counts (C, C)."""
+    hits, named = confusion.diagonal(), confusion.sum(dim=0) + confusion.sum(dim=1)
+    f1 = [2 * hit / name if name else 0.0 for hit, name in zip(hits.tolist(), named.tolist(), strict=True)]
     return {
-        "accuracy": (predicted == labels).double().mean().item(),
-        "f1": f1[1] if num_classes == 2 else sum(f1) / num_classes,
+        "accuracy": hits.sum().item() / confusion.sum().item(),
+        "f1": f1[1] if len(f1) == 2 else sum(f1) / len(f1),
     }

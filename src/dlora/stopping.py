@@ -42,8 +42,10 @@ class Stop:
         return self.asked
 
     def hear(self, event: Mapping[str, Any]) -> None:
-        """A listener of the program's events."""
+        """A listener of the program's events. Raises Interrupted while a run is scored: that can be done again."""
         self.loading = self.loading and event["event"] == "loading"
+        if self.asked and event["event"] == "evaluating":
+            raise Interrupted(f"{event['run']} stopped while it was scored")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.loading:

@@ -7,20 +7,33 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from dlora.runlog import bytes_text, count_text, percent_text, score_text, seconds_text
+from dlora.runlog import bytes_text, count_text, error_text, percent_text, score_text, seconds_text
 
 
-def summary_table(summary: dict[str, Any]) -> Table:
-    """A finished run: each of its runs' scores, bytes and time."""
+def summary_table(summary: dict[str, Any]) -> Group:
+    """A finished run: each of its runs' scores and bytes, then where all of the time went."""
     metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
     split = any("cloud_bytes" in run for run in summary["runs"].values())
     wires = [*(["on wire"] if len(summary["peers"]) > 1 else []), *(["with the cloud"] if split else [])]
-    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", *(wires or ["on wire"]), "time", box=None)
+    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", *(wires or ["on wire"]), box=None)
     for name, run in summary["runs"].items():
         moved = {"on wire": run["bytes_on_wire"], "with the cloud": run.get("cloud_bytes")}
         scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
+        scores[1] += error_text((run.get("peers_mean_error") or {}).get(metric), metric)
         scores[-1] += f" ({run['best']['rounds_done']})"
-        table.add_row(name, *scores, *(bytes_text(moved[wire]) for wire in wires or ["on wire"]), seconds_text(run["seconds"]))
+        table.add_row(name, *scores, *(bytes_text(moved[wire]) for wire in wires or ["on wire"]))
+    return Group(table, *([_time_table(summary)] if summary.get("spent_s") else []))
+
+
+def _time_table(summary: dict[str, Any]) -> Table:
+    """A column for each run, and one for the whole command, with the time that belongs to no run."""
+    whole, runs = summary["spent_s"], summary["runs"]
+    table = Table("time", *runs, "all", box=None)
+    for kind in whole:
+        own = [run.get("spent_s", {}) for run in runs.values()]
+        parts = [sum(spent.values()) if kind == "in_all" else spent.get(kind) for spent in own]
+        cells = ["" if seconds is None else seconds_text(seconds) for seconds in (*parts, whole[kind])]
+        table.add_row({"start_up": "start-up", "in_all": "in all"}.get(kind, kind), *cells)
     return table
 
 

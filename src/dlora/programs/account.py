@@ -10,6 +10,10 @@ from dlora.decentralized.topology import spectral_gap
 from dlora.evaluate import primary_metric
 from dlora.lora.factors import num_parameters, stack
 from dlora.programs.prepare import Prepared, manifest_hash
+from dlora.programs.run_folder import RunFolder
+from dlora.programs.spent import Stopwatch
+from dlora.report import write_report
+from dlora.runlog import to_json, write_atomically
 
 Summary = dict[str, Any]
 
@@ -57,3 +61,14 @@ def summary(
         "peers": {peer["name"]: {"rows": peer["rows"], "labels": peer["labels"]} for peer in said["peers"]},
         "runs": dict(results),
     }
+
+
+def conclude(folder: RunFolder, summed: Summary, watch: Stopwatch) -> Summary:
+    """Write summary.json and the page; returns the summary, with where all of the time went."""
+    path, runs = folder.path / "summary.json", [run.get("spent_s", {}) for run in summed["runs"].values()]
+    write_atomically(path, to_json(summed | {"spent_s": watch.spent_s(runs)}, indent=1))
+    with watch.report():
+        write_report(folder.path)
+    summed = summed | {"spent_s": watch.spent_s(runs)}
+    write_atomically(path, to_json(summed, indent=1))
+    return summed

@@ -8,15 +8,15 @@ from pathlib import Path
 from dlora.config import Config
 from dlora.errors import CloudError, ConfigError
 from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.programs.account import Summary, introduction, summary
+from dlora.programs.account import Summary, conclude, introduction, summary
 from dlora.programs.halves import check_halves, check_room, far_cloud, teller
 from dlora.programs.one_run import Run
 from dlora.programs.peer import peer
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.programs.run_lock import sole_use
-from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
+from dlora.programs.spent import Stopwatch, spent_before
+from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
 
 RUN = "dlora"
 
@@ -31,23 +31,34 @@ def device(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
+    whole_process: bool = False,
 ) -> Summary:
     """Train ``name``'s factors on its own data through the cloud of ``config.split``; return what summary.json holds.
 
     A cloud that is away is waited for, one that comes back is gone on with. With ``config.peers.members`` this is `peer`,
-    which alone has a use for ``listen``. Raises UserError before anything is written when the run cannot start, CloudError
-    when the cloud refuses this device.
+    which alone has a use for ``listen``. ``whole_process`` as for `simulate`. Raises UserError before anything is written when
+    the run cannot start, CloudError when the cloud refuses this device.
     """
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
     check_halves(config, name, listed)
     if config.peers.members:
-        files = {"key": key, "federation": federation}
-        return peer(config, name=name, **files, listen=listen, resume=resume, listeners=listeners, stop=stop)
+        return peer(
+            config,
+            name=name,
+            key=key,
+            federation=federation,
+            listen=listen,
+            resume=resume,
+            listeners=listeners,
+            stop=stop,
+            whole_process=whole_process,
+        )
     if listen is not None:
         raise ConfigError("--listen is for neighbours to dial: name them in peers.members, or remove it")
     if config.compare:
         raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
+    watch = Stopwatch(whole_process)
     if resume:
         RunFolder.check_same(config, name)
     else:
@@ -55,7 +66,7 @@ def device(
     prepared = prepare(config, loading(listeners), own=name, resume=resume)
     loaded(listeners)
     with sole_use(Path(config.output_dir)):
-        return _trained(prepared, identity, FederationFile(federation), resume, listeners, stop)
+        return _trained(prepared, identity, FederationFile(federation), resume, listeners, stop, watch)
 
 
 def _trained(
@@ -65,6 +76,7 @@ def _trained(
     resume: bool,
     listeners: Sequence[Listener],
     stop: Callable[[], bool],
+    watch: Stopwatch,
 ) -> Summary:
     config, name = prepared.config, identity.name
     assert prepared.half is not None and config.split is not None
@@ -89,9 +101,9 @@ def _trained(
                     if not resume:
                         folder.remove()  # nothing has begun
                     raise
-                result = Run(RUN, prepared, folder, log, 1, stop, cloud_bytes).result(stored)
+                watch.started()
+                spent = watch.run(spent_before(stored))
+                result = Run(RUN, prepared, folder, log, 1, stop, cloud_bytes, spent).result(stored)
         summed = summary(prepared, {RUN: result}, prepared.manifest, 1, result["seconds"], name)
         log.emit("done", seconds=result["seconds"])
-        write_atomically(folder.path / "summary.json", to_json(summed, indent=1))
-    write_report(folder.path)
-    return summed
+    return conclude(folder, summed, watch)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +14,15 @@ from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
-from dlora.evaluate import Scores, better, mean_scores
+from dlora.evaluate import Scored, Scores, better, mean_scores, standard_errors
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
 from dlora.net.memory import MemoryTransport
 from dlora.programs.prepare import WIRE_DTYPES, Prepared
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
 from dlora.programs.schedules import Schedules
+from dlora.programs.scoring import Scoring
+from dlora.programs.spent import Spent
 from dlora.programs.training import Training
 from dlora.runlog import RunLog
 
@@ -44,9 +44,10 @@ class Run:
         group_size: int,
         stop: Callable[[], bool],
         cloud_bytes: Callable[[], int] | None = None,
+        spent: Spent | None = None,
     ) -> None:
         self.name, self.prepared, self.folder, self.log = name, prepared, folder, log
-        self.group_size, self.stop = group_size, stop
+        self.group_size, self.stop, self.spent = group_size, stop, spent or Spent()
         self.pooled = name == "pooled"
         config = prepared.config
         self.local_steps = self._local_steps()
@@ -61,10 +62,21 @@ class Run:
         self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire, took_part)
         self.rounds_done = 0
         self.steps_done = 0  # local steps of all participants, for the progress bar
-        self.seconds = 0.0  # of training and exchange, without scoring
+        self.tokens_before: int | None = 0  # read in earlier processes; None where their checkpoint does not say
         self.best: dict[str, Any] = {}
+        self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
         self._cloud_bytes = cloud_bytes
         self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0  # of this run in earlier processes, less other runs'
+
+    @property
+    def seconds(self) -> float:
+        """Of training and exchange, without scoring and saving."""
+        return self.spent.seconds["training"] + self.spent.seconds["exchange"]
+
+    @property
+    def tokens(self) -> int | None:
+        """Read by the local steps of all participants, padding left out."""
+        return None if self.tokens_before is None else self.tokens_before + self.training.tokens
 
     @property
     def _with_cloud(self) -> dict[str, int]:
@@ -83,6 +95,8 @@ class Run:
             self.schedules.tell(self.log.emit if stored is None else self.log.tick)
         if stored is not None:
             self.log.emit("resumed", run=self.name, rounds_done=self.rounds_done)
+            if "scores_due" in stored.state:
+                self._score(peers=stored.state["scores_due"])
         else:
             self._score(peers=False)
         while self.rounds_done < config.train.rounds:
@@ -90,19 +104,25 @@ class Run:
             self._after_round()
         consensus, peers = self._score(peers=True)
         if self.name in ("dec-lora", "dlora"):
-            self._write_adapters()
+            with self.spent.on("saving"):
+                self._write_adapters()
         spent = self.schedules.spent if self.schedules else {}
         result = {
-            "consensus": consensus,
+            "consensus": consensus.scores,
             "peers_mean": mean_scores(peers) if peers else None,
+            "peers_mean_error": standard_errors(peers, len(self.local_steps)),
             "peers": peers,
             "best": self.best,
+            "confusion": consensus.confusion,
             "bytes_on_wire": self.transport.bytes_on_wire,
             **self._with_cloud,
             **spent,
             "consensus_distance": consensus_distance(self.trained),
             "seconds": self.seconds,
+            "spent_s": dict(self.spent.seconds),
             "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
+            "tokens": self.tokens,
+            "tokens_per_second": None if self.tokens is None else self.tokens / self.seconds,
             "local_steps": self.local_steps,
         }
         shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
@@ -111,9 +131,8 @@ class Run:
         return result
 
     def _round(self) -> None:
-        began = time.monotonic()
-        losses = self.gossip.round(self.rounds_done, partial(self.training.round, self.rounds_done))
-        self.seconds += time.monotonic() - began
+        with self.spent.on("exchange"):
+            losses = self.gossip.round(self.rounds_done, self._train)
         if not losses.isfinite().all():
             lost = ", ".join(
                 name for name, loss in zip(self.gossip.topology.names, losses.tolist(), strict=True) if not math.isfinite(loss)
@@ -135,6 +154,10 @@ class Run:
             seconds=self.seconds,
         )
         self.rounds_done += 1
+
+    def _train(self, names: frozenset[str]) -> Tensor:
+        with self.spent.on("training"):
+            return self.training.round(self.rounds_done, names)
 
     def _local_steps(self) -> list[int]:
         """Of each participant in a round; pooled training takes as many as the peers do on average."""
@@ -159,7 +182,9 @@ class Run:
         state, here = stored.state, environment(self.group_size)
         warn_of_another(state["environment"], here)
         self.participants.load(stored.factors, stored.optimizer)
-        self.rounds_done, self.seconds, self.best = stored.rounds_done, state["seconds"], state["best"]
+        self.rounds_done = stored.rounds_done
+        self.best = state["best"] if state["best"].get("rounds_done") else {}  # 0.1.0 kept scores of nothing trained
+        self.tokens_before = state.get("tokens")
         self.steps_done = self.rounds_done * sum(self.local_steps)
         self.transport.bytes_on_wire = state["bytes_on_wire"]
         if self.schedules is not None:
@@ -171,61 +196,64 @@ class Run:
         config, last = self.prepared.config, self.rounds_done == self.prepared.config.train.rounds
         peers = bool(config.eval_peers_every) and self.rounds_done % config.eval_peers_every == 0
         if not last and (peers or (config.eval_every and self.rounds_done % config.eval_every == 0)):
-            self._score(peers=peers)
+            try:
+                self._score(peers=peers)
+            except Interrupted:
+                self._save({"scores_due": peers})
+                raise
         stopping = self.stop() and not last
         if last or stopping or self.rounds_done % config.save_every == 0:
-            self.folder.save(
-                self.name,
-                Checkpoint(
-                    self.rounds_done,
-                    self.participants.factors,
-                    self.participants.optimizer_state(),
-                    {
-                        "bytes_on_wire": self.transport.bytes_on_wire,
-                        **self._with_cloud,
-                        "seconds": self.seconds,
-                        "best": self.best,
-                        "log_position": self.log.position,
-                        **(self.schedules.state() if self.schedules else {}),
-                        "environment": environment(self.group_size),
-                    },
-                ),
-            )
+            self._save()
         if stopping:
             raise Interrupted(
                 f"{self.name} stopped after round {self.rounds_done} of {config.train.rounds}, finished and saved"
             )
 
-    def _score(self, peers: bool) -> tuple[Scores, dict[str, Scores]]:
-        """Score the average, and each peer's own where asked; remember the best average."""
-        everybody, standing = range(len(self.local_steps)), self.participants.standing()
-        consensus = self._evaluate(average(standing), "average", everybody)
-        own: dict[str, Scores] = {}
-        if peers and not self.pooled:
-            names = self.prepared.names
-            own = {name: self._evaluate(one(standing, i), name, [i]) for i, name in enumerate(names) if i or names[1:]}
-            own = own or {names[0]: consensus}  # of one participant the average is its own
-        if not self.best or better(consensus, self.best):
-            self.best = {"rounds_done": self.rounds_done, **consensus}
+    def _save(self, due: Mapping[str, Any] | None = None) -> None:
+        """A checkpoint; ``due``: what is to be done before the next round."""
+        with self.spent.on("saving"):
+            factors, optimizer = self.participants.factors, self.participants.optimizer_state()
+            state = {
+                "bytes_on_wire": self.transport.bytes_on_wire,
+                **self._with_cloud,
+                "seconds": self.seconds,
+                "spent_s": dict(self.spent.seconds),
+                "tokens": self.tokens,
+                "best": self.best,
+                "log_position": self.log.position,
+                **(self.schedules.state() if self.schedules else {}),
+                **(due or {}),
+                "environment": environment(self.group_size),
+            }
+            self.folder.save(self.name, Checkpoint(self.rounds_done, factors, optimizer, state))
+
+    def _score(self, peers: bool) -> tuple[Scored, dict[str, Scores]]:
+        """Score the average, and each peer's own where asked; remember the best average of trained ones."""
+        standing = self.participants.standing()
+        try:
+            consensus = self.scoring.average(average(standing))
+            own: dict[str, Scores] = {}
+            if peers and not self.pooled and self.scoring.chosen:  # of one participant the average is its own
+                alone = len(self.local_steps) == 1
+                own = {self.prepared.names[0]: consensus.scores} if alone else self.scoring.peers(standing)
+        except Interrupted as interrupted:
+            done = f"round {self.rounds_done} of {self.prepared.config.train.rounds} is finished and saved"
+            raise Interrupted(f"{interrupted}; {done if self.rounds_done else 'nothing was trained yet'}") from None
+        if self.rounds_done and (not self.best or better(consensus.scores, self.best)):
+            self.best = {"rounds_done": self.rounds_done, **consensus.scores}
         self.log.emit(
             "scores",
             run=self.name,
             rounds_done=self.rounds_done,
-            consensus=consensus,
+            consensus=consensus.scores,
             peers=own or None,
             peers_mean=mean_scores(own) if own else None,
+            peers_mean_error=standard_errors(own, len(self.local_steps)),
             bytes_on_wire=self.transport.bytes_on_wire,
             **self._with_cloud,
             seconds=self.seconds,
         )
         return consensus, own
-
-    def _evaluate(self, factors: dict[str, Tensor], what: str, whose: Sequence[int]) -> Scores:
-        return self.prepared.evaluate(
-            factors,
-            lambda done, total: self.log.tick("evaluating", run=self.name, what=what, done=done, total=total),
-            self.scheduled.killed(whose) if self.scheduled else frozenset(),
-        )
 
     def _write_adapters(self) -> None:
         model, factors = self.prepared.model, self.participants.standing()

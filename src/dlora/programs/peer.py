@@ -15,15 +15,15 @@ from dlora.decentralized.ledger import Ledger
 from dlora.errors import CloudError, ConfigError, NeighbourError
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.programs.account import Summary, introduction, summary
+from dlora.programs.account import Summary, conclude, introduction, summary
 from dlora.programs.halves import check_halves, check_room, far_cloud
 from dlora.programs.listening import certificate_teller, listen_address
 from dlora.programs.peer_run import RUN, PeerRun
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 from dlora.programs.run_folder import RunFolder
 from dlora.programs.run_lock import sole_use
-from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
+from dlora.programs.spent import Stopwatch, spent_before
+from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
 
 
 def peer(
@@ -36,13 +36,14 @@ def peer(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
+    whole_process: bool = False,
 ) -> Summary:
     """Take part in the run of ``config.peers.members`` as ``name``; return what summary.json holds.
 
     The frozen model runs here or, with ``config.split``, in this device's cloud; each device may have one of its own, and its
     own wire to it. ``listen`` (HOST:PORT) is where to accept links, by default on all interfaces at the port of this member's
     address. Raises UserError before anything is written when the run cannot start, NeighbourError when a neighbour is in
-    another run, CloudError when the cloud refuses this device.
+    another run, CloudError when the cloud refuses this device. ``whole_process`` as for `simulate`.
     """
     members = _members(config, name)
     listed = Federation.load(federation)
@@ -50,6 +51,7 @@ def peer(
     if config.split is not None:
         check_halves(config, name, listed)
     _check_roles(config, members, listed)
+    watch = Stopwatch(whole_process)
     if resume:
         RunFolder.check_same(config, name)
     else:
@@ -63,7 +65,7 @@ def peer(
     listen = listen_address(listen, listed.member(name).address)
     prepared.hand_frame()  # before anything else is written
     with sole_use(Path(config.output_dir)):
-        return _took_part(prepared, identity, FederationFile(federation), listen, resume, listeners, stop)
+        return _took_part(prepared, identity, FederationFile(federation), listen, resume, listeners, stop, watch)
 
 
 def _took_part(
@@ -74,6 +76,7 @@ def _took_part(
     resume: bool,
     listeners: Sequence[Listener],
     stop: Callable[[], bool],
+    watch: Stopwatch,
 ) -> Summary:
     config, topology, name = prepared.config, prepared.topology, identity.name
     members = topology.names
@@ -96,7 +99,8 @@ def _took_part(
             on_certificate=certificate_teller(log),
         )
         finished, position = _finished(folder), ledger.position
-        run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored)
+        spent = watch.run(spent_before(stored))
+        run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored, spent)
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = contextlib.nullcontext()
         if prepared.half is not None:
             cloud = far_cloud(prepared.half, config, identity, federation, run.hear_of_cloud, run.gives_up)
@@ -105,6 +109,7 @@ def _took_part(
                 if prepared.half is not None and run.progress.rounds_done < config.train.rounds:
                     log.tick("phase", text="waiting for the cloud")
                     check_room(prepared, prepared.half.open())  # before neighbours wait for one who cannot begin
+                watch.started()
                 consensus, num_peers = asyncio.run(run.live(neighbours))
                 if finished and ledger.position == position and finished["runs"][RUN]["consensus_peers"] == num_peers:
                     return finished  # no doubt was settled and nobody new is in the average: all is as it was
@@ -117,9 +122,7 @@ def _took_part(
             ledger.close()
         summed = summary(prepared, {RUN: result}, manifest, 1, result["seconds"], name)
         log.emit("done", seconds=result["seconds"])
-        write_atomically(folder.path / "summary.json", to_json(summed, indent=1))
-    write_report(folder.path)
-    return summed
+    return conclude(folder, summed, watch)
 
 
 def _finished(folder: RunFolder) -> Summary | None:

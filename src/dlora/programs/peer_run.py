@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from dlora.decentralized.exchange import BEATS, Exchange, Patience
 from dlora.decentralized.gossip import PeerGossip, Progress
@@ -27,6 +25,8 @@ from dlora.programs.messages import decode_message, encode_message, message_size
 from dlora.programs.prepare import Prepared, manifest_hash, manifest_text
 from dlora.programs.run_folder import Checkpoint, RunFolder, environment, warn_of_another
 from dlora.programs.schedules import Schedules
+from dlora.programs.scoring import Scoring
+from dlora.programs.spent import Spent
 from dlora.programs.training import Training
 from dlora.runlog import RunLog, read_log
 
@@ -54,6 +54,7 @@ class PeerRun:
         network: GrpcNetwork,
         stop: Callable[[], bool],
         stored: Checkpoint | None,
+        spent: Spent | None = None,
     ) -> None:
         self.name, self.prepared, self.manifest = name, prepared, manifest
         self.folder, self.log, self.ledger, self.network, self.stop = folder, log, ledger, network, stop
@@ -61,6 +62,9 @@ class PeerRun:
         self.changes: list[dict[str, Any]] = []  # of who is active, not in the log yet: local steps are another thread's
         self.schedules = Schedules(RUN, prepared, lambda event, **fields: self.changes.append(fields))
         self.training = Training(prepared, prepared.local_steps, 1, False, self._tick_step, self.schedules.scheduled)
+        self.spent = spent or Spent()
+        self.tokens_before: int | None = 0  # read in earlier processes
+        self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
         self.progress = Progress()
         self.round: dict[str, Any] = {}  # the last round's event
         self.trained_round: int | None = None  # since the last commit
@@ -74,6 +78,7 @@ class PeerRun:
             self.progress = Progress(**stored.state["progress"])
             self.schedules.load(stored.state)
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
+            self.tokens_before = stored.state.get("tokens")
             self.bytes_before = stored.state["bytes_on_wire"]
             self.cloud_bytes_before = stored.state.get("cloud_bytes", 0)
             warn_of_another(stored.state["environment"], environment(1))
@@ -195,10 +200,12 @@ class PeerRun:
     async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
         self.began = True
         every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
-        if number and every and number % every == 0:  # its own score: nobody has the average before the end
-            own = await asyncio.to_thread(self._evaluate, self.training.participants.standing(), self.name)
+        due = number and every and number % every == 0
+        if due and self.scoring.chosen:  # its own score: nobody has the average before the end
+            own = await asyncio.to_thread(self._own_scores)
             self._emit_scores(None, own)
-        losses = await asyncio.to_thread(self.training.round, number, names)
+        with self.spent.on("training"):
+            losses = await asyncio.to_thread(self.training.round, number, names)
         self.loss, self.trained_round = losses.item(), number
         self._log_changes()
         if not math.isfinite(self.loss):
@@ -215,28 +222,25 @@ class PeerRun:
 
     def _commit(self, progress: Progress) -> None:
         """Factors, optimiser and progress to disk; then the round is done."""
-        self.seconds = time.monotonic() - self.began_at
+        self.seconds = self._count_exchange()
         last, trained = self.prepared.config.train.rounds, self.trained_round
         if trained is not None:
             self.round = self._round_event(trained)
-        self.folder.save(
-            RUN,
-            Checkpoint(
-                progress.rounds_done,
-                self.training.participants.factors,
-                self.training.participants.optimizer_state(),
-                {
-                    "progress": vars(progress),
-                    "bytes_on_wire": self._bytes_on_wire(),
-                    **self._with_cloud,
-                    "seconds": self.seconds,
-                    "best": self.best,
-                    "round": self.round,
-                    **self.schedules.state(),
-                    "environment": environment(1),
-                },
-            ),
-        )
+        state = {
+            "progress": vars(progress),
+            "bytes_on_wire": self._bytes_on_wire(),
+            **self._with_cloud,
+            "seconds": self.seconds,
+            "spent_s": dict(self.spent.seconds),
+            "tokens": self.tokens,
+            "best": self.best,
+            "round": self.round,
+            **self.schedules.state(),
+            "environment": environment(1),
+        }
+        with self.spent.on("saving"):
+            taking_part = self.training.participants
+            self.folder.save(RUN, Checkpoint(progress.rounds_done, taking_part.factors, taking_part.optimizer_state(), state))
         self.progress = Progress(**vars(progress))
         if trained is None:
             return  # no round: the peer caught up, or doubts were settled after the last
@@ -244,6 +248,17 @@ class PeerRun:
         self.log.emit("round", **self.round)
         if self.stop() and progress.rounds_done < last:
             raise Interrupted(f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and saved")
+
+    def _count_exchange(self) -> float:
+        """Seconds of the run so far; what nothing else took of them went into the exchange, waiting included."""
+        seconds, counted = time.monotonic() - self.began_at, self.spent.seconds
+        self.spent.add("exchange", max(0.0, seconds - sum(counted.values())))
+        return seconds
+
+    @property
+    def tokens(self) -> int | None:
+        """Read by the local steps, padding left out; None where a checkpoint does not say."""
+        return None if self.tokens_before is None else self.tokens_before + self.training.tokens
 
     def _round_event(self, number: int) -> dict[str, Any]:
         """What the log says of a round; the commit holds it too, for a kill may come between the two."""
@@ -270,26 +285,33 @@ class PeerRun:
 
     def finish(self, consensus: Factors, num_peers: int) -> dict[str, Any]:
         """Score and write the two adapters; returns the result that the summary shows."""
+        self._count_exchange()
         standing = self.training.participants.standing()
-        own = self._evaluate(standing, self.name)
-        average = self._evaluate(consensus, "average")
+        own = self._own_scores() if self.scoring.chosen else None
+        judged = self.scoring.average(consensus)
+        average = judged.scores
         if not self.best or better(average, self.best):
             self.best = {"rounds_done": self.progress.rounds_done, **average}
         self._emit_scores(average, own)
         model, peers = self.prepared.model, self.folder.path / "peers"
-        save_adapter(self.folder.path / "consensus", consensus, model.peft_config, model.frame)
-        save_adapter(peers / self.name, standing, model.peft_config, model.frame)
+        with self.spent.on("saving"):
+            save_adapter(self.folder.path / "consensus", consensus, model.peft_config, model.frame)
+            save_adapter(peers / self.name, standing, model.peft_config, model.frame)
         result = {
             "consensus": average,
             "peers_mean": own,
-            "peers": {self.name: own},
+            "peers": {self.name: own} if own else {},
             "best": self.best,
+            "confusion": judged.confusion,
             "consensus_peers": num_peers,
             "bytes_on_wire": self._bytes_on_wire(),
             **self.schedules.spent,
             **self._with_cloud,
             "consensus_distance": None,
             "seconds": self.seconds,
+            "spent_s": dict(self.spent.seconds),
+            "tokens": self.tokens,
+            "tokens_per_second": None if self.tokens is None else self.tokens / self.seconds,
             "local_steps": self.training.local_steps,
             "edges": _edge_counts(self.name, self.prepared.topology, self.ledger, self.prepared.config.train.rounds),
         }
@@ -297,21 +319,16 @@ class PeerRun:
         self.log.emit("run-done", run=RUN, **shown, **self._with_cloud)
         return result
 
-    def _evaluate(self, factors: Mapping[str, Tensor], what: str) -> Scores:
-        scheduled = self.schedules.scheduled
-        return self.prepared.evaluate(
-            factors,
-            lambda done, total: self.log.tick("evaluating", run=RUN, what=what, done=done, total=total),
-            scheduled.killed([0]) if scheduled else frozenset(),
-        )
+    def _own_scores(self) -> Scores:
+        return self.scoring.peers(self.training.participants.standing())[self.name]
 
-    def _emit_scores(self, consensus: Scores | None, own: Scores) -> None:
+    def _emit_scores(self, consensus: Scores | None, own: Scores | None) -> None:
         self.log.emit(
             "scores",
             run=RUN,
             rounds_done=self.progress.rounds_done,
             consensus=consensus,
-            peers={self.name: own},
+            peers={self.name: own} if own else None,
             peers_mean=own,
             bytes_on_wire=self._bytes_on_wire(),
             **self._with_cloud,

@@ -16,6 +16,7 @@ from dlora.lora.active import schedule_units
 from dlora.net.split_codec import split_num_bytes
 from dlora.programs.plan_schedule import CHOSEN
 from dlora.programs.prepare import Prepared
+from dlora.programs.scoring import scored_peers
 from dlora.programs.training import Training
 from dlora.split.agreement import manifest_text
 from dlora.split.calls import Request
@@ -228,19 +229,21 @@ def _scored(prepared: Prepared, devices: Sequence[_Device]) -> Counter[str]:
 
 
 def _scored_after(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
-    """Who goes through the evaluation rows after so many rounds: the average, and where due each of several on its own."""
+    """Who goes through the evaluation rows after so many rounds: the average, and where due those of several on their own."""
     last = rounds_done == config.train.rounds
     own = last or _due(config.eval_peers_every, rounds_done)
     if not own and not _due(config.eval_every, rounds_done):
         return []
-    return [mean, *(devices if own and len(devices) > 1 else [])]
+    chosen = scored_peers(config, len(devices)) if own and len(devices) > 1 else []
+    return [mean, *(devices[peer] for peer in chosen)]
 
 
 def _scored_by_itself(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
     """Likewise of a device with neighbours: itself in between, itself and the average of all at the end."""
+    own = [devices[peer] for peer in scored_peers(config, len(devices))]
     if rounds_done == config.train.rounds:
-        return [*devices, mean]
-    return [*devices] if _due(config.eval_peers_every or config.eval_every, rounds_done) else []
+        return [*own, mean]
+    return own if _due(config.eval_peers_every or config.eval_every, rounds_done) else []
 
 
 def _due(every: int, rounds_done: int) -> bool:

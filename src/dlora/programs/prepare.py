@@ -16,7 +16,7 @@ from dlora.config import CloudConfig, Config
 from dlora.data import BatchStream, FederatedData, load_data, load_own_data
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
-from dlora.evaluate import Scores, evaluate
+from dlora.evaluate import Scored, evaluate
 from dlora.lora.active import named_units
 from dlora.lora.core import FRAME_FILE, Frame, compute_frame, is_in, read_frame, write_frame
 from dlora.lora.factors import digest, is_head, target_names
@@ -77,8 +77,8 @@ class Prepared:
         factors: Mapping[str, torch.Tensor],
         on_batch: Callable[[int, int], None],
         killed: frozenset[int] = frozenset(),
-    ) -> Scores:
-        """Scores of one participant's factors ((1, ...) each), of which units may rest, on the evaluation data."""
+    ) -> list[Scored]:
+        """Scores of each participant in ``factors`` ((P, ...) each), of which units may rest, on the evaluation data."""
         return evaluate(
             self.model,
             factors,

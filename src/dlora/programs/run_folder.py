@@ -22,8 +22,9 @@ from dlora.programs.run_lock import LOCK_FILE, cannot_make, check_unused, remove
 from dlora.programs.sums import SUMS_FILE, check_sums, sums_text
 from dlora.runlog import sync_folder, write_atomically
 
-# What may change from start to start: where the run and its frame lie, and how long one peer waits for its neighbours.
-LOCAL_KEYS = {"output_dir", "lora.frame", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
+# What may change from start to start: where the run and its frame lie, whose own scores are wanted, and how long one peer
+# waits for its neighbours.
+LOCAL_KEYS = {"output_dir", "lora.frame", "eval_peers", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
 RESULT_FILE = "result.json"
 STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}  # of every checkpoint; each program adds its own
 

@@ -55,7 +55,7 @@ def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Liste
             for listener in listeners:
                 listener({"event": "evaluating", "run": str(run), "what": name, "done": done, "total": total})
 
-        return evaluate(
+        [scored] = evaluate(
             model,
             {key: tensor.to(model.device) for key, tensor in factors.items()},
             examples,
@@ -65,6 +65,7 @@ def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Liste
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             on_batch=tell,
         )
+        return scored.scores
 
     return {name: score_one(name) for name in folders}
 

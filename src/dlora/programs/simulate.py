@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dlora.config import Config
-from dlora.programs.account import Summary, introduction, summary
+from dlora.programs.account import Summary, conclude, introduction, summary
 from dlora.programs.grouping import find_grouping
 from dlora.programs.halves import own_cloud
 from dlora.programs.one_run import Run
@@ -16,8 +16,8 @@ from dlora.programs.prepare import Prepared, manifest_hash, manifest_text, prepa
 from dlora.programs.run_folder import RunFolder
 from dlora.programs.run_lock import sole_use
 from dlora.programs.schedules import first_step
-from dlora.report import write_report
-from dlora.runlog import Listener, RunLog, loaded, loading, to_json, write_atomically
+from dlora.programs.spent import Stopwatch, spent_before
+from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
 
 
 def simulate(
@@ -26,12 +26,15 @@ def simulate(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
+    whole_process: bool = False,
 ) -> Summary:
     """Run Dec-LoRA and the baselines of ``config.compare``; return what summary.json holds.
 
-    ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised.
-    Raises UserError before anything is written when the run cannot start.
+    ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised. A listener may raise it
+    while participants are scored. ``whole_process``: the start-up that the summary tells of begins with the process, not with
+    this call. Raises UserError before anything is written when the run cannot start.
     """
+    watch = Stopwatch(whole_process)
     if resume:
         RunFolder.check_same(config)
     else:
@@ -40,10 +43,12 @@ def simulate(
     loaded(listeners)
     prepared.hand_frame()  # before anything else is written
     with sole_use(Path(config.output_dir)):
-        return _simulated(prepared, resume, listeners, stop)
+        return _simulated(prepared, resume, listeners, stop, watch)
 
 
-def _simulated(prepared: Prepared, resume: bool, listeners: Sequence[Listener], stop: Callable[[], bool]) -> Summary:
+def _simulated(
+    prepared: Prepared, resume: bool, listeners: Sequence[Listener], stop: Callable[[], bool], watch: Stopwatch
+) -> Summary:
     config = prepared.config
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
@@ -61,19 +66,19 @@ def _simulated(prepared: Prepared, resume: bool, listeners: Sequence[Listener], 
             if one_at_a_time is not None:
                 log.emit("one-at-a-time", reason=one_at_a_time)
         started = time.monotonic()
+        watch.started()
         results = {}
         for run in runs:
             checkpoint = stored[run]
             if checkpoint and checkpoint.result and checkpoint.rounds_done >= config.train.rounds:
                 results[run] = checkpoint.result["result"]
             else:
-                results[run] = Run(run, prepared, folder, log, group_size, stop, cloud_bytes).result(checkpoint)
+                spent = watch.run(spent_before(checkpoint))
+                results[run] = Run(run, prepared, folder, log, group_size, stop, cloud_bytes, spent).result(checkpoint)
         seconds = sum(result["seconds"] for result in results.values())
         summed = summary(prepared, results, prepared.manifest, group_size, seconds)
         log.emit("done", seconds=time.monotonic() - started)
-        write_atomically(folder.path / "summary.json", to_json(summed, indent=1))
-    write_report(folder.path)
-    return summed
+    return conclude(folder, summed, watch)
 
 
 def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:

@@ -31,6 +31,7 @@ class Training:
         scheduled: Scheduled | None = None,
     ) -> None:
         self.prepared, self.local_steps, self.group_size, self.pooled = prepared, local_steps, group_size, pooled
+        self.tokens = 0  # read so far, padding left out
         self.on_step = on_step  # hears how many participants took a step
         groups = batch_groups(local_steps, group_size)
         self.participants = Participants(
@@ -79,6 +80,7 @@ class Training:
             for portion in portions:
                 chosen = [data[names[peer]][row] for peer in portion for row in streams[peer].take(micro_step * rows, rows)]
                 micro_batches.append(collate(chosen, self.prepared.pad_token_id))
+                self.tokens += int(micro_batches[-1].attention_mask.sum())
             if (micro_step + 1) % section.gradient_accumulation_steps == 0:
                 yield micro_batches
 
