@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from test_laws import LOSS_BOUND, UPDATE_BOUND, assert_same, peft_oracle
 
 import dlora
 from dlora.config import Config
-from dlora.errors import ConfigError
+from dlora.errors import ConfigError, Interrupted
 
 ModelFolder = Callable[..., Path]
 STEPS = 10
@@ -345,3 +347,84 @@ def test_ctrl_c_while_the_cloud_is_away_gets_out(tmp_path: Path, model_folder: M
 def functions_of(thread: int) -> list[str]:
     """Their names, on the thread's stack."""
     return [frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[thread])]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cloud")
+def test_a_trainer_goes_on_from_a_checkpoint_and_takes_the_best(
+    members: Members, folder: Path, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Interrupted and gone on with in a new process's model, the factors are those of one run, to the last bit."""
+    settings = config(folder, family)
+    rows = padded([{key: value[row] for key, value in batch.items()} for batch in batches(family) for row in range(4)])
+
+    def trained(model: Any, output: str, steps: int, **more: Any) -> transformers.Trainer:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / output), max_steps=steps, save_steps=2, report_to="none", use_cpu=True, learning_rate=5e-3,
+            per_device_train_batch_size=4, disable_tqdm=True, lr_scheduler_type="constant", seed=0, **more,
+        )  # fmt: skip
+        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8])
+
+    def factors(model: Any) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+    with connected(members, settings) as model:
+        trained(model, "whole", 4).train()
+        whole = factors(model)
+    with connected(members, settings) as model:
+        trained(model, "cut", 2).train()
+    with connected(members, settings) as model:
+        trainer = trained(model, "cut", 4)
+        with caplog.at_level("WARNING", "transformers"):
+            trainer.train(resume_from_checkpoint=True)
+        assert not any("missing keys" in message for message in caplog.messages)
+        assert trainer.state.global_step == 4
+        for name, value in factors(model).items():
+            assert torch.equal(value, whole[name]), name
+        loaded = peft.PeftModel.from_pretrained(fresh_base(settings)[0], tmp_path / "cut" / "checkpoint-4").eval()
+        assert_same_logits(model, loaded, family)
+    if family == "llama":  # transformers reads the folder as an adapter too, not as a model of few weights
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "checkpoint-4")
+        assert sum("lora_" in name for name, _ in found.named_parameters()) == len(whole)
+    with connected(members, settings) as model:
+        best = trained(
+            model, "best", 6, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss"
+        )
+        best.train()
+        assert best.state.best_model_checkpoint is not None
+        for name, value in load_file(Path(best.state.best_model_checkpoint) / "model.safetensors").items():
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("cloud")
+def test_with_ends_the_link(members: Members, folder: Path, family: str) -> None:
+    [batch] = batches(family, 1)
+    with pytest.raises(ZeroDivisionError), connect(members, config(folder, family)) as model:
+        model(**batch).loss.backward()
+        raise ZeroDivisionError
+    assert all(thread.name != "dlora-wire" for thread in threading.enumerate())
+    with pytest.raises(ConfigError, match="disconnected; make another with dlora.connect"):
+        model(**batch)
+
+
+def test_a_wait_for_the_cloud_is_said(tmp_path: Path, model_folder: ModelFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Within two seconds: which cloud, where, since when, how to stop it; once more later, and not five times a second."""
+    members, [batch] = Members(tmp_path), batches("bert", 1)
+    began_at = time.monotonic()
+    said_at: list[float] = []
+    with connected(members, config(model_folder("bert"), "bert")) as model, ThreadPoolExecutor(1) as pool:
+        forward = pool.submit(lambda: model(**batch))
+        until(lambda: len(caplog.messages) > 0, "the first word")
+        said_at.append(time.monotonic() - began_at)
+        until(lambda: len(caplog.messages) > 1, "the second")
+        said_at.append(time.monotonic() - began_at)
+        model.disconnect()
+        with pytest.raises(Interrupted, match="phone stopped while its cloud was away"):
+            forward.result(timeout=30)
+    assert said_at[0] >= 1 and said_at[1] - said_at[0] > 2
+    for message in caplog.messages:
+        assert re.fullmatch(
+            rf"cloud away: no link to hub at {re.escape(members.address)} since \d\d:\d\d:\d\d; start dlora cloud there,"
+            " or stop the wait with Ctrl-C",
+            message,
+        )

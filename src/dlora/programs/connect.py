@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 import weakref
 from pathlib import Path
@@ -22,8 +23,9 @@ def connect(config: Config, *, name: str, key: str | Path, federation: str | Pat
 
     Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if trained, the head:
     ``loss.backward()``, any torch optimiser, a transformers Trainer and ``save_pretrained`` (a PEFT folder) work on it. Given
-    labels, a language model's logits are right only where the loss looks, since nothing else is sent down. The link is made
-    at the first forward, and again whenever it was lost; ``model.disconnect()`` ends it. Raises UserError.
+    labels, a language model's logits are NaN where the loss does not look, since nothing is sent down for them. The link is
+    made at the first forward, and again whenever it was lost; a wait for the cloud is logged. ``model.disconnect()`` ends
+    the link, and so does the end of ``with dlora.connect(...) as model``. Raises UserError.
     """
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
@@ -35,10 +37,11 @@ def connect(config: Config, *, name: str, key: str | Path, federation: str | Pat
     half = load_half(config, load_tokenizer(config.model), config.data.labels, handed_frame(config))
     network = as_ordinary(half)
     stack = contextlib.ExitStack()
-    stack.enter_context(far_cloud(half, config, identity, FederationFile(federation), _warn, lambda: False))
+    stack.enter_context(far_cloud(half, config, identity, FederationFile(federation), _log, lambda: False))
     network.disconnect = weakref.finalize(network, stack.close)
     return network
 
 
-def _warn(event: str, reason: str) -> None:
-    warnings.warn(f"{event.replace('-', ' ')}: {reason}", stacklevel=2)
+def _log(event: str, reason: str) -> None:
+    """On stderr, unless the program has other plans for the logger ``dlora``."""
+    logging.getLogger("dlora").warning("%s: %s", event.replace("-", " "), reason)

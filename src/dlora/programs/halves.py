@@ -26,6 +26,7 @@ from dlora.split.session import Budget, Limits, Session
 from dlora.split_frames import ChannelDown, Opened
 
 CLOUD, DEVICE = "cloud", "device"  # in one process
+FIRST_WORD_S, LAST_WORD_S = 1.0, 300.0  # into a wait for the cloud; then 4 times as late each, at last as often as that
 OWN_MEMORY = 0.5  # of what is free, for the body's activations
 
 
@@ -40,10 +41,12 @@ def far_cloud(
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
 
-    ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate, cloud-lost, cloud-back. A wait
-    for the cloud ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use then.
+    ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate, cloud-away, cloud-lost,
+    cloud-back. A wait for the cloud ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is
+    of no use then.
     """
     assert config.split is not None
+    cloud = federation.current.members[config.split.cloud]
     with LoopThread() as loop:
         network = GrpcNetwork(
             identity,
@@ -64,7 +67,8 @@ def far_cloud(
             if was_linked:
                 tell("cloud-lost", "the link has ended; what was under way is done again")
             try:
-                channel = dialler.dial(give_up)
+                waits = partial(tell, "cloud-away")
+                channel = dialler.dial(_saying(waits, f"{cloud.name} at {cloud.address}", lambda: over or give_up()))
             except ChannelDown:
                 raise Interrupted(f"{identity.name} stopped while its cloud was away; what was saved stands") from None
             if was_linked:
@@ -79,6 +83,20 @@ def far_cloud(
         finally:
             over = True
             dialler.close()
+
+
+def _saying(tell: Callable[[str], object], cloud: str, give_up: Callable[[], bool]) -> Callable[[], bool]:
+    """``give_up``, asked some times a second by who waits for a link; from time to time it tells for how long already."""
+    began_at, clock, due_s = time.monotonic(), time.strftime("%H:%M:%S"), FIRST_WORD_S
+
+    def look() -> bool:
+        nonlocal due_s
+        if time.monotonic() - began_at >= due_s:
+            due_s = min(4 * due_s, due_s + LAST_WORD_S)
+            tell(f"no link to {cloud} since {clock}; start dlora cloud there, or stop the wait with Ctrl-C")
+        return give_up()
+
+    return look
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from dlora.errors import ConfigError
 SENT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")  # ids as embedded tokens
 HERE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "loss_positions")  # head and loss
 SAID_AGAIN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # must be what position_ids say
-_NO_CACHE = "the body in the cloud keeps no key-value cache; call generate(..., use_cache=False)"
+_NO_CACHE = "the body in the cloud keeps no key-value cache; call generate(input_ids, ..., use_cache=False)"
 REFUSED = {  # name -> what to do, unless it is absent, None or False
     "past_key_values": _NO_CACHE,
     "use_cache": _NO_CACHE,

@@ -50,6 +50,7 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
     original = type(network)
 
     class Remote(original):  # type: ignore[misc, valid-type]
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         @functools.wraps(original.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             given = by_name(original.forward, args, kwargs)

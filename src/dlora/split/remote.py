@@ -359,4 +359,5 @@ def as_ordinary(half: Half) -> Any:
             setattr(network.get_submodule(parent), child, layer)
         value = initial.to(model.device, copy=True)
         setattr(layer, attribute, nn.Parameter(value, requires_grad=name not in model.frozen_head))
+    network._keys_to_ignore_on_save = sorted(network.state_dict().keys() - model.initial.keys())  # for a Trainer
     return network.eval()  # as from_pretrained gives it
