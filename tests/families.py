@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ _SIZES: dict[int, str] = {  # size -> the keys that get it, where their default 
 _SIZE = {key: size for size, keys in _SIZES.items() for key in keys.split()}
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _OTHERWISE: dict[str, dict[str, Any]] = {  # what the defaults hide, or what does not fit small
+    "t5": {"decoder_start_token_id": 0},  # as every checkpoint has it
+    "mt5": {"decoder_start_token_id": 0},
+    "umt5": {"decoder_start_token_id": 0},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8},
 }
@@ -81,7 +85,9 @@ def tiny_model(model_type: str, task: str) -> StackedModel:
     network.requires_grad_(False)
     body = network.base_model_prefix
     head = [name for name, child in network.named_children() if name != body and any(True for _ in child.parameters())]
-    return attach(FrozenModel(network, "tiny", tuple(head) if task == "classification" else ()), LoraSection(r=4), task, 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="lora.target_modules all-linear reaches")
+        return attach(FrozenModel(network, "tiny", tuple(head) if task == "classification" else ()), LoraSection(r=4), task, 0)
 
 
 def rows(task: str, num_participants: int, num_rows: int = 2) -> list[list[Example]]:

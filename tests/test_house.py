@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("decentralized/gossip", "decentralized/exchange", "decentralized/neighbour", "evaluate", "net/", "split/"),
     ("train",),
     ("lora/active",),
-    ("lora/stacked", "lora/adapter_io", "lora/core", "lora/groups"),
+    ("lora/stacked", "lora/adapter_io", "lora/core", "lora/groups", "lora/targets"),
     ("data", "model"),
     (
         "decentralized/topology",
@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "cloud_record",
         "cloud_metrics",
         "tables",
+        "model_files",
     ),
     ("decentralized/finite_time", "lora/factors", "lora/kill_revive", "runlog"),
     ("rows", "seeds", "activity"),
@@ -54,8 +55,8 @@ STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentr
 
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
-    "transformers": {"model", "lora/stacked", "lora/adapter_io", "split/remote", "split/body"},
-    "peft": {"model", "lora/stacked", "lora/adapter_io", "lora/core"},
+    "transformers": {"model", "model_files", "lora/stacked", "lora/adapter_io", "split/remote", "split/body"},
+    "peft": {"model", "lora/targets", "lora/stacked", "lora/adapter_io", "lora/core"},
     "grpc": {"net/grpc", "net/grpc_link"},
     "grpc_health": {"net/grpc"},
     "google": {"net/codec", "net/peer_pb2", "net/split_codec", "net/split_pb2"},

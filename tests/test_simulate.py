@@ -98,6 +98,7 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(make_config: Mak
         assert scored[folder.removeprefix("peers/")] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:dropout. the")  # of sgd-dropout, which says that real peers draw other masks
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -180,6 +181,15 @@ def test_the_group_shrinks_when_memory_is_short(make_config: MakeConfig, monkeyp
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 2_000_000})())
     shrunk = find_grouping(prepared).size
     assert 1 <= shrunk < 4
+
+
+def test_dropout_says_what_it_costs(make_config: MakeConfig) -> None:
+    """Field case 43: with any dropout real peers draw other masks; said where several train at once, not with group_size 1."""
+    for keys in ({"train.model_dropout": None}, {"lora.lora_dropout": 0.1}):
+        with pytest.warns(UserWarning, match=r"dropout: the 4 peers that train at once .*peers.group_size: 1 makes them equal"):
+            assert find_grouping(prepare(make_config(**keys))).size == 4
+        assert find_grouping(prepare(make_config(**keys, **{"peers.group_size": 1}))).size == 1
+    find_grouping(prepare(make_config()))
 
 
 def test_accumulated_gradients_are_those_of_the_larger_batch(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,12 +13,31 @@ Baseline = Literal["pooled", "local", "fedavg"]
 Quantization = Literal["none", "int8", "nf4"]
 
 
+_NOT_YET = {  # PEFT's keys that people will write -> what is so, and what to do instead
+    "use_dora": "dlora does not do DoRA yet; leave it out",
+    "use_rslora": "dlora does not do rsLoRA yet; the same scaling is lora_alpha x sqrt(r), written as lora_alpha",
+    "rank_pattern": "dlora gives every linear the same rank; set r, and name fewer target_modules",
+    "alpha_pattern": "dlora gives every linear the same scaling; set lora_alpha",
+    "bias": "dlora trains no biases of the model, which is PEFT's bias: none; leave it out",
+    "init": "dlora draws A by the seed, B is zero; for the weight's own directions take placement: core",
+    "init_lora_weights": "dlora draws A by the seed, B is zero; for the weight's own directions take placement: core",
+    "adapter": "dlora does not go on from an adapter yet; merge it into its model (PEFT's merge_and_unload) and give that",
+    "modules_to_save": "dlora trains a classifier's new head (train_head) and no other module; leave it out",
+    "target_parameters": "dlora adapts linears only; name them in target_modules",
+    "exclude_modules": "dlora takes what target_modules names; write that as names or as a regex",
+    "layers_to_transform": "dlora takes what target_modules names; write the layers into a regex there",
+    "task_type": "dlora takes it from task; leave it out",
+}
+
+
 class LoraSection(Section):
     """The shape of the adapter; names and meaning are PEFT's."""
 
     r: int = Field(8, ge=1, description="rank of every pair (A, B)")
     lora_alpha: float = Field(16, gt=0, description="scaling = lora_alpha / r")
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="above 0 `simulate` draws other masks than real peers, unless peers.group_size is 1"
+    )
     target_modules: Literal["all-linear"] | tuple[Text, ...] | Text = Field(
         "all-linear", description="all-linear: the linears of the transformer blocks; else names or one regex, as in PEFT"
     )
@@ -31,6 +50,14 @@ class LoraSection(Section):
         min_length=1,
         description="core: file of those directions, handed round: read, or made where there is none; null: found here",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_yet(cls, tree: Any) -> Any:
+        for key in tree if isinstance(tree, dict) else ():
+            if key in _NOT_YET:
+                raise ValueError(f"{key}: {_NOT_YET[key]}")
+        return tree
 
     @model_validator(mode="after")
     def _frame_of_a_core(self) -> LoraSection:
@@ -110,7 +137,7 @@ class TrainSection(Section):
     max_grad_norm: float | None = Field(1.0, gt=0, description="per participant; null: no clipping")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0, description="local steps over which the learning rate rises from 0")
-    model_dropout: float | None = Field(0.0, ge=0, lt=1, description="of the frozen model; null: the model's own")
+    model_dropout: float | None = Field(0.0, ge=0, lt=1, description="of the frozen model; null: its own; as lora_dropout")
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")

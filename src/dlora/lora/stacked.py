@@ -6,18 +6,11 @@ each participant its own update, so one forward and backward trains P participan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlora.model import (
-    LINEAR,
-    FrozenModel,
-    block_linears,
-    is_linear,
-    without_bitsandbytes,
-)  # first: it quiets what peft brings in
+from dlora.model import FrozenModel, without_bitsandbytes  # first: it quiets what peft brings in
 
 # isort: split
 import torch
@@ -33,9 +26,28 @@ from dlora.config import LoraSection
 from dlora.errors import ModelError
 from dlora.lora.core import Frame, compute_frame, frame_of
 from dlora.lora.factors import Factors
+from dlora.lora.targets import find_targets, short_names
 
 
-class StackedLora(nn.Module):
+class _Adapted(nn.Module):
+    """A frozen linear that has an update; ``bare``: the network has asked for its weight without the update."""
+
+    base_layer: nn.Module
+    bare = False
+
+    @property
+    def weight(self) -> Any:
+        """The frozen weight: some architectures, T5 among them, look at its dtype before they call the linear."""
+        self.bare = True
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The frozen bias, for those who look at the weight."""
+        return self.base_layer.bias
+
+
+class StackedLora(_Adapted):
     """y = base(x) + scaling * (x A_p^T) B_p^T, where row block p of x belongs to participant p.
 
     ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R) are bound by `StackedModel.use`; they are no nn.Parameters, since
@@ -63,7 +75,7 @@ class StackedLora(nn.Module):
         return y_PNO.view(result.shape).to(result.dtype)
 
 
-class StackedCore(nn.Module):
+class StackedCore(_Adapted):
     """y = base(x) + scaling * (x A^T) M_p^T B^T: the frame (A, B) is everybody's, the core M_p each participant's own.
 
     ``lora_M`` (P, R, R) is bound by `StackedModel.use`.
@@ -114,7 +126,8 @@ class StackedModel:
     ``initial``: name -> the value every participant starts from (on the CPU, no participant dimension).
     ``frozen_head``: what of ``initial`` rests for the whole run (a new head under ``train_head: false``).
     ``peft_config``: what an adapter folder of this model says of itself. ``frame``: under placement core, what the cores stand
-    in. ``loss_positions``: the network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
+    in. ``head_rest``: the head's weights that are no linear's; they rest, and an adapter folder holds them too.
+    ``loss_positions``: the network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
     whose factors rest in the factors that are bound now; a body in a cloud spends nothing on them.
     """
 
@@ -123,6 +136,7 @@ class StackedModel:
     frozen_head: frozenset[str]
     peft_config: peft.LoraConfig
     frame: Frame = field(default_factory=dict)
+    head_rest: dict[str, Tensor] = field(default_factory=dict)
     loss_positions: bool = False
     killed: frozenset[int] = frozenset()
 
@@ -150,27 +164,13 @@ def attach(
     linear, or the frame is another model's; ``weights_here`` is false where the adapted linears have none to compare it with.
     """
     network, head = frozen.network, frozen.head
-    names = [name for name, _ in network.named_modules()]
-    targets = block_linears(network) if section.target_modules == "all-linear" else section.target_modules
-    for target in [targets] if isinstance(targets, str) else targets or [""]:
-        try:  # as PEFT reads them: a string is a regex, a list holds names or their ends
-            pattern = target if isinstance(targets, str) else f"(.*\\.)?{re.escape(target)}"
-            found = any(re.fullmatch(pattern, name) for name in names if name)
-        except re.error as error:
-            raise ModelError(
-                f"lora.target_modules: {target} is no regex ({error}); give names in a list, or mend it"
-            ) from error
-        if not found:
-            raise ModelError(
-                f"lora.target_modules: {target or section.target_modules} matches no module;"
-                f" the linears here are {_suffixes(network)}"
-            )
+    targets = find_targets(network, section, head)
+    written = short_names(network, targets)
     peft_config = peft.LoraConfig(
         r=section.r,
-        lora_alpha=section.lora_alpha,
+        lora_alpha=whole(section.lora_alpha),
         lora_dropout=section.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=[name for name in names if name.startswith(tuple(head))] if head else None,
+        target_modules=list(targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),  # GPT-2 stores weights transposed
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
     )
@@ -180,14 +180,11 @@ def attach(
             peft.inject_adapter_in_model(peft_config, network)
     except ValueError as error:
         raise ModelError(
-            f"lora.target_modules: {section.target_modules} cannot be adapted; the linears here are {_suffixes(network)}"
-            f" (PEFT: {str(error).splitlines()[0][:200]})"
+            f"lora.target_modules: {section.target_modules} cannot be adapted (PEFT: {str(error).splitlines()[0][:200]})"
         ) from error
 
     placed = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
-    for name, layer in placed.items():
-        if not is_linear(layer.get_base_layer()):
-            raise ModelError(f"lora.target_modules: {name} is no linear but {type(layer.get_base_layer()).__name__}")
+    assert set(placed) == set(targets), f"PEFT adapted {set(placed) ^ set(targets)}"
     if section.placement == "core":
         frame = _place_cores(network, placed, section, frame, weights_here)
         initial = {f"{name}.lora_M": torch.zeros(section.r, section.r) for name in placed}
@@ -202,12 +199,17 @@ def attach(
         if isinstance(layer, nn.Linear) and any(name == top or name.startswith(f"{top}.") for top in head):
             head_factors |= {f"{name}.{attribute}": _fresh(value) for attribute, value in layer.named_parameters()}
             _replace(network, name, StackedLinear())
+    head_rest = {  # a norm's weight in a head: PEFT reads the whole head from the adapter folder
+        name: _fresh(value)
+        for name, value in network.state_dict().items()
+        if any(name.startswith(f"{top}.") for top in head) and name not in head_factors
+    }
     peft_config.modules_to_save = list(head) or None
-    peft_config.exclude_modules = None  # it only kept PEFT away from the head; the targets written are exact
+    peft_config.target_modules = written  # a list keeps its order, which a set does not
     peft_config.base_model_name_or_path = frozen.source
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
-    return StackedModel(network, initial | head_factors, resting, peft_config, frame or {})
+    return StackedModel(network, initial | head_factors, resting, peft_config, frame or {}, head_rest)
 
 
 def _place_cores(
@@ -223,6 +225,11 @@ def _place_cores(
     return frame
 
 
+def whole(number: float) -> float:
+    """16.0 as 16: vLLM and SGLang read ``lora_alpha`` as a whole number."""
+    return int(number) if number == int(number) else number
+
+
 def _fresh(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu().clone()
 
@@ -230,12 +237,3 @@ def _fresh(tensor: Tensor) -> Tensor:
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, layer)
-
-
-def _suffixes(network: nn.Module) -> str:
-    linears = {
-        name.rpartition(".")[2]
-        for name, module in network.named_modules()
-        if isinstance(module, (*LINEAR, StackedLora, StackedCore))
-    }
-    return ", ".join(sorted(linears))

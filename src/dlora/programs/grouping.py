@@ -16,6 +16,7 @@ from dlora.errors import RunError
 from dlora.formats import Example
 from dlora.lora.factors import Factors, num_parameters, one, stack
 from dlora.lora.stacked import StackedModel
+from dlora.model import has_dropout
 from dlora.programs.prepare import Prepared
 from dlora.train import activation_bytes, forward
 
@@ -46,6 +47,12 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
     rows = [peer[:rows_a_step] for peer in list(prepared.data.peers.values())[:_TRIED]]
     reason = why_one_at_a_time(prepared.model, rows, prepared.pad_token_id)
     if reason is None:
+        if prepared.config.lora.lora_dropout or has_dropout(prepared.model.network.config):
+            warnings.warn(
+                f"dropout: the {size} peers that train at once draw their masks together, real peers each its own, so that both"
+                " end a little apart (1 to 5 % of the update); peers.group_size: 1 makes them equal, and slower",
+                stacklevel=2,
+            )
         return Grouping(size, None)
     if stored:
         raise RunError(

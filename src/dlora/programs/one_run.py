@@ -257,9 +257,9 @@ class Run:
 
     def _write_adapters(self) -> None:
         model, factors = self.prepared.model, self.participants.standing()
-        save_adapter(self.folder.path / "consensus", average(factors), model.peft_config, model.frame)
+        save_adapter(self.folder.path / "consensus", average(factors), model, self.prepared.tokenizer)
         for index, name in enumerate(self.prepared.names):
-            save_adapter(self.folder.path / "peers" / name, one(factors, index), model.peft_config, model.frame)
+            save_adapter(self.folder.path / "peers" / name, one(factors, index), model)
 
     def _tick_step(self, num_participants: int) -> None:
         self.steps_done += num_participants

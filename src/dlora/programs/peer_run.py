@@ -295,8 +295,8 @@ class PeerRun:
         self._emit_scores(average, own)
         model, peers = self.prepared.model, self.folder.path / "peers"
         with self.spent.on("saving"):
-            save_adapter(self.folder.path / "consensus", consensus, model.peft_config, model.frame)
-            save_adapter(peers / self.name, standing, model.peft_config, model.frame)
+            save_adapter(self.folder.path / "consensus", consensus, model, self.prepared.tokenizer)
+            save_adapter(peers / self.name, standing, model, self.prepared.tokenizer)
         result = {
             "consensus": average,
             "peers_mean": own,

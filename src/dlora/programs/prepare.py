@@ -33,6 +33,7 @@ from dlora.model import (
     tokenizer_fingerprint,
 )
 from dlora.net.codec import encode
+from dlora.programs.trial import try_model
 from dlora.split.remote import Half, load_half
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,7 +48,7 @@ class Prepared:
     topology: Topology
     model: StackedModel
     streams: tuple[BatchStream, ...]  # one for each of those that train here
-    pad_token_id: int
+    tokenizer: Any  # transformers' own
     manifest: dict[str, Any]
     units: tuple[Units, ...] = ()  # modules that share an input, as factors are named; none where nothing is scheduled
     half: Half | None = None  # where the frozen model is a cloud's: what has to be linked to it before anything trains
@@ -56,6 +57,12 @@ class Prepared:
     def names(self) -> tuple[str, ...]:
         """The peers that train here, in order: all of a simulation's, or one real peer."""
         return tuple(self.data.peers)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows of a batch are filled up with."""
+        token: int = self.tokenizer.pad_token_id
+        return token
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -141,6 +148,7 @@ def prepare(
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed, _kept_frame(config, resume))
+        try_model(model, next(iter(data.peers.values()))[:2], tokenizer.pad_token_id, config.model)
     units = () if config.schedule.kind == "all" else _units(config, model, half)
     named_units(config.schedule.units or (), units)  # that they are there
     manifest: dict[str, Any] = {
@@ -153,7 +161,7 @@ def prepare(
         "max_length": config.data.max_length,
         "lora": {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha, "targets": target_names(model.initial)},
         "train_head": config.lora.train_head and any(is_head(name) for name in model.initial),
-        "initial_factors": digest(model.initial),
+        "initial_factors": digest(model.initial | model.head_rest),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
         "weights": config.peers.weights,
         "peers": names,
@@ -167,7 +175,7 @@ def prepare(
     if config.schedule.kind != "all":
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
-    return Prepared(config, data, topology, model, streams, tokenizer.pad_token_id, manifest, units, half)
+    return Prepared(config, data, topology, model, streams, tokenizer, manifest, units, half)
 
 
 def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:

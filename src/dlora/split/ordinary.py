@@ -78,7 +78,7 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
             for name, initial in model.initial.items():
                 module, _, attribute = name.rpartition(".")
                 values[name] = getattr(self.get_submodule(module), attribute).detach().reshape(1, *initial.shape)
-            save_adapter(Path(save_directory), values, model.peft_config, model.frame)
+            save_adapter(Path(save_directory), values, model)
             save_trained(Path(save_directory), values)
 
         def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from dlora.lora.factors import target_names
 from dlora.lora.groups import active_groups, core_groups, find_groups
 from dlora.lora.stacked import StackedLinear, StackedModel, attach
 from dlora.model import LINEAR, FrozenModel, MeanPooledClassifier, fingerprint, load_model
+from dlora.model_files import read_config
 from dlora.split.adapter import Adapter
 from dlora.split.agreement import Agreement, body_facts, frame_digest, manifest_text
 from dlora.split.calls import Calls, Request, Sent
@@ -274,7 +275,7 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None,
 
 def _whole_config(small: Any, source: str) -> Any:
     """The configuration with all its blocks again."""
-    whole, own = copy.deepcopy(small), transformers.AutoConfig.from_pretrained(source)
+    whole, own = copy.deepcopy(small), read_config(source)
     if getattr(own, "layer_types", None) is not None:
         whole.layer_types = own.layer_types
     whole.num_hidden_layers = own.num_hidden_layers
