@@ -26,7 +26,8 @@ from dlora.net.split_codec import decode_split, encode_split
 from dlora.split.body import Body, load_body
 from dlora.split.conversation import bits
 from dlora.split.remote import Half, load_half
-from dlora.split.session import Budget, Limits, Session
+from dlora.split.session import Limits, Session
+from dlora.split.shares import Budget
 from dlora.split_frames import WIRES, Begin, SplitFrame, Values, Wire
 from dlora.train import Participants, forward, local_steps
 

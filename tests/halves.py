@@ -20,7 +20,8 @@ from dlora.model import load_model, load_tokenizer
 from dlora.split.body import Body, load_body
 from dlora.split.calls import Calls
 from dlora.split.remote import Half, load_half
-from dlora.split.session import Budget, Limits, Session
+from dlora.split.session import Limits, Session
+from dlora.split.shares import Budget
 from dlora.split_frames import ChannelDown, SplitFrame
 
 LIMITS = Limits(max_tokens=4096, max_parts=64, idle_s=20.0)

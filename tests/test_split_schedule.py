@@ -28,7 +28,8 @@ from dlora.runlog import read_log
 from dlora.split.adapter import as_factors
 from dlora.split.agreement import agree, manifest_text
 from dlora.split.conversation import Misbehaviour
-from dlora.split.session import Budget, Limits, Session
+from dlora.split.session import Limits, Session
+from dlora.split.shares import Budget
 from dlora.split_frames import ACTIVE, LEFT_OUT, Begin, ChannelDown, Failed, HandOff, SplitFrame, Values
 from dlora.train import Group, forward, local_steps
 

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from socketserver import ThreadingMixIn
 from types import TracebackType
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
 
 from dlora.runlog import Event
 
 STEP_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+MAX_READERS = 16  # connections at once; one more is closed: files must remain for devices
+READER_S = 5.0  # that a reader may keep silent
+
+
+class _Reader(WSGIRequestHandler):
+    timeout = READER_S
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal is the cloud's own."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each of a few readers."""
+
+    daemon_threads = True
+    _room: threading.Semaphore
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Let a reader in where there is room."""
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """One reader, in its thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
 
 class CloudMetrics:
@@ -64,7 +99,12 @@ class CloudMetrics:
                 self._refused.inc()
 
     def __enter__(self) -> CloudMetrics:
-        self._server, self._thread = start_http_server(self.port, self.host, self.registry)
+        family, _, _, _, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+        room = threading.Semaphore(MAX_READERS)
+        server = type("Server", (_Server,), {"address_family": family, "_room": room})
+        self._server = make_server(str(place[0]), self.port, make_wsgi_app(self.registry), server, _Reader)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
         self.port = self._server.server_port
         return self
 

@@ -26,7 +26,8 @@ from dlora.net.transport import Link, Traffic
 from dlora.programs.listening import check_listen, listen_address
 from dlora.runlog import Listener, now
 from dlora.split.body import Body, load_body
-from dlora.split.session import Budget, Limits, Session
+from dlora.split.session import Limits, Session
+from dlora.split.shares import Budget
 from dlora.split_frames import Refused, SplitFrame
 
 USABLE_MEMORY = 0.6  # of what is free once the model is loaded
@@ -148,6 +149,13 @@ class _Guests:
         for device, session in self._sessions.items():
             self.telling.tell_load(device, session.num_parts, session.num_tokens)
 
+    def _evict(self, greedy: set[str]) -> None:
+        """From the thread of a part that waits for its share of the memory."""
+        for name in greedy:
+            session = self._sessions.get(name)
+            if session is not None:
+                session.evict()
+
     async def talk(self, device: str, link: Link) -> None:
         """One link with one device, until it ends; what its parts hold is let go then."""
         channel = Channel(link, self.max_frame_bytes)
@@ -168,6 +176,7 @@ class _Guests:
             await channel.carry(lambda _: None if channel.is_down else send(Refused(reason, later=True)))
             return
         session = self._sessions[device] = Session(device, self.body, self.limits, self.budget, send, tell)
+        session.evict_others = self._evict
         tell("linked", {})
         try:
             await channel.carry(session.hear)

@@ -22,7 +22,8 @@ from dlora.programs.prepare import Prepared
 from dlora.runlog import RunLog
 from dlora.split.body import load_body
 from dlora.split.remote import Half
-from dlora.split.session import Budget, Limits, Session
+from dlora.split.session import Limits, Session
+from dlora.split.shares import Budget
 from dlora.split_frames import ChannelDown, Opened
 
 CLOUD, DEVICE = "cloud", "device"  # in one process

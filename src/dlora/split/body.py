@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import threading
@@ -25,6 +26,7 @@ from dlora.split.agreement import body_facts
 from dlora.split.conversation import CloudPart, bits
 
 PROBE_TOKENS = 64
+WORK_LAYERS = 2.0  # that one layer's attention has in hand while it computes, in units of what it keeps
 PADDING_SEEN = 0.05  # relative; rounding in bfloat16 and of int8 weights stays below
 NEIGHBOUR_SEEN = 1e-4  # relative, by a text of the one before it in its row; 0 where they are kept apart, 0.009 in DistilBERT
 
@@ -49,7 +51,8 @@ class Body:
         self.facts = body_facts(network.config, network.get_input_embeddings())
         self.max_tokens = max_tokens(network) or 1 << 20  # of one text
         self.num_positions, self.num_token_types = self._table_sizes()
-        self.bytes_a_token = self._bytes_a_token()
+        self._costs = {drops: self._cost(drops) for drops in (False, True)}
+        self.bytes_a_token = self._costs[False][0]
         self._refuse_if_padding_matters()
         self.separates = self._keeps_texts_apart()  # those that share a row
 
@@ -150,9 +153,26 @@ class Body:
         hidden: Tensor = output.last_hidden_state.float()
         return hidden
 
-    def _bytes_a_token(self) -> int:
-        """What a forward keeps for its backward, a token: measured on one text, every linear adapted."""
-        width = self.network.get_input_embeddings().embedding_dim
+    def memory(self, columns: int, drops: bool) -> int:
+        """Bytes for one row of so many columns, there and back: what its tokens keep, and what pairs of them do.
+
+        Attention that is written out, as its dropout demands and as some models do anyway, keeps numbers for each pair.
+        """
+        a_token, a_pair = self._costs[drops]
+        return columns * a_token + int(a_pair * columns * max(0, columns - PROBE_TOKENS))
+
+    def _cost(self, drops: bool) -> tuple[int, float]:
+        """What a forward keeps for its backward, a token and a pair of tokens: measured on two texts, every linear adapted."""
+        short = min(PROBE_TOKENS, self.max_tokens)
+        long = min(2 * PROBE_TOKENS, self.max_tokens)
+        a_token = self._kept_bytes(short, drops) / short
+        a_pair = (self._kept_bytes(long, drops) / long - a_token) / (long - short) if long > short else 0.0
+        layers = max(1, int(getattr(self.network.config, "num_hidden_layers", 1)))
+        beside = 1 + WORK_LAYERS / layers  # what one layer has in hand and does not keep
+        updates = 4 * sum(group.width + group.in_features for group in self.groups)  # what devices add, and their inputs
+        return int(a_token) + updates, max(0.0, a_pair) * beside
+
+    def _kept_bytes(self, tokens: int, drops: bool) -> int:
         weights = {weight.untyped_storage().data_ptr() for weight in self.network.parameters()}
         kept: dict[int, int] = {}
 
@@ -161,15 +181,18 @@ class Body:
                 kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        tokens = min(PROBE_TOKENS, self.max_tokens)
         dtype = next(self.network.parameters()).dtype
+        width = self.network.get_input_embeddings().embedding_dim
         embedded = torch.zeros(1, tokens, width, dtype=dtype if dtype.is_floating_point else torch.float32, device=self.device)
-        arguments = {"inputs_embeds": embedded.requires_grad_(), "use_cache": False}
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            outputs = self.network(**{key: value for key, value in arguments.items() if key in self._keys})
+        mask = torch.ones(1, tokens, dtype=torch.long, device=self.device)
+        mask[0, tokens // 2 + 1 :] = 0  # with padding there is a mask for each pair
+        given = {"inputs_embeds": embedded.requires_grad_(), "attention_mask": mask, "use_cache": False}
+        arguments = {key: value for key, value in given.items() if key in self._keys}
+        dropping = SeededDropout(torch.Generator(self.device).manual_seed(0), 0.1) if drops else contextlib.nullcontext()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), dropping:
+            outputs = (self._training if drops else self.network)(**arguments)
         del outputs
-        updates = 4 * sum(group.width + group.in_features for group in self.groups)  # what devices add, and their inputs
-        return sum(kept.values()) // tokens + updates
+        return sum(kept.values())
 
 
 class SeededDropout(TorchFunctionMode):

@@ -202,6 +202,7 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
     for begin in call.begins:
         channel.send(begin)
     hidden: dict[int, Tensor] = {}
+    asked: set[tuple[int, int]] = set()  # (part, group): each once, or a cloud could ask on and on
     while len(hidden) < len(call.begins):
         frame = _of(call, channel.receive())
         if frame is None:
@@ -218,6 +219,9 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
             raise Misbehaviour(f"the cloud asks for group {frame.group} of {len(adapter.groups)}")
         if begin.units and begin.units[frame.group] != ACTIVE:
             raise Misbehaviour(f"the cloud asks for group {frame.group}, which is killed")
+        if (frame.part, frame.group) in asked:
+            raise Misbehaviour(f"the cloud asks for group {frame.group} of part {frame.part} again")
+        asked.add((frame.part, frame.group))
         width = adapter.groups[frame.group].in_features
         _check(frame, [(len(begin.embedded), width), (begin.rows, width)])
         update = adapter.update(call, frame.part, frame.group, frame.tensor)

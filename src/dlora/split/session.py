@@ -18,6 +18,7 @@ from dlora.split.adapter import as_factors
 from dlora.split.agreement import Agreement, agree
 from dlora.split.body import Body
 from dlora.split.conversation import CloudPart, Misbehaviour, bits, through_the_cloud
+from dlora.split.shares import PATIENCE_S, Budget, Turn
 from dlora.split_frames import (
     ACTIVE,
     LEFT_OUT,
@@ -35,6 +36,8 @@ from dlora.split_frames import (
     Why,
 )
 
+MAX_IDLE_FRAMES = 1000  # that change nothing, between two parts that get through
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -43,32 +46,6 @@ class Limits:
     max_tokens: int  # of all its parts in the cloud at once
     max_parts: int
     idle_s: float  # that a part waits for the device's next word
-
-
-class Budget:
-    """Memory for all devices' activations together."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._free_bytes, self._lock = num_bytes, threading.Lock()
-        self.num_bytes = num_bytes
-
-    def take(self, num_bytes: int) -> bool:
-        """Whether there is room; if so it is taken."""
-        with self._lock:
-            if num_bytes > self._free_bytes:
-                return False
-            self._free_bytes -= num_bytes
-            return True
-
-    def give_back(self, num_bytes: int) -> None:
-        """What was taken is free again."""
-        with self._lock:
-            self._free_bytes += num_bytes
-
-    @property
-    def free_bytes(self) -> int:
-        """What is left."""
-        return self._free_bytes
 
 
 class _Gone(Exception):
@@ -94,9 +71,14 @@ class _Work:
 
     def __init__(self, begin: Begin, idle_s: float) -> None:
         self.begin, self.idle_s = begin, idle_s
-        self.waited_s = 0.0
+        self.waited_s, self._since, self.evicted = 0.0, 0.0, False
         self._inbox: queue.Queue[Values | None] = queue.Queue()
         self._gone = False
+
+    @property
+    def has_waited_s(self) -> float:
+        """For its device, so far."""
+        return self.waited_s + (time.monotonic() - since if (since := self._since) else 0.0)
 
     def put(self, frame: Values) -> None:
         """Hand over a frame; only one is ever waited for."""
@@ -111,13 +93,13 @@ class _Work:
 
     def hear(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
         """Wait for one frame and check it. Raises TimeoutError after ``idle_s``."""
-        began_at = time.monotonic()
+        began_at = self._since = time.monotonic()
         try:
             frame = self._inbox.get(timeout=self.idle_s)
         except queue.Empty:
             raise TimeoutError(f"no {what} within {self.idle_s:g} s") from None
         finally:
-            self.waited_s += time.monotonic() - began_at
+            self.waited_s, self._since = self.waited_s + time.monotonic() - began_at, 0.0
         if frame is None or self._gone:
             raise _Gone
         if (frame.what, frame.group, tuple(frame.tensor.shape)) != (what, group, shape):
@@ -147,11 +129,13 @@ class Session:
     ) -> None:
         self.device, self.body, self.limits, self.budget = device, body, limits, budget
         self._send, self._tell = send, tell
+        self.evict_others: Callable[[set[str]], object] = lambda greedy: None  # of these devices, what they let wait
         self.agreement: Agreement | None = None  # from Open on
         self._handed_off: dict[int, _HandedOff] = {}  # by group
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock, self._closed = threading.Lock(), False
         self._answers = 0  # that wait to be sent
+        self._idle_frames = 0  # that changed nothing, since a part got through
         self._threads = ThreadPoolExecutor(limits.max_parts + 1, thread_name_prefix=f"part-{device}")
 
     def hear(self, frame: SplitFrame) -> None:
@@ -173,12 +157,29 @@ class Session:
                 dropped = [self._work.pop(key) for key in [*self._work] if key[0] == frame.call]
             for work in dropped:
                 work.end()
+            if not dropped:
+                self._changes_nothing(frame)
         elif isinstance(frame, Values) and frame.what in ("update", "hidden-gradient", "input-gradient"):
             waiting = self._work.get((frame.call, frame.part))
             if waiting is not None:  # else it crossed with the word that the part has failed
                 waiting.put(frame)
+            else:
+                self._changes_nothing(frame)
         else:
             raise Misbehaviour(f"{type(frame).__name__} from a device")
+
+    def _changes_nothing(self, frame: SplitFrame) -> None:
+        self._idle_frames += 1
+        if self._idle_frames > MAX_IDLE_FRAMES:
+            raise Misbehaviour(f"{MAX_IDLE_FRAMES} frames that change nothing, the last a {type(frame).__name__}")
+
+    def evict(self) -> None:
+        """Give up the parts for which this device has let the cloud wait: another one waits for its share of the memory."""
+        with self._lock:
+            slow = [work for work in self._work.values() if work.has_waited_s > PATIENCE_S]
+        for work in slow:
+            work.evicted = True
+            work.end()
 
     def close(self) -> None:
         """End all parts; their threads end as soon as they look."""
@@ -230,20 +231,23 @@ class Session:
         with self._lock:
             if (before := self._handed_off.pop(frame.group, None)) is not None:
                 self._replaced(before)
-            if not self._closed and self.budget.take(new.num_bytes):
+            taken = None if self._closed else self.budget.take(self.device, new.num_bytes)
+            if taken is None and not self._closed:
+                self.budget.forgo(self.device, new.num_bytes)
+            if taken:
                 self._handed_off[frame.group] = new
 
     def _replaced(self, kept: _HandedOff) -> None:
         """With the lock held, as `_unused`."""
         kept.replaced = True
         if not kept.users:
-            self.budget.give_back(kept.num_bytes)
+            self.budget.give_back(self.device, kept.num_bytes)
 
     def _unused(self, kept: _HandedOff) -> None:
         """A part that used it has ended."""
         kept.users -= 1
         if kept.replaced and not kept.users:
-            self.budget.give_back(kept.num_bytes)
+            self.budget.give_back(self.device, kept.num_bytes)
 
     def _named(self, begin: Begin, agreement: Agreement) -> dict[int, _HandedOff] | None:
         """What was handed off of the groups that a part says are; None where it is not here."""
@@ -295,34 +299,55 @@ class Session:
                     f"{type(self.body.network).__name__} does not keep apart the texts that share a row: give each text a row,"
                     " or an attention_mask if the row is one text",
                 )
-            need_bytes = padded * self.body.bytes_a_token
-            if not self.budget.take(need_bytes):
-                return self._failed(
-                    begin,
-                    "memory",
-                    f"{need_bytes / 1e6:.0f} MB are needed for {padded} tokens, {self.budget.free_bytes / 1e6:.0f} MB are free",
-                )
+            drops = begin.seed is not None and agreement.dropout != 0.0
+            need_bytes = begin.rows * self.body.memory(begin.columns, drops)
+            taken = self.budget.take(self.device, need_bytes)
+            if taken is False:
+                why = ", its attention written out for dropout" if drops else ""
+                needed = f"{need_bytes / 1e6:.3g} MB are needed for {padded} tokens in rows of {begin.columns}{why}"
+                total, free = (f"{num_bytes / 1e6:.3g} MB" for num_bytes in (self.budget.num_bytes, self.budget.free_bytes))
+                return self._failed(begin, "memory", f"{needed}; limits.memory_bytes is {total}, {free} are free")
             for kept in handed_off.values():
                 kept.users += 1
             work = self._work[key] = _Work(begin, self.limits.idle_s)
-            self._threads.submit(self._run, work, agreement, handed_off, need_bytes)
+            self._threads.submit(self._run, work, agreement, handed_off, need_bytes, taken is None)
         return None
 
-    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], need_bytes: int) -> None:
+    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], need_bytes: int, waits: bool) -> None:
         """One part's life, in its thread."""
+        if waits and not self.budget.wait(self.device, need_bytes, self.limits.idle_s, self.evict_others):
+            need_bytes = 0
+        with self.budget.turns.part(self.device) as turn:
+            self._live(work, agreement, handed_off, need_bytes, turn)
+
+    def _live(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], held_bytes: int, turn: Turn) -> None:
+        """From its first turn to its last; with ``held_bytes`` 0 it found no memory."""
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
         part: CloudPart | None = None
         try:
-            dropout = agreement.dropout
             factors = {number: kept.factors for number, kept in handed_off.items()}
-            part = CloudPart(begin, agreement, self.body.frame, factors, self.body.device, self._send, work.hear)
-            answer = through_the_cloud(part, lambda part: self.body.forward(part, dropout))
-            seconds = time.monotonic() - began_at
-            self._tell(
-                "part", {"tokens": len(begin.embedded), "keep": begin.keep, "seconds": seconds, "waited_s": work.waited_s}
-            )
-        except (_Gone, ChannelDown):
+            if not held_bytes:
+                raise MemoryError
+
+            def say(frame: SplitFrame) -> None:
+                with turn.away():
+                    self._send(frame)
+
+            def hear(what: What, group: int, shape: tuple[int, int]) -> Tensor:
+                with turn.away():
+                    return work.hear(what, group, shape)
+
+            turn.begin()
+            part = CloudPart(begin, agreement, self.body.frame, factors, self.body.device, say, hear)
+            answer = through_the_cloud(part, lambda part: self.body.forward(part, agreement.dropout))
+            fields = {"tokens": len(begin.embedded), "keep": begin.keep, "waited_s": work.waited_s}
+            self._tell("part", {**fields, "seconds": time.monotonic() - began_at})
+            self._idle_frames = 0
+        except _Gone:
+            if work.evicted:
+                answer = self._failed(begin, "expired", "another device waited for its share of the cloud's memory")
+        except ChannelDown:
             pass
         except TimeoutError as error:
             answer = self._failed(begin, "expired", f"the device was silent: {error}")
@@ -332,12 +357,14 @@ class Session:
             if part is not None:
                 part.forget()  # its graph goes before its memory is given back
             part = None
+            turn.end()
             with self._lock:
                 if self._work.get((begin.call, begin.part)) is work:
                     del self._work[begin.call, begin.part]
                 for kept in handed_off.values():
                     self._unused(kept)
-            self.budget.give_back(need_bytes)
+            if held_bytes:
+                self.budget.give_back(self.device, held_bytes)
         if answer is not None:
             self._answer(answer)
 
