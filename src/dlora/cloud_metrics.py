@@ -102,7 +102,8 @@ class CloudMetrics:
         family, _, _, _, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
         room = threading.Semaphore(MAX_READERS)
         server = type("Server", (_Server,), {"address_family": family, "_room": room})
-        self._server = make_server(str(place[0]), self.port, make_wsgi_app(self.registry), server, _Reader)
+        app = make_wsgi_app(self.registry)
+        self._server: WSGIServer = make_server(str(place[0]), self.port, app, server, _Reader)
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
         self.port = self._server.server_port
