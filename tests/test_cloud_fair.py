@@ -185,7 +185,7 @@ def test_a_hoarder_within_its_limits_ends_no_honest_device(
                 half.link(phone.dial, 1, lambda seconds: None)
                 half.model.use(halves.factors(half.model))
                 for _ in range(3):
-                    forward(half.model, halves.batch()).sum().backward()  # type: ignore[no-untyped-call]
+                    forward(half.model, halves.batch()).sum().backward()
         finally:
             stop.set()
             hoarder.close()

@@ -221,11 +221,11 @@ def test_a_cloud_without_room_for_a_hand_off_is_asked_again(model_folder: Folder
     pauses: list[float] = []
     both.half.link(both.cloud.dial(), 1, pauses.append)
     taken = both.cloud.budget.free_bytes - 1000
-    assert both.cloud.budget.take(taken)
+    assert both.cloud.budget.take("another", taken)
 
     def wait(seconds: float) -> None:
         pauses.append(seconds)
-        both.cloud.budget.give_back(taken)
+        both.cloud.budget.give_back("another", taken)
 
     assert both.half.body.calls is not None
     both.half.body.calls.wait = wait
