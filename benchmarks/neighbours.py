@@ -40,7 +40,8 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
     ledger = Ledger(folder / name)
     exchange = Exchange(
         name, "{}", "0" * 64, ledger, neighbours, Patience(60.0, 600.0),
-        lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda message, path: None, lambda event, **fields: None,
+        lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message, path: None,
+        lambda event, **fields: None,
     )  # fmt: skip
     serving = asyncio.create_task(network.serve(exchange.talk))
     exchange.enter(0)

@@ -95,9 +95,13 @@ class Processes:
 
     def start(self, name: str, *more: str) -> None:
         """Start ``name``."""
+        self.start_as(name, _dlora, more=more)
+
+    def start_as(self, name: str, program: Callable[..., None], *given: Any, more: Sequence[str] = ()) -> None:
+        """Start ``name`` as another program: ``program(arguments, out, err, *given)`` in a process of its own."""
         self.tries[name] = self.tries.get(name, 0) + 1
         told = self._said(name, "out"), self._said(name, "err")
-        process = _FORKS.Process(target=_dlora, args=(self.arguments(name, *more), *told), daemon=True)
+        process = _FORKS.Process(target=program, args=(self.arguments(name, *more), *told, *given), daemon=True)
         process.start()
         self.processes[name] = process
 

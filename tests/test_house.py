@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "decentralized/topology",
         "decentralized/mixing",
+        "decentralized/belief",
         "decentralized/ledger",
         "formats",
         "partition",

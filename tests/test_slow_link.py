@@ -56,7 +56,7 @@ def node(name: str, folder: Path) -> None:
     async def live() -> float:
         exchange = Exchange(
             name, "{}", "0" * 64, ledger, [other], Patience(60.0, 600.0),
-            lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda message, path: None,
+            lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message, path: None,
             lambda event, **fields: story.append([event, fields]),
         )  # fmt: skip
         serving = asyncio.create_task(network.serve(exchange.talk))

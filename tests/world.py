@@ -111,7 +111,7 @@ class World:
             self.neighbours(name),
             PATIENCE,
             self._sizes,
-            self._decode,
+            lambda neighbour, message, path: self._decode(message, path),
             lambda event, **fields: self._report(name, event, fields),
         )
 

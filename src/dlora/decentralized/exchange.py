@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlora.decentralized.belief import Implausible
 from dlora.decentralized.ledger import Ledger, round_message, round_of
 from dlora.decentralized.neighbour import Link, Misbehaviour, Neighbour
 from dlora.errors import RunError
@@ -37,7 +38,8 @@ class Patience:
 
 
 class Exchange:
-    """All edges of the peer ``name``. ``check(message_name, path)`` raises ValueError unless a file is what it should be.
+    """All edges of the peer ``name``. ``check(neighbour, message_name, path)`` raises ValueError unless a file is what it
+    should be, Implausible where it is that and yet not to be believed: such a message is as if it had not come.
 
     ``sizes(message_name)``: the lengths that a message of that name can have, none where no peer sends one.
     ``report(event, **fields)`` hears what happened and why. ``failed`` ends with the error of this peer's own disk.
@@ -52,7 +54,7 @@ class Exchange:
         neighbours: Iterable[str],
         patience: Patience,
         sizes: Callable[[str], range],
-        check: Callable[[str, Path], object],
+        check: Callable[[str, str, Path], object],
         report: Callable[..., object],
     ) -> None:
         self.name, self.manifest, self.run, self.ledger = name, manifest, run, ledger
@@ -95,7 +97,7 @@ class Exchange:
         self._consider(other)
 
         def done() -> bool:
-            if self.ledger.received(neighbour, message) is not None:
+            if self.ledger.received(neighbour, message) is not None or message in other.implausible:
                 return True
             offer = other.offers.get("round")
             replaced = offer is not None and offer.name != message
@@ -225,7 +227,11 @@ class Exchange:
                     other.outgoing = (name, offset)
                     other.wake.set()
             case Chunk(name):
-                arrived = other.store(frame, self.ledger, self.check)
+                try:
+                    arrived = other.store(frame, self.ledger, self.check)
+                except Implausible as error:
+                    arrived = False
+                    self.report("implausible", neighbour=other.name, message=name, reason=str(error))
                 if arrived and round_of(name) == self.round and other.name in self._edges:
                     self._promise(other, self.round)
             case Have(round):
@@ -246,7 +252,7 @@ class Exchange:
         """Fetch what the neighbour offers, if it is for now; promise what is already here."""
         for offer in other.offers.values():
             mixes = round_of(offer.name) == self.round and other.name in self._edges
-            if not mixes and (other.name, offer.name) not in self.wanted:
+            if (not mixes and (other.name, offer.name) not in self.wanted) or offer.name in other.implausible:
                 continue
             if self.ledger.received(other.name, offer.name):
                 if mixes:
@@ -285,6 +291,7 @@ class Exchange:
     async def _edge(self, other: Neighbour, started_at: float) -> None:
         """Wait until this round's edge is decided or given up; leave it out then."""
         round = self.round
+        name = round_message(round)
 
         def state() -> str | None:
             return self.ledger.state(round, other.name)
@@ -293,13 +300,14 @@ class Exchange:
             other,
             lambda: (
                 state() in ("committed", "dropped")
+                or name in other.implausible
                 or (state() is None and other.round is not None and other.round > round and other.link is not None)
             ),
             started_at,
         )
         if state() in ("committed", "dropped"):
             return
-        reason = reason or f"it is already in round {other.round}"
+        reason = reason or other.implausible.get(name) or f"it is already in round {other.round}"
         if self.decides(other.name):
             self._record(other, round, False, reason)
         else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from dlora.decentralized.belief import Implausible
 from dlora.decentralized.ledger import Ledger, file_sha256
 from dlora.frames import MAX_CHUNK_BYTES, Chunk, Frame, Offer, Status, Want
 
@@ -39,6 +40,7 @@ class Neighbour:
     refused: str | None = None  # why it is not in this run
     offers: dict[str, Offer] = field(default_factory=dict)  # its latest round's, and any others by name
     promised: set[int] = field(default_factory=set)  # rounds whose message of ours it holds
+    implausible: dict[str, str] = field(default_factory=dict)  # messages of it that are not taken, and why
     incoming: Offer | None = None  # being fetched on this link
     stored_at: float = float("-inf")  # loop time of the last chunk of it
     queue: deque[Frame] = field(default_factory=deque)  # to be said on this link
@@ -94,8 +96,11 @@ class Neighbour:
             partial.unlink()
         self.say(Want(offer.name, have))
 
-    def store(self, chunk: Chunk, ledger: Ledger, check: Callable[[str, Path], object]) -> bool:
-        """Append to the message that is coming; once it is whole, check it. Returns whether one has arrived."""
+    def store(self, chunk: Chunk, ledger: Ledger, check: Callable[[str, str, Path], object]) -> bool:
+        """Append to the message that is coming; once it is whole, check it. Returns whether one has arrived.
+
+        Raises Misbehaviour for what no peer sends, Implausible for a message that ``check`` does not believe.
+        """
         offer, name = self.incoming, chunk.name
         if offer is None or offer.name != name:
             return False  # asked for once, and no longer
@@ -112,7 +117,11 @@ class Neighbour:
         try:
             if file_sha256(partial) != offer.sha256:
                 raise ValueError("it is not the content that was offered")
-            check(name, partial)
+            check(self.name, name, partial)
+        except Implausible as error:
+            partial.unlink()
+            self.implausible[name] = str(error)
+            raise
         except ValueError as error:
             partial.unlink()  # the neighbour may offer it again, whole
             raise Misbehaviour(f"its {name}: {error}") from error

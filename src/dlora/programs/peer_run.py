@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from dlora.decentralized.belief import Belief, copied
 from dlora.decentralized.exchange import BEATS, Exchange, Patience
 from dlora.decentralized.gossip import PeerGossip, Progress
-from dlora.decentralized.ledger import Ledger
+from dlora.decentralized.ledger import Ledger, round_of
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology
 from dlora.errors import Interrupted, RunError
@@ -66,6 +68,8 @@ class PeerRun:
         self.tokens_before: int | None = 0  # read in earlier processes
         self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
         self.progress = Progress()
+        self.belief = Belief.of(prepared.trained, prepared.config.train.learning_rate * self.training.local_steps[0])
+        self.walked: Factors = {}  # the factors after the last round's local steps, until they are committed
         self.round: dict[str, Any] = {}  # the last round's event
         self.trained_round: int | None = None  # since the last commit
         self.began = self.abandoned = False
@@ -77,6 +81,7 @@ class PeerRun:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
             self.schedules.load(stored.state)
+            self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))  # dlora 0.1.0 had none
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
             self.tokens_before = stored.state.get("tokens")
             self.bytes_before = stored.state["bytes_on_wire"]
@@ -106,7 +111,7 @@ class PeerRun:
             neighbours,
             Patience(config.peers.silence_s, config.peers.round_limit_s),
             partial(message_sizes, self.prepared),
-            partial(decode_message, self.prepared),
+            self._check,
             self.log.emit,
         )
         gossip = PeerGossip(
@@ -204,8 +209,11 @@ class PeerRun:
         if due and self.scoring.chosen:  # its own score: nobody has the average before the end
             own = await asyncio.to_thread(self._own_scores)
             self._emit_scores(None, own)
+        before = copied(self.training.trained)
         with self.spent.on("training"):
             losses = await asyncio.to_thread(self.training.round, number, names)
+        self.walked = copied(self.training.trained)
+        self.belief.walked(before, self.walked)
         self.loss, self.trained_round = losses.item(), number
         self._log_changes()
         if not math.isfinite(self.loss):
@@ -215,6 +223,16 @@ class PeerRun:
             )
         return self.training.participants.took_part()[0]
 
+    def _check(self, neighbour: str, message: str, path: Path) -> None:
+        """Raise ValueError unless a neighbour's message is what its name says, Implausible unless it is to be believed."""
+        came = decode_message(self.prepared, message, path)
+        num_peers = came.pop("num_peers", None)
+        own = self.training.trained if num_peers is None else self._standing()
+        parts = num_peers.item() if num_peers is not None and message == "sum" else 1.0
+        mean = {name: tensor / parts for name, tensor in came.items()}
+        round = round_of(message)
+        self.belief.judge(neighbour, self.prepared.config.train.rounds if round is None else round, own, mean)
+
     def _log_changes(self) -> None:
         for change in self.changes:
             self.log.emit("active", **change)
@@ -222,6 +240,11 @@ class PeerRun:
 
     def _commit(self, progress: Progress) -> None:
         """Factors, optimiser and progress to disk; then the round is done."""
+        if not self.belief.holds(progress.rounds_done, self.walked, self.training.trained):
+            raise RunError(
+                f"{self.name} does not save round {progress.rounds_done}: what its neighbours sent took its factors further"
+                " than any training does; start anew in another output_dir, without the member that log.jsonl names"
+            )
         self.seconds = self._count_exchange()
         last, trained = self.prepared.config.train.rounds, self.trained_round
         if trained is not None:
@@ -234,6 +257,7 @@ class PeerRun:
             "spent_s": dict(self.spent.seconds),
             "tokens": self.tokens,
             "best": self.best,
+            "belief": self.belief.state(),
             "round": self.round,
             **self.schedules.state(),
             "environment": environment(1),
@@ -244,7 +268,7 @@ class PeerRun:
         self.progress = Progress(**vars(progress))
         if trained is None:
             return  # no round: the peer caught up, or doubts were settled after the last
-        self.trained_round = None
+        self.trained_round, self.walked = None, {}
         self.log.emit("round", **self.round)
         if self.stop() and progress.rounds_done < last:
             raise Interrupted(f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and saved")
