@@ -213,6 +213,9 @@ class SplitSection(Section):
         "bfloat16", description="dtype of hidden states and updates on their way; int8: dynamic, a scale for each token"
     )
     pipeline: int = Field(1, ge=1, description="micro-batches on their way at once, so that the cloud works while one travels")
+    silence_s: float = Field(
+        60, gt=0, description="a cloud that owes an answer for so long is told of; a device with neighbours is away meanwhile"
+    )
 
 
 class ScheduleSection(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -24,6 +25,7 @@ WINDOW_FRAMES = 8  # that wait at one end of a channel, each way
 INLINE_BYTES = 1 << 20  # decoded within the event loop: 0.3 ms at most; more than that in a thread
 FLUSH_S = 1.0  # for the last frames to leave
 LOOK_S = 0.2  # between two questions whether to give up
+GIVE_UP_S = 3.0  # of an answer, after which a user's stop is not put off to the end of the round
 
 
 def halves(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
@@ -153,6 +155,48 @@ class Channel:
     def _wake(self, event: asyncio.Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the link with it
             self._loop.call_soon_threadsafe(event.set)
+
+
+class WatchedChannel:
+    """A channel of a device that looks, while it waits for an answer, whether that is too long: a cloud can hang, link and all.
+
+    ``silent()`` is called once for each answer that takes more than ``silence_s``, ``back()`` when it has come.
+    ``give_up`` is asked five times a second once ``GIVE_UP_S`` have passed; the wait then ends with ChannelDown.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        silence_s: float,
+        silent: Callable[[], object],
+        back: Callable[[], object],
+        give_up: Callable[[], bool],
+    ) -> None:
+        self._channel, self._silence_s = channel, silence_s
+        self._silent, self._back, self._give_up = silent, back, give_up
+
+    def send(self, frame: SplitFrame) -> None:
+        """As `Channel.send`."""
+        self._channel.send(frame)
+
+    def receive(self) -> SplitFrame:
+        """As `Channel.receive`."""
+        began_at, told = time.monotonic(), False
+        while True:
+            try:
+                frame = self._channel.receive(LOOK_S)
+            except TimeoutError:
+                waited_s = time.monotonic() - began_at
+                if waited_s >= self._silence_s and not told:
+                    told = True
+                    self._silent()
+                if waited_s >= GIVE_UP_S and self._give_up():
+                    self._channel.close()
+                    raise ChannelDown("given up while the cloud owed an answer") from None
+            else:
+                if told:
+                    self._back()
+                return frame
 
 
 class LoopThread:

@@ -12,7 +12,7 @@ import psutil
 
 from dlora.config import CloudConfig, Config
 from dlora.errors import CloudError, ConfigError, IdentityError, Interrupted
-from dlora.net.channel import Channel, Dialler, LoopThread, halves
+from dlora.net.channel import Channel, Dialler, LoopThread, WatchedChannel, halves
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.net.memory import MemoryHub
@@ -43,8 +43,8 @@ def far_cloud(
     """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
 
     ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate, cloud-away, cloud-lost,
-    cloud-back. A wait for the cloud ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is
-    of no use then.
+    cloud-silent, cloud-back. A wait for the cloud ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten
+    meanwhile, and is of no use then.
     """
     assert config.split is not None
     cloud = federation.current.members[config.split.cloud]
@@ -77,7 +77,15 @@ def far_cloud(
             was_linked = True
             return channel
 
-        cloud_bytes = _link(half, config, dialler, dial)
+        silence_s = config.split.silence_s
+
+        def silent() -> None:
+            tell("cloud-silent", f"the link lives, but no answer came for {silence_s:g} s; it is waited for")
+
+        def watched(channel: Channel) -> WatchedChannel:
+            return WatchedChannel(channel, silence_s, silent, lambda: tell("cloud-back", "it answers again"), give_up)
+
+        cloud_bytes = _link(half, config, dialler, dial, watched)
         del half
         try:
             yield cloud_bytes
@@ -124,7 +132,7 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
         serving = loop.start(hub.network(CLOUD).serve(talk))
         dialler = Dialler(hub.network(DEVICE), loop)
         try:
-            yield _link(half, config, dialler, dialler.dial)
+            yield _link(half, config, dialler, dialler.dial, lambda channel: channel)
         finally:
             dialler.close()
             serving.cancel()
@@ -147,14 +155,20 @@ def teller(log: RunLog, cloud: str) -> Callable[[str, str], None]:
     return tell
 
 
-def _link(half: Half, config: Config, dialler: Dialler, dial: Callable[[], Channel]) -> Callable[[], int]:
+def _link(
+    half: Half,
+    config: Config,
+    dialler: Dialler,
+    dial: Callable[[], Channel],
+    watched: Callable[[Channel], Channel | WatchedChannel],
+) -> Callable[[], int]:
     assert config.split is not None
     wire = config.split.wire
 
-    def dialled() -> Channel:
+    def dialled() -> Channel | WatchedChannel:
         channel = dial()
         channel.wire = wire
-        return channel
+        return watched(channel)
 
     half.link(dialled, config.split.pipeline, time.sleep)
     traffic = dialler.traffic

@@ -168,8 +168,8 @@ class PeerRun:
     def hear_of_cloud(self, event: str, reason: str) -> None:
         """What `far_cloud` tells, in the thread that needs the cloud."""
         assert self.prepared.config.split is not None
-        if event in ("cloud-lost", "cloud-back"):
-            self.cloud_is_away = event == "cloud-lost"
+        if event in ("cloud-lost", "cloud-silent", "cloud-back"):
+            self.cloud_is_away = event != "cloud-back"
         teller(self.log, self.prepared.config.split.cloud)(event, reason)
 
     def gives_up(self) -> bool:
