@@ -61,6 +61,9 @@ def far_cloud(
         dialler = Dialler(network, loop)
         was_linked = over = False
 
+        def gives_up() -> bool:
+            return over or give_up()
+
         def dial() -> Channel:
             nonlocal was_linked
             if over:
@@ -69,7 +72,7 @@ def far_cloud(
                 tell("cloud-lost", "the link has ended; what was under way is done again")
             try:
                 waits = partial(tell, "cloud-away")
-                channel = dialler.dial(_saying(waits, f"{cloud.name} at {cloud.address}", lambda: over or give_up()))
+                channel = dialler.dial(_saying(waits, f"{cloud.name} at {cloud.address}", gives_up))
             except ChannelDown:
                 raise Interrupted(f"{identity.name} stopped while its cloud was away; what was saved stands") from None
             if was_linked:
@@ -83,7 +86,7 @@ def far_cloud(
             tell("cloud-silent", f"the link lives, but no answer came for {silence_s:g} s; it is waited for")
 
         def watched(channel: Channel) -> WatchedChannel:
-            return WatchedChannel(channel, silence_s, silent, lambda: tell("cloud-back", "it answers again"), give_up)
+            return WatchedChannel(channel, silence_s, silent, lambda: tell("cloud-back", "it answers again"), gives_up)
 
         cloud_bytes = _link(half, config, dialler, dial, watched)
         del half
