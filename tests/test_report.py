@@ -158,6 +158,47 @@ def test_a_finished_run_in_words_and_numbers(finished: Page) -> None:
     assert len(page.pictures()) == 7
 
 
+def change_summary(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write summary.json with other figures of the first run and of the whole."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    summary["runs"]["dec-lora"] |= changes.pop("run", {})
+    (folder / "summary.json").write_text(json.dumps(summary | changes))
+    return summary
+
+
+def test_times_tokens_learning_rate_and_what_was_taken_for_what(tmp_path: Path) -> None:
+    spent = {"training": 9.0, "exchange": 3.0, "scoring": 4.5, "saving": 0.5}
+    folder = make_run(tmp_path, labels=["<i>no", "yes"], runs=("dec-lora",))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    train = {"learning_rate": 1e-3, "lr_scheduler_type": "linear"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"train": train}))
+    change_summary(
+        folder,
+        spent_s={"start_up": 7.25, **spent, "report": 1.0, "other": 0.1, "in_all": 25.35},
+        label_names=["<i>no", "yes"],
+        run={
+            "spent_s": spent,
+            "tokens_per_second": 1234.5,
+            "confusion": [[70, 30], [5, 95]],
+            "peers_mean_error": {"accuracy": 0.012},
+        },
+    )
+    page = Page(write_report(folder))
+    cells = page.text("td")
+    assert "7.2 s 9.0 s 9.0 s 3.0 s 3.0 s 4.5 s 4.5 s 0.5 s 0.5 s" in " ".join(cells.split())
+    assert "1,234" in cells and "(s.e. 1.2)" in cells
+    assert "70 30 5 95" in " ".join(cells.split()) and "<i>no" in page.text("th")
+    assert "0.001, linear, 0.001 in the last step of round 6" in page.text("dd")
+    assert "25.3" not in page.text() and "Where the time went" in page.text()
+
+
+def test_scores_before_training_are_no_best_ones(tmp_path: Path) -> None:
+    """A run that only lost by training names the best of what it trained, not what it began with."""
+    folder = make_run(tmp_path, runs=("dec-lora",))
+    change_summary(folder, run={"best": {"rounds_done": 0, "accuracy": 0.99, "f1": 0.99, "loss": 0.01}})
+    assert "99.0 %" not in Page(write_report(folder)).text("td")
+
+
 def test_every_picture_is_described_and_captioned(finished: Page) -> None:
     page = finished
     assert all(picture["role"] == "img" and len(picture["aria-label"] or "") > 30 for picture in page.pictures())

@@ -32,7 +32,7 @@ def write_report(run_dir: str | Path) -> Path:
         config = yaml.safe_load(config_text)
     except (ValueError, yaml.YAMLError) as error:
         raise RunError(f"run {run_dir}: summary.json or config.yaml is damaged ({' '.join(str(error).split())})") from error
-    page = Page(config, start, run_records(events, start, summary), finished=bool(summary))
+    page = Page(config, start, run_records(events, start, summary), summary)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.globals |= {"bytes_text": bytes_text, "seconds_text": seconds_text}
     told = {"page": page, "drawn": Pictures(page), "config_text": config_text, "start": start, "summary": summary}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dlora.runlog import NBSP, Event, RunRecord, bytes_text, percent_text, score_text, seconds_text
+from dlora.runlog import NBSP, Event, RunRecord, bytes_text, error_text, percent_text, score_text, seconds_text
 
 _MEANINGS = {
     "dec-lora": "each peer trains on its own data and averages its adapter with its neighbours' after every round.",
@@ -30,6 +30,7 @@ _GRAPHS = {
     "base-k": "on a base-k graph",
 }
 MOST_LABELS = 8
+MOST_CONFUSED = 30  # labels of a table that people still read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +48,8 @@ class Traffic:
 class Page:
     """What the template asks for, beside the pictures; all of it is escaped there."""
 
-    def __init__(self, config: Mapping[str, Any], start: Event, runs: list[RunRecord], finished: bool) -> None:
-        self.config, self.start, self.runs, self.finished = config, start, runs, finished
+    def __init__(self, config: Mapping[str, Any], start: Event, runs: list[RunRecord], summary: Mapping[str, Any]) -> None:
+        self.config, self.start, self.runs, self.summary, self.finished = config, start, runs, summary, bool(summary)
         self.main = next((run for run in runs if run.name == "dec-lora"), runs[0])
         self.names = [peer["name"] for peer in start["peers"]]
         self.split: Mapping[str, Any] = start.get("split") or {}
@@ -179,7 +180,7 @@ class Page:
         """(text, whether it is the figure that counts) in the table of runs, behind the run's name."""
         own = [] if self.one else [(self.part(run, "peers_mean"), run.name == "local")]
         moved = [bytes_text(run.last(wire.of)) for wire in self.traffic]
-        plain = [self.best(run), *moved, seconds_text(run.last("seconds")), self.speed(run)]
+        plain = [self.best(run), *moved, seconds_text(run.last("seconds")), self.speed(run), self.tokens(run)]
         return [(self.part(run, "consensus"), run.name != "local"), *own, *((text, False) for text in plain)]
 
     def run_title(self, run: RunRecord) -> str:
@@ -195,13 +196,18 @@ class Page:
         return run.figure({of: run.last(of) for of in ("consensus", "peers_mean")}, self.key)
 
     def part(self, run: RunRecord, of: str) -> str:
-        """The last score of the average (consensus) or of the peers' mean (peers_mean)."""
-        return self.score((run.last(of) or {}).get(self.key))
+        """The last score of the average (consensus) or of the peers' mean (peers_mean), of a sample with its standard error."""
+        error = (run.last("peers_mean_error") or {}).get(self.key) if of == "peers_mean" else None
+        return self.score((run.last(of) or {}).get(self.key)) + error_text(error, self.key)
 
     def best(self, run: RunRecord) -> str:
         """The best score of the average and the round it came after; none where nobody talks."""
         logged = [{"rounds_done": done} | (event.get("consensus") or {}) for done, event in run.scores.items()]
-        scored = [scores for scores in (run.summary.get("best"), *logged) if scores and scores.get(self.key) is not None]
+        scored = [
+            scores
+            for scores in (run.summary.get("best"), *logged)
+            if scores and scores.get(self.key) is not None and scores["rounds_done"]  # before the first, nothing was trained
+        ]
         if run.name == "local" or not scored:
             return "–"
         best = (max if self.higher_is_better else min)(scored, key=lambda scores: scores[self.key])
@@ -217,6 +223,45 @@ class Page:
         """Local steps in a second."""
         value = run.summary.get("participant_steps_per_second")
         return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+    def tokens(self, run: RunRecord) -> str:
+        """Tokens in a second."""
+        value = run.summary.get("tokens_per_second")
+        return "–" if value is None else f"{value:,.0f}"
+
+    @property
+    def times(self) -> list[tuple[str, list[str]]]:
+        """(what for, seconds of each run and of all together): where the time went, once it is over."""
+        whole = self.summary.get("spent_s")
+        if not whole:
+            return []
+        rows = [("Start-up", [*("" for _ in self.runs), seconds_text(whole["start_up"])])]
+        for kind in ("training", "exchange", "scoring", "saving"):
+            own = [seconds_text((run.summary.get("spent_s") or {}).get(kind)) for run in self.runs]
+            rows.append((kind.capitalize(), [*own, seconds_text(whole[kind])]))
+        return rows
+
+    @property
+    def confusion(self) -> list[tuple[str, list[tuple[int, int]]]]:
+        """(label, (rows, per cent of the label's) by the label they were taken for) of the main run's average at the end."""
+        counts, names = self.main.summary.get("confusion"), self.summary.get("label_names") or []
+        if not counts or len(counts) != len(names) or len(names) > MOST_CONFUSED:
+            return []
+        return [
+            (name, [(count, round(100 * count / max(1, sum(row)))) for count in row])
+            for name, row in zip(names, counts, strict=True)
+        ]
+
+    @property
+    def learning_rate(self) -> str:
+        """As configured, and where it ended."""
+        train: Mapping[str, Any] = self.config.get("train") or {}
+        kind = train.get("lr_scheduler_type", "constant")
+        last = self.main.latest.get("learning_rate")
+        if train.get("learning_rate") is None:
+            return "–"
+        ended = "" if kind == "constant" or last is None else f", {last:.3g} in the last step of round {self.main.rounds_done}"
+        return f"{train['learning_rate']:g}, {kind}{ended}"
 
     def colour(self, run: RunRecord) -> int:
         """The number of the page's colour."""
@@ -236,6 +281,7 @@ class Page:
             ),
             *((wire.column, wire.meaning) for wire in self.traffic),
             ("Steps/s", f"local steps{'' if self.one else ' of all participants'} in a second."),
+            ("Tokens/s", "tokens of training texts in a second, padding left out."),
         ]
 
     @property
