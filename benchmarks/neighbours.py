@@ -18,6 +18,7 @@ from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
 
 MESSAGE_BYTES = 20_000_000
+COUNTS = (1, 2, 4, 8)  # neighbours
 MAX_ADAPTERS = 4  # beyond training; the rest goes through disk
 
 
@@ -74,7 +75,7 @@ async def others(names: Sequence[str], folder: Path) -> None:
 def main() -> None:
     """Print the table."""
     print("| neighbours | s | peak memory of the exchange, MB | adapters of 20 MB |\n|---|---|---|---|")
-    for count in (1, 2, 4, 8):
+    for count in COUNTS:
         with tempfile.TemporaryDirectory() as temporary:
             folder, names = Path(temporary), [f"peer-{number}" for number in range(count)]
             with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -110,7 +110,8 @@ def print_bytes(work: Path, seeds: int) -> None:
             print(f"| {name} | {target:.0f} % | " + " | ".join(cells) + " |")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/quality"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -123,3 +124,7 @@ if __name__ == "__main__":
     print_tables(arguments.work, arguments.studies, arguments.seeds)
     if "core" in arguments.studies:
         print_bytes(arguments.work, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()

