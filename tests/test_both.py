@@ -141,6 +141,7 @@ def test_both_counts_are_in_the_log_the_table_and_the_report(undisturbed: Undist
 # What goes wrong
 
 
+@pytest.mark.slow
 def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
     tmp_path: Path,
     model_folder: ModelFolder,

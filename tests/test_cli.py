@@ -362,6 +362,7 @@ def test_ctrl_c_finishes_the_round_and_says_how_to_go_on(fresh: Path, whole: Pat
     assert_as_if_uninterrupted(Path("my run"), whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_discards_the_round(fresh: Path, whole: Path) -> None:
     process = start(fresh, "simulate", "run.yaml")
     wait_for_round(process, fresh / "run", 1)
@@ -405,6 +406,7 @@ def test_sigusr1_is_heard_as_sigterm_is(fresh: Path, whole: Path) -> None:
     assert_as_if_uninterrupted(Path("run"), whole)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(fresh: Path, whole: Path) -> None:
     process = start(fresh, "simulate", "run.yaml")
     wait_for_round(process, fresh / "run", 2)

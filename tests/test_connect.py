@@ -302,7 +302,8 @@ print("done", flush=True)
 """
 
 
-@pytest.mark.parametrize("task", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["forward", "backward"])
 def test_a_program_that_just_ends_ends_at_once(tmp_path: Path, model_folder: ModelFolder, task: str) -> None:
     """Without disconnect(), even with a graph that waits for its backward; the cloud has nothing of it any more."""
     members, bert = Members(tmp_path), model_folder("bert")

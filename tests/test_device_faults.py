@@ -187,6 +187,7 @@ def test_a_device_that_waits_is_interrupted_killed_and_goes_on(
     assert split.events("phone", "cloud-lost") == []
 
 
+@pytest.mark.slow
 def test_a_frozen_device_frees_the_cloud_and_holds_up_nobody(
     tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
 ) -> None:

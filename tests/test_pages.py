@@ -63,7 +63,7 @@ LEFT_OUT = {
         "pip install -e .": "it installs; scripts/setup does the same, with .[dev,demo], before any test",
         "pip install torch --index-url": "it downloads; tests/test_setup.py has the address",
     },
-    "CONTRIBUTING.md": {"scripts/check": "CI is scripts/check and scripts/test; the demo's parts are in the README's walk"},
+    "CONTRIBUTING.md": {"scripts/setup": "CI is scripts/check and scripts/test; the demo's parts are in the README's walk"},
     "docs/privacy.md": {"DLORA_ASSETS=... python benchmarks/privacy.py": "tests/test_benchmarks.py runs it, small"},
     "docs/peers.md": {"[Unit]": "a systemd unit; tests/test_peer.py has its shell line"},
     "docs/split.md": {
@@ -145,6 +145,7 @@ def assert_all_done(page: str, walk: Walk) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_readme(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ports = free_ports(5)
     instead = {MINILM: model, "north.example:7001": f"127.0.0.1:{ports[0]}", "hub.example:7443": f"127.0.0.1:{ports[3]}"}
@@ -204,6 +205,7 @@ def with_a_cloud(page: Walk, metrics: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_tutorial_of_peers(folder: Path, model: str) -> None:
     [port] = free_ports(1)
     rows("ours.jsonl", 64, text=text_of, library=lambda number: LABELS[number % 8])
@@ -224,6 +226,7 @@ def test_the_tutorial_of_peers(folder: Path, model: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_tutorial_of_the_split(folder: Path, model: str) -> None:
     port, metrics = free_ports(2)
     few = {"rounds: 20,": "rounds: 2,", "max_steps=60": "max_steps=3", "range(20)": "range(5)"}
