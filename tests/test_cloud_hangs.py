@@ -40,9 +40,9 @@ def test_a_cloud_that_hangs_is_told_of_and_a_stop_is_answered(
     monkeypatch.setattr(Body, "forward", forward)
     changes = {"split.silence_s": 1.0, "train.rounds": 2000}
     with running(Split(tmp_path, model_folder("bert"), changes=changes)) as split, ThreadPoolExecutor(1) as thread:
-        files = {"key": tmp_path / f"{HUB}.key", "federation": tmp_path / "federation.yaml"}
+        key, federation = tmp_path / f"{HUB}.key", tmp_path / "federation.yaml"
         config = CloudConfig.load(tmp_path / "cloud.yaml")
-        served = thread.submit(lambda: cloud(config, name=HUB, **files, stop=ended.is_set))
+        served = thread.submit(lambda: cloud(config, name=HUB, key=key, federation=federation, stop=ended.is_set))
         try:
             split.start("phone")
             until(lambda: split.events("phone", "round"), "the first round")
