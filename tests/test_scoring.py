@@ -97,3 +97,14 @@ def test_a_run_that_is_stopped_while_it_is_scored_goes_on(make_config: MakeConfi
         for folder in ("whole", "parts")
     ]
     assert stories[0] == stories[1]
+
+
+def test_what_all_runs_begin_with_is_scored_once(make_config: MakeConfig) -> None:
+    scored = []
+    config = make_config(**{"train.rounds": 1, "compare": ["pooled", "local"], "eval_peers": "none"})
+    dlora.simulate(
+        config, listeners=[lambda event: scored.append(event.get("run")) if event["event"] == "evaluating" else None]
+    )
+    assert scored == ["dec-lora"] * 4 + ["pooled"] * 2 + ["local"] * 2  # before the only batch, and after it
+    first = [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event.get("rounds_done") == 0]
+    assert len(first) == 3 and first[0]["consensus"] == first[1]["consensus"] == first[2]["consensus"]

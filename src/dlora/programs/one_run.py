@@ -231,7 +231,7 @@ class Run:
         """Score the average, and each peer's own where asked; remember the best average of trained ones."""
         standing = self.participants.standing()
         try:
-            consensus = self.scoring.average(average(standing))
+            consensus = self.scoring.average(average(standing), first=not self.rounds_done)
             own: dict[str, Scores] = {}
             if peers and not self.pooled and self.scoring.chosen:  # of one participant the average is its own
                 alone = len(self.local_steps) == 1

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Prepared:
     tokenizer: Any  # transformers' own
     manifest: dict[str, Any]
     units: tuple[Units, ...] = ()  # modules that share an input, as factors are named; none where nothing is scheduled
+    first_scores: dict[str, Scored] = field(default_factory=dict)  # of factors that nothing was trained of, by their hash
     half: Half | None = None  # where the frozen model is a cloud's: what has to be linked to it before anything trains
 
     @property
@@ -175,7 +176,7 @@ def prepare(
     if config.schedule.kind != "all":
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
-    return Prepared(config, data, topology, model, streams, tokenizer, manifest, units, half)
+    return Prepared(config, data, topology, model, streams, tokenizer, manifest, units, half=half)
 
 
 def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from dlora.config import Config
 from dlora.evaluate import Scored, Scores
 from dlora.lora.active import Scheduled
+from dlora.lora.factors import digest
 from dlora.programs.prepare import Prepared
 from dlora.programs.spent import Spent
 from dlora.runlog import RunLog
@@ -35,10 +36,13 @@ class Scoring:
         self.at_once = max(1, min(group_size, prepared.config.per_device_eval_batch_size // rows))
         self.chosen = scored_peers(prepared.config, len(prepared.names))
 
-    def average(self, factors: dict[str, Tensor]) -> Scored:
-        """Of the average of all, (1, ...) each."""
-        [scored] = self._scored(factors, "average", range(len(self.prepared.names)))
-        return scored
+    def average(self, factors: dict[str, Tensor], first: bool = False) -> Scored:
+        """Of the average of all, (1, ...) each. What all runs have before they train, ``first``, is scored once for all."""
+        known = self.prepared.first_scores if first and self.prepared.half is None else {}
+        if (key := digest(factors) if first else "") in known:
+            return known[key]
+        [known[key]] = self._scored(factors, "average", range(len(self.prepared.names)))
+        return known[key]
 
     def peers(self, standing: dict[str, Tensor]) -> dict[str, Scores]:
         """Of those that ``eval_peers`` asks for, each by itself; ``standing``: (P, ...) each, of all."""
