@@ -149,18 +149,23 @@ class PeerGossip:
         names = await self.train(number, trained(self.factors, self.rule, number))
         sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number) and name in names}
         message = round_message(number)
+        content = self.encode(message, sent)
+        kept = self.ledger.keep(message, content)
         try:
-            self.decode(message, self.ledger.keep(message, self.encode(message, sent)).path)
+            self.decode(message, kept.path)
         except ValueError as error:
+            if kept.num_bytes != len(content):
+                raise RunError(f"{kept.path} is not what was kept there ({error}); restore it from a copy") from error
             raise RunError(
                 f"the factors of {self.name} cannot be sent in round {number}: {error}; lower train.learning_rate and start"
                 " anew in another output_dir"
             ) from error
+        older = self.progress.position  # of the commit before this round's, which stays beside it
         await self.exchange.mix_round(self.topology.names[other] for other in self.topology.neighbours(self.index, number))
         self._mix()
         self.progress.rounds_done = number + 1
         self.commit(self.progress)
-        self.ledger.clean(number + 1)
+        self.ledger.clean(number, older)
 
     def _mix(self) -> None:
         """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix: this round's, and doubts now settled."""

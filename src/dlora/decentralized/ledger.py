@@ -14,14 +14,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from dlora.errors import RunError
 from dlora.runlog import RunLog, read_log, sync_folder, write_atomically
 
 State = Literal["promised", "committed", "dropped"]
+_NAME = re.compile(r"(?!\.\.?$)[^/\0]{1,255}")  # of a member: a folder is named by it
+_MEND = (
+    "restore exchange/ from a copy with all its lines; a line less would mix an edge at one end only. Without a copy, start"
+    " anew without --resume in another output_dir: this peer then takes its neighbours' state"
+)
 _ROUND = re.compile(r"round-(\d{6,})")
 
 
@@ -58,7 +64,9 @@ class Due:
 class Ledger:
     """One folder: ``edges.jsonl`` (states, the last line of an edge counts), ``sent/`` and ``received/`` (messages).
 
-    Everything is synced before a method returns. Raises RunError when the disk is full or cannot be written.
+    Each entry has a number and a hash over itself and all before it (``chain``); a promise or a commit has the hashes of both
+    messages too. Everything is synced before a method returns. Raises RunError when the disk is full or cannot be written, and
+    when the file is not what was written; entries of dlora 0.1.0, which have no hash, are read as they are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,9 +76,14 @@ class Ledger:
         sync_folder(folder)
         path = folder / "edges.jsonl"
         self._log = RunLog(path)  # cuts off a line that a crash tore
-        self._entries: list[tuple[int, str, State]] = [
-            (entry["round"], entry["neighbour"], entry["event"]) for entry in read_log(path)
-        ]
+        self._entries: list[tuple[int, str, State]] = []
+        self._chain = [""]  # the hash at each position
+        self._sums: dict[tuple[int, str], tuple[str, str]] = {}  # of an edge's messages: own, theirs
+        try:
+            self._load(path)
+        except RunError:
+            self._log.close()
+            raise
         self._states: dict[tuple[int, str], State] = {(round, name): state for round, name, state in self._entries}
         self._own: dict[str, Message] = {}
 
@@ -136,10 +149,59 @@ class Ledger:
     def record(self, round: int, neighbour: str, state: State) -> None:
         """A promise or a decision, durable when this returns. A decision is never taken back."""
         assert self._states.get((round, neighbour)) in (None, "promised"), "an edge is decided once"
-        self._log.emit(state, round=round, neighbour=neighbour)
+        entry: dict[str, Any] = {"round": round, "neighbour": neighbour}
+        own, theirs = self.own(round_message(round)), self.received(neighbour, round_message(round))
+        if state != "dropped" and own is not None and theirs is not None:
+            entry |= dict(
+                zip(("own", "theirs"), self._sums.get((round, neighbour)) or (own.sha256, file_sha256(theirs)), strict=True)
+            )
+        chain = self._hashed({"event": state, **entry})
+        self._log.emit(state, **entry, number=self.position + 1, chain=chain)
         _ = self._log.position  # syncs
-        self._entries.append((round, neighbour, state))
+        self._add({"event": state, **entry})
         self._states[round, neighbour] = state
+
+    def chain(self, position: int) -> str:
+        """The hash over the entries up to ``position``: what a commit remembers beside it."""
+        return self._chain[position]
+
+    def check(self, position: int, chain: str | None, since_round: int) -> None:
+        """Raise RunError unless a checkpoint made at ``position``, where the hash was ``chain``, can be gone on from here.
+
+        That is: the entries it holds are there, and the messages of those after it are there and whole.
+        """
+        path = self.folder / "edges.jsonl"
+        if position > self.position or chain not in (None, self._chain[position]):
+            raise RunError(
+                f"{path} holds {self.position} entries, and the checkpoint was made after {position}"
+                f"{'' if position > self.position else ' others'}; {_MEND}"
+            )
+        for due in self.due(position, since_round):
+            for message, sha256 in zip(
+                (due.own, due.theirs), self._sums.get((due.round, due.neighbour), (None, None)), strict=True
+            ):
+                if not message.exists() or sha256 not in (None, file_sha256(message)):
+                    what = "is not what was kept" if message.exists() else "is missing"
+                    raise RunError(f"{message} {what}, and the edge with {due.neighbour} needs it; {_MEND}")
+
+    def _load(self, path: Path) -> None:
+        for number, entry in enumerate(_read(path), start=1):
+            self._add(entry)
+            if entry.get("chain", self._chain[-1]) != self._chain[-1]:
+                raise RunError(
+                    f"{path}, line {number} is not the line that was written there, or one before it is gone; {_MEND}"
+                )
+
+    def _add(self, entry: Mapping[str, Any]) -> None:
+        self._chain.append(self._hashed(entry))
+        edge = (entry["round"], entry["neighbour"])
+        self._entries.append((*edge, entry["event"]))
+        if "own" in entry:
+            self._sums[edge] = (entry["own"], entry["theirs"])
+
+    def _hashed(self, entry: Mapping[str, Any]) -> str:
+        told = [self._chain[-1], *(str(entry.get(key)) for key in ("event", "round", "neighbour", "own", "theirs"))]
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def in_doubt(self, neighbour: str) -> list[int]:
         """Rounds in which this peer promised and has not heard the decision."""
@@ -162,12 +224,14 @@ class Ledger:
                 name = round_message(round)
                 yield Due(round, neighbour, self._sent(name), self._received(neighbour, name))
 
-    def clean(self, round: int) -> None:
+    def clean(self, round: int, position: int) -> None:
         """Remove the messages of rounds before ``round`` that nothing can need: no edge of theirs is in doubt.
 
-        Call it once a commit holds everything that was due. The newest own message stays, for a neighbour that catches up.
+        ``position``: of the older of the two commits that are kept; what came after it stays, so that it can be gone on from.
+        The newest own message stays, for a neighbour that catches up.
         """
         keep = {round_message(number) for (number, _), state in self._states.items() if state == "promised"}
+        keep |= {round_message(number) for number, _, _ in self._entries[position:]}
         newest = self.newest_round_sent()
         for path in [*(self.folder / "sent").glob("*.safetensors"), *(self.folder / "received").glob("*/*.safetensors")]:
             number = round_of(path.stem)
@@ -183,6 +247,19 @@ class Ledger:
 
     def _received(self, neighbour: str, name: str) -> Path:
         return self.folder / "received" / neighbour / f"{name}.safetensors"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = read_log(path)
+    except RunError as error:
+        raise RunError(f"{str(error).rpartition('; ')[0]}; {_MEND}") from error
+    for number, entry in enumerate(entries, start=1):
+        round, neighbour = entry.get("round"), entry.get("neighbour")
+        known = entry["event"] in ("promised", "committed", "dropped")
+        if not known or type(round) is not int or round < 0 or not isinstance(neighbour, str) or not _NAME.fullmatch(neighbour):
+            raise RunError(f"{path}, line {number} is no promise and no decision; {_MEND}")
+    return entries
 
 
 def file_sha256(path: Path) -> str:

@@ -80,6 +80,7 @@ class PeerRun:
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
+            ledger.check(self.progress.position, stored.state.get("chain"), self.progress.since_round)
             self.schedules.load(stored.state)
             self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))  # dlora 0.1.0 had none
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
@@ -251,6 +252,7 @@ class PeerRun:
             self.round = self._round_event(trained)
         state = {
             "progress": vars(progress),
+            "chain": self.ledger.chain(progress.position),
             "bytes_on_wire": self._bytes_on_wire(),
             **self._with_cloud,
             "seconds": self.seconds,
