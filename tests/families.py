@@ -25,7 +25,7 @@ _SIZES: dict[int, str] = {  # size -> the keys that get it, where their default 
     " attention_hidden_size hidden_size_per_layer_input d_latents entity_emb_size model_dim",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers num_experts_per_tok"
     " moe_topk moe_top_k moe_k num_key_value_heads num_kv_heads type_vocab_size n_shared_experts num_self_attends_per_block"
-    " n_group topk_group num_blocks first_k_dense_replace index_topk",
+    " n_group topk_group num_blocks first_k_dense_replace",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts"
     " num_local_experts n_routed_experts moe_num_experts num_decoder_attention_heads attention_window num_latents"
     " linear_num_value_heads linear_num_key_heads index_n_heads mamba_n_heads",
@@ -41,8 +41,17 @@ _OTHERWISE: dict[str, dict[str, Any]] = {  # what the defaults hide, or what doe
     "t5": {"decoder_start_token_id": 0},  # as every checkpoint has it
     "mt5": {"decoder_start_token_id": 0},
     "umt5": {"decoder_start_token_id": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "local"]},
+    "xmod": {"default_language": "en_XX"},
     "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8},
+}
+
+
+_FOUR_LAYERS = {  # of which only some have attention, without which there is no cache
+    *("jamba", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "qwen4_exp", "qwen4_exp_text"),
+    *("bailing_hybrid", "kimi_linear", "lfm3", "recurrent_gemma", "bamba", "granitemoehybrid"),
 }
 
 
@@ -62,7 +71,14 @@ def _small(kind: Any, model_type: str) -> Any:
     for key in ("initializer_range", "init_std", "initializer_factor"):
         if key in known and model_type not in ("t5",):
             keys[key] = 0.2
-    chances = [key for key, value in known.items() if "drop" in key and isinstance(value, float)]
+    if "kv_lora_rank" in known:  # every head reads its own part of one latent
+        keys["num_key_value_heads"] = 4
+    for key, size in (("head_dim", 8), ("num_key_value_heads", 2), ("vocab_size", VOCABULARY)):
+        if key in known and known[key] is None:
+            keys[key] = size
+    if model_type in _FOUR_LAYERS:
+        keys["num_hidden_layers"] = 4
+    chances = [key for key, value in known.items() if ("drop" in key or "jitter" in key) and isinstance(value, float)]
     keys |= dict.fromkeys(chances, 0.0)
     for name in getattr(kind, "sub_configs", None) or {}:
         part = getattr(default, name, None)

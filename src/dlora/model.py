@@ -315,7 +315,7 @@ def has_dropout(model_config: Any) -> bool:
 
 
 def _dropout_keys(model_config: Any) -> list[str]:
-    """The configuration's keys that are dropout probabilities, as every architecture spells them."""
+    """The configuration's keys that make a training forward draw at random, as every architecture spells them."""
     return [
         key
         for key, value in model_config.to_dict().items()

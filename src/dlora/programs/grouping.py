@@ -15,7 +15,7 @@ from dlora.data import collate
 from dlora.errors import RunError
 from dlora.formats import Example
 from dlora.lora.factors import Factors, num_parameters, one, stack
-from dlora.lora.stacked import StackedModel
+from dlora.lora.stacked import StackedCore, StackedLora, StackedModel
 from dlora.model import has_dropout
 from dlora.programs.prepare import Prepared
 from dlora.train import activation_bytes, forward
@@ -77,7 +77,19 @@ def why_one_at_a_time(model: StackedModel, rows: Sequence[Sequence[Example]], pa
         return f"{kind} takes statistics over all rows of a batch (BatchNorm)"
     rows = _of_unequal_length(rows[:_TRIED])
     factors = _all_different(model, len(rows))
-    network.eval()
+    draws = has_dropout(network.config) or any(
+        layer.dropout for layer in network.modules() if isinstance(layer, (StackedLora, StackedCore))
+    )
+    for training in (False,) if draws else (False, True):  # some act otherwise while they train
+        network.train(training)
+        reason = _differs(model, factors, rows, pad_token_id)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _differs(model: StackedModel, factors: Factors, rows: Sequence[Sequence[Example]], pad_token_id: int) -> str | None:
+    kind = type(model.network).__name__
     alone = [_logits(model, one(factors, number), own, pad_token_id) for number, own in enumerate(rows)]
     try:
         together = _logits(model, factors, [row for own in rows for row in own], pad_token_id)
