@@ -120,7 +120,7 @@ def typed(members: Members, folder: Path, model: Path, name: str, changes: Mappi
         "device": "cpu",
         "data": {
             "train": str(tiny.write_rows(folder / "train.jsonl", 16)),
-            "eval": str(tiny.write_rows(folder / "eval.jsonl", 16)),
+            "eval": str(tiny.write_rows(folder / "eval.jsonl", 16, start=64)),
             "labels": ["0", "1"],
             "max_length": 16,
         },

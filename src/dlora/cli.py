@@ -232,6 +232,21 @@ def report(
     typer.echo(write_report(run))
 
 
+@app.command(name="config")
+def print_config(
+    for_cloud: Annotated[bool, typer.Option("--cloud", help="the keys of a cloud instead of a run's")] = False,
+    as_schema: Annotated[bool, typer.Option("--schema", help="the JSON Schema of the keys, for editors")] = False,
+) -> None:
+    """Print a config with every key, its default and its meaning; it loads as it is.
+
+    Example: dlora config > run.yaml
+    """
+    from dlora.config import CloudConfig, Config
+    from dlora.config_example import example, schema
+
+    typer.echo((schema if as_schema else example)(CloudConfig if for_cloud else Config), nl=False)
+
+
 @app.command()
 def topology(
     kind: Annotated[

@@ -69,7 +69,9 @@ class LoraSection(Section):
 class PartitionSection(Section):
     """Whose rows are whose."""
 
-    kind: Literal["iid", "dirichlet", "label-shares", "by-column", "files"] = "iid"
+    kind: Literal["iid", "dirichlet", "label-shares", "by-column", "files"] = Field(
+        "iid", description="how rows become the peers'; files: each peer has its own, data.train is {peer: file}"
+    )
     concentration: float | None = Field(None, gt=0, description="dirichlet: small is skewed (0.1), large is iid")
     min_rows: int = Field(1, ge=1, description="dirichlet: redraw until every peer has this many rows")
     shares: tuple[tuple[float, ...], ...] | None = Field(
@@ -106,6 +108,14 @@ class DataSection(Section):
     text: Text | tuple[Text, Text] = Field("text", description="classification: one column, or two for pairs")
     label: Text = Field("label", description="classification: the column of the label")
     labels: tuple[Text, ...] | None = Field(None, description="names in order; null: those of the training data, sorted")
+    no_label: tuple[Text, ...] | None = Field(
+        None,
+        description="classification: labels that mean none, such as ['-1', '-']; rows with one of them, or with no value, are"
+        " left out; null: every row needs a label",
+    )
+    fold_system: bool = Field(
+        False, description="chats: write the turn of the system into the first of the user, for templates without that role"
+    )
     max_length: int = Field(128, ge=2, description="tokens; longer examples are cut")
     limit: int | None = Field(None, ge=1, description="training rows, drawn by the seed; null: all")
     eval_limit: int | None = Field(None, ge=1, description="evaluation rows, drawn by the seed; null: all")
@@ -117,6 +127,8 @@ class DataSection(Section):
             raise ValueError("train names no peer; expected {peer: file}")
         if isinstance(self.train, dict) and (wrong := why_unsafe(tuple(self.train))):
             raise ValueError(f"train: the peer {wrong}")
+        if both := sorted(set(self.labels or ()) & set(self.no_label or ())):
+            raise ValueError(f"labels and no_label both name {both[0]!r}; a label is a class or stands for none")
         if isinstance(self.train, dict) != (self.partition.kind == "files"):
             raise ValueError("train: {peer: file} and partition: {kind: files} go together; give both or neither")
         return self
@@ -129,16 +141,18 @@ class TrainSection(Section):
     local_steps: int | None = Field(None, ge=1, description="optimiser steps a peer between two exchanges (default 5)")
     local_epochs: float | None = Field(None, gt=0, description="instead of local_steps: passes over the peer's own rows")
     per_device_train_batch_size: int = Field(8, ge=1, description="examples a peer and micro-batch")
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches in one optimiser step")
+    learning_rate: float = Field(1e-3, gt=0, description="the highest of the run")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd without momentum")
     optimizer_state: Literal["keep", "reset"] = Field("keep", description="the moments after a mix: kept or zeroed")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="of all that trains")
     max_grad_norm: float | None = Field(1.0, gt=0, description="per participant; null: no clipping")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the learning rate falls over the run"
+    )
     warmup_steps: int = Field(0, ge=0, description="local steps over which the learning rate rises from 0")
     model_dropout: float | None = Field(0.0, ge=0, lt=1, description="of the frozen model; null: its own; as lora_dropout")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer")
 
     @model_validator(mode="after")
     def _one_unit(self) -> TrainSection:
@@ -152,7 +166,9 @@ class TrainSection(Section):
 class TopologySection(Section):
     """Who talks to whom."""
 
-    kind: Literal["ring", "complete", "erdos-renyi", "exponential", "hypercube", "base-k", "edges"] = "ring"
+    kind: Literal["ring", "complete", "erdos-renyi", "exponential", "hypercube", "base-k", "edges"] = Field(
+        "ring", description="the graph of neighbours; `dlora topology KIND` shows it"
+    )
     p: float | None = Field(None, gt=0, le=1, description="erdos-renyi: probability of an edge")
     seed: int | None = Field(None, ge=0, description="erdos-renyi: the first connected graph from this seed on (default 0)")
     k: int | None = Field(None, ge=1, description="base-k: neighbours a round, at most (default 1)")
@@ -260,7 +276,7 @@ class Config(Document):
     """One run. `Config.load` reads it from YAML; every field has a default that works but `model`'s and `data`'s."""
 
     model: Text = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: Literal["classification", "causal-lm"] = Field("classification", description="a class of a text, or text after text")
     pooling: Literal["mean"] | None = Field(
         None,
         description="classification: null is the model's own head; mean: mean over tokens and one linear (sentence encoders)",
@@ -279,11 +295,11 @@ class Config(Document):
     eval_peers: Literal["all", "none"] | Annotated[int, Field(ge=1)] = Field(
         "all", description="whose own scores: all, none, or of so many, drawn by the seed (their mean with its standard error)"
     )
-    per_device_eval_batch_size: int = Field(64, ge=1)
+    per_device_eval_batch_size: int = Field(64, ge=1, description="examples that are scored at once")
     save_every: int = Field(5, ge=1, description="rounds between checkpoints; the last one is kept")
     compare: tuple[Baseline, ...] = Field((), description="baselines on the same data and seed")
-    seed: int = Field(0, ge=0, lt=2**63)
-    output_dir: Text = "runs/run"
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial factors, order of rows, dropout and partition")
+    output_dir: Text = Field("runs/run", description="the folder of the run; it must not hold another")
 
     @model_validator(mode="after")
     def _combinations(self) -> Config:

@@ -129,7 +129,7 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
     key = ".".join(path)
     section: Any = root
     depth = 0
-    while depth < len(path) - 1 and (inner := _section_of(section, path[depth])):
+    while depth < len(path) - 1 and (inner := section_of(section, path[depth])):
         section, depth = inner, depth + 1
     form = next((at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None)
     if form is not None:  # a key with several forms: pydantic names the form, and each of them complains
@@ -165,7 +165,7 @@ def paths_of(section: type[Section], above: str = "") -> list[str]:
     paths = []
     for key in section.model_fields:
         paths.append(above + key)
-        if inner := _section_of(section, key):
+        if inner := section_of(section, key):
             paths += paths_of(inner, f"{above}{key}.")
     return paths
 
@@ -176,7 +176,8 @@ def _short(value: str | Path) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text):,} characters)"
 
 
-def _section_of(section: Any, key: str) -> type[Section] | None:
+def section_of(section: Any, key: str) -> type[Section] | None:
+    """The block of keys that a key of ``section`` holds; None where it holds a value."""
     field = section.model_fields.get(key) if section else None
     candidates = (field.annotation, *get_args(field.annotation)) if field else ()
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ import torch
 from torch import Tensor
 
 from dlora.config import DataSection, PartitionSection
+from dlora.data_checks import cut_counts, leaks, seen_share
 from dlora.errors import ConfigError, DataError
-from dlora.formats import IGNORED, Choice, Example, encode_causal
+from dlora.formats import IGNORED, Choice, Example, encode_causal, ends_by_token
+from dlora.labels import doubts, label_indices, label_names, leave_out
 from dlora.partition import by_owner, partition
 from dlora.rows import PlacedRow, as_text, read_placed
 from dlora.seeds import derive_seed
@@ -25,7 +26,8 @@ class FederatedData:
     """Everyone's examples: peer -> what it trains on, and what all are scored on.
 
     choices is for causal-lm with options, else empty; label_names and label_counts (peer -> label name -> rows) are
-    for classification, else None.
+    for classification, else None. facts is what the log says of the data: rows that were cut or left out, the share of
+    evaluation rows in training; warnings are sentences for the user.
     """
 
     peers: dict[str, list[Example]]
@@ -33,6 +35,8 @@ class FederatedData:
     choices: list[Choice]
     label_names: tuple[str, ...] | None
     label_counts: dict[str, dict[str, int]] | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,9 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
     members = None if peers is None or isinstance(peers, int) else tuple(peers)
     num_peers = peers if peers is None or isinstance(peers, int) else len(peers)
     owner = [section.partition.column] if section.partition.column else []
-    train = read_placed(section.train, section.columns, _required(section, task) + owner)
-    names = _label_names(section, train) if task == "classification" else None
+    train, names, said = _read_training(section, task, owner)
     train = draw_rows(train, section.limit, seed, "train")
-    labels = _label_indices(section, train, names) if names else None
+    labels = label_indices(section, train, names) if names else None
     if names and labels and len(set(labels)) == 1:
         only = f"every training row has the label {names[labels[0]]!r}"
         raise DataError(f"{only}; a classifier needs at least two: bring other rows, or raise data.limit")
@@ -78,7 +81,7 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
             odd = ", ".join(sorted(set(hands) ^ set(members)))
             raise ConfigError(f"data.train and peers.members must name the same peers; only one of them names {odd}")
         hands = {name: hands[name] for name in members}
-    return _federated(section, task, tokenizer, seed, train, hands, labels, names)
+    return _federated(section, task, tokenizer, seed, train, hands, labels, names, said)
 
 
 def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False) -> FederatedData:
@@ -96,11 +99,27 @@ def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, se
         )
     if task == "classification" and section.labels is None and not alone:
         raise ConfigError("data.labels is missing; a peer sees only its own labels, so the config must list all, in one order")
-    train = read_placed(section.train, section.columns, _required(section, task))
-    names = _label_names(section, train) if task == "classification" else None
+    train, names, said = _read_training(section, task, [])
     train = draw_rows(train, section.limit, seed, "train")
-    labels = _label_indices(section, train, names) if names else None
-    return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names)
+    labels = label_indices(section, train, names) if names else None
+    return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names, said)
+
+
+def _read_training(
+    section: DataSection, task: str, owner: list[str]
+) -> tuple[list[PlacedRow], tuple[str, ...] | None, list[str]]:
+    """The training rows that have a label where one is due, the classes, and what is odd about them."""
+    train = read_placed(section.train, section.columns, _required(section, task) + owner)
+    if task != "classification":
+        return train, None, []
+    kept = leave_out(section, train)
+    names = label_names(section, kept)
+    said = [] if len(kept) == len(train) else [_left_out(section, len(train) - len(kept), len(train), "training")]
+    return kept, names, said + doubts(section, kept, names)
+
+
+def _left_out(section: DataSection, count: int, total: int, what: str) -> str:
+    return f"{count:,} of {total:,} {what} rows have no label and are left out (data.no_label)"
 
 
 def _federated(
@@ -112,6 +131,7 @@ def _federated(
     hands: dict[str, list[int]],
     labels: list[int] | None,
     names: tuple[str, ...] | None,
+    said: list[str],
 ) -> FederatedData:
     counts = None
     if labels and names:
@@ -119,7 +139,15 @@ def _federated(
         counts = {peer: {name: own[label] for label, name in enumerate(names)} for peer, own in held.items()}
     peers = {peer: _encode(section, tokenizer, [train[i] for i in hand], names)[0] for peer, hand in hands.items()}
     evaluation, choices = encode_evaluation(section, task, tokenizer, names, seed)
-    return FederatedData(peers, evaluation, choices, names, counts)
+    trained = [example for hand in peers.values() for example in hand]
+    seen = seen_share(trained, evaluation)
+    facts: dict[str, Any] = {"train": cut_counts(trained), "eval": cut_counts(evaluation), "eval_in_train": seen}
+    said = said + leaks(section, seen)
+    if names is None:
+        facts["end_token"] = tokenizer.eos_token
+        if tokenizer.eos_token_id is None and any(ends_by_token(row) for row in train):
+            said.append("the tokenizer has no end token, so no example ends with one and the model does not learn to stop")
+    return FederatedData(peers, evaluation, choices, names, counts, facts, tuple(said))
 
 
 def encode_evaluation(
@@ -131,6 +159,7 @@ def encode_evaluation(
     Every other mistake in the file is one too.
     """
     placed = read_placed(section.eval, section.columns, _required(section, task))
+    placed = leave_out(section, placed) if task == "classification" else placed
     placed = draw_rows(placed, section.eval_limit, seed, "eval")
     return _encode(section, tokenizer, placed, label_names, with_choices=True)
 
@@ -182,41 +211,8 @@ def draw_rows(placed: list[PlacedRow], limit: int | None, seed: int, purpose: st
 
 def _required(section: DataSection, task: str) -> list[str]:
     texts = (section.text,) if isinstance(section.text, str) else section.text
-    return [*texts, section.label] if task == "classification" else []
-
-
-def _label_name(value: Any, column: str, place: str) -> str:
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise DataError(f"{place}: {column} is {value}; expected the name or number of a class")
-        value = int(value)
-    return as_text(value, column, place)
-
-
-def _label_names(section: DataSection, train: list[PlacedRow]) -> tuple[str, ...]:
-    if section.labels is not None:
-        twice = sorted({name for name in section.labels if section.labels.count(name) > 1})
-        if twice:
-            raise ConfigError(f"data.labels names {twice[0]!r} twice; name each label once")
-        return section.labels
-    names = {_label_name(placed.row[section.label], section.label, placed.place) for placed in train}
-    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
-    return tuple(sorted(names))
-
-
-def _label_indices(section: DataSection, placed: list[PlacedRow], names: Sequence[str]) -> list[int]:
-    index = {name: number for number, name in enumerate(names)}
-    labels = []
-    for row, _, place, _ in placed:
-        name = _label_name(row[section.label], section.label, place)
-        if name not in index:
-            raise DataError(
-                f"{place}: the label {name!r} is not among those of training or data.labels: {', '.join(names)}; "
-                "mend the row or name it there"
-            )
-        labels.append(index[name])
-    return labels
+    label = [section.label] if section.no_label is None else []  # else a row without one is left out
+    return [*texts, *label] if task == "classification" else []
 
 
 def _encode(
@@ -227,13 +223,18 @@ def _encode(
     with_choices: bool = False,
 ) -> tuple[list[Example], list[Choice]]:
     if names is None:
-        return encode_causal(placed, tokenizer, section.max_length, with_choices)
-    columns = _required(section, "classification")[:-1]
+        return encode_causal(placed, tokenizer, section, with_choices)
+    columns = [section.text] if isinstance(section.text, str) else list(section.text)
     specials = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
     if section.max_length <= specials:
         raise ConfigError(f"data.max_length {section.max_length}: the tokenizer adds {specials} tokens; make it larger")
     texts = [[as_text(row[column], column, place) for row, _, place, _ in placed] for column in columns]
-    encoded = tokenizer(*texts, truncation=True, max_length=section.max_length)
+    encoded = tokenizer(*texts, verbose=False)  # verbose: no warning about long texts, which are cut here
+    cut = [max(0, len(ids) - section.max_length) for ids in encoded["input_ids"]]
+    # always, if only for one row: the tokenizer keeps the setting, and so it is in the manifest's hash of it
+    shortened = texts if any(cut) else [column[:1] for column in texts]
+    truncated = tokenizer(*shortened, truncation=True, max_length=section.max_length)
+    encoded = truncated if any(cut) else encoded
     types = encoded.get("token_type_ids") or [None] * len(placed)
-    labels = _label_indices(section, placed, names)
-    return [Example(*fields) for fields in zip(encoded["input_ids"], labels, types, strict=True)], []
+    labels = label_indices(section, placed, names)
+    return [Example(*fields) for fields in zip(encoded["input_ids"], labels, types, cut, cut, strict=True)], []

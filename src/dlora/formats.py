@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dlora.chats import encode_chat, from_sharegpt
+from dlora.config import DataSection
 from dlora.errors import DataError
 from dlora.rows import PlacedRow, Row, as_text
 
@@ -18,17 +20,31 @@ _FORMS: dict[tuple[str, ...], str] = {
     ("prompt", "options", "answer"): "prompt + options + answer",
     ("instruction", "output"): "instruction + output (input, answer optional)",
     ("instruction", "response"): "instruction + response (context optional)",
+    ("conversations",): "conversations",
     ("text",): "text",
+}
+# Columns of data sets that people have and dlora has no task for -> what to say.
+_OTHERS = {
+    ("chosen", "rejected"): "these are preference rows (DPO, reward models), for which dlora has no task: keep the chosen"
+    " answers, as prompt + completion or as messages",
+    ("completions", "labels"): "these are rows of stepwise supervision, for which dlora has no task",
+    ("tokens",): "a label for each token (NER, tagging) is no task of dlora",
+    ("question", "context", "answers"): "these are rows of extractive question answering: write prompt + completion",
 }
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row; labels: the class index, or one id a token with -100 where the loss does not look."""
+    """One tokenised row; labels: the class index, or one id a token with -100 where the loss does not look.
+
+    num_cut: tokens that max_length took; num_learned_cut: those of them that would have been learned.
+    """
 
     input_ids: list[int]
     labels: int | list[int]
     token_type_ids: list[int] | None = None
+    num_cut: int = 0
+    num_learned_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,27 +64,29 @@ class _Question(NamedTuple):
 
 
 def encode_causal(
-    placed: list[PlacedRow], tokenizer: Any, max_length: int, with_choices: bool
+    placed: list[PlacedRow], tokenizer: Any, section: DataSection, with_choices: bool
 ) -> tuple[list[Example], list[Choice]]:
     """Rows (at least one) as examples, in the form that their columns say; choices where rows have options.
 
     Without `with_choices` only the right option is tokenised. Raises DataError: unknown columns, or which row is wrong
     and what to do.
     """
-    kinds = list(dict.fromkeys(row.columns for row in placed))
+    kinds = list(dict.fromkeys((row.columns, _is_chat(row)) for row in placed))
     if len(kinds) > 1:  # several files, each in its own form
-        groups = [[row for row in placed if row.columns == kind] for kind in kinds]
-        parts = [encode_causal(group, tokenizer, max_length, with_choices) for group in groups]
+        groups = [[row for row in placed if (row.columns, _is_chat(row)) == kind] for kind in kinds]
+        parts = [encode_causal(group, tokenizer, section, with_choices) for group in groups]
         return [example for part in parts for example in part[0]], [choice for part in parts for choice in part[1]]
-    form = next((form for form in _FORMS if set(form) <= set(kinds[0])), None)
-    if form is None:
-        source = placed[0].place.rpartition(" row ")[0]
-        raise DataError(f"{source} has the columns {', '.join(kinds[0])}; causal-lm knows {'; '.join(_FORMS.values())}")
-    if form == ("messages",):
-        return [_conversation(row.get("messages"), place, tokenizer, max_length) for row, _, place, _ in placed], []
+    form, max_length = form_of(placed[0]), section.max_length
+    if kinds[0][1]:
+        return [_conversation(row, tokenizer, section) for row in placed], []
     if form == ("text",):
         texts = [as_text(row.get("text"), "text", place) for row, _, place, _ in placed]
         return _running_text(texts, [row.place for row in placed], tokenizer, max_length), []
+    if form == ("prompt", "completion") and all(isinstance(row.row.get("label"), bool) for row in placed):
+        raise DataError(
+            f"{placed[0].place}: label says whether the completion is wanted (KTO), for which dlora has no task: keep the"
+            " wanted ones, and leave out the column label"
+        )
 
     questions = [_question(form, row, place, tokenizer.eos_token_id is not None) for row, _, place, _ in placed]
     if not with_choices:
@@ -82,6 +100,42 @@ def encode_causal(
         if len(options) > 1:
             choices.append(Choice(options, question.gold))
     return examples, choices
+
+
+def form_of(placed: PlacedRow) -> tuple[str, ...]:
+    """The columns by which a row's form is known. Raises DataError: none that causal-lm knows."""
+    form = next((form for form in _FORMS if set(form) <= set(placed.columns)), None)
+    if form is None:
+        source, columns = placed.place.rpartition(" row ")[0], ", ".join(placed.columns)
+        other = next((f"{said}; " for known, said in _OTHERS.items() if set(known) <= set(placed.columns)), "")
+        raise DataError(f"{source} has the columns {columns}; {other}causal-lm knows {'; '.join(_FORMS.values())}")
+    return form
+
+
+def ends_by_token(placed: PlacedRow) -> bool:
+    """Whether the end of this row is taught by the tokenizer's end token; a chat template writes its own."""
+    return not _is_chat(placed)
+
+
+def _is_chat(placed: PlacedRow) -> bool:
+    form = form_of(placed)
+    return form[0] in ("messages", "conversations") or form[0] == "prompt" and isinstance(placed.row.get("prompt"), list)
+
+
+def _conversation(placed: PlacedRow, tokenizer: Any, section: DataSection) -> Example:
+    """One chat, loss on the answers only; with prompt + completion as lists of messages on those of the completion."""
+    row, _, place, _ = placed
+    form, first = form_of(placed)[0], 0
+    turns: Any
+    if form == "prompt":
+        prompt, completion = row["prompt"], row.get("completion")
+        if not isinstance(completion, list):
+            raise DataError(f"{place}: prompt is a list of messages, so completion must be one too")
+        turns, first = [*prompt, *completion], len(prompt)
+    else:
+        turns = row.get(form) if form == "messages" else from_sharegpt(row.get(form), place)
+    ids, learn = encode_chat(turns, place, tokenizer, row.get("tools"), section.fold_system, first)
+    return _cut(ids, learn, tokenizer, section.max_length)
 
 
 def _question(form: tuple[str, ...], row: Row, place: str, has_eos: bool) -> _Question:
@@ -150,6 +204,7 @@ def _answered(prompt: list[int], whole: list[int], tokenizer: Any, max_length: i
 
 def _cut(ids: list[int], learn: list[bool], tokenizer: Any, max_length: int) -> Example:
     """The last answer stays: what comes before it is cut on the left, and only then the answer at its end."""
+    num_tokens, num_learned = len(ids), sum(learn)
     if len(ids) > max_length:
         end = len(learn) - learn[::-1].index(True)
         start = end
@@ -160,7 +215,8 @@ def _cut(ids: list[int], learn: list[bool], tokenizer: Any, max_length: int) -> 
         begin = max(kept, min(end - room, start - 1 + kept))  # one token must stand before the answer's first
         ids = ids[:kept] + ids[begin : begin + room]
         learn = learn[:kept] + learn[begin : begin + room]
-    return Example(ids, [token if counts else IGNORED for token, counts in zip(ids, learn, strict=True)])
+    labels = [token if counts else IGNORED for token, counts in zip(ids, learn, strict=True)]
+    return Example(ids, labels, None, num_tokens - len(ids), num_learned - sum(learn))
 
 
 def _running_text(texts: list[str], places: list[str], tokenizer: Any, max_length: int) -> list[Example]:
@@ -173,46 +229,3 @@ def _running_text(texts: list[str], places: list[str], tokenizer: Any, max_lengt
         pieces = [ids[at : at + max_length] for at in range(0, len(ids), max_length)]
         examples += [Example(piece, list(piece)) for piece in pieces if len(piece) > 1]
     return examples
-
-
-def _conversation(messages: Any, place: str, tokenizer: Any, max_length: int) -> Example:
-    """One chat as the tokenizer's template writes it, loss on the assistant's turns only."""
-    template = tokenizer.chat_template
-    if not template:
-        raise DataError(f"{place}: messages need a chat template, the tokenizer has none; take prompt + completion")
-    if not isinstance(messages, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in messages
-    ):
-        raise DataError(f"{place}: messages must be a list of {{role, content}}, both text")
-    if not any(turn["role"] == "assistant" for turn in messages):
-        raise DataError(f"{place}: messages has no turn of the assistant, so nothing to learn; remove the row")
-    try:
-        if re.search(r"\{%-?\s*generation\b", str(template)):
-            marked = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-            ids, learn = list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
-        else:
-            ids, learn = _by_prefixes(messages, tokenizer)
-    except Exception as error:  # a template raises what it likes
-        raise DataError(f"{place}: the chat template refuses these messages: {' '.join(str(error).split())}") from error
-    if not any(learn):
-        raise DataError(f"{place}: the chat template marks no token as the assistant's; remove the row")
-    return _cut(ids, learn, tokenizer, max_length)
-
-
-def _by_prefixes(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Each answer is what the conversation with it has more than the conversation before it."""
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    ids = _ids(tokenizer, [whole], special=False)[0]
-    learn = [False] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        earlier = messages[:turn]  # a template takes at least one turn
-        before = tokenizer.apply_chat_template(earlier, tokenize=False, add_generation_prompt=True) if earlier else ""
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
-        if not (whole.startswith(before) and whole.startswith(after)):
-            raise ValueError(f"it rewrites earlier turns, so turn {turn + 1} cannot be told apart; take one answer a row")
-        start, end = (_common(prefix, ids) for prefix in _ids(tokenizer, [before, after], special=False))
-        learn[start:end] = [True] * (end - start)
-    return ids, learn

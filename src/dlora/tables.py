@@ -67,7 +67,16 @@ def plan_table(plan: dict[str, Any]) -> Group:
         )
     if "stands" in plan:
         agreement.append(plan["stands"])
-    return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *agreement)
+    cut = [_cut_text(what, plan["data"][key]) for what, key in (("training", "train"), ("evaluation", "eval"))]
+    return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *filter(None, cut), *agreement)
+
+
+def _cut_text(what: str, facts: dict[str, Any]) -> str:
+    """What data.max_length takes from the rows; "" where it takes nothing."""
+    if not facts["cut_rows"]:
+        return ""
+    share = percent_text(facts["cut_share"])
+    return f"data.max_length cuts {facts['cut_rows']:,} of {facts['rows']:,} {what} rows: {share} of what is learned is gone"
 
 
 def cost_table(costs: dict[str, Any]) -> Group:

@@ -31,6 +31,8 @@ def introduction(prepared: Prepared, runs: Sequence[str], group_size: int, own: 
         "runs": list(runs),
         **({} if own is None else {"own": own}),
         **({} if prepared.config.split is None else {"split": prepared.config.split.model_dump(mode="json")}),
+        "data": data.facts,
+        "warnings": list(data.warnings),
         "peers": [{"name": name, "rows": here.get(name), "labels": labels.get(name)} for name in topology.names],
         "edges": [topology.edges(round) for round in range(topology.period)],
         "spectral_gap": spectral_gap(topology),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +136,8 @@ def prepare(
         data = load_data(config.data, config.task, config.peers.members or config.peers.count, tokenizer, config.seed)
     else:
         data = load_own_data(config.data, config.task, own, tokenizer, config.seed, alone=config.peers.members is None)
+    for warning in data.warnings:
+        warnings.warn(warning, stacklevel=2)
     names = (config.peers.members or (own,)) if own else tuple(data.peers)
     topology = build_topology(config.peers.topology, config.peers.weights, names)
     phase("loading model")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dlora.config import Config
+from dlora.launchers import refuse_ranks
 from dlora.programs.account import Summary, conclude, introduction, summary
 from dlora.programs.grouping import find_grouping
 from dlora.programs.halves import own_cloud
@@ -35,6 +37,7 @@ def simulate(
     this call. Raises UserError before anything is written when the run cannot start.
     """
     watch = Stopwatch(whole_process)
+    refuse_ranks(os.environ)
     if resume:
         RunFolder.check_same(config)
     else:
