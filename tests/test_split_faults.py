@@ -715,7 +715,7 @@ def test_a_cloud_that_lies_ends_in_an_error(half: Half, truth: str, lie: Any, me
         ("vocabulary", 99, "vocabulary: the device has 99, the cloud 20"),
         ("embedding", "0" * 64, f"embedding: the device has {'0' * 64}, the cloud [0-9a-f]{{64}}"),
         ("model", "llama", "model: the device has llama, the cloud bert"),
-        ("protocol", 99, "protocol: the device speaks 99, the cloud 1"),
+        ("protocol", 99, "protocol: the device speaks 99, the cloud 2"),
         ("groups", [[["encoder.nothing"], 64, [64]]], "encoder.nothing is not in the body"),
         ("wire", "float8", "wire float8"),
         ("dropout", 1.5, "dropout 1.5"),
