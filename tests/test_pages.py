@@ -138,70 +138,90 @@ def model(model_folder: Callable[[str, str], Path]) -> str:
     return str(model_folder("bert", "classification"))
 
 
-def assert_all_done(page: str, walk: Walk) -> None:
-    """In the order of DONE."""
-    assert [claim for claim, first in zip(DONE[page], walk.done, strict=True) if not first.startswith(claim)] == []
+def assert_done(page: Walk, claims: list[str]) -> None:
+    """These blocks and no others, in this order."""
+    assert [claim for claim, first in zip(claims, page.done, strict=True) if not first.startswith(claim)] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("default")  # a person sees a line, no error
-def test_the_readme(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ports = free_ports(5)
-    instead = {MINILM: model, "north.example:7001": f"127.0.0.1:{ports[0]}", "hub.example:7443": f"127.0.0.1:{ports[3]}"}
+def test_the_demo_of_the_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of scripts/demo, but the setup, on few rows."""
+    monkeypatch.setenv("DEMO_DATA", "demo-data")
+    examples = ROOT / "examples" / "demo"
+    small = {"train.rounds": 1, "train.local_steps": 1, "data.eval_limit": 16, "data.limit": 64}
+    with Walk("README.md", folder, {}) as page:
+        page.take("scripts/demo")
+        page.command(f"python {examples}/collect.py demo-data")
+        settings = [f"--set {key}={value}" for key, value in small.items()]
+        page.command(" ".join([f"dlora simulate {examples}/demo.yaml", *settings]))
+        assert "right about all eight libraries" in page.command(f"python {examples}/table.py runs/demo")
+        assert page.python("import dlora, peft").strip() in LABELS
+        assert_done(page, DONE["README.md"][:2])
+
+
+def own_run(page: Walk) -> None:
+    """The README's run.yaml and its rows."""
     for name, count in (("train.tsv", 240), ("dev.tsv", 40), ("other.tsv", 24)):
         rows(name, count, sentence=text_of, label=lambda number: number % 2)
-    with Walk("README.md", folder, instead) as page:
-        demo(page, monkeypatch)
-        page.write("model: pkg", "run.yaml")
+    page.write("model: pkg", "run.yaml")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("default")  # a person sees a line, no error
+def test_a_run_of_the_readme(folder: Path, model: str) -> None:
+    with Walk("README.md", folder, {MINILM: model}) as page:
+        own_run(page)
         said = page.type("dlora simulate run.yaml --dry-run", "dlora simulate run.yaml --resume")
         assert "spectral gap" in said and (folder / "graph.svg").exists() and (folder / "runs/mine/config.yaml").exists()
         (folder / "runs/mine").rename(folder / "runs/first")
-        page.python("-model = AutoModel")
+        page.python("-model = AutoModel", dlora=dlora)
         assert (folder / "runs/mine/consensus").exists()
         page.command("dlora simulate run.yaml --resume")
-        between_machines(page, ports[:3])
-        with_a_cloud(page, ports[4])
-        assert_all_done("README.md", page)
+        assert_done(page, DONE["README.md"][2:5])
 
 
-def demo(page: Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of scripts/demo, but the setup, on few rows."""
-    page.take("scripts/demo")
-    monkeypatch.setenv("DEMO_DATA", "demo-data")
-    examples = ROOT / "examples" / "demo"
-    page.command(f"python {examples}/collect.py demo-data")
-    small = {"train.rounds": 1, "train.local_steps": 1, "data.eval_limit": 16, "data.limit": 64}
-    page.command(" ".join([f"dlora simulate {examples}/demo.yaml", *(f"--set {key}={value}" for key, value in small.items())]))
-    assert "right about all eight libraries" in page.command(f"python {examples}/table.py runs/demo")
-    assert page.python("import dlora, peft").strip() in LABELS
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("default")  # a person sees a line, no error
+def test_three_machines_of_the_readme(folder: Path, model: str) -> None:
+    ports, names = free_ports(3), ["north", "south", "west"]
+    with Walk("README.md", folder, {MINILM: model, "north.example:7001": f"127.0.0.1:{ports[0]}"}) as page:
+        own_run(page)
+        tree = yaml.safe_load(Path("run.yaml").read_text())
+        data = {key: value for key, value in tree["data"].items() if key != "partition"}
+        change("run.yaml", data=data | {"labels": ["0", "1"]}, train=tree["train"] | {"rounds": 3}, compare=None)
+        change("run.yaml", peers={"members": names}, output_dir="runs/north")
+        for name, port in zip(names[1:], ports[1:], strict=True):
+            page.command(f"dlora identity new {name} --address 127.0.0.1:{port}")
+        page.type("dlora identity new north")
+        [line] = page.beside
+        for name in names[1:]:
+            page.command(f"{line.partition('#')[0].replace('north', name)} --set output_dir=runs/{name}")
+        page.finish()
+        assert len({Path(f"runs/{name}/consensus/adapter_model.safetensors").read_bytes() for name in names}) == 1
+        assert_done(page, ["model: pkg", *DONE["README.md"][5:6]])
 
 
-def between_machines(page: Walk, ports: list[int]) -> None:
-    names = ["north", "south", "west"]
-    change("run.yaml", peers={"members": names}, compare=None, output_dir="runs/north")
-    tree = yaml.safe_load(Path("run.yaml").read_text())
-    change("run.yaml", data=tree["data"] | {"labels": ["0", "1"], "partition": None}, train=tree["train"] | {"rounds": 3})
-    for name, port in zip(names[1:], ports[1:], strict=True):
-        page.command(f"dlora identity new {name} --address 127.0.0.1:{port}")
-    page.type("dlora identity new north")
-    [line] = page.beside
-    for name in names[1:]:
-        page.command(f"{line.partition('#')[0].replace('north', name)} --set output_dir=runs/{name}")
-    page.finish()
-    adapters = {Path(f"runs/{name}/consensus/adapter_model.safetensors").read_bytes() for name in names}
-    assert len(adapters) == 1  # the same bytes at every site
-    for path in Path().glob("*.member.yaml"):
-        path.unlink()
-
-
-def with_a_cloud(page: Walk, metrics: int) -> None:
-    change("run.yaml", peers=None, split={"cloud": "hub", "wire": "bfloat16"}, output_dir="runs/phone")
-    Path("cloud.yaml").write_text(f"model: {page.instead[MINILM]}\n")
-    page.type("dlora identity new hub")
-    assert Path("runs/phone/consensus").exists()
-    ids, mask = torch.full((2, 5), 5), torch.ones(2, 5, dtype=torch.long)
-    page.python("model = dlora.connect", dlora=dlora, ids=ids, mask=mask, labels=torch.tensor([0, 1]))
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("default")  # a person sees a line, no error
+def test_the_cloud_of_the_readme(folder: Path, model: str) -> None:
+    [port] = free_ports(1)
+    with Walk("README.md", folder, {MINILM: model, "hub.example:7443": f"127.0.0.1:{port}"}) as page:
+        own_run(page)
+        tree = yaml.safe_load(Path("run.yaml").read_text())
+        data = {key: value for key, value in tree["data"].items() if key != "partition"}
+        change("run.yaml", data=data | {"labels": ["0", "1"]}, train=tree["train"] | {"rounds": 2}, compare=None)
+        change("run.yaml", peers=None, split={"cloud": "hub", "wire": "bfloat16"}, output_dir="runs/phone")
+        Path("cloud.yaml").write_text(f"model: {model}\n")
+        page.type("dlora identity new hub")
+        assert Path("runs/phone/consensus").exists()
+        ids, mask = torch.full((2, 5), 5), torch.ones(2, 5, dtype=torch.long)
+        page.python("model = dlora.connect", dlora=dlora, ids=ids, mask=mask, labels=torch.tensor([0, 1]))
+        assert_done(page, ["model: pkg", *DONE["README.md"][6:]])
 
 
 @pytest.mark.slow
@@ -223,7 +243,7 @@ def test_the_tutorial_of_peers(folder: Path, model: str) -> None:
         page.finish()
         assert len({Path(f"{name}/consensus/adapter_model.safetensors").read_bytes() for name in ("run", "south")}) == 1
         assert "south has certificates from" in page.type("mkdir renewed")
-        assert_all_done("docs/peers.md", page)
+        assert_done(page, DONE["docs/peers.md"])
 
 
 @pytest.mark.slow
@@ -243,4 +263,4 @@ def test_the_tutorial_of_the_split(folder: Path, model: str) -> None:
         assert "eval_loss" in page.python("import json")
         assert Path("adapter/adapter_model.safetensors").exists() and Path("adapter-2").exists()
         assert page.python("import grpc") == "SERVING\n"
-        assert_all_done("docs/split.md", page)
+        assert_done(page, DONE["docs/split.md"])
