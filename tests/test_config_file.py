@@ -11,7 +11,7 @@ import pytest
 from dlora.config import CloudConfig, Config
 from dlora.config_file import paths_of
 from dlora.errors import ConfigError, IdentityError
-from dlora.net.identity import Federation
+from dlora.net.identity import Federation, federation_text, new_identity
 from dlora.other_keys import ADVICE
 from dlora.yaml_file import MAX_CHARACTERS
 
@@ -208,3 +208,13 @@ def test_a_path_that_cannot_be() -> None:
     for path in ("x" * 300, "a\0b"):
         with pytest.raises(ConfigError, match="cannot be read"):
             Config.load(path)
+
+
+def test_a_federation_file_as_windows_writes_it(tmp_path: Path) -> None:
+    """Held well: a byte order mark and CRLF in member and federation files."""
+    _, member = new_identity("north", "north.example.org:7000", "peer", tmp_path)
+    text = federation_text([member])
+    (tmp_path / "federation.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert Federation.load(tmp_path / "federation.yaml").members.keys() == {"north"}
+    member.write_bytes(b"\xef\xbb\xbf" + member.read_bytes().replace(b"\n", b"\r\n"))
+    assert federation_text([member]) == text
