@@ -192,6 +192,16 @@ def test_times_tokens_learning_rate_and_what_was_taken_for_what(tmp_path: Path) 
     assert "25.3" not in page.text() and "Where the time went" in page.text()
 
 
+def test_rows_that_were_cut_are_told(tmp_path: Path) -> None:
+    """Field case 14: on the page too; an older log says nothing of it."""
+    folder = make_run(tmp_path, runs=("dec-lora",))
+    assert "max_length" not in Page(write_report(folder)).text("dt")
+    start, *rest = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    facts = {"data": {"train": {"rows": 1000, "cut_rows": 250, "cut_share": 0.125}}}
+    (folder / "log.jsonl").write_text("".join([json.dumps(json.loads(start) | facts) + "\n", *rest]))
+    assert "250 of 1,000 training rows; 12.5 % of what is learned is gone" in Page(write_report(folder)).text("dd")
+
+
 def test_scores_before_training_are_no_best_ones(tmp_path: Path) -> None:
     """A run that only lost by training names the best of what it trained, not what it began with."""
     folder = make_run(tmp_path, runs=("dec-lora",))

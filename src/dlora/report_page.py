@@ -253,6 +253,15 @@ class Page:
         ]
 
     @property
+    def cut(self) -> str:
+        """What data.max_length took from the training rows; empty where nothing, or where the log does not say."""
+        facts: Mapping[str, Any] = (self.start.get("data") or {}).get("train") or {}
+        if not facts.get("cut_rows"):
+            return ""
+        share = percent_text(facts["cut_share"])
+        return f"{facts['cut_rows']:,} of {facts['rows']:,} training rows; {share} of what is learned is gone"
+
+    @property
     def learning_rate(self) -> str:
         """As configured, and where it ended."""
         train: Mapping[str, Any] = self.config.get("train") or {}
