@@ -296,7 +296,7 @@ class Config(Document):
         "all", description="whose own scores: all, none, or of so many, drawn by the seed (their mean with its standard error)"
     )
     per_device_eval_batch_size: int = Field(64, ge=1, description="examples that are scored at once")
-    save_every: int = Field(5, ge=1, description="rounds between checkpoints; the last one is kept")
+    save_every: int = Field(5, ge=1, description="rounds between checkpoints; the last two are kept")
     compare: tuple[Baseline, ...] = Field((), description="baselines on the same data and seed")
     seed: int = Field(0, ge=0, lt=2**63, description="of initial factors, order of rows, dropout and partition")
     output_dir: Text = Field("runs/run", description="the folder of the run; it must not hold another")

@@ -126,10 +126,12 @@ def _took_part(
 
 
 def _finished(folder: RunFolder) -> Summary | None:
-    """The summary of a run that has ended already."""
-    path = folder.path / "summary.json"
-    written: Summary | None = json.loads(path.read_text()) if path.exists() else None
-    return written
+    """The summary of a run that has ended already; a damaged one is as good as none, for it is written anew."""
+    try:
+        written: Summary = json.loads((folder.path / "summary.json").read_text())
+        return written if "consensus_peers" in written["runs"][RUN] else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _members(config: Config, name: str) -> tuple[str, ...]:
