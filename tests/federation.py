@@ -299,7 +299,7 @@ class Split(Processes):
         def serves() -> bool:
             assert self.processes[HUB].is_alive(), self._said(HUB, "err").read_text()
             said = self._said(HUB, "err")
-            return said.exists() and said.read_text().startswith("serving ")
+            return said.exists() and "\nserving " in "\n" + said.read_text()
 
         until(serves, "the cloud to serve")
 
