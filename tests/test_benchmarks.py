@@ -47,7 +47,7 @@ class Small:
         tree = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
         for part, count in (("train", 256), ("eval", 16)):
             rows = [
-                {"sentence": f"{text} {number}", "label": label}
+                {"sentence": f"{text} {number} {part}", "label": label}  # no evaluation row stands in training
                 for number in range(count)
                 for text, label in [tiny.sentence(number)]
             ]
