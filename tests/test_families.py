@@ -183,6 +183,8 @@ NOT_SMALL = {  # not made, or not run, from defaults made small by tests/familie
         "mamba2",
         "musicgen",
         "musicgen_melody",
+        "qwen4_exp",
+        "qwen4_exp_text",
         "reformer",
         "zamba",
         "zamba2",
