@@ -36,7 +36,7 @@ _PROGRAMS = ["dlora.cli", "dlora.programs.peer", "dlora.programs.cloud", "dlora.
 _FORKS.set_forkserver_preload([*_PROGRAMS, "transformers.models.bert.modeling_bert"])
 
 
-def _dlora(arguments: Sequence[str], out: Path, err: Path) -> None:
+def run_dlora(arguments: Sequence[str], out: Path, err: Path) -> None:
     """What a forked process does: `dlora ARGUMENTS`, its output in two files."""
     from dlora import cli
 
@@ -80,6 +80,7 @@ class Processes:
         self.folder = folder
         self.processes: dict[str, Any] = {}  # multiprocessing's; its kinds of process share no public class
         self.tries: dict[str, int] = {}
+        self.programs: dict[str, Callable[[Sequence[str], Path, Path], None]] = {}  # of members that run something else
 
     def arguments(self, name: str, *more: str) -> list[str]:
         """What is typed after `dlora` to take part as ``name``."""
@@ -95,7 +96,7 @@ class Processes:
 
     def start(self, name: str, *more: str) -> None:
         """Start ``name``."""
-        self.start_as(name, _dlora, more=more)
+        self.start_as(name, self.programs.get(name, run_dlora), more=more)
 
     def start_as(self, name: str, program: Callable[..., None], *given: Any, more: Sequence[str] = ()) -> None:
         """Start ``name`` as another program: ``program(arguments, out, err, *given)`` in a process of its own."""

@@ -368,10 +368,9 @@ async def _all(world: World, lives: list[asyncio.Task[None]], names: tuple[str, 
     honest = [task for name, task in zip(names, lives, strict=True) if name != liar]
     _, waiting = await asyncio.wait(honest, timeout=limit_s)
     late = [name for name, task in zip(names, lives, strict=True) if task in waiting]
-    for task in [*lives, *world.tasks.values()]:
+    for task in lives:
         task.cancel()
     ended = await asyncio.gather(*lives, return_exceptions=True)
-    await asyncio.gather(*world.tasks.values(), return_exceptions=True)
     assert not late, f"{', '.join(late)} still run after {limit_s:g} s"
     for task, outcome in zip(lives, ended, strict=True):
         if task in honest and isinstance(outcome, BaseException):
@@ -427,7 +426,7 @@ def search(seconds: float, folder: Path, say: Callable[[str], None], max_example
     """Play new histories until ``seconds`` have gone; say the shortest of each failure."""
     began_at, count, found = time.monotonic(), 0, 0
     seen: set[str] = set()
-    for seed in itertools.count():
+    for seed in itertools.count(int(began_at)):
         if time.monotonic() - began_at > seconds:
             break
 

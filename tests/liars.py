@@ -26,4 +26,4 @@ def lie(arguments: Sequence[str], out: Path, err: Path, value: str, *rounds: int
         return honest(prepared, message, lies)
 
     setattr(peer_run, "encode_message", encode)  # noqa: B010  # its importers may not name it
-    federation._dlora(arguments, out, err)
+    federation.run_dlora(arguments, out, err)

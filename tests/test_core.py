@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 import dlora
 from dlora.config import Config
 from dlora.data import collate
-from dlora.decentralized.exchange import difference
+from dlora.decentralized.another_run import difference
 from dlora.lora import core, stacked
 from dlora.lora.core import FRAME_FILE, read_frame, top_directions, write_frame
 from dlora.lora.factors import product

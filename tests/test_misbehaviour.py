@@ -13,7 +13,7 @@ import torch
 import virtual
 from world import PATIENCE, SIZE, World, expected
 
-from dlora.decentralized.exchange import difference
+from dlora.decentralized.another_run import difference
 from dlora.decentralized.neighbour import Neighbour
 from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from dlora.net.codec import encode, message_num_bytes

@@ -128,7 +128,8 @@ class World:
 
         gossip = PeerGossip(
             name, factors, self.topology, self.rule, ledger, exchange, self.rounds, self.catch_up_after,
-            train, lambda: factors, self._encode, self._decode, commit, lambda rounds: None, Progress(**vars(progress)),
+            train, lambda: factors, self._encode, self._decode, commit, lambda rounds: None,
+            asyncio.get_running_loop().time, Progress(**vars(progress)),
         )  # fmt: skip
         serving = asyncio.create_task(network.serve(exchange.talk))
         life = asyncio.create_task(gossip.run())
@@ -145,8 +146,10 @@ class World:
             network.dead = True
             for task in (serving, life):
                 task.cancel()
-            await asyncio.gather(serving, life, return_exceptions=True)
-            ledger.close()
+            try:
+                await asyncio.gather(serving, life, return_exceptions=True)
+            finally:
+                ledger.close()
 
     def make_ledger(self, name: str) -> FaultyLedger:
         """The ledger of a peer that begins."""

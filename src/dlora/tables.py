@@ -21,6 +21,8 @@ def summary_table(summary: dict[str, Any]) -> Group:
         scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
         scores[1] += error_text((run.get("peers_mean_error") or {}).get(metric), metric)
         scores[-1] += f" ({run['best']['rounds_done']})"
+        if run.get("consensus_peers", len(summary["peers"])) < len(summary["peers"]):
+            scores[0] += f" ({run['consensus_peers']} of {len(summary['peers'])})"
         table.add_row(name, *scores, *(bytes_text(moved[wire]) for wire in wires or ["on wire"]))
     return Group(table, *([_time_table(summary)] if summary.get("spent_s") else []))
 

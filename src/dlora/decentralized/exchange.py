@@ -8,24 +8,26 @@ Time is the event loop's, so a loop with a virtual clock runs it in virtual time
   it is told. The other end, having promised, waits for the decision; if its round ends first, it asks on every new link.
 - A wait ends when the neighbour is decided about, has left the round, was silent for ``silence_s``, or after
   ``round_limit_s`` whatever still comes. Anything that comes counts as news, and a peer says where it is while it trains.
+- Who delivered nothing in ``STALLS`` rounds of waiting is waited for ``silence_s``, until an edge with it is mixed again. It
+  gets a whole ``round_limit_s`` once more after 4, 8, 16, ... such rounds, should it only be slow.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from dlora.decentralized.another_run import difference
 from dlora.decentralized.belief import Implausible
 from dlora.decentralized.ledger import Ledger, round_message, round_of
 from dlora.decentralized.neighbour import Link, Misbehaviour, Neighbour
 from dlora.errors import RunError
 from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 
+STALLS = 3  # rounds without a delivery, the neighbour linked all the while
 BEATS = 4  # times within `silence_s` that a peer with nothing to say says where it is
 
 
@@ -144,6 +146,31 @@ class Exchange:
 
         await asyncio.gather(*(settle(other) for other in self.neighbours.values()))
 
+    async def all_said(self) -> None:
+        """Return when the wires have taken all that was to be said, so that who goes does not seem to fall silent."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.patience.silence_s / BEATS):
+                for other in self.neighbours.values():
+                    if other.link is not None:
+                        await other.all_said.wait()
+
+    def disbelieve(self, neighbour: str, reason: str) -> None:
+        """A neighbour says that it is far ahead, and is not followed; reported once for each link."""
+        other = self.neighbours[neighbour]
+        if not other.disbelieved:
+            other.disbelieved = True
+            self.report("not-followed", neighbour=neighbour, reason=reason)
+
+    def compare(self, message: str, last: int) -> None:
+        """Report each neighbour that has come to round ``last`` and offered another content of ``message``, or none."""
+        own = self.ledger.own(message)
+        for other in self.neighbours.values():
+            offer = other.offers.get(message)
+            if own is None or other.round is None or other.round < last or (offer and offer.sha256 == own.sha256):
+                continue
+            reason = f"its {message} has another hash" if offer else f"it did not say which {message} it has"
+            self.report("other-content", neighbour=other.name, message=message, reason=reason)
+
     def decides(self, neighbour: str) -> bool:
         """Whether this peer is the named end of the edge with ``neighbour``."""
         return self.name < neighbour
@@ -203,6 +230,7 @@ class Exchange:
             await asyncio.gather(writer, return_exceptions=True)
             if other.link is link:
                 other.link = None
+                other.all_said.set()
             self.report("unlinked", neighbour=name, reason=reason)
             self._pulse()
 
@@ -306,7 +334,11 @@ class Exchange:
             started_at,
         )
         if state() in ("committed", "dropped"):
+            if state() == "committed":
+                other.stalls = 0
             return
+        if reason is not None and other.link is not None and not other.away:
+            other.stalls += 1
         reason = reason or other.implausible.get(name) or f"it is already in round {other.round}"
         if self.decides(other.name):
             self._record(other, round, False, reason)
@@ -317,7 +349,9 @@ class Exchange:
     async def _until(self, other: Neighbour, done: Callable[[], bool], started_at: float) -> str | None:
         """Wait for ``done``; else say why the wait ended."""
         loop = asyncio.get_running_loop()
-        limit_at = started_at + self.patience.round_limit_s
+        short = other.stalls >= STALLS and other.stalls & (other.stalls - 1) != 0
+        limit_s = self.patience.silence_s if short else self.patience.round_limit_s
+        limit_at = started_at + limit_s
         while not done():
             if other.refused:
                 return other.refused
@@ -328,7 +362,7 @@ class Exchange:
                 other.away = True
                 return f"nothing came for {self.patience.silence_s:g} s"
             if loop.time() >= limit_at:
-                return f"the round has waited {self.patience.round_limit_s:g} s"
+                return f"the round has waited {limit_s:g} s" + (f", after {other.stalls} in vain" if short else "")
             await self._change(min(silent_at, limit_at))
         return None
 
@@ -357,28 +391,3 @@ class Exchange:
             other.refused = reason
             self.report("refused", neighbour=other.name, reason=reason)
         self._pulse()
-
-
-# What follows from the rest of a manifest, and so is looked at last; what to do where it differs all the same.
-_FOLLOW = {
-    "frame": "an SVD differs from machine to machine: let one make the file that lora.frame names, and hand it round",
-    "initial_factors": "make them alike",
-}
-
-
-def difference(here: str, manifest: str, there: str, other_manifest: str) -> str:
-    """The first key in which two manifests differ, with both values."""
-    try:
-        other: Any = json.loads(other_manifest)
-    except (ValueError, RecursionError):
-        other = None
-    if not isinstance(other, Mapping):
-        return f"{there} is in another run, and its manifest cannot be read"
-    own = json.loads(manifest)
-    for key in sorted(own.keys() | other.keys(), key=lambda key: (key in _FOLLOW, key)):
-        if own.get(key) != other.get(key):
-            mine, theirs = (json.dumps(tree.get(key))[:200] for tree in (own, other))  # ASCII: it goes to a terminal
-            name = key if key in own else json.dumps(key)[:80]
-            remedy = _FOLLOW.get(key, "make them alike")
-            return f"{there} is in another run: {name} is {mine} at {here} and {theirs} at {there}; {remedy}"
-    return f"{there} is in another run, though the manifests read alike; the versions of dlora may differ"

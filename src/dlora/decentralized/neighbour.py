@@ -37,6 +37,8 @@ class Neighbour:
     round: int | None = None  # it was in when it last spoke
     heard_at: float = float("-inf")  # loop time of its last frame
     away: bool = False  # given up; not waited for until it links again
+    stalls: int = 0  # rounds in a row in which it was there and delivered nothing
+    disbelieved: bool = False  # on this link: it says that it is far ahead
     refused: str | None = None  # why it is not in this run
     offers: dict[str, Offer] = field(default_factory=dict)  # its latest round's, and any others by name
     promised: set[int] = field(default_factory=set)  # rounds whose message of ours it holds
@@ -46,11 +48,13 @@ class Neighbour:
     queue: deque[Frame] = field(default_factory=deque)  # to be said on this link
     outgoing: tuple[str, int] | None = None  # our message it wants, and from which byte on
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    all_said: asyncio.Event = field(default_factory=asyncio.Event)  # the wire has taken what was queued
 
     def linked(self, link: Link) -> None:
         """A new link: what was under way on the last one starts again from what is on disk."""
-        self.link, self.round, self.refused = link, None, None
+        self.link, self.round, self.refused, self.disbelieved = link, None, None, False
         self.queue, self.outgoing, self.incoming = deque(), None, None
+        self.all_said.set()
         self.offers.clear()
         self.promised.clear()
 
@@ -59,12 +63,16 @@ class Neighbour:
         if self.link is not None and frame not in self.queue:  # so that who asks again and again fills no memory
             self.queue.append(frame)
             self.wake.set()
+            self.all_said.clear()
 
     async def write(self, link: Link, ledger: Ledger, round: Callable[[], int], beat_s: float) -> None:
         """Send what is queued, then what is wanted, chunk by chunk; with neither, every ``beat_s``, the round we are in."""
+        queue = self.queue  # of this link; the next has another
         while True:
-            if self.queue:
-                await link.send(self.queue.popleft())
+            if queue:
+                await link.send(queue.popleft())
+                if not queue and self.queue is queue:
+                    self.all_said.set()
             elif self.outgoing is not None:
                 name, offset = self.outgoing
                 message = ledger.own(name)

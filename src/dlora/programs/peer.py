@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dlora.errors import CloudError, ConfigError, NeighbourError
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.account import Summary, conclude, introduction, summary
+from dlora.programs.findings import Findings
 from dlora.programs.halves import check_halves, check_room, far_cloud
 from dlora.programs.listening import certificate_teller, listen_address
 from dlora.programs.peer_run import RUN, PeerRun
@@ -43,7 +45,8 @@ def peer(
     The frozen model runs here or, with ``config.split``, in this device's cloud; each device may have one of its own, and its
     own wire to it. ``listen`` (HOST:PORT) is where to accept links, by default on all interfaces at the port of this member's
     address. Raises UserError before anything is written when the run cannot start, NeighbourError when a neighbour is in
-    another run, CloudError when the cloud refuses this device. ``whole_process`` as for `simulate`.
+    another run or, once all is written, when the average may be wrong, CloudError when the cloud refuses this device.
+    ``whole_process`` as for `simulate`.
     """
     members = _members(config, name)
     listed = Federation.load(federation)
@@ -111,7 +114,12 @@ def _took_part(
                     check_room(prepared, prepared.half.open())  # before neighbours wait for one who cannot begin
                 watch.started()
                 consensus, num_peers = asyncio.run(run.live(neighbours))
-                if finished and ledger.position == position and finished["runs"][RUN]["consensus_peers"] == num_peers:
+                if (
+                    finished
+                    and ledger.position == position
+                    and _said(finished) == (num_peers, run.findings.warnings(num_peers))
+                ):
+                    _tell(run.findings, num_peers)
                     return finished  # no doubt was settled and nobody new is in the average: all is as it was
                 result = run.finish(consensus, num_peers)
         except (NeighbourError, CloudError):
@@ -122,7 +130,23 @@ def _took_part(
             ledger.close()
         summed = summary(prepared, {RUN: result}, manifest, 1, result["seconds"], name)
         log.emit("done", seconds=result["seconds"])
-    return conclude(folder, summed, watch)
+    concluded = conclude(folder, summed, watch)
+    _tell(run.findings, num_peers)
+    return concluded
+
+
+def _said(finished: Summary) -> tuple[int, list[str]]:
+    """How many peers a summary's average is of, and its warnings."""
+    told = finished["runs"][RUN]
+    return told["consensus_peers"], told.get("warnings", [])
+
+
+def _tell(findings: Findings, num_peers: int) -> None:
+    """Warn of what was found. Raises NeighbourError where the average may be wrong; all is written by then."""
+    for text in findings.warnings(num_peers):
+        warnings.warn(text, stacklevel=2)
+    if blamed := findings.blamed(num_peers):
+        raise NeighbourError(blamed)
 
 
 def _finished(folder: RunFolder) -> Summary | None:

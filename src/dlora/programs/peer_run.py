@@ -22,6 +22,7 @@ from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.transport import Link, Talk
+from dlora.programs.findings import Findings
 from dlora.programs.halves import teller
 from dlora.programs.messages import decode_message, encode_message, message_sizes
 from dlora.programs.prepare import Prepared, manifest_hash, manifest_text
@@ -67,6 +68,7 @@ class PeerRun:
         self.spent = spent or Spent()
         self.tokens_before: int | None = 0  # read in earlier processes
         self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
+        self.findings = Findings(name, prepared.topology.num_peers, log.emit)
         self.progress = Progress()
         self.belief = Belief.of(prepared.trained, prepared.config.train.learning_rate * self.training.local_steps[0])
         self.walked: Factors = {}  # the factors after the last round's local steps, until they are committed
@@ -113,7 +115,7 @@ class PeerRun:
             Patience(config.peers.silence_s, config.peers.round_limit_s),
             partial(message_sizes, self.prepared),
             self._check,
-            self.log.emit,
+            self.findings,
         )
         gossip = PeerGossip(
             self.name,
@@ -130,6 +132,7 @@ class PeerRun:
             partial(decode_message, self.prepared),
             self._commit,
             self._skip,
+            time.time,
             self.progress,
         )
         ended = self.progress.rounds_done == config.train.rounds
@@ -330,6 +333,7 @@ class PeerRun:
             "best": self.best,
             "confusion": judged.confusion,
             "consensus_peers": num_peers,
+            "warnings": self.findings.warnings(num_peers),
             "bytes_on_wire": self._bytes_on_wire(),
             **self.schedules.spent,
             **self._with_cloud,

@@ -1,0 +1,58 @@
+"""What a peer found wrong with its neighbours: kept while it runs, told at its end with their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Findings:
+    """Hears what the exchange reports and passes it on to ``emit``; of each kind the first about each neighbour is kept."""
+
+    def __init__(self, name: str, num_peers: int, emit: Callable[..., object]) -> None:
+        self.name, self.num_peers, self.emit = name, num_peers, emit
+        self._found: dict[tuple[str, str], str] = {}
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """One report of the exchange."""
+        self.emit(event, **fields)
+        reason = fields.get("reason", "")
+        match event:
+            case "not-followed" | "left-out" | "other-content":
+                self._keep(event, fields["neighbour"], reason)
+            case "implausible":  # and so not taken
+                self._keep(event, fields["neighbour"], f"its {fields['message']} was refused: {reason}")
+            case "doubtful":
+                self._keep(f"doubtful-{fields['message']}", fields["neighbour"], f"its {fields['message']}: {reason}")
+            case "unlinked" if reason.startswith("refused: "):
+                self._keep("refused", fields["neighbour"], reason)
+            case "caught-up":  # they were ahead in truth
+                for neighbour in fields["neighbours"]:
+                    self._found.pop(("not-followed", neighbour), None)
+
+    def _keep(self, kind: str, neighbour: str, text: str) -> None:
+        self._found.setdefault((kind, neighbour), text)
+
+    def warnings(self, num_averaged: int) -> list[str]:
+        """What the summary and the terminal say at the end, a line each."""
+        found = [f"{neighbour}: {text}" for (_, neighbour), text in sorted(self._found.items())]
+        if num_averaged < self.num_peers:
+            found.append(
+                f"the average is of {num_averaged} of {self.num_peers} peers; once the others are back, start all of them"
+                " again with --resume"
+            )
+        return found
+
+    def blamed(self, num_averaged: int) -> str | None:
+        """Why the average is not to be trusted though all peers are in it; None where nothing says so.
+
+        Of an average that some are missing from, neighbours may have another in good faith.
+        """
+        kinds = ("other-content", "doubtful-average") if num_averaged == self.num_peers else ("doubtful-average",)
+        for (kind, neighbour), text in sorted(self._found.items()):
+            if kind in kinds:
+                return (
+                    f"the average of {self.name} may be wrong: {neighbour}: {text}; everything is written, score the average"
+                    f" and {self.name}'s own adapter before you use one, and ask {neighbour}"
+                )
+        return None
