@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import tiny
 import yaml
-from command import Outcome, change
+from command import Outcome, change, without_news
 
 from dlora.config import Config
 from dlora.net.identity import federation_text, new_identity
@@ -111,7 +111,7 @@ class Processes:
         self.processes[name].join(limit_s)
         exit_code = self.processes[name].exitcode
         assert exit_code is not None, f"{name} still runs after {limit_s:g} s"
-        return Outcome(exit_code, self._said(name, "out").read_text(), self._said(name, "err").read_text())
+        return Outcome(exit_code, self._said(name, "out").read_text(), without_news(self._said(name, "err").read_text()))
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)

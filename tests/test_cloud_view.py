@@ -54,7 +54,7 @@ def drawn(view: CloudView) -> str:
 def test_a_table_of_who_is_here_and_what_went_wrong() -> None:
     with CloudView(Console(file=io.StringIO(), force_terminal=True, width=120)) as view:
         assert "starting" in drawn(view)
-        tell(view, {"event": "phase", "text": "loading model"})
+        tell(view, {"event": "loading", "text": "loading model"})
         assert "loading model" in drawn(view)
         tell(view, SERVING)
         assert drawn(view) == "no device is here\n"
@@ -76,7 +76,9 @@ def test_a_table_of_who_is_here_and_what_went_wrong() -> None:
 def test_a_line_each_where_there_is_no_terminal(quiet: bool) -> None:
     file = io.StringIO()
     with CloudView(Console(file=file, force_terminal=False, width=20), quiet) as view:
-        tell(view, {"event": "phase", "text": "loading model"}, SERVING, *STORY)
+        tell(view, {"event": "loading", "text": "loading model"}, SERVING, *STORY)
+    begins, *said = file.getvalue().splitlines() or [""]
+    assert ("starting" in begins) == (not quiet)
     lines = [
         "serving [b]model on [::]:7000 for devices of federation.yaml; metrics on 127.0.0.1:9100; Ctrl-C stops",
         "[i]phone is here",
@@ -86,7 +88,7 @@ def test_a_line_each_where_there_is_no_terminal(quiet: bool) -> None:
         "[i]phone: a part failed (memory): no room",
         "connection refused: ipv4:192.0.2.1:99: a stranger",
     ]
-    assert file.getvalue().splitlines() == ([] if quiet else lines)
+    assert said == ([] if quiet else lines)
 
 
 def test_prometheus_reads_the_figures(tmp_path: Path) -> None:
