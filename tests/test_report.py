@@ -379,8 +379,8 @@ CLOUD = {"cloud": "<hub>", "wire": "int8", "pipeline": 4}
 def test_a_device_has_a_cloud_and_no_peers(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, runs=("dlora",), names=["phone"], labels=["no", "yes"], split=CLOUD)))
     assert "phone with its frozen model in the cloud <hub> reached 84.3 % accuracy." in page.text("p")
-    assert page.text("thead", "th") == "Run Accuracy Best With the cloud Time Steps/s DLoRA"
-    assert page.text("td") == "84.3 % 84.4 % after 4 rounds 180 MB 12.0 s 20"
+    assert page.text("thead", "th") == "Run Accuracy Best With the cloud Time Steps/s Tokens/s DLoRA"
+    assert page.text("td") == "84.3 % 84.4 % after 4 rounds 180 MB 12.0 s 20 –"  # written before tokens were counted
     assert "180 MB" in page.text("b") and "474 kB" not in page.text()
     assert "docs/privacy.md" in page.text("li")
     assert "int8" in page.text("dd") and "4" in page.text("dd").split() and "100 (no: 10, yes: 10)" in page.text("dd")
@@ -402,7 +402,7 @@ def test_peers_with_a_cloud_show_both_wires(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, runs=("dec-lora", "local"), split=CLOUD)))
     assert "8 peers on a ring with their frozen model in a cloud reached 84.3 % accuracy together" in page.text("p")
     assert page.text("th").startswith(
-        "Run Average of all Peers' own, mean Best average Sent With the cloud Time Steps/s Dec-LoRA"
+        "Run Average of all Peers' own, mean Best average Sent With the cloud Time Steps/s Tokens/s Dec-LoRA"
     )
     assert page.text("td").startswith("84.3 % 83.3 % 84.4 % after 4 rounds 474 kB 180 MB 12.0 s 20")
     assert "474 kB" in page.text("b") and "180 MB" in page.text("b")
