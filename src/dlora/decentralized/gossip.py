@@ -190,8 +190,11 @@ class PeerGossip:
         Returns how many there were.
         """
         position, mixed = self.ledger.position, 0
-        for due in self.ledger.due(self.progress.position, self.progress.since_round):
-            weight = self.topology.mixing(due.round)[self.index, self.topology.names.index(due.neighbour)]
+        names = self.topology.names
+        # In one order, whoever came first: sums of floats depend on it, and AdamW makes much of the last bit.
+        dues = self.ledger.due(self.progress.position, self.progress.since_round)
+        for due in sorted(dues, key=lambda due: (due.round, names.index(due.neighbour))):
+            weight = self.topology.mixing(due.round)[self.index, names.index(due.neighbour)]
             name = round_message(due.round)
             own, theirs = self.decode(name, due.own), self.decode(name, due.theirs)
             mix_edge(self.factors, float(weight), own, theirs)
