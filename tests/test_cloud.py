@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +33,7 @@ from dlora.runlog import Event
 from dlora.split.agreement import manifest_text
 from dlora.split.remote import Half
 from dlora.split_frames import ChannelDown, Drop, Open, Opened, Refused
+from dlora.stopping import Stop
 from dlora.train import forward
 
 DEVICES = ("phone", "tablet")
@@ -268,17 +269,23 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(option: str, me
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_command_serves_until_it_is_told_to_stop(as_json: bool, members: Members, bert: Path, tmp_path: Path) -> None:
+def test_the_command_serves_until_it_is_told_to_stop(
+    as_json: bool, members: Members, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "cloud.yaml").write_text(f"model: {bert}\n")
-    host, _, port = members.address.rpartition(":")
+    port = members.address.rpartition(":")[2]
+    serving, hear = threading.Event(), Stop.hear
+
+    def heard(stop: Stop, event: Mapping[str, Any]) -> None:
+        hear(stop, event)
+        if not stop.loading:  # before that a signal ends this process at once
+            serving.set()
+
+    monkeypatch.setattr(Stop, "hear", heard)
 
     def end() -> None:
-        def reachable() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex((host, int(port))) == 0
-
-        until(reachable, "the cloud to listen", PATIENCE_S)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if serving.wait(PATIENCE_S):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     ending = threading.Thread(target=end)
     ending.start()
