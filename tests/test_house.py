@@ -55,7 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "stopping"),
     ("config_file",),
     ("names", "other_keys", "yaml_file", "launchers"),
-    ("errors", "frames", "split_frames"),
+    ("arms", "errors", "frames", "split_frames"),
 )
 # Folders that never know of each other, whatever their floors.
 STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentralized/"))

@@ -5,10 +5,11 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from dlora.arms import ARMS, Baseline
 from dlora.errors import RunError
 from dlora.runlog import RunLog, bytes_text, count_text, read_log, run_records, score_text, seconds_text, write_atomically
 
@@ -175,3 +176,7 @@ def test_a_mean_of_counts_has_no_exponent() -> None:
     assert [count_text(count) for count in (2, 7.5, 99.96, 2000.0, 2000.4, 1e6)] == [
         "2", "7.5", "100", "2,000", "2,000", "1,000,000",
     ]  # fmt: skip
+
+
+def test_what_the_config_can_compare_with_are_the_baselines() -> None:
+    assert {arm.name for arm in ARMS.values() if arm.baseline} == set(get_args(Baseline))

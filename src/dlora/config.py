@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from dlora.arms import Baseline
 from dlora.config_file import Document, Section, Text
 from dlora.names import why_unsafe
 
-Baseline = Literal["pooled", "local", "fedavg"]
 Quantization = Literal["none", "int8", "nf4"]
 
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dlora.activity import Activity
-from dlora.runlog import NBSP, TITLES, Event, bytes_text, score_text, seconds_text
+from dlora.arms import DEC_LORA, arm_of
+from dlora.runlog import NBSP, Event, bytes_text, score_text, seconds_text
 
 STARTING = "starting: torch and transformers take some seconds to load"
 LINES_EVERY_S = 60.0
@@ -100,7 +101,7 @@ class Progress:
             case "scores":
                 self._forget()
                 self._note(event["run"], **_with_cloud(event))
-                scores = (event["peers_mean"] if event["run"] == "local" else event["consensus"]) or {}
+                scores = event[arm_of(event["run"]).counts] or {}
                 if scores.get(self._metric) is not None:
                     name = "scored loss" if self._metric == "loss" else self._metric
                     self._note(event["run"], score=f"{name} {score_text(scores[self._metric], self._metric)}")
@@ -112,7 +113,7 @@ class Progress:
             case "linked" | "unlinked" | "refused" as what:
                 self._neighbours[event["neighbour"]] = {"linked": "here", "unlinked": "away", "refused": "refused"}[what]
                 here = ", ".join(f"{name} {state}" for name, state in sorted(self._neighbours.items()))
-                self._note("dec-lora", neighbours=here)
+                self._note(DEC_LORA.name, neighbours=here)
             case "interrupted" | "done":
                 self._forget()
 
@@ -129,7 +130,7 @@ class Progress:
     def _bar(self, run: str) -> bars.TaskID:
         """The run's bar, made when the run is first heard of (a resumed one may start in the middle)."""
         if run not in self._runs:
-            self._runs[run] = self._bars.add_task(TITLES.get(run, run), total=None, done="", note="")
+            self._runs[run] = self._bars.add_task(arm_of(run).title, total=None, done="", note="")
         return self._runs[run]
 
     def _show_rounds(self, run: str, rounds_done: int) -> None:

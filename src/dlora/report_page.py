@@ -6,22 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dlora.arms import DEC_LORA, DLORA, FEDAVG, LOCAL, POOLED
 from dlora.runlog import NBSP, Event, RunRecord, bytes_text, error_text, percent_text, score_text, seconds_text
 
-_MEANINGS = {
-    "dec-lora": "each peer trains on its own data and averages its adapter with its neighbours' after every round.",
-    "pooled": "all data in one place, one adapter: what peers would reach if they could share their rows.",
-    "local": "each peer by itself; here the peers' own mean counts, not the average of adapters that never met.",
-    "fedavg": "after every round all peers take the average of all, as with a server.",
-    "dlora": "data, labels, adapter and optimiser stay on the device; the layers of the frozen model run in its cloud.",
-}
-_LOOKS = {
-    "dec-lora": (0, 0),
-    "dlora": (0, 0),
-    "pooled": (1, 1),
-    "local": (7, 2),
-    "fedavg": (2, 3),
-}  # colour and dashes of each run
+_LOOKS = {DEC_LORA: (0, 0), DLORA: (0, 0), POOLED: (1, 1), LOCAL: (7, 2), FEDAVG: (2, 3)}  # colour and dashes
 _GRAPHS = {
     "complete": "on a complete graph",
     "erdos-renyi": "on a random graph",
@@ -50,10 +38,10 @@ class Page:
 
     def __init__(self, config: Mapping[str, Any], start: Event, runs: list[RunRecord], summary: Mapping[str, Any]) -> None:
         self.config, self.start, self.runs, self.summary, self.finished = config, start, runs, summary, bool(summary)
-        self.main = next((run for run in runs if run.name == "dec-lora"), runs[0])
+        self.main = next((run for run in runs if run.arm is DEC_LORA), runs[0])
         self.names = [peer["name"] for peer in start["peers"]]
         self.split: Mapping[str, Any] = start.get("split") or {}
-        self.device = self.names[0] if self.main.name == "dlora" else None  # alone with its cloud: no peers, no graph
+        self.device = self.names[0] if self.main.arm is DLORA else None  # alone with its cloud: no peers, no graph
         self.one = self.alone and len(runs) == 1  # nobody to average or to compare with
         every = [event.get("consensus") or {} for run in runs for event in run.scores.values()]
         # Perplexity is the loss in words a reader knows; a task with options is judged by accuracy.
@@ -97,10 +85,9 @@ class Page:
         figure = f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
         who = self.title.replace("One participant", "one participant") if so_far and self.device is None else self.title
         parts = [f"{so_far}{who} reached {figure}" + ("" if self.alone else " together")]
-        phrases = {"pooled": "training on the pooled data {}", "fedavg": "FedAvg {}", "local": "alone they reached {}"}
-        for run in sorted(self.others, key=lambda run: run.name == "local"):
+        for run in sorted(self.others, key=lambda run: run.arm is LOCAL):
             if (final := self.final(run)) is not None:
-                parts.append(phrases.get(run.name, run.title + " {}").format(self.score(final)))
+                parts.append(run.arm.result.format(self.score(final)))
         return "; ".join(parts) + ("." if self.higher_is_better else " (lower is better).")
 
     @property
@@ -109,15 +96,15 @@ class Page:
         together = self.final(self.main)
         whose = "the adapter" if self.one else "the averaged adapter"
         cards = [(self.score(together), f"{self.key} of {whose}")] if together is not None else []
-        for name, words in (("local", "against each peer alone"), ("pooled", "against pooling all data")):
-            other = next((self.final(run) for run in self.others if run.name == name), None)
+        for arm in (LOCAL, POOLED):
+            other = next((self.final(run) for run in self.others if run.arm is arm), None)
             if together is not None and other is not None:
                 change = 100 * (together - other) if self.key == "accuracy" else together - other
                 digits, unit = (1, f"{NBSP}points") if self.key == "accuracy" else (2, "")
                 change = round(change, digits)
                 sign = "+" if change > 0 else "−" if change < 0 else "±"
                 better = "" if self.higher_is_better else "; lower is better"
-                cards.append((f"{sign}{abs(change):.{digits}f}{unit}", words + better))
+                cards.append((f"{sign}{abs(change):.{digits}f}{unit}", arm.against + better))
         moved = [(self.main.last(wire.of), wire.card) for wire in self.traffic]
         cards += [(bytes_text(count), words) for count, words in moved if count is not None]
         if (spent := self.fractions) is not None:
@@ -178,14 +165,14 @@ class Page:
 
     def cells(self, run: RunRecord) -> list[tuple[str, bool]]:
         """(text, whether it is the figure that counts) in the table of runs, behind the run's name."""
-        own = [] if self.one else [(self.part(run, "peers_mean"), run.name == "local")]
+        own = [] if self.one else [(self.part(run, "peers_mean"), run.arm.counts == "peers_mean")]
         moved = [bytes_text(run.last(wire.of)) for wire in self.traffic]
         plain = [self.best(run), *moved, seconds_text(run.last("seconds")), self.speed(run), self.tokens(run)]
-        return [(self.part(run, "consensus"), run.name != "local"), *own, *((text, False) for text in plain)]
+        return [(self.part(run, "consensus"), run.arm.counts == "consensus"), *own, *((text, False) for text in plain)]
 
     def run_title(self, run: RunRecord) -> str:
         """What the page calls a run."""
-        return "Alone" if self.one and self.device is None else run.title
+        return "Alone" if self.one and self.device is None else run.arm.title
 
     def score(self, value: float | None) -> str:
         """A score in words of this run's metric."""
@@ -208,7 +195,7 @@ class Page:
             for scores in (run.summary.get("best"), *logged)
             if scores and scores.get(self.key) is not None and scores["rounds_done"]  # before the first, nothing was trained
         ]
-        if run.name == "local" or not scored:
+        if run.arm.counts != "consensus" or not scored:
             return "–"
         best = (max if self.higher_is_better else min)(scored, key=lambda scores: scores[self.key])
         return f"{self.score(best[self.key])} after{NBSP}{best['rounds_done']}{NBSP}rounds"
@@ -280,8 +267,8 @@ class Page:
     def table_notes(self) -> list[tuple[str, str]]:
         """(word, what it means) for the runs there are and the columns."""
         better = "higher" if self.higher_is_better else "lower"
-        known = {} if self.one and self.device is None else _MEANINGS
-        notes = [(run.title, known[run.name]) for run in self.runs if run.name in known]
+        known = [] if self.one and self.device is None else [run.arm for run in self.runs if run.arm.meaning]
+        notes = [(arm.title, arm.meaning) for arm in known]
         return [
             *notes,
             (
@@ -296,7 +283,7 @@ class Page:
     @property
     def has_local(self) -> bool:
         """Whether there are scores of peers that never talked."""
-        return any(run.name == "local" and self._own(run) for run in self.runs)
+        return any(run.arm is LOCAL and self._own(run) for run in self.runs)
 
     @property
     def has_labels(self) -> bool:
@@ -313,7 +300,7 @@ class Page:
     @property
     def peer_rows(self) -> list[tuple[str, str, str, str, str]]:
         """(name, rows, labels, its own score in the main run, its score alone)."""
-        own, alone = self._own(self.main), self._own(next((run for run in self.runs if run.name == "local"), None))
+        own, alone = self._own(self.main), self._own(next((run for run in self.runs if run.arm is LOCAL), None))
 
         def score(of: Mapping[str, Any], name: str) -> str:
             return self.score((of.get(name) or {}).get(self.key))
@@ -351,7 +338,7 @@ class Page:
 
 def look(run: RunRecord) -> tuple[int, int]:
     """The colour and the dashes of a run, the same all over the page."""
-    return _LOOKS.get(run.name, (5, 3))
+    return _LOOKS.get(run.arm, (5, 3))
 
 
 def _label_text(labels: Mapping[str, int], between: str = " ") -> str:

@@ -91,7 +91,7 @@ class Pictures:
     def rounds(self) -> list[tuple[str, str]]:
         """(SVG, caption): consensus distance and training loss against rounds."""
         pictures = []
-        talkers = [run for run in self.page.runs if run.name != "pooled"]
+        talkers = [run for run in self.page.runs if not run.arm.pooled]
         apart = [self._series(run, run.by_round, "consensus_distance", positive=True) for run in talkers]
         apart = [one for one in apart if any(value is not None for value in one.y)]
         if apart:

@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from dlora.activity import Activity
+from dlora.arms import Arm, arm_of
 from dlora.errors import RunError
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
-TITLES = {"dec-lora": "Dec-LoRA", "dlora": "DLoRA", "pooled": "Pooled", "local": "Alone", "fedavg": "FedAvg"}
 BYTE_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 NBSP = "\u00a0"  # keeps a number and its unit on one line
 
@@ -157,14 +157,13 @@ class RunRecord:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def title(self) -> str:
-        """The run's name as people read it."""
-        return TITLES.get(self.name, self.name)
+    def arm(self) -> Arm:
+        """What it is in the comparison."""
+        return arm_of(self.name)
 
     def figure(self, event: Mapping[str, Any], key: str) -> float | None:
         """The figure that counts: the average's; for peers that never talk, the mean of their own."""
-        scores = event.get("peers_mean") if self.name == "local" else event.get("consensus")
-        return (scores or {}).get(key)
+        return (event.get(self.arm.counts) or {}).get(key)
 
     def last(self, of: str, default: Any = None) -> Any:
         """A field as the summary has it, else the last one logged that is not null."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dlora.arms import DLORA
 from dlora.config import Config
 from dlora.errors import CloudError, ConfigError
 from dlora.net.identity import Federation, FederationFile, Identity
@@ -18,7 +19,7 @@ from dlora.programs.run_lock import sole_use
 from dlora.programs.spent import Stopwatch, spent_before
 from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
 
-RUN = "dlora"
+RUN = DLORA.name
 
 
 def device(

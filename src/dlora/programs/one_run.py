@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlora.arms import ARMS
 from dlora.config import PeersSection, TopologySection
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
@@ -30,9 +31,8 @@ from dlora.runlog import RunLog
 class Run:
     """Who takes part, over which topology, and the state between two rounds.
 
-    ``name``: dec-lora; dlora, one device by itself; or a baseline on the same data and seed: local (nobody talks), fedavg
-    (everybody does, uniform weights), pooled (one participant, whose batch is all peers' batches joined). ``cloud_bytes``
-    counts what has gone between devices and their cloud in this process, where there is one.
+    ``name``: of its arm. A pooled arm has one participant, whose batch is all peers' batches joined. ``cloud_bytes`` counts
+    what has gone between devices and their cloud in this process, where there is one.
     """
 
     def __init__(
@@ -48,13 +48,12 @@ class Run:
     ) -> None:
         self.name, self.prepared, self.folder, self.log = name, prepared, folder, log
         self.group_size, self.stop, self.spent = group_size, stop, spent or Spent()
-        self.pooled = name == "pooled"
+        self.arm = ARMS[name]
         config = prepared.config
         self.local_steps = self._local_steps()
-        plain = name not in ("dec-lora", "dlora")  # the baselines
-        self.schedules = None if plain else Schedules(name, prepared, log.emit)
+        self.schedules = None if self.arm.baseline else Schedules(name, prepared, log.emit)
         self.scheduled = self.schedules.scheduled if self.schedules else None
-        self.training = Training(prepared, self.local_steps, group_size, self.pooled, self._tick_step, self.scheduled)
+        self.training = Training(prepared, self.local_steps, group_size, self.arm.pooled, self._tick_step, self.scheduled)
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
         self.trained = self.training.trained
@@ -103,7 +102,7 @@ class Run:
             self._round()
             self._after_round()
         consensus, peers = self._score(peers=True)
-        if self.name in ("dec-lora", "dlora"):
+        if not self.arm.baseline:
             with self.spent.on("saving"):
                 self._write_adapters()
         spent = self.schedules.spent if self.schedules else {}
@@ -162,21 +161,21 @@ class Run:
     def _local_steps(self) -> list[int]:
         """Of each participant in a round; pooled training takes as many as the peers do on average."""
         steps = self.prepared.local_steps
-        return [round(sum(steps) / len(steps))] if self.pooled else steps
+        return [round(sum(steps) / len(steps))] if self.arm.pooled else steps
 
     def _topology(self) -> Topology:
         """Who talks to whom: as configured, everybody (fedavg), or nobody."""
-        if self.name == "dec-lora":
+        if self.arm.talks == "as configured":
             return self.prepared.topology
         names = self.prepared.names
-        if self.name == "fedavg":
+        if self.arm.talks == "with all":
             return build_topology(TopologySection(kind="complete"), None, names)
-        alone = ("pooled",) if self.pooled else names
+        alone = ("pooled",) if self.arm.pooled else names
         return Topology("alone", alone, (torch.eye(len(alone), dtype=torch.float64).numpy(),))
 
     def _rule(self) -> Rule:
         """The configured rule for Dec-LoRA; the baselines are plain LoRA."""
-        return build_rule(self.prepared.config.peers if self.name == "dec-lora" else PeersSection())
+        return build_rule(self.prepared.config.peers if self.arm.talks == "as configured" else PeersSection())
 
     def _restore(self, stored: Checkpoint) -> None:
         state, here = stored.state, environment(self.group_size)
@@ -233,7 +232,7 @@ class Run:
         try:
             consensus = self.scoring.average(average(standing), first=not self.rounds_done)
             own: dict[str, Scores] = {}
-            if peers and not self.pooled and self.scoring.chosen:  # of one participant the average is its own
+            if peers and not self.arm.pooled and self.scoring.chosen:  # of one participant the average is its own
                 alone = len(self.local_steps) == 1
                 own = {self.prepared.names[0]: consensus.scores} if alone else self.scoring.peers(standing)
         except Interrupted as interrupted:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dlora.arms import DEC_LORA
 from dlora.decentralized.belief import Belief, copied
 from dlora.decentralized.exchange import BEATS, Exchange, Patience
 from dlora.decentralized.gossip import PeerGossip, Progress
@@ -33,7 +34,7 @@ from dlora.programs.spent import Spent
 from dlora.programs.training import Training
 from dlora.runlog import RunLog, read_log
 
-RUN = "dec-lora"
+RUN = DEC_LORA.name
 LOOK_S = 0.2  # between two looks at what another thread has found out
 HOLD_S = 10.0  # a link on which nothing is said yet; after net's FIRST_FRAME_S, 20, the other end would find that odd
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dlora.arms import DEC_LORA
 from dlora.config import Config
 from dlora.launchers import refuse_ranks
 from dlora.programs.account import Summary, conclude, introduction, summary
@@ -55,7 +56,7 @@ def _simulated(
     config = prepared.config
     folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
     prepared.keep_frame()
-    runs = ("dec-lora", *config.compare)
+    runs = (DEC_LORA.name, *config.compare)
     stored = {run: folder.latest(run) for run in runs}
     before = next((c.state["environment"]["group_size"] for c in stored.values() if c), None)
     group_size, one_at_a_time = find_grouping(prepared, before)
@@ -88,7 +89,7 @@ def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:
     """Check everything a run needs and say what it would be; nothing is written, where a run stands neither."""
     stands = RunFolder.standing(config)
     prepared = prepare(config, loading(listeners))
-    return introduction(prepared, ("dec-lora", *config.compare), find_grouping(prepared).size) | {
+    return introduction(prepared, (DEC_LORA.name, *config.compare), find_grouping(prepared).size) | {
         "local_steps": prepared.local_steps,
         **({"schedule": first_step(prepared)} if prepared.units else {}),
         **({"stands": stands} if stands else {}),
