@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from federation import free_ports
 from pages import ROOT, Walk, blocks
 
 import dlora
+from dlora.config import Config
+from dlora.data import load_data
 
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 LOG = "docs/lab-log.md"  # what was measured once, with the commands of that day
@@ -105,11 +108,44 @@ def test_every_file_that_a_page_names_is_there(page: str) -> None:
     assert page == LOG or [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+def headings(page: str) -> set[str]:
+    """The anchors of a page, as GitHub makes them."""
+    titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_section_that_a_page_points_to_is_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert page == LOG or re.findall(r"README, \"|\(README:", text) == []  # a link, so that this test sees it
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        target = os.path.normpath(Path(page).parent / link) if link else page
+        assert anchor in headings(target), f"{page}: {link}#{anchor}"
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
+
+
+def test_every_form_of_rows_that_the_page_shows_is_read(folder: Path) -> None:
+    table = (ROOT / "docs/runs.md").read_text(encoding="utf-8").partition("## The rows")[2].partition("## ")[0]
+    shown = re.findall(r"(?m)^\| ([\w-]+).* \| `(\{.*\})` \|$", table)
+    assert len(shown) == 8
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}"
+    for task, text in shown:
+        row = json.loads(text)
+        other = json.dumps(row | ({"label": "other"} if "label" in row else {}))
+        Path("rows.jsonl").write_text(f"{text}\n{other}\n")
+        columns = {"text": ["first", "second"] if "first" in row else "sentence"} if "label" in row else {}
+        labels = {"labels": [row["label"], "other"]} if "label" in row else {}
+        section = Config.parse({"model": "none", "data": {"train": "rows.jsonl", "eval": "rows.jsonl"} | columns | labels}).data
+        data = load_data(section, task, 1, tokenizer, 0)
+        [examples] = data.peers.values()
+        assert len(examples) == 2
 
 
 def rows(path: str, count: int, **fields: Callable[[int], Any]) -> None:
