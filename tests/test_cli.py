@@ -416,3 +416,23 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(fresh: Path, whole: Path)
     outcome = call("simulate", "run.yaml", "--resume")
     assert (outcome.exit_code, outcome.err) == (0, "")
     assert_as_if_uninterrupted(Path("run"), whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["simulate", "run.yaml"], "train.jsonl does not exist"),
+        (["simulate", "run.yaml", "--dry-run"], "train.jsonl does not exist"),
+        (["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"], "peers.members is missing"),
+        (
+            ["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f", "--set", "peers.members=[a,b]"],
+            "data.labels is missing",
+        ),
+        (["device", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"], "train.jsonl does not exist"),
+    ],
+)
+def test_what_the_config_tells_is_said_before_torch_is_loaded(arguments: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: none\ndata: {train: train.jsonl, eval: eval.jsonl}\n")
+    code = "import sys\nfrom dlora import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "False\n") and says in done.stderr

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "model_files",
     ),
     ("decentralized/finite_time", "lora/factors", "lora/kill_revive", "runlog"),
+    ("first_look",),
     ("chats", "config_example", "rows", "seeds", "activity"),
     ("row_files",),
     ("arrow_rows",),

@@ -104,6 +104,9 @@ def simulate(
     progress = Progress(quiet=as_json)
     with Stop("stopping", progress), progress:
         loaded = _load(config, set_)
+        from dlora.first_look import look
+
+        look(loaded, "dry-run", None)
         from dlora.programs import simulate as program
 
         plan = program.dry_run(loaded, listeners=[progress])
@@ -375,6 +378,9 @@ def _train(program: str, config: Path, overrides: list[str], as_json: bool, **ke
     progress = Progress(quiet=as_json)
     with resumable(progress) as stop, progress:
         loaded = _load(config, overrides)
+        from dlora.first_look import look  # without torch, which takes seconds to load
+
+        look(loaded, program, keys.get("name"))
         run = getattr(importlib.import_module(f"dlora.programs.{program}"), program)
         summary = run(loaded, **keys, listeners=[progress, stop.hear], stop=stop, whole_process=True)
     _print(summary, as_json, summary_table)

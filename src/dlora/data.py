@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.config import DataSection, PartitionSection
+from dlora.config import DataSection
 from dlora.data_checks import cut_counts, leaks, seen_share
 from dlora.errors import ConfigError, DataError
+from dlora.first_look import own_section
 from dlora.formats import IGNORED, Choice, Example, encode_causal, ends_by_token
 from dlora.labels import doubts, label_indices, label_names, leave_out
 from dlora.partition import by_owner, partition
@@ -87,18 +88,9 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
 def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False) -> FederatedData:
     """The rows of one real participant: all of ``data.train``, or its own file where that names one for each.
 
-    Raises as `load_data`, and ConfigError where labels would have to be guessed: with neighbours nobody sees those of all.
+    Raises as `load_data` and `own_section`.
     """
-    if isinstance(section.train, dict):
-        if name not in section.train:
-            raise ConfigError(f"data.train names no file for {name}; add one, or give this peer's own file alone")
-        section = section.model_copy(update={"train": section.train[name], "partition": PartitionSection()})
-    if section.partition.kind != "iid":
-        raise ConfigError(
-            f"data.partition {section.partition.kind} divides rows among peers; a real peer has its own: remove it"
-        )
-    if task == "classification" and section.labels is None and not alone:
-        raise ConfigError("data.labels is missing; a peer sees only its own labels, so the config must list all, in one order")
+    section = own_section(section, task, name, alone)
     train, names, said = _read_training(section, task, [])
     train = draw_rows(train, section.limit, seed, "train")
     labels = label_indices(section, train, names) if names else None

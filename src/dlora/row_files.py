@@ -31,7 +31,7 @@ def read_file(path: Path, columns: Sequence[str] | None) -> list[Row]:
     zipped = suffixes[-1:] == [".gz"]
     form = "".join(suffixes[-2:-1] if zipped else suffixes[-1:])
     if not path.exists():
-        raise DataError(f"{path} does not exist; {_beside(path)}")
+        raise not_there(path)
     if form not in FORMS or path.is_dir():
         found = "a folder" if path.is_dir() else f"a {form or 'nameless'} file"
         raise DataError(f"{path} is {found}; expected {', '.join(FORMS)}, one of these with .gz, or a folder of save_to_disk")
@@ -78,13 +78,15 @@ def _decode(raw: bytes, path: Path) -> str:
     return text
 
 
-def _beside(path: Path) -> str:
+def not_there(path: Path) -> DataError:
+    """The error of a file that is missing, with what lies where it should be."""
     folder = path.parent
     if not folder.is_dir():
-        return f"nor does its folder {folder}"
+        return DataError(f"{path} does not exist; nor does its folder {folder}")
     names = sorted(entry.name for entry in folder.iterdir())
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"beside it lies {near[0]}" if near else f"nothing in {folder} has a name like it"
+    beside = f"beside it lies {near[0]}" if near else f"nothing in {folder} has a name like it"
+    return DataError(f"{path} does not exist; {beside}")
 
 
 def _parse_json(text: str, where: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dlora.arrow_rows import Row as Row
 from dlora.arrow_rows import is_saved, read_saved
 from dlora.errors import DataError
-from dlora.row_files import read_file
+from dlora.row_files import not_there, read_file
 
 
 class PlacedRow(NamedTuple):
@@ -47,6 +47,17 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
     if not rows:
         raise DataError(f"{source} holds no rows; expected at least one")
     return rows
+
+
+def check_there(source: str) -> None:
+    """Raise DataError where `read_rows` would find nothing: what may be the name of a hub data set is not looked for."""
+    path, folder = Path(source), Path(source.rpartition(":")[0] or source)
+    try:
+        missing = not path.exists() and not folder.is_dir() and not _is_hub_name(path)
+    except OSError:  # a name of 300 letters, no right to look: the reader says so
+        return
+    if missing:
+        raise not_there(path)
 
 
 def read_placed(source: str | Mapping[str, str], columns: Sequence[str] | None, required: Sequence[str]) -> list[PlacedRow]:

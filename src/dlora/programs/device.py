@@ -8,6 +8,7 @@ from pathlib import Path
 from dlora.arms import DLORA
 from dlora.config import Config
 from dlora.errors import CloudError, ConfigError
+from dlora.first_look import refuse_comparison
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.account import Summary, conclude, introduction, summary
 from dlora.programs.halves import check_halves, check_room, far_cloud, teller
@@ -57,8 +58,7 @@ def device(
         )
     if listen is not None:
         raise ConfigError("--listen is for neighbours to dial: name them in peers.members, or remove it")
-    if config.compare:
-        raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
+    refuse_comparison(config)
     watch = Stopwatch(whole_process)
     if resume:
         RunFolder.check_same(config, name)

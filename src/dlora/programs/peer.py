@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import json
 import shutil
 import warnings
@@ -14,6 +13,7 @@ from pathlib import Path
 from dlora.config import Config
 from dlora.decentralized.ledger import Ledger
 from dlora.errors import CloudError, ConfigError, NeighbourError
+from dlora.first_look import members_of
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
 from dlora.programs.account import Summary, conclude, introduction, summary
@@ -48,7 +48,7 @@ def peer(
     another run or, once all is written, when the average may be wrong, CloudError when the cloud refuses this device.
     ``whole_process`` as for `simulate`.
     """
-    members = _members(config, name)
+    members = members_of(config, name)
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
     if config.split is not None:
@@ -156,20 +156,6 @@ def _finished(folder: RunFolder) -> Summary | None:
         return written if "consensus_peers" in written["runs"][RUN] else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
-
-
-def _members(config: Config, name: str) -> tuple[str, ...]:
-    members = config.peers.members
-    if members is None:
-        raise ConfigError("peers.members is missing; a real peer needs the names of all, such as members: [north, south, west]")
-    if name not in members:
-        near = difflib.get_close_matches(name, members, n=1)
-        raise ConfigError(
-            f"--name {name} is not in peers.members ({', '.join(members)})" + (f"; did you mean {near[0]}?" if near else "")
-        )
-    if config.compare:
-        raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
-    return members
 
 
 def _check_roles(config: Config, members: Sequence[str], listed: Federation) -> None:
