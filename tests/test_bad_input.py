@@ -185,7 +185,9 @@ def test_a_resumed_run_notices_another_model_of_the_same_name(after_a_run: Path,
 
 
 def test_the_output_folder_of_another_run_stays_as_it_is(after_a_run: Path) -> None:
-    assert_refuses(["output_dir run holds another run", "--set output_dir=", "--resume"], "simulate", "run.yaml")
+    again = ["simulate", "run.yaml"]
+    assert_refuses(["output_dir run holds this run", "--set output_dir=", "go on with --resume"], *again)
+    assert_refuses(["output_dir run holds another run", "--set output_dir=", "config.yaml"], *again, "--set", "seed=1")
     before = contents(Path())
     outcome = call("simulate", "run.yaml", "--dry-run")  # it writes nothing, and so has nothing to refuse
     assert (outcome.exit_code, contents(Path())) == (0, before)

@@ -96,7 +96,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 @pytest.mark.parametrize(
     ("template", "messages", "said"),
     [
-        (None, [ASSISTANT], "messages need a chat template, the tokenizer has none"),
+        (None, [ASSISTANT], "this is a chat, and the tokenizer of this model has no chat template"),
         (CHATML, "hello", "messages must be a list of {role, content}, both text"),
         (CHATML, [{"role": "user"}], "messages must be a list of {role, content}, both text"),
         (CHATML, [USER], "messages has no turn of the assistant"),

@@ -214,7 +214,7 @@ def test_a_key_that_others_can_read_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_the_folder_of_another_run_is_refused(finished: Finished) -> None:
-    assert "holds another run" in refused(finished.peers, *finished.peers.arguments("north"))
+    assert "holds this run" in refused(finished.peers, *finished.peers.arguments("north"))
 
 
 def test_a_run_resumes_only_with_its_own_config(finished: Finished) -> None:

@@ -174,3 +174,17 @@ def test_on_a_narrow_terminal_notes_stand_below_whole_and_the_bar_stays_whole() 
     assert shown[80][1].strip() == "Dec-LoRA: loss 0.693, accuracy 84.3 %, 1.4 MB"
     assert len(shown[160]) == 1 and "loss 0.693, accuracy 84.3 %, 1.4 MB" in shown[160][0]
     assert "…" not in "".join(shown[80] + shown[160])
+
+
+def test_a_score_of_an_earlier_round_says_so() -> None:
+    scores = {"event": "scores", "run": "dec-lora", "peers_mean": None, "consensus": {"accuracy": 0.178}}
+    with Progress(terminal()) as progress:
+        for event in (*STORY[1:3], scores | {"rounds_done": 0}, STORY[4]):
+            progress(event)
+        assert "accuracy 17.8 % before training" in drawn(progress)
+        progress(scores | {"rounds_done": 1})
+        assert "accuracy 17.8 %, 1.4 MB" in drawn(progress)
+        progress(STORY[4] | {"round": 1})
+        assert "accuracy 17.8 % after round 1" in drawn(progress)
+        progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})  # it has finished, as this peer has
+        assert "west gone" in drawn(progress)

@@ -202,6 +202,17 @@ def test_rows_that_were_cut_are_told(tmp_path: Path) -> None:
     assert "250 of 1,000 training rows; 12.5 % of what is learned is gone" in Page(write_report(folder)).text("dd")
 
 
+def test_what_is_doubtful_of_the_data_stands_under_the_headline(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, runs=("dec-lora",))
+    assert "Warning" not in Page(write_report(folder)).text("b")
+    start, *rest = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    facts = {"warnings": ["9 % of the <b>rows</b> are in training"], "data": {"eval": {"rows": 1045}}}
+    (folder / "log.jsonl").write_text("".join([json.dumps(json.loads(start) | facts) + "\n", *rest]))
+    page = Page(write_report(folder))
+    assert "Warning:" in page.text("b") and "9 % of the <b>rows</b> are in training." in page.text("p")
+    assert "of the averaged adapter on 1,045 rows" in page.text("li")
+
+
 def test_scores_before_training_are_no_best_ones(tmp_path: Path) -> None:
     """A run that only lost by training names the best of what it trained, not what it began with."""
     folder = make_run(tmp_path, runs=("dec-lora",))

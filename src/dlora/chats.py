@@ -31,7 +31,10 @@ def encode_chat(
     of the user. Raises DataError naming ``place``: no template, turns that are none, a template that refuses or leaves out.
     """
     if not tokenizer.chat_template:
-        raise DataError(f"{place}: messages need a chat template, the tokenizer has none; take prompt + completion")
+        raise DataError(
+            f"{place}: this is a chat, and the tokenizer of this model has no chat template; take a model that has one, or write"
+            " the columns prompt and completion"
+        )
     turns = _checked(messages, place, first)
     functions = _functions(tools, place)
     if fold_system and turns[0]["role"] == "system":

@@ -36,7 +36,7 @@ class LoraSection(Section):
     r: int = Field(8, ge=1, description="rank of every pair (A, B)")
     lora_alpha: float = Field(16, gt=0, description="scaling = lora_alpha / r")
     lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="above 0 `simulate` draws other masks than real peers, unless peers.group_size is 1"
+        0.0, ge=0, lt=1, description="`simulate` draws one mask for all; with peers.group_size 1 one for each, as real peers do"
     )
     target_modules: Literal["all-linear"] | tuple[Text, ...] | Text = Field(
         "all-linear", description="all-linear: the linears of the transformer blocks; else names or one regex, as in PEFT"
@@ -48,7 +48,7 @@ class LoraSection(Section):
     frame: Text | None = Field(
         None,
         min_length=1,
-        description="core: file of those directions, handed round: read, or made where there is none; null: found here",
+        description="core: the file of these directions; read, or written if it is not there; null: computed from the model",
     )
 
     @model_validator(mode="before")
@@ -144,14 +144,16 @@ class TrainSection(Section):
     gradient_accumulation_steps: int = Field(1, ge=1, description="micro-batches in one optimiser step")
     learning_rate: float = Field(1e-3, gt=0, description="the highest of the run")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd without momentum")
-    optimizer_state: Literal["keep", "reset"] = Field("keep", description="the moments after a mix: kept or zeroed")
-    weight_decay: float = Field(0.0, ge=0, description="of all that trains")
+    optimizer_state: Literal["keep", "reset"] = Field("keep", description="AdamW's moments after a mix: kept, or set to zero")
+    weight_decay: float = Field(0.0, ge=0, description="of everything that trains")
     max_grad_norm: float | None = Field(1.0, gt=0, description="per participant; null: no clipping")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how the learning rate falls over the run"
     )
     warmup_steps: int = Field(0, ge=0, description="local steps over which the learning rate rises from 0")
-    model_dropout: float | None = Field(0.0, ge=0, lt=1, description="of the frozen model; null: its own; as lora_dropout")
+    model_dropout: float | None = Field(
+        0.0, ge=0, lt=1, description="dropout inside the frozen model; null: what its own config says; see lora_dropout"
+    )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer")
 
     @model_validator(mode="after")
@@ -188,7 +190,7 @@ class PeersSection(Section):
     """The participants and how they agree."""
 
     count: int | None = Field(
-        None, ge=1, description="null: as many as the partition names (shares, sizes, files, column values)"
+        None, ge=1, description="how many; iid and dirichlet need it; null: as many as shares, sizes, files or column values"
     )
     topology: TopologySection = TopologySection()
     weights: Literal["metropolis", "laplacian"] | None = Field(
@@ -197,14 +199,14 @@ class PeersSection(Section):
     rule: Literal["factor", "ffa", "alternate"] = Field(
         "factor", description="factor: the paper; ffa: A frozen; alternate: one factor trains, both are mixed"
     )
-    period: int = Field(5, ge=1, description="alternate: rounds before the other factor's turn")
+    period: int = Field(5, ge=1, description="rule alternate: rounds after which the other factor trains")
     wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of what is sent")
     members: tuple[Text, ...] | None = Field(None, description="names instead of a count: who takes part (`dlora peer`)")
     silence_s: float = Field(60, gt=0, description="a neighbour from which nothing comes for so long is left out of the round")
     round_limit_s: float = Field(3600, gt=0, description="the longest a round waits for a neighbour, whatever still comes")
     catch_up_after: int = Field(10, ge=1, description="rounds behind its neighbours after which a peer takes their state")
     group_size: int | None = Field(
-        None, ge=1, description="participants trained at once; null: as many as fit, one where the model mixes them"
+        None, ge=1, description="participants in one forward; null: as many as fit; one where the model would mix their rows"
     )
 
     @model_validator(mode="after")
@@ -230,14 +232,15 @@ class SplitSection(Section):
     )
     pipeline: int = Field(1, ge=1, description="micro-batches on their way at once, so that the cloud works while one travels")
     silence_s: float = Field(
-        60, gt=0, description="a cloud that owes an answer for so long is told of; a device with neighbours is away meanwhile"
+        60, gt=0, description="a cloud that gives no answer for so long is reported; its devices are away for their neighbours"
     )
 
 
 class ScheduleSection(Section):
     """Which units train now. A unit is a group of modules that share one input: query, key and value; gate and up; ...
 
-    But for ``units``, what a kind has no use for has no effect, so that one file serves all kinds: `--set schedule.kind=all`.
+    A key that a kind does not use has no effect, so that one file serves all kinds: `--set schedule.kind=all`. Only `units` is
+    refused.
     """
 
     kind: Literal["all", "static", "random", "probe", "kr"] = Field(
@@ -247,20 +250,23 @@ class ScheduleSection(Section):
         0.125,
         gt=0,
         le=1,
-        description="kr, random, probe: of the adapter traffic when all are active; the active units' is at most that, or"
-        " that of one unit where it alone has more",
+        description="kr, random, probe: the part of the adapter traffic that the active units may have together; one unit is"
+        " always active, even if it has more",
     )
     on_kill: Literal["hand-off", "drop"] = Field(
         "hand-off",
-        description="of a killed unit's factors; hand-off: still count, a cloud is sent them; drop: stay here, left out",
+        description="factors of a killed unit; hand-off: the model still uses them, and a cloud is sent them; drop: they are"
+        " kept on the device, and the model does not use them",
     )
     period: int = Field(
-        100, ge=1, description="local steps between two draws (random) or between the beginnings of two trials (kr)"
+        100, ge=1, description="random: local steps between two draws; kr: local steps between the starts of two trials"
     )
-    warmup_steps: int = Field(80, ge=1, description="kr: local steps of the first rotation; probe: with everything active")
+    warmup_steps: int = Field(
+        80, ge=1, description="local steps; kr: of the first rotation, which tries every unit; probe: with all units active"
+    )
     rewarm_steps: int = Field(5, ge=1, description="local steps over which a revived unit's learning rate rises again")
     units: tuple[Text, ...] | None = Field(
-        None, description="static: modules by name or by the end of it; the units that hold them are active"
+        None, description="static: names of modules, or the ends of names; the units that hold them are active"
     )
 
     @model_validator(mode="after")
@@ -276,7 +282,9 @@ class Config(Document):
     """One run. `Config.load` reads it from YAML; every field has a default that works but `model`'s and `data`'s."""
 
     model: Text = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
-    task: Literal["classification", "causal-lm"] = Field("classification", description="a class of a text, or text after text")
+    task: Literal["classification", "causal-lm"] = Field(
+        "classification", description="classification: one label for a text; causal-lm: a model that writes text"
+    )
     pooling: Literal["mean"] | None = Field(
         None,
         description="classification: null is the model's own head; mean: mean over tokens and one linear (sentence encoders)",
@@ -355,7 +363,7 @@ class LimitsSection(Section):
     memory_bytes: int | None = Field(
         None, ge=1, description="for what all devices have on their way; null: 60 % of what is free once the model is loaded"
     )
-    idle_s: float = Field(120, gt=0, description="what a device left unfinished is forgotten when it is silent for so long")
+    idle_s: float = Field(120, gt=0, description="work of a device that is silent for so long is dropped")
 
 
 class CoreSection(Section):
@@ -363,7 +371,7 @@ class CoreSection(Section):
 
     r: int = Field(ge=1, description="rank of the frame; that of the devices' lora.r")
     frame: Text = Field(
-        min_length=1, description="its file, for the devices too (lora.frame): read, or made where there is none"
+        min_length=1, description="its file; read, or written if it is not there; devices need a copy (lora.frame)"
     )
 
 

@@ -25,8 +25,10 @@ _GIVEN: dict[str, Any] = {
 
 def example(document: type[Config | CloudConfig]) -> str:
     """The commented YAML of a run or a cloud; blocks that are null by default stand behind #."""
-    head = "a run (dlora simulate, peer, device)" if document is Config else "a cloud (dlora cloud)"
-    lines = [f"# Every key of {head} with its default. What has no default must be given."]
+    run = document is Config
+    head = "a run (dlora simulate, peer, device)" if run else "a cloud (dlora cloud)"
+    lines = [f"# Every key of {head} with its default; what has one can be left out."]
+    lines.append(f"# {'To begin, model, data.train, data.eval and peers.count are enough' if run else 'To begin, model is enough'}.")
     return "\n".join([*lines, *_block(document, "")]) + "\n"
 
 

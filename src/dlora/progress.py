@@ -45,9 +45,11 @@ class Progress:
         self._runs: dict[str, bars.TaskID] = {}
         self._notes: dict[str, dict[str, str]] = {}  # run -> loss, score, units, bytes: what stands behind its bar
         self._rounds: dict[str, int] = {}
+        self._done: dict[str, int] = {}  # rounds
         self._activities: dict[str, Activity] = {}  # of runs with a schedule
         self._local_steps: dict[str, list[int]] = {}
-        self._neighbours: dict[str, str] = {}  # of a real peer: here, away or refused
+        self._neighbours: dict[str, str] = {}  # of a real peer: here, away, gone (once this peer is done) or refused
+        self._scored: dict[str, tuple[int, str]] = {}  # the last score, and how many rounds were done then
         self._metric = "loss"
         self._passing: bars.TaskID | None = None  # the phase or the scoring that shows now and then goes
 
@@ -98,20 +100,26 @@ class Progress:
                 self._show_rounds(event["run"], event["round"] + 1)
                 sent = {"sent": bytes_text(event["bytes_on_wire"])} if event["bytes_on_wire"] else {}
                 self._note(event["run"], loss=f"loss {score_text(event['loss'], 'loss')}", **sent, **_with_cloud(event))
+                if (scored := self._scored.get(event["run"])) and scored[0] <= event["round"]:
+                    when = f"after round {scored[0]}" if scored[0] else "before training"
+                    self._note(event["run"], score=f"{scored[1]} {when}")
             case "scores":
                 self._forget()
                 self._note(event["run"], **_with_cloud(event))
                 scores = event[arm_of(event["run"]).counts] or {}
                 if scores.get(self._metric) is not None:
                     name = "scored loss" if self._metric == "loss" else self._metric
-                    self._note(event["run"], score=f"{name} {score_text(scores[self._metric], self._metric)}")
+                    text = f"{name} {score_text(scores[self._metric], self._metric)}"
+                    self._scored[event["run"]] = event["rounds_done"], text
+                    self._note(event["run"], score=text)
             case "run-done":
                 self._forget()
                 bar = self._bar(event["run"])
                 total = next(task.total for task in self._bars.tasks if task.id == bar)
                 self._bars.update(bar, total=total or 1, completed=total or 1)
             case "linked" | "unlinked" | "refused" as what:
-                self._neighbours[event["neighbour"]] = {"linked": "here", "unlinked": "away", "refused": "refused"}[what]
+                away = "gone" if self._done.get(DEC_LORA.name, 0) >= self._rounds.get(DEC_LORA.name, 1) else "away"
+                self._neighbours[event["neighbour"]] = {"linked": "here", "unlinked": away, "refused": "refused"}[what]
                 here = ", ".join(f"{name} {state}" for name, state in sorted(self._neighbours.items()))
                 self._note(DEC_LORA.name, neighbours=here)
             case "interrupted" | "done":
@@ -134,6 +142,7 @@ class Progress:
         return self._runs[run]
 
     def _show_rounds(self, run: str, rounds_done: int) -> None:
+        self._done[run] = rounds_done
         total = f"/{self._rounds[run]}" if run in self._rounds else ""
         self._bars.update(self._bar(run), done=f"{rounds_done}{total} rounds")
 

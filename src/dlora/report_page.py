@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dlora.arms import DEC_LORA, DLORA, FEDAVG, LOCAL, POOLED
@@ -95,7 +96,7 @@ class Page:
         """The few numbers to remember: (number, what it is)."""
         together = self.final(self.main)
         whose = "the adapter" if self.one else "the averaged adapter"
-        cards = [(self.score(together), f"{self.key} of {whose}")] if together is not None else []
+        cards = [(self.score(together), f"{self.key} of {whose}{self.judged}")] if together is not None else []
         for arm in (LOCAL, POOLED):
             other = next((self.final(run) for run in self.others if run.arm is arm), None)
             if together is not None and other is not None:
@@ -112,6 +113,13 @@ class Page:
             cards.append((traffic, f"of the adapter's traffic saved by the schedule ({self.reckoned})"))
             cards.append((flops, f"of the device's FLOPs for the adapter saved by the schedule ({self.reckoned})"))
         return cards
+
+    @property
+    def judged(self) -> str:
+        """On how many rows of which file every score is; empty where the log does not say."""
+        rows = ((self.start.get("data") or {}).get("eval") or {}).get("rows")
+        source = (self.config.get("data") or {}).get("eval")
+        return (f" on {rows:,} rows" + (f" of {Path(source).name}" if isinstance(source, str) else "")) if rows else ""
 
     @property
     def steps_done(self) -> int:
@@ -273,7 +281,7 @@ class Page:
             *notes,
             (
                 self.key.capitalize(),
-                f"{better} is better" + ("." if self.one else "; in bold the figure that counts."),
+                f"{better} is better" + ("." if self.one else "; the bold figure is the result."),
             ),
             *((wire.column, wire.meaning) for wire in self.traffic),
             ("Steps/s", f"local steps{'' if self.one else ' of all participants'} in a second."),

@@ -28,7 +28,14 @@ class Pictures:
         page, through = self.page, self.page.device is not None
         better = "higher" if page.higher_is_better else "lower"
         diamonds = "" if page.alone else " Diamonds: the mean of the peers' own scores, from the worst peer to the best."
-        axes = [("rounds_done", "rounds done", 1.0, f"Score after each round; {better} is better.{diamonds}")]
+        axes = [
+            (
+                "rounds_done",
+                "rounds done",
+                1.0,
+                f"The score wherever it was measured, joined by lines; {better} is better.{diamonds}",
+            )
+        ]
         for wire in page.traffic:
             unit, factor = unit_of(page.main.last(wire.of, 0), BYTE_UNITS)
             axes.append((wire.of, f"{wire.axis} ({unit})", factor, wire.caption))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -52,11 +53,12 @@ class RunFolder:
     @classmethod
     def check_new(cls, config: Config) -> None:
         """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
-        check_unused(Path(config.output_dir))
-        cls._check_empty(Path(config.output_dir))
+        path = Path(config.output_dir)
+        check_unused(path)
+        cls._check_empty(path, config)
 
     @staticmethod
-    def _check_empty(path: Path) -> None:
+    def _check_empty(path: Path, config: Config) -> None:
         try:
             taken = path.exists() and (not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir()))
         except (OSError, ValueError) as error:  # 300 letters, no right to look
@@ -65,8 +67,16 @@ class RunFolder:
             if not (path / "config.yaml").is_file():
                 what = "holds files that are no run" if path.is_dir() else "is a file"
                 raise RunError(f"output_dir {path} {what}; choose another with --set output_dir=..., or remove it")
+            same = False
+            with contextlib.suppress(RunError):  # its config is damaged
+                same = read_config(path) == config
+            if same:
+                raise RunError(
+                    f"output_dir {path} holds this run; go on with --resume, or choose another with --set output_dir=..."
+                )
             raise RunError(
-                f"output_dir {path} holds another run; choose another with --set output_dir=..., remove it, or add --resume"
+                f"output_dir {path} holds another run; choose another with --set output_dir=..., or go on with that one by its"
+                " own config.yaml and --resume"
             )
 
     @classmethod
@@ -111,7 +121,7 @@ class RunFolder:
     def create(cls, config: Config) -> RunFolder:
         """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
         folder = cls(Path(config.output_dir))
-        cls._check_empty(folder.path)
+        cls._check_empty(folder.path, config)
         folder._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
