@@ -28,7 +28,9 @@ def example(document: type[Config | CloudConfig]) -> str:
     run = document is Config
     head = "a run (dlora simulate, peer, device)" if run else "a cloud (dlora cloud)"
     lines = [f"# Every key of {head} with its default; what has one can be left out."]
-    lines.append(f"# {'To begin, model, data.train, data.eval and peers.count are enough' if run else 'To begin, model is enough'}.")
+    lines.append(
+        f"# {'To begin, model, data.train, data.eval and peers.count are enough' if run else 'To begin, model is enough'}."
+    )
     return "\n".join([*lines, *_block(document, "")]) + "\n"
 
 
