@@ -32,8 +32,8 @@ def encode_chat(
     """
     if not tokenizer.chat_template:
         raise DataError(
-            f"{place}: this is a chat, and the tokenizer of this model has no chat template; take a model that has one, or write"
-            " the columns prompt and completion"
+            f"{place}: this is a chat, and the tokenizer of this model has no chat template; take a model that has one, or"
+            " write the columns prompt and completion"
         )
     turns = _checked(messages, place, first)
     functions = _functions(tools, place)
