@@ -206,12 +206,15 @@ def test_set_overrides_the_config(work: Path) -> None:
     assert resolved["lora"]["r"] == 4  # what was not overridden
 
 
+@pytest.mark.filterwarnings("always")
 def test_a_dry_run_where_a_run_stands_says_so_and_writes_nothing(work: Path) -> None:
     before = contents(work)
-    for changes, says in ([], "run holds this run already: --resume goes on with it"), (["--set", "seed=1"], "another run"):
-        outcome = call("simulate", "run.yaml", "--dry-run", *changes)
-        assert (outcome.exit_code, outcome.err) == (0, "")
-        assert says in words(outcome.out) and "would run dec-lora" in outcome.out
+    outcome = call("simulate", "run.yaml", "--dry-run")
+    assert (outcome.exit_code, outcome.err) == (0, "")
+    assert "run holds this run already: --resume goes on with it" in words(outcome.out) and "would run dec-lora" in outcome.out
+    outcome = call("simulate", "run.yaml", "--dry-run", "--set", "seed=1")
+    assert outcome.exit_code == 0 and "would run dec-lora" in outcome.out
+    assert outcome.err.startswith("warning: output_dir run holds another run, so this one would not start (resume: seed was 0")
     assert contents(work) == before
 
 
@@ -436,3 +439,10 @@ def test_what_the_config_tells_is_said_before_torch_is_loaded(arguments: list[st
     code = "import sys\nfrom dlora import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "False\n") and says in done.stderr
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_rank_above_what_a_weight_can_have_is_doubted(work: Path) -> None:
+    outcome = call("simulate", "run.yaml", "--dry-run", "--set", "output_dir=other", "--set", "lora.r=100")
+    assert outcome.exit_code == 0
+    assert re.search(r"warning: lora.r 100: \S+ has only 64 rows or columns, a rank above that adds nothing\n", outcome.err)

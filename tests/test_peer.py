@@ -248,3 +248,26 @@ def test_peers_in_different_runs_name_the_key_and_both_values(tmp_path: Path, mo
         assert said is not None, outcome.err
         assert values[name] in said[1] and values[other] in said[2]
         assert peers.rounds_done(name) == 0
+
+
+@pytest.mark.slow
+def test_a_key_that_the_others_do_not_know_is_said_and_nobody_is_done(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    """One organisation made a new key and did not send it: a person must not find that in a log only."""
+    patience = {"peers.silence_s": 1, "peers.round_limit_s": 2, "train.rounds": 2}
+    pair = Federation(tmp_path, model_folder("bert"), patience, names=("north", "south"))
+    listed = identity.Federation.load(tmp_path / "federation.yaml")
+    (tmp_path / "new").mkdir()
+    key, member = new_identity("south", listed.member("south").address, "peer", tmp_path / "new")
+    federation = tmp_path / "new" / "federation.yaml"
+    federation.write_text(federation_text([tmp_path / "north.member.yaml", member]))
+    pair.start("north")
+    pair.start("south", "--key", str(key), "--federation", str(federation))
+    ends = pair.finish_all()
+    assert {name: end.exit_code for name, end in ends.items()} == {"north": 3, "south": 3}
+    said = " ".join(end.err for end in ends.values())
+    assert "shows a certificate that the federation file here does not list for it" in said
+    for name, other in (("north", "south"), ("south", "north")):
+        assert f"{name} trained alone: no round was mixed with {other}" in ends[name].err
+        assert (pair.run(name) / "consensus" / "adapter_model.safetensors").exists()

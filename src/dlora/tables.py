@@ -24,7 +24,17 @@ def summary_table(summary: dict[str, Any]) -> Group:
         if run.get("consensus_peers", len(summary["peers"])) < len(summary["peers"]):
             scores[0] += f" ({run['consensus_peers']} of {len(summary['peers'])})"
         table.add_row(name, *scores, *(bytes_text(moved[wire]) for wire in wires or ["on wire"]))
-    return Group(table, *([_time_table(summary)] if summary.get("spent_s") else []))
+    edges = [edge for run in summary["runs"].values() for edge in run.get("edges", {}).items()]
+    left_out = [_edge_table(edges)] if any(edge["left_out"] or edge["in_doubt"] for _, edge in edges) else []
+    return Group(table, *left_out, *([_time_table(summary)] if summary.get("spent_s") else []))
+
+
+def _edge_table(edges: list[tuple[str, dict[str, int]]]) -> Table:
+    """Of a real peer with whom not every round was mixed."""
+    table = Table("neighbour", "rounds mixed", "left out", "in doubt", box=None)
+    for name, edge in edges:
+        table.add_row(name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt")))
+    return table
 
 
 def _time_table(summary: dict[str, Any]) -> Table:

@@ -305,6 +305,11 @@ class GrpcNetwork:
         if "Socket closed" in text:
             self._hung_up[name] += 1
             text = self._watch.hung_up() if self._hung_up[name] == HANG_UPS else ""
+        elif "CERTIFICATE_VERIFY_FAILED" in text:
+            text = (
+                f"{name} shows a certificate that the federation file here does not list for it; compare what `dlora identity"
+                " show` says of the federation files at both ends"
+            )
         elif code is not grpc.StatusCode.PERMISSION_DENIED and "handshake failed" not in text:
             text = ""
         if text and self._said.get(name) != text:

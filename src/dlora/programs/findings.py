@@ -29,6 +29,8 @@ class Findings:
             case "caught-up":  # they were ahead in truth
                 for neighbour in fields["neighbours"]:
                     self._found.pop(("not-followed", neighbour), None)
+                ahead, place = ", ".join(fields["neighbours"]), f"from round {fields['was']} to {fields['round']}"
+                self._keep(event, self.name, f"it was far behind, and took the state of {ahead} to go {place}")
 
     def _keep(self, kind: str, neighbour: str, text: str) -> None:
         self._found.setdefault((kind, neighbour), text)

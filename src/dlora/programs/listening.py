@@ -40,7 +40,8 @@ def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
                 continue  # a machine without IPv6; gRPC then takes the IPv4 wildcard
             what = "another program does" if error.errno == errno.EADDRINUSE else error.strerror
             raise ConfigError(
-                f"cannot listen on {listen}: {what}; stop that program or give another HOST:PORT to {option}"
+                f"cannot listen on {listen}: {what}; stop that program or give another HOST:PORT to {option} (others still"
+                " dial the address of the member file)"
             ) from None
     return host, int(port)
 

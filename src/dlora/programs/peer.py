@@ -8,6 +8,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from dlora.config import Config
@@ -98,7 +99,7 @@ def _took_part(
             federation,
             neighbours,
             listen,
-            lambda reason: log.emit("connection-refused", reason=reason),
+            partial(_tell_of_refusal, log),
             on_certificate=certificate_teller(log),
         )
         finished, position = _finished(folder), ledger.position
@@ -119,7 +120,7 @@ def _took_part(
                     and ledger.position == position
                     and _said(finished) == (num_peers, run.findings.warnings(num_peers))
                 ):
-                    _tell(run.findings, num_peers)
+                    _tell(run.findings, num_peers, finished)
                     return finished  # no doubt was settled and nobody new is in the average: all is as it was
                 result = run.finish(consensus, num_peers)
         except (NeighbourError, CloudError):
@@ -131,8 +132,15 @@ def _took_part(
         summed = summary(prepared, {RUN: result}, manifest, 1, result["seconds"], name)
         log.emit("done", seconds=result["seconds"])
     concluded = conclude(folder, summed, watch)
-    _tell(run.findings, num_peers)
+    _tell(run.findings, num_peers, concluded)
     return concluded
+
+
+def _tell_of_refusal(log: RunLog, reason: str) -> None:
+    """In the log; on the terminal too where this peer dialled, for it is one of its own neighbours and no stranger."""
+    log.emit("connection-refused", reason=reason)
+    if reason.startswith("dialling "):
+        warnings.warn(reason, stacklevel=2)
 
 
 def _said(finished: Summary) -> tuple[int, list[str]]:
@@ -141,10 +149,16 @@ def _said(finished: Summary) -> tuple[int, list[str]]:
     return told["consensus_peers"], told.get("warnings", [])
 
 
-def _tell(findings: Findings, num_peers: int) -> None:
-    """Warn of what was found. Raises NeighbourError where the average may be wrong; all is written by then."""
+def _tell(findings: Findings, num_peers: int, concluded: Summary) -> None:
+    """Warn of what was found. Raises NeighbourError where the average may be wrong or nobody's; all is written by then."""
     for text in findings.warnings(num_peers):
         warnings.warn(text, stacklevel=2)
+    edges = concluded["runs"][RUN].get("edges", {})
+    if edges and num_peers == 1 and not any(edge["mixed"] for edge in edges.values()):
+        raise NeighbourError(
+            f"{findings.name} trained alone: no round was mixed with {', '.join(edges)}, and log.jsonl says why; everything"
+            " is written; once they can be reached, start anew in another output_dir"
+        )
     if blamed := findings.blamed(num_peers):
         raise NeighbourError(blamed)
 

@@ -153,6 +153,7 @@ def prepare(
         weights_hash = fingerprint(frozen.network, but=frozen.head)
         model = attach(frozen, config.lora, config.task, config.seed, _kept_frame(config, resume))
         try_model(model, next(iter(data.peers.values()))[:2], tokenizer.pad_token_id, config.model)
+    _doubt_rank(config.lora.r, model.initial)
     units = () if config.schedule.kind == "all" else _units(config, model, half)
     named_units(config.schedule.units or (), units)  # that they are there
     manifest: dict[str, Any] = {
@@ -180,6 +181,15 @@ def prepare(
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
     return Prepared(config, data, topology, model, streams, tokenizer, manifest, units, half=half)
+
+
+def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
+    """Warn of a rank that no update of a weight can have: (out, in) has at most the smaller of the two."""
+    pairs = [(name, initial[name], initial[f"{name[:-1]}B"]) for name in initial if name.endswith("lora_A")]
+    smallest, where = min(((min(a.shape[-1], b.shape[-2]), name) for name, a, b in pairs), default=(r, ""))
+    if r > smallest:
+        where = where.removesuffix(".lora_A")
+        warnings.warn(f"lora.r {r}: {where} has only {smallest} rows or columns, a rank above that adds nothing", stacklevel=3)
 
 
 def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:

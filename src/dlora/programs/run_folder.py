@@ -81,7 +81,7 @@ class RunFolder:
 
     @classmethod
     def standing(cls, config: Config) -> str | None:
-        """What to know where ``output_dir`` holds a run already; None where a new one can begin. RunError as `check_new`."""
+        """What to know where ``output_dir`` holds this run already, else None; warns of another. RunError as `check_new`."""
         path = Path(config.output_dir)
         if not (path / "config.yaml").is_file():
             cls.check_new(config)
@@ -89,7 +89,8 @@ class RunFolder:
         try:
             cls.check_same(config)
         except RunError as error:
-            return f"{path} holds another run ({error})"
+            warnings.warn(f"output_dir {path} holds another run, so this one would not start ({error})", stacklevel=2)
+            return None
         return f"{path} holds this run already: --resume goes on with it, a new one takes --set output_dir=..."
 
     @classmethod
