@@ -74,6 +74,7 @@ LEFT_OUT = {
         "dlora device run.yaml --name phone --key phone.key --federation federation.yaml --set output_dir=run2": (
             "Ctrl-C and --resume; tests/test_device_faults.py"
         ),
+        "from datasets import load_dataset": "a language model in a second cloud; tests/test_inputs.py trains so, against PEFT",
         "dlora identity new tablet": "three devices; tests/test_phones_with_neighbours.py runs them",
         "[Unit]": "a systemd unit",
         "dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml --set model=t5": (
