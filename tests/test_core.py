@@ -263,6 +263,18 @@ def test_peers_whose_frames_differ_are_told_what_to_do() -> None:
     assert "rounds is 3 at north and 4 at south; make them alike" in said
 
 
+def test_of_long_values_the_part_that_differs_is_told() -> None:
+    targets = [f"encoder.layer.{number}.query" for number in range(40)]
+    ours, theirs = {"lora": {"r": 8, "targets": targets}}, {"lora": {"r": 4, "targets": targets}}
+    said = difference("north", json.dumps(ours), "south", json.dumps(theirs))
+    assert said == "south is in another run: lora.r is 8 at north and 4 at south; make them alike"
+    theirs = {"lora": {"r": 8, "targets": [*targets[:-1], "pooler"]}}
+    said = difference("north", json.dumps(ours), "south", json.dumps(theirs))
+    assert 'lora.targets (where they differ) is ["encoder.layer.39.query"] at north and ["pooler"] at south' in said
+    said = difference("north", json.dumps(ours), "south", json.dumps({"lora": "none"}))
+    assert 'and "none" at south' in said
+
+
 @pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("bert", "int8")])
 def test_a_quantised_base_has_a_frame_of_what_it_computes(make_config: MakeConfig, family: str, quantization: str) -> None:
     pytest.importorskip("bitsandbytes")

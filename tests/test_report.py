@@ -382,6 +382,17 @@ def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path:
     assert "north 5 1 0" in cells and "west 6 0 0" in cells
     assert "north –" in cells and "south 101" in cells
     assert "sent by all peers" not in page.text()
+    assert "north was left out of 1 of 6 rounds." in page.text("p")
+
+
+def test_an_average_of_some_is_not_the_result_of_all(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, runs=("dec-lora",), names=["north", "south", "west"])
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["runs"]["dec-lora"] |= {"consensus_peers": 1, "warnings": ["the average is of 1 of 3 peers"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = Page(write_report(folder)).text("p")
+    assert "The average of 1 of the 3 peers on a ring reached 84.3 % accuracy." in text
+    assert "the average is of 1 of 3 peers." in text and "together" not in text
 
 
 CLOUD = {"cloud": "<hub>", "wire": "int8", "pipeline": 4}

@@ -86,6 +86,9 @@ class Page:
         figure = f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
         who = self.title.replace("One participant", "one participant") if so_far and self.device is None else self.title
         parts = [f"{so_far}{who} reached {figure}" + ("" if self.alone else " together")]
+        averaged = self.main.summary.get("consensus_peers", len(self.names))
+        if averaged < len(self.names):
+            parts = [f"The average of {averaged} of the {who} reached {figure}"]
         for run in sorted(self.others, key=lambda run: run.arm is LOCAL):
             if (final := self.final(run)) is not None:
                 parts.append(run.arm.result.format(self.score(final)))
@@ -113,6 +116,17 @@ class Page:
             cards.append((traffic, f"of the adapter's traffic saved by the schedule ({self.reckoned})"))
             cards.append((flops, f"of the device's FLOPs for the adapter saved by the schedule ({self.reckoned})"))
         return cards
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful: of the data, and of a real peer's neighbours."""
+        edges = self.main.summary.get("edges") or {}
+        left_out = [
+            f"{name} was left out of {edge['left_out']:,} of {sum(edge.values()):,} rounds"
+            for name, edge in edges.items()
+            if edge["left_out"]
+        ]
+        return [*self.start.get("warnings", []), *(self.main.summary.get("warnings") or []), *left_out]
 
     @property
     def judged(self) -> str:

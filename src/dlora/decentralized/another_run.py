@@ -24,8 +24,22 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
     own = json.loads(manifest)
     for key in sorted(own.keys() | other.keys(), key=lambda key: (key in _FOLLOW, key)):
         if own.get(key) != other.get(key):
-            mine, theirs = (json.dumps(tree.get(key))[:200] for tree in (own, other))  # ASCII: it goes to a terminal
             name = key if key in own else json.dumps(key)[:80]
+            where, *values = _leaf(name, own.get(key), other.get(key))
+            mine, theirs = (json.dumps(value)[:200] for value in values)  # ASCII: it goes to a terminal
             remedy = _FOLLOW.get(key, "make them alike")
-            return f"{there} is in another run: {name} is {mine} at {here} and {theirs} at {there}; {remedy}"
+            return f"{there} is in another run: {where} is {mine} at {here} and {theirs} at {there}; {remedy}"
     return f"{there} is in another run, though the manifests read alike; the versions of dlora may differ"
+
+
+def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """The first value inside two that differ; of two lists, what only one of them has."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted(mine):  # of ours: what the other end writes as a key is not printed
+            if mine[key] != theirs.get(key):
+                return _leaf(f"{name}.{key}", mine[key], theirs.get(key))
+    if isinstance(mine, list) and isinstance(theirs, list):
+        only = [value for value in mine if value not in theirs], [value for value in theirs if value not in mine]
+        if any(only):
+            return f"{name} (where they differ)", *only
+    return name, mine, theirs

@@ -101,6 +101,10 @@ class RunFolder:
         """
         path = Path(config.output_dir)
         check_unused(path)
+        if not (path / "config.yaml").exists():
+            raise RunError(
+                f"{path} holds no run (no config.yaml); start one without --resume, or give its --set output_dir=..."
+            )
         stored = read_config(path)
         began = _first_event(path)
         if began and began.get("own") != own:
@@ -253,9 +257,7 @@ def read_config(path: Path) -> Config:
     try:
         return parse_section(Config, yaml.safe_load((path / "config.yaml").read_text()))
     except OSError as error:
-        raise RunError(
-            f"{path} holds no run (no config.yaml); give the folder of a run, or start one without --resume"
-        ) from error
+        raise RunError(f"{path} holds no run (no config.yaml); give the folder of a run") from error
     except (ValueError, yaml.YAMLError, ConfigError) as error:
         reason = " ".join(str(error).split())
         raise RunError(f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew") from error
