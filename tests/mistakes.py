@@ -83,7 +83,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "core-too-wide": ({"lora.placement": "core", "lora.r": 65}, ["lora.r 65", "has 64 singular directions", "lower lora.r"]),
     # data files
-    "missing-file": ({"data.train": "trian.jsonl"}, ["trian.jsonl does not exist", "beside it lies train.jsonl"]),
+    "missing-file": ({"data.train": "trian.jsonl"}, ["trian.jsonl does not exist", "did you mean train.jsonl"]),
     "missing-folder": ({"data.eval": "there/eval.jsonl"}, ["there/eval.jsonl does not exist", "nor does its folder"]),
     "a-folder-for-a-file": ({"data.train": "model"}, ["model is a folder", ".jsonl", ".parquet"]),
     "unknown-form": ({"data.train": "run.yaml"}, ["run.yaml is a .yaml file", ".jsonl", ".csv"]),

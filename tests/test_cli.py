@@ -74,7 +74,7 @@ def test_help_names_the_commands_and_the_exit_codes() -> None:
     assert (outcome.exit_code, outcome.err) == (0, "")
     text = words(outcome.out)
     assert [command for command in OPTIONS if f" {command} " not in text] == []
-    codes = "0 done, 2 your mistake (the message says how to mend it), 3 the other side's, 4 interrupted and resumable."
+    codes = "0 done, 2 your mistake (the message says how to fix it), 3 the other side's, 4 interrupted and resumable."
     assert f"Exit codes: {codes}" in text
 
 

@@ -12,7 +12,7 @@ from dlora.config import CloudConfig, Config
 from dlora.config_file import paths_of
 from dlora.errors import ConfigError, IdentityError
 from dlora.net.identity import Federation, federation_text, new_identity
-from dlora.other_keys import ADVICE
+from dlora.other_keys import ADVICE, OF_A_CLOUD, OF_A_RUN
 from dlora.yaml_file import MAX_CHARACTERS
 
 BASE = "model: m\ndata: {train: a.jsonl, eval: b.jsonl}\n"
@@ -218,3 +218,24 @@ def test_a_federation_file_as_windows_writes_it(tmp_path: Path) -> None:
     assert Federation.load(tmp_path / "federation.yaml").members.keys() == {"north"}
     member.write_bytes(b"\xef\xbb\xbf" + member.read_bytes().replace(b"\n", b"\r\n"))
     assert federation_text([member]) == text
+
+
+def test_a_path_stands_for_its_config_and_nothing_else_does(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: none\ndata: {train: a.jsonl, eval: b.jsonl}\n")
+    config = Config.given(tmp_path / "run.yaml")
+    assert Config.given(str(tmp_path / "run.yaml")) == config and Config.given(config) is config
+    with pytest.raises(ConfigError, match="expected a dlora.Config or the path of its YAML, got a dict"):
+        Config.given({"model": "none"})  # type: ignore[arg-type]
+
+
+def test_the_other_kind_of_config_is_one_line() -> None:
+    run = {"model": "none", "data": {"train": "a", "eval": "b"}, "task": "classification", "lora": {"r": 4}}
+    with pytest.raises(ConfigError, match="^this is the config of a run .*, and it is read as that of a cloud; .*--cloud$"):
+        CloudConfig.parse(run)
+    with pytest.raises(ConfigError, match="^this is the config of a cloud .*, and it is read as that of a run; .*config$"):
+        Config.parse({"model": "none", "limits": {}, "listen": "a:1", "metrics": "a:2"})
+
+
+def test_keys_of_the_other_kind_are_those_of_its_config_alone() -> None:
+    run, cloud = set(Config.model_fields), set(CloudConfig.model_fields)
+    assert cloud - run == OF_A_CLOUD and run - cloud == OF_A_RUN

@@ -123,7 +123,7 @@ def test_a_ragged_row_is_counted_from_the_first_data_row(tmp_path: Path) -> None
 
 def test_missing_files(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "a\tb\n1\t2\n")
-    assert refusal(str(tmp_path / "trian.tsv")).endswith("trian.tsv does not exist; beside it lies train.tsv")
+    assert refusal(str(tmp_path / "trian.tsv")).endswith("trian.tsv does not exist; did you mean train.tsv?")
     assert "nothing in" in refusal(str(tmp_path / "zzzzzzz.csv"))
     assert "nor does its folder" in refusal(str(tmp_path / "none" / "train.tsv"))
     assert "is a folder" in refusal(str(tmp_path))

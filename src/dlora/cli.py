@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune language models with LoRA on data that may not leave its owner.\n\n"
-    "Exit codes: 0 done, 2 your mistake (the message says how to mend it), 3 the other side's, 4 interrupted and resumable.",
+    "Exit codes: 0 done, 2 your mistake (the message says how to fix it), 3 the other side's, 4 interrupted and resumable.",
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the YAML of the run", show_default=False)]

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dlora.errors import ConfigError
-from dlora.other_keys import ADVICE
+from dlora.other_keys import ADVICE, OF_A_CLOUD, OF_A_RUN
 from dlora.yaml_file import MAX_CHARACTERS, ConfigLoader, read_yaml
 
 _MAX_SHOWN = 80  # characters of a value in a message
@@ -69,6 +69,15 @@ class Document(Section):
         return cls.parse(tree)
 
     @classmethod
+    def given(cls, config: Self | str | Path) -> Self:
+        """A config as it is, or the one in a YAML of that path. Raises ConfigError for anything else."""
+        if isinstance(config, str | Path):
+            return cls.load(config)
+        if not isinstance(config, cls):
+            raise ConfigError(f"config: expected a dlora.{cls.__name__} or the path of its YAML, got a {type(config).__name__}")
+        return config
+
+    @classmethod
     def parse(cls, tree: dict[str, Any]) -> Self:
         """Check a nested dict of keys. Raises ConfigError with one line for each mistake."""
         return parse_section(cls, _substitute(tree))
@@ -84,6 +93,12 @@ def parse_section(section: type[S], tree: dict[str, Any]) -> S:
         return section.model_validate(tree)
     except ValidationError as error:
         mistakes = error.errors()
+        if len(other := sorted(_of_another_kind(section).intersection(tree))) > 2:
+            kind, right = ("a run", "a cloud") if "limits" in section.model_fields else ("a cloud", "a run")
+            raise ConfigError(
+                f"this is the config of {kind} ({', '.join(other[:4])}, ...), and it is read as that of {right}; give that, or"
+                " write one with: dlora config" + (" --cloud" if right == "a cloud" else "")
+            ) from error
         lines = [*dict.fromkeys(" ".join(_explain(one, section, tree).split()) for one in mistakes[:_MAX_LINES])]
         more = len(mistakes) - _MAX_LINES
         raise ConfigError("\n".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])) from error
@@ -139,13 +154,18 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
     if mistake["type"] == "extra_forbidden":
         return f"{key} is not a key; {_advice(path[-1], section, root)}"
     if mistake["type"] == "missing":
-        return f"{key} is missing; the config must say it"
+        return f"{key} is missing: {section.model_fields[path[depth]].description or 'the config must have it'}"
     message = mistake["msg"].removeprefix("Value error, ").replace(" after validation", "")
     message = re.sub(r"valid dictionary or instance of \w+", "block of keys", re.sub(r"[Tt]uple", "list", message))
     if isinstance(mistake["input"], dict):
         return f"{key}: {message}".removeprefix(": ")
     message = message if message.startswith("YAML") else f"{message[0].lower()}{message[1:]}"
     return f"{key}: {message}, got {_short(repr(mistake['input']))}"
+
+
+def _of_another_kind(root: type[Section]) -> frozenset[str]:
+    """Keys that only the other kind of config has."""
+    return OF_A_RUN if "limits" in root.model_fields else OF_A_CLOUD if "train" in root.model_fields else frozenset()
 
 
 def _advice(key: str, section: type[Section], root: type[Section]) -> str:

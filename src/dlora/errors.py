@@ -23,7 +23,7 @@ class DloraError(Exception):
 
 
 class UserError(DloraError):
-    """Something the user can mend; the message says how."""
+    """Something the user can fix; the message says how."""
 
     exit_code = 2
 

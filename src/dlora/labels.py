@@ -85,7 +85,7 @@ def label_indices(section: DataSection, placed: list[PlacedRow], names: Sequence
         name = label_name(section, row)
         if name not in index:
             same = next((other for other in names if _number(other) == _number(name) is not None), None)
-            hint = "mend the row or name it there"
+            hint = "correct the row, or add the label to data.labels"
             if same is not None:
                 hint = f"{name} and {same} are one number: write it alike in every file"
             elif name in _OFTEN_NONE:

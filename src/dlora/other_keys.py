@@ -56,3 +56,10 @@ ADVICE = {
     "clients": "it is called `peers.count`, or name them in `peers.members`",
     "trust_remote_code": "code of a model folder is never run; remove it",
 }
+
+# Keys that only one of the two kinds of config has, for people who give a program the other kind.
+OF_A_RUN = frozenset(
+    {"task", "pooling", "lora", "data", "train", "peers", "schedule", "split", "eval_every", "eval_peers", "eval_peers_every"}
+    | {"per_device_eval_batch_size", "save_every", "compare", "seed", "output_dir"}
+)
+OF_A_CLOUD = frozenset({"device_map", "core", "limits", "listen", "metrics"})

@@ -85,7 +85,7 @@ def not_there(path: Path) -> DataError:
         return DataError(f"{path} does not exist; nor does its folder {folder}")
     names = sorted(entry.name for entry in folder.iterdir())
     near = difflib.get_close_matches(path.name, names, n=1)
-    beside = f"beside it lies {near[0]}" if near else f"nothing in {folder} has a name like it"
+    beside = f"did you mean {near[0]}?" if near else f"nothing in {folder} has a name like it"
     return DataError(f"{path} does not exist; {beside}")
 
 
@@ -135,7 +135,7 @@ def _object(value: Any, path: Path, number: int, half: bool) -> Row:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             found = f"half of a character, \\u{ord(error.object[error.start]):04x}"
-            raise DataError(f"{path} row {number} holds {found}; mend the text or remove the row") from error
+            raise DataError(f"{path} row {number} holds {found}; fix the text or remove the row") from error
     return value
 
 
@@ -152,7 +152,7 @@ def _table(text: str, usual: str, path: Path, columns: Sequence[str] | None) -> 
         assert bad is not None
         number = bad + (1 if columns else 0)
         found, expected = len(table[bad]), width or len(table[0])
-        raise DataError(f"{path} row {number} has {found} columns, expected {expected}; mend that row")
+        raise DataError(f"{path} row {number} has {found} columns, expected {expected}; fix that row")
 
     names = list(columns) if columns else table.pop(0)
     twice = sorted({name for name in names if names.count(name) > 1})

@@ -223,7 +223,7 @@ class Exchange:
             reason = "this peer's disk failed"
             if not self.failed.done():
                 where = getattr(error, "filename", None) or self.ledger.folder
-                told = f"{where} cannot be used ({getattr(error, 'strerror', None) or error}); mend that, then add --resume"
+                told = f"{where} cannot be used ({getattr(error, 'strerror', None) or error}); fix that, then add --resume"
                 self.failed.set_exception(error if isinstance(error, RunError) else RunError(told))
         finally:
             writer.cancel()

@@ -45,7 +45,7 @@ def save_adapter(folder: Path, factors: Mapping[str, Tensor], model: StackedMode
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
     except OSError as error:
-        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then go on with --resume") from error
+        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); fix that, then go on with --resume") from error
 
 
 def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
@@ -54,7 +54,7 @@ def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
     try:
         write_atomically(folder / _TRAINED, save(own, metadata={"format": "pt"}))
     except OSError as error:
-        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); mend that, then save again") from error
+        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); fix that, then save again") from error
 
 
 def model_card(model: StackedModel) -> str:

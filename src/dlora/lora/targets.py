@@ -84,7 +84,7 @@ def _pattern(target: str, is_regex: bool) -> re.Pattern[str]:
     try:
         return re.compile(target if is_regex else f"(.*\\.)?{re.escape(target)}")
     except re.error as error:
-        raise ModelError(f"lora.target_modules: {target} is no regex ({error}); give names in a list, or mend it") from error
+        raise ModelError(f"lora.target_modules: {target} is no regex ({error}); give names in a list, or fix it") from error
 
 
 def _taken_for_experts(network: nn.Module, names: Sequence[str]) -> set[str]:

@@ -74,11 +74,12 @@ def checked(pem: Any, name: str, where: str) -> str:
     except Exception as error:  # a stranger's bytes; cryptography has a dozen exceptions for them without a common root
         came = _came(pem)
         told = f"; this is {came}: {_TAKEN}" if came else ""
-        raise IdentityError(f"{where}: not exactly one certificate in PEM that can be read{told}; {NEW}") from error
+        damaged = told or "; if the file is damaged, copy it again from who sent it"
+        raise IdentityError(f"{where}: not exactly one certificate in PEM that can be read{damaged}; else {NEW}") from error
     if not fits:
         came = _came(pem)
         told = f"; this is {came}: {_TAKEN}" if came else ""
-        raise IdentityError(f"{where}: the certificate is not of the form that cannot sign in another's name{told}; {NEW}")
+        raise IdentityError(f"{where}: not a certificate of the form that dlora makes, which cannot sign others{told}; {NEW}")
     if owner != name:
         raise IdentityError(f"{where}: the certificate was made for {owner}, not for {name}; each member needs one of its own")
     return as_pem(certificate)

@@ -60,6 +60,7 @@ def summary(
         **{key: said[key] for key in ("own", "split") if key in said},
         "seconds": seconds,
         **{key: said[key] for key in ("trainable_parameters", "message_bytes", "group_size", "spectral_gap")},
+        **({"warnings": said["warnings"]} if said["warnings"] else {}),
         **({"label_names": list(names)} if (names := prepared.data.label_names) else {}),
         "peers": {peer["name"]: {"rows": peer["rows"], "labels": peer["labels"]} for peer in said["peers"]},
         "runs": dict(results),

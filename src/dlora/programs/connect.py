@@ -18,16 +18,17 @@ from dlora.programs.prepare import handed_frame
 from dlora.split.remote import as_ordinary, load_half
 
 
-def connect(config: Config, *, name: str, key: str | Path, federation: str | Path) -> Any:
+def connect(config: Config | str | Path, *, name: str, key: str | Path, federation: str | Path) -> Any:
     """A ``...ForSequenceClassification`` or ``...ForCausalLM`` whose ``base_model`` runs in the cloud of ``config.split``.
 
     Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if trained, the head:
     ``loss.backward()``, any torch optimiser, a transformers Trainer and ``save_pretrained`` (a PEFT folder) work on it. Given
     labels, a language model's logits are NaN where the loss does not look, since nothing is sent down for them. The link is
     made at the first forward, and again whenever it was lost; a wait for the cloud is logged. ``model.disconnect()`` ends
-    the link, and so does the end of ``with dlora.connect(...) as model``. Raises UserError.
+    the link, and so does the end of ``with dlora.connect(...) as model``.
+    ``config`` may be the path of a YAML. Raises UserError.
     """
-    listed = Federation.load(federation)
+    config, listed = Config.given(config), Federation.load(federation)
     identity = Identity.load(name, key, listed)
     check_halves(config, name, listed)
     if config.task == "classification" and config.data.labels is None:

@@ -196,7 +196,7 @@ def check_halves(config: Config, name: str, listed: Federation) -> None:
         raise ConfigError("split is missing; a device needs the name of its cloud, such as split: {cloud: hub}")
     if listed.member(name).role != "device":
         raise IdentityError(
-            f"{name} is a {listed.member(name).role} in {listed.source}; a device is made with: dlora identity new {name}"
+            f"{name} is a {listed.member(name).role} in {listed.source}; a device needs its own name: dlora identity new NAME"
             " --role device"
         )
     cloud = listed.members.get(config.split.cloud)

@@ -124,7 +124,7 @@ def _took_part(
                     return finished  # no doubt was settled and nobody new is in the average: all is as it was
                 result = run.finish(consensus, num_peers)
         except (NeighbourError, CloudError):
-            if not resume and not run.began:  # once the config is mended, the same command starts anew
+            if not resume and not run.began:  # once the config is right, the same command starts anew
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
         finally:

@@ -182,7 +182,7 @@ class RunFolder:
             partial.rename(target)
             sync_folder(runs)
         except OSError as error:
-            raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); mend that, then add --resume") from error
+            raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); fix that, then add --resume") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
         _, *older = self._newest_first(run)

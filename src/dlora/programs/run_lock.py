@@ -52,7 +52,7 @@ def check_unused(path: Path) -> None:
 def cannot_make(path: Path, cause: BaseException | None) -> RunError:
     """What to say where ``output_dir`` cannot be made."""
     reason = getattr(cause, "strerror", None) or cause
-    return RunError(f"output_dir {path} cannot be made ({reason}); mend that, or choose another with --set output_dir=...")
+    return RunError(f"output_dir {path} cannot be made ({reason}); fix that, or choose another with --set output_dir=...")
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -24,20 +24,20 @@ from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
 
 
 def simulate(
-    config: Config,
+    config: Config | str | Path,
     *,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
 ) -> Summary:
-    """Run Dec-LoRA and the baselines of ``config.compare``; return what summary.json holds.
+    """Run Dec-LoRA and the baselines of ``config.compare``; return what summary.json holds. A path is that of a YAML.
 
     ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised. A listener may raise it
     while participants are scored. ``whole_process``: the start-up that the summary tells of begins with the process, not with
     this call. Raises UserError before anything is written when the run cannot start.
     """
-    watch = Stopwatch(whole_process)
+    config, watch = Config.given(config), Stopwatch(whole_process)
     refuse_ranks(os.environ)
     if resume:
         RunFolder.check_same(config)
