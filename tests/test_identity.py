@@ -401,15 +401,15 @@ def test_any_text_is_refused_in_one_line(text: str) -> None:
 
 
 FORGED: dict[str, tuple[Shape, str]] = {
-    "an-authority": (Shape(ca=True, may_sign_certificates=True), "cannot sign in another's name"),
-    "not-critically-none": (Shape(ca_critical=False), "cannot sign in another's name"),
-    "may-sign": (Shape(may_sign_certificates=True), "cannot sign in another's name"),
-    "usage-not-critical": (Shape(usage_critical=False), "cannot sign in another's name"),
-    "two-names": (Shape(alternatives=("anna", "bob")), "cannot sign in another's name"),
-    "another-name": (Shape(alternatives=("bob",)), "cannot sign in another's name"),
+    "an-authority": (Shape(ca=True, may_sign_certificates=True), "which cannot sign others"),
+    "not-critically-none": (Shape(ca_critical=False), "which cannot sign others"),
+    "may-sign": (Shape(may_sign_certificates=True), "which cannot sign others"),
+    "usage-not-critical": (Shape(usage_critical=False), "which cannot sign others"),
+    "two-names": (Shape(alternatives=("anna", "bob")), "which cannot sign others"),
+    "another-name": (Shape(alternatives=("bob",)), "which cannot sign others"),
     "anothers": (Shape(name="bob", issuer="bob", alternatives=("bob",)), "made for bob, not for anna"),
     "not-self-signed": (Shape(issuer="bob"), "not exactly one certificate"),
-    "ed25519": (Shape(ed25519=True), "cannot sign in another's name"),
+    "ed25519": (Shape(ed25519=True), "which cannot sign others"),
 }
 
 
