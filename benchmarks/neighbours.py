@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.exchange import Exchange
 from dlora.decentralized.ledger import Ledger, round_message
+from dlora.decentralized.patience import Patience
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
+from dlora.net.signatures import MemberSignatures
 
 MESSAGE_BYTES = 20_000_000
 COUNTS = (1, 2, 4, 8)  # neighbours
@@ -42,7 +44,7 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
     exchange = Exchange(
         name, "{}", "0" * 64, ledger, neighbours, Patience(60.0, 600.0),
         lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message, path: None,
-        lambda event, **fields: None,
+        lambda event, **fields: None, MemberSignatures(network.identity, network.federation),
     )  # fmt: skip
     serving = asyncio.create_task(network.serve(exchange.talk))
     exchange.enter(0)

@@ -15,7 +15,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from world import PATIENCE, SIZE, FaultyLedger, World, expected
 from dlora.decentralized.gossip import FASTER
 from dlora.decentralized.ledger import Due, round_message, round_of
 from dlora.errors import RunError
-from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
 from dlora.net.codec import decode_tensors, encode
 
 FASTEST_ROUND_S = 1.0  # of any peer of a world
@@ -157,15 +157,15 @@ class Member:
         match lie.kind, frame:
             case "ahead", Status(round):
                 return [Status(round + int(min(abs(lie.value), 1000)))]
-            case "ahead", Hello(run, manifest, round):
-                return [Hello(run, manifest, round + int(min(abs(lie.value), 1000)))]
+            case "ahead", Hello(_, _, round):
+                return [replace(frame, round=round + int(min(abs(lie.value), 1000)))]
             case "claims", Status():
                 self.contents.setdefault((there, self.claimed), self._message(self.claimed, lie.value))
                 return [frame, self._offer(there, self.claimed)]
             case "claims", Offer(name) if round_of(name) is not None:
                 return []
             case "flips", Decided(round, committed):
-                return [Decided(round, not committed)]
+                return [replace(frame, committed=not committed)]
             case "promises", Status(round) if there < self.name:
                 return [frame, Have(round), Have(max(0, round - 1)), Have(round + 1)]
             case "decides", Status(round) if self.name < there:
@@ -289,7 +289,7 @@ def play(history: History, folder: Path) -> Played:
     return played
 
 
-FRAME_NAMES = {kind.__name__ for kind in (Hello, Status, Offer, Want, Chunk, Have, Decided)}
+FRAME_NAMES = {kind.__name__ for kind in (Hello, Status, Offer, Want, Chunk, Have, Decided, Shown)}
 
 
 def _concerned(fault: Fault) -> set[str]:

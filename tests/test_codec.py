@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlora.frames import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+from dlora.frames import MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
 from dlora.net import peer_pb2
 from dlora.net.codec import (
     MAX_FRAME_BYTES,
@@ -36,14 +36,16 @@ from dlora.net.codec import (
 numbers = st.integers(0, 2**53 - 1)
 names = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=64)
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+signatures = st.just(b"") | st.binary(min_size=64, max_size=64)
 frames: st.SearchStrategy[Frame] = st.one_of(
-    st.builds(Hello, hashes, st.text(st.characters(codec="utf-8")), numbers),
+    st.builds(Hello, hashes, st.text(st.characters(codec="utf-8")), numbers, hashes, numbers, numbers),
     st.builds(Status, numbers),
     st.builds(Offer, names, numbers, hashes),
     st.builds(Want, names, numbers),
     st.builds(Chunk, names, numbers, st.binary(min_size=1)),
-    st.builds(Have, numbers),
-    st.builds(Decided, numbers, st.booleans()),
+    st.builds(Have, numbers, signatures),
+    st.builds(Decided, numbers, st.booleans(), signatures),
+    st.builds(Shown, numbers, hashes, hashes, hashes, signatures),
 )
 
 
@@ -56,7 +58,7 @@ def test_a_frame_comes_back(frame: Frame) -> None:
     "frame",
     [
         Chunk("a" * 64, 2**53 - 1, bytes(MAX_CHUNK_BYTES)),
-        Hello("a" * 64, "é" * (MAX_MANIFEST_BYTES // 2), 2**53 - 1),
+        Hello("a" * 64, "é" * (MAX_MANIFEST_BYTES // 2), 2**53 - 1, "b" * 64, 2**53 - 1, 2**53 - 1),
         Offer("a", 0, "0" * 64),
     ],
     ids=["chunk", "hello", "offer"],
@@ -75,6 +77,10 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "a name and a line": ({"want": peer_pb2.Want(name="a\n")}, "message name"),
     "capital hash": ({"offer": peer_pb2.Offer(name="a", sha256="A" * 64)}, "sha256"),
     "short hash": ({"hello": peer_pb2.Hello(run="a" * 63)}, "run"),
+    "short signature": ({"have": peer_pb2.Have(round=1, signature=bytes(63))}, "a signature of 63 bytes"),
+    "long signature": ({"decided": peer_pb2.Decided(round=1, signature=bytes(65))}, "a signature of 65 bytes"),
+    "hash of another length": ({"shown": peer_pb2.Shown(round=1, ledger="a" * 64, own="a" * 65)}, "own"),
+    "no ledger": ({"hello": peer_pb2.Hello(run="a" * 64)}, "ledger"),
     "round": ({"have": peer_pb2.Have(round=2**53)}, "round 9007199254740992"),
     "length": ({"offer": peer_pb2.Offer(name="a", sha256="a" * 64, num_bytes=2**64 - 1)}, "num_bytes"),
     "offset": ({"chunk": peer_pb2.Chunk(name="a", offset=2**63, data=b"x")}, "offset"),
@@ -363,9 +369,8 @@ def test_any_json_is_a_header_or_a_message_error(entries: dict[str, Any]) -> Non
 @pytest.mark.timeout(240)
 def test_two_minutes_of_fuzzing_find_nothing(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
-    seeds = [
-        encode_frame(frame) for frame in (Hello("0" * 64, "{}", 1), Offer("sum", 9, "a" * 64), Chunk("sum", 0, b"xyz"), Have(2))
-    ]
+    told = Hello("0" * 64, "{}", 1, "1" * 64), Offer("sum", 9, "a" * 64), Chunk("sum", 0, b"xyz"), Have(2, bytes(64))
+    seeds = [encode_frame(frame) for frame in told]
     seeds.append(encode({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2), "bias": torch.ones(4)}, torch.float32))
     for number, seed in enumerate(seeds):
         (tmp_path / str(number)).write_bytes(seed)

@@ -12,8 +12,8 @@ import virtual
 from histories import History, Lie, Member, Stop, try_history
 from world import PATIENCE, SIZE, World, expected
 
-from dlora.decentralized.exchange import STALLS
 from dlora.decentralized.gossip import FASTER, median
+from dlora.decentralized.patience import STALLS
 from dlora.decentralized.spread import too_far, widened
 from dlora.frames import Chunk, Decided, Frame, Have, Offer
 

@@ -80,7 +80,7 @@ async def decides_for_the_other(link: Link) -> None:
 
 
 async def says_hello_twice(link: Link) -> None:
-    await link.send(Hello("0" * 64, "{}", 0))
+    await link.send(Hello("0" * 64, "{}", 0, "0" * 64))
 
 
 NOT_FINITE = [message(torch.full((SIZE,), value)) for value in (math.nan, math.inf)]
@@ -109,7 +109,7 @@ async def hostile(world: World, does: Callable[[Link], Awaitable[None]], hello: 
 
     async def talk(neighbour: str, link: Link) -> None:
         if hello:
-            await link.send(Hello(run, world.manifests["b"], 0))
+            await link.send(Hello(run, world.manifests["b"], 0, "b" * 64))
             await link.receive()
             await link.send(Status(0))
         await does(link)

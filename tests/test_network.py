@@ -20,7 +20,7 @@ from dlora.net.memory import MemoryHub
 from dlora.net.transport import Link, LinkDown, Network, Traffic
 
 FRAMES: list[Frame] = [
-    Hello("a" * 64, '{"seed": 1}', 0),
+    Hello("a" * 64, '{"seed": 1}', 0, "b" * 64),
     Status(3),
     Offer("round-000003", 12, "b" * 64),
     Want("round-000003", 4),

@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 from line import Speed, command, namespaces
 
-from dlora.decentralized.exchange import Exchange, Patience
+from dlora.decentralized.exchange import Exchange
 from dlora.decentralized.ledger import Ledger, round_message
+from dlora.decentralized.patience import Patience
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
+from dlora.net.signatures import MemberSignatures
 
 ADDRESSES = {"east": "10.213.7.1", "west": "10.213.7.2"}
 PORT = 7000  # in namespaces of our own nobody else listens
@@ -57,7 +59,7 @@ def node(name: str, folder: Path) -> None:
         exchange = Exchange(
             name, "{}", "0" * 64, ledger, [other], Patience(60.0, 600.0),
             lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message, path: None,
-            lambda event, **fields: story.append([event, fields]),
+            lambda event, **fields: story.append([event, fields]), MemberSignatures(identity, network.federation),
         )  # fmt: skip
         serving = asyncio.create_task(network.serve(exchange.talk))
         exchange.enter(0)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 MAX_CHUNK_BYTES = 1 << 18  # of payload in one frame: a chunk is a sign of life, on slow lines too
 MAX_MANIFEST_BYTES = 1 << 20
+SIGNATURE_BYTES = 64  # ECDSA on P-256: r and s, 32 bytes each
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,9 @@ class Hello:
     run: str  # SHA-256 of the manifest, hex
     manifest: str  # canonical JSON, so that a mismatch can be named
     round: int  # the round it is in
+    ledger: str  # drawn when its ledger was made, hex: a copy has the same, a folder that is started anew has another
+    known: int = 0  # 1 + the newest round that it holds promised or committed on this edge; 0: none
+    since: int = 0  # the round to which it last caught up: what it lacks before that is in the state it took
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Have:
     """The promise: your message of this round is on my disk, and I mix it if you decide so (again on every new link)."""
 
     round: int
+    signature: bytes = b""  # of `word.statement`, by the sender
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,18 @@ class Decided:
 
     round: int
     committed: bool
+    signature: bytes = b""  # of `word.statement`, by the sender, when it is committed
 
 
-Frame: TypeAlias = Hello | Status | Offer | Want | Chunk | Have | Decided
+@dataclass(frozen=True)
+class Shown:
+    """You promised or committed this, and your Hello lacks it: here is your own signature."""
+
+    round: int
+    ledger: str  # of the receiver's ledgers: the one that it signed from
+    own: str  # SHA-256 of the sender's message, hex
+    theirs: str  # of the receiver's
+    signature: bytes  # the receiver's own
+
+
+Frame: TypeAlias = Hello | Status | Offer | Want | Chunk | Have | Decided | Shown

@@ -6,10 +6,9 @@ Time is the event loop's, so a loop with a virtual clock runs it in virtual time
 - An edge is mixed by both ends or by neither. Its named end, the smaller name, decides: committed once it holds the
   other's message and the other's promise (`Have`), dropped when its round ends without. The decision is on its disk before
   it is told. The other end, having promised, waits for the decision; if its round ends first, it asks on every new link.
-- A wait ends when the neighbour is decided about, has left the round, was silent for ``silence_s``, or after
-  ``round_limit_s`` whatever still comes. Anything that comes counts as news, and a peer says where it is while it trains.
-- Who delivered nothing in ``STALLS`` rounds of waiting is waited for ``silence_s``, until an edge with it is mixed again. It
-  gets a whole ``round_limit_s`` once more after 4, 8, 16, ... such rounds, should it only be slow.
+- A wait ends when the neighbour is decided about, has left the round, or has used up this peer's patience (`patience`).
+- A promise and a decision to commit are signed, by this peer's own key and once they are on its disk. So each end holds the
+  other's word for every edge that it has mixed, and shows it to one that has lost it (`word`).
 """
 
 from __future__ import annotations
@@ -17,26 +16,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from dlora.decentralized.another_run import difference
 from dlora.decentralized.belief import Implausible
 from dlora.decentralized.ledger import Ledger, round_message, round_of
 from dlora.decentralized.neighbour import Link, Misbehaviour, Neighbour
+from dlora.decentralized.patience import BEATS, Patience, Waits
+from dlora.decentralized.word import Signatures, Words
 from dlora.errors import RunError
-from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
-
-STALLS = 3  # rounds without a delivery, the neighbour linked all the while
-BEATS = 4  # times within `silence_s` that a peer with nothing to say says where it is
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for a neighbour."""
-
-    silence_s: float  # without a single frame
-    round_limit_s: float  # for one round's exchange, whatever still comes
+from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
 
 
 class Exchange:
@@ -44,7 +33,9 @@ class Exchange:
     should be, Implausible where it is that and yet not to be believed: such a message is as if it had not come.
 
     ``sizes(message_name)``: the lengths that a message of that name can have, none where no peer sends one.
-    ``report(event, **fields)`` hears what happened and why. ``failed`` ends with the error of this peer's own disk.
+    ``report(event, **fields)`` hears what happened and why. ``signatures`` makes this peer's and checks its neighbours'.
+    ``since``, which the peer's life sets, is the round to which it last caught up. ``failed`` ends with the error that this
+    peer's own disk or folder has.
     """
 
     def __init__(
@@ -58,14 +49,16 @@ class Exchange:
         sizes: Callable[[str], range],
         check: Callable[[str, str, Path], object],
         report: Callable[..., object],
+        signatures: Signatures,
     ) -> None:
         self.name, self.manifest, self.run, self.ledger = name, manifest, run, ledger
         self.patience, self.sizes, self.check, self.report = patience, sizes, check, report
         self.neighbours = {other: Neighbour(other) for other in neighbours}
-        self.round = 0
+        self.words = Words(name, run, ledger, signatures, report)
+        self.round = self.since = 0
         self.wanted: set[tuple[str, str]] = set()  # (neighbour, message) asked for beside this round's edges
         self._edges: frozenset[str] = frozenset()  # the neighbours of the exchange under way
-        self._changed = asyncio.Event()
+        self._waits = Waits(patience)
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # What the peer's life calls
@@ -85,7 +78,10 @@ class Exchange:
         started_at = asyncio.get_running_loop().time()
         for other in self._edges:
             self._offer(self.neighbours[other], round_message(self.round))
-            self._consider(self.neighbours[other])
+            try:
+                self._consider(self.neighbours[other])
+            except Misbehaviour as error:  # outside its conversation, which may go on without that promise
+                self.report("implausible", neighbour=other, message=round_message(self.round), reason=str(error))
         await asyncio.gather(*(self._edge(self.neighbours[other], started_at) for other in self._edges))
 
     async def fetch(self, neighbour: str, message: str) -> Path | None:
@@ -106,7 +102,7 @@ class Exchange:
             stalled = clock.time() >= max(began_at, other.stored_at) + self.patience.silence_s
             return of_round and (replaced or stalled)
 
-        reason = await self._until(other, done, began_at)
+        reason = await self._waits.until(other, done, began_at)
         self.wanted.discard((neighbour, message))
         if reason is not None:
             self.report("not-fetched", neighbour=neighbour, message=message, reason=reason)
@@ -123,7 +119,7 @@ class Exchange:
         while asyncio.get_running_loop().time() < limit and any(
             other.round is None and not other.refused for other in self.neighbours.values()
         ):
-            await self._change(limit)
+            await self._waits.change(limit)
 
     def wait_anew(self) -> None:
         """Give who is away another ``silence_s`` to come back."""
@@ -135,7 +131,7 @@ class Exchange:
         began_at = asyncio.get_running_loop().time()
 
         async def settle(other: Neighbour) -> None:
-            reason = await self._until(
+            reason = await self._waits.until(
                 other,
                 lambda: not self.ledger.in_doubt(other.name) and other.round is not None and other.round >= last,
                 began_at,
@@ -180,7 +176,7 @@ class Exchange:
     async def talk(self, name: str, link: Link) -> None:
         """The conversation on one link with the neighbour ``name``, until it ends."""
         other = self.neighbours[name]
-        await link.send(Hello(self.run, self.manifest, self.round))
+        await link.send(Hello(self.run, self.manifest, self.round, self.ledger.id, self.ledger.known(name), self.since))
         try:
             async with asyncio.timeout(self.patience.silence_s):
                 hello = await link.receive()
@@ -195,10 +191,19 @@ class Exchange:
                 async with asyncio.timeout(self.patience.silence_s):
                     await link.receive()
             return
+        if (abandoned := self.words.abandoned(name, hello)) is not None:
+            await link.send(abandoned)
+            self.report(
+                "unlinked", neighbour=name, reason="refused: it uses a folder again that it had given up for another one"
+            )
+            return
         other.linked(link)
+        other.ledger = hello.ledger
         self.report("linked", neighbour=name, round=hello.round)
+        for shown in self.words.lacking(name, hello):
+            other.say(shown)
         for round in self.ledger.in_doubt(name):
-            other.say(Have(round))
+            other.say(Have(round, self.words.ours(name, round)))
         newest = self.ledger.newest_round_sent()
         if newest is not None:
             self._offer(other, round_message(newest))
@@ -209,18 +214,18 @@ class Exchange:
         writer = asyncio.ensure_future(other.write(link, self.ledger, lambda: self.round, self.patience.silence_s / BEATS))
         reason = "the link broke"
         try:
-            self._heard(other)
+            self._waits.heard(other)
             while True:
                 async with asyncio.timeout(self.patience.silence_s):
                     frame = await link.receive()
                 self._hear(other, frame)
-                self._heard(other)
+                self._waits.heard(other)
         except TimeoutError:
             reason = f"nothing came for {self.patience.silence_s:g} s"
         except Misbehaviour as error:
             reason = f"refused: {error}"
-        except (RunError, OSError) as error:  # this peer's own disk: no neighbour is to blame, and nothing may go on
-            reason = "this peer's disk failed"
+        except (RunError, OSError) as error:  # this peer's own folder: no neighbour is to blame, and nothing may go on
+            reason = "this peer's folder cannot be gone on with"
             if not self.failed.done():
                 where = getattr(error, "filename", None) or self.ledger.folder
                 told = f"{where} cannot be used ({getattr(error, 'strerror', None) or error}); fix that, then add --resume"
@@ -232,7 +237,7 @@ class Exchange:
                 other.link = None
                 other.all_said.set()
             self.report("unlinked", neighbour=name, reason=reason)
-            self._pulse()
+            self._waits.pulse()
 
     def _hear(self, other: Neighbour, frame: Frame) -> None:
         match frame:
@@ -262,17 +267,24 @@ class Exchange:
                     self.report("implausible", neighbour=other.name, message=name, reason=str(error))
                 if arrived and round_of(name) == self.round and other.name in self._edges:
                     self._promise(other, self.round)
-            case Have(round):
+            case Have(round, signature):
                 if not self.decides(other.name):
                     raise Misbehaviour(f"it promised in round {round}, which is its own to decide")
                 if round <= self.round:
-                    other.promised.add(round)
+                    other.promised[round] = signature
                     self._decide(other, round)
-            case Decided(round, committed):
+            case Decided(round, committed, signature):
                 if self.decides(other.name):
                     raise Misbehaviour(f"it decided round {round}, which is not its to decide")
                 if self.ledger.state(round, other.name) == "promised":
-                    self._record(other, round, committed, "decided")
+                    if committed and not self.words.is_theirs(other, round, signature):
+                        raise Misbehaviour(
+                            f"its decision of round {round} is not signed by it, over the messages that are here"
+                        )
+                    self._record(other, round, committed, "decided", signature)
+            case Shown(round):
+                if self.words.is_to_restore(other.name, frame, self.since):
+                    self._record(other, round, True, "it showed this peer's own signature, and the ledger had lost the line")
             case Hello():
                 raise Misbehaviour("it said Hello twice")
 
@@ -294,27 +306,35 @@ class Exchange:
             self._decide(other, round)
         elif self.ledger.state(round, other.name) in (None, "promised"):
             if self.ledger.state(round, other.name) is None:
-                self.ledger.record(round, other.name, "promised")
-            other.say(Have(round))
+                self.ledger.record(round, other.name, "promised", other.ledger)
+            other.say(Have(round, self.words.ours(other.name, round)))
 
     def _decide(self, other: Neighbour, round: int) -> None:
-        """Commit the edge if both messages are where they should be; answer what is already decided."""
+        """Commit the edge if both messages are where they should be; answer what is already decided.
+
+        A promise counts for the messages that are here. One for others came from a copy of the neighbour's folder, or has lain
+        there since this peer's own was restored: what is committed here is not committed there.
+        """
         name = round_message(round)
-        state = self.ledger.state(round, other.name)
+        state, promise = self.ledger.state(round, other.name), other.promised.get(round)
         if state is None and round == self.round and self.ledger.own(name) and self.ledger.received(other.name, name):
-            if round in other.promised:
-                self._record(other, round, True, "both messages arrived")
+            if promise is not None and self.words.is_theirs(other, round, promise):
+                self._record(other, round, True, "both messages arrived", promise)
+            elif promise is not None:
+                del other.promised[round]
+                raise Misbehaviour(f"its promise of round {round} is not signed by it, over the messages that are here")
         elif state is not None:
-            other.say(Decided(round, state == "committed"))
+            committed = state == "committed" and (promise is None or self.words.is_theirs(other, round, promise))
+            other.say(Decided(round, committed, self.words.ours(other.name, round) if committed else b""))
         elif round < self.round:
             self._record(other, round, False, "the round is over")
 
-    def _record(self, other: Neighbour, round: int, committed: bool, reason: str) -> None:
-        self.ledger.record(round, other.name, "committed" if committed else "dropped")
+    def _record(self, other: Neighbour, round: int, committed: bool, reason: str, signature: bytes = b"") -> None:
+        self.ledger.record(round, other.name, "committed" if committed else "dropped", other.ledger, signature)
         self.report("edge", neighbour=other.name, round=round, committed=committed, reason=reason)
         if self.decides(other.name):
-            other.say(Decided(round, committed))
-        self._pulse()
+            other.say(Decided(round, committed, self.words.ours(other.name, round) if committed else b""))
+        self._waits.pulse()
 
     async def _edge(self, other: Neighbour, started_at: float) -> None:
         """Wait until this round's edge is decided or given up; leave it out then."""
@@ -324,7 +344,7 @@ class Exchange:
         def state() -> str | None:
             return self.ledger.state(round, other.name)
 
-        reason = await self._until(
+        reason = await self._waits.until(
             other,
             lambda: (
                 state() in ("committed", "dropped")
@@ -346,41 +366,6 @@ class Exchange:
             doubt = state() == "promised"
             self.report("edge", neighbour=other.name, round=round, committed=None if doubt else False, reason=reason)
 
-    async def _until(self, other: Neighbour, done: Callable[[], bool], started_at: float) -> str | None:
-        """Wait for ``done``; else say why the wait ended."""
-        loop = asyncio.get_running_loop()
-        short = other.stalls >= STALLS and other.stalls & (other.stalls - 1) != 0
-        limit_s = self.patience.silence_s if short else self.patience.round_limit_s
-        limit_at = started_at + limit_s
-        while not done():
-            if other.refused:
-                return other.refused
-            if other.away:
-                return "it is away"
-            silent_at = max(other.heard_at, started_at) + self.patience.silence_s
-            if loop.time() >= silent_at:
-                other.away = True
-                return f"nothing came for {self.patience.silence_s:g} s"
-            if loop.time() >= limit_at:
-                return f"the round has waited {limit_s:g} s" + (f", after {other.stalls} in vain" if short else "")
-            await self._change(min(silent_at, limit_at))
-        return None
-
-    async def _change(self, until: float) -> None:
-        """Wait until something changed, or until that loop time."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(until):
-                await self._changed.wait()
-
-    def _pulse(self) -> None:
-        """Wake everybody who waits for a change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def _heard(self, other: Neighbour) -> None:
-        other.heard_at, other.away = asyncio.get_running_loop().time(), False
-        self._pulse()
-
     def _offer(self, other: Neighbour, name: str) -> None:
         message = self.ledger.own(name)
         assert message is not None, "a message is kept before it is offered"
@@ -390,4 +375,4 @@ class Exchange:
         if other.refused != reason:
             other.refused = reason
             self.report("refused", neighbour=other.name, reason=reason)
-        self._pulse()
+        self._waits.pulse()

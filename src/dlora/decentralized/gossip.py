@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlora.decentralized.exchange import BEATS, Exchange
+from dlora.decentralized.exchange import Exchange
 from dlora.decentralized.ledger import Ledger, round_message, round_of
 from dlora.decentralized.mixing import Rule, mix, mix_edge
 from dlora.decentralized.neighbour import Neighbour
+from dlora.decentralized.patience import BEATS
 from dlora.decentralized.spread import faded, too_far, widened
 from dlora.decentralized.topology import Topology
 from dlora.errors import NeighbourError, RunError
@@ -124,7 +125,7 @@ class PeerGossip:
 
     async def run(self) -> tuple[Factors, int]:
         """All rounds that are left, then the average of all peers ((1, ...) each) and how many of them are in it."""
-        first = self.progress.rounds_done == 0
+        first, self.exchange.since = self.progress.rounds_done == 0, self.progress.since_round
         if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
             self.ledger.forget_reduction()  # who was missing then may be here now
         self.exchange.enter(self.progress.rounds_done)
@@ -240,6 +241,7 @@ class PeerGossip:
         self.skip(now - was)
         self.progress.rounds_done, self.progress.position, self.progress.since_round = now, self.ledger.position, now
         self.commit(self.progress)
+        self.exchange.since = now
         self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
 
     def _ahead(self, neighbour: Neighbour) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ from dlora.runlog import RunLog, read_log, sync_folder, write_atomically
 State = Literal["promised", "committed", "dropped"]
 _NAME = re.compile(r"(?!\.\.?$)[^/\0]{1,255}")  # of a member: a folder is named by it
 _MEND = (
-    "restore exchange/ from a copy with all its lines; a line less would mix an edge at one end only. Without a copy, start"
+    "restore exchange/ from a copy with all its lines; what is lost here is mixed at the other ends. Without such a copy, start"
     " anew without --resume in another output_dir: this peer then takes its neighbours' state"
 )
 _ROUND = re.compile(r"round-(\d{6,})")
+_ID = re.compile(r"[0-9a-f]{64}")
+_FORMS = {"own": _ID, "theirs": _ID, "ledger": _ID, "signature": re.compile(r"[0-9a-f]{128}")}  # of what an entry may have
 
 
 def round_message(round: int) -> str:
@@ -61,12 +64,24 @@ class Due:
     theirs: Path  # what came
 
 
+@dataclass(frozen=True)
+class Word:
+    """What the other end of a committed edge has signed."""
+
+    round: int
+    ledger: str  # of the other end, which it signed from; empty: an earlier dlora wrote this
+    signature: bytes  # empty: there is none
+
+
 class Ledger:
-    """One folder: ``edges.jsonl`` (states, the last line of an edge counts), ``sent/`` and ``received/`` (messages).
+    """One folder: ``edges.jsonl`` (states, the last line of an edge counts), ``sent/`` and ``received/`` (messages), ``id``.
 
     Each entry has a number and a hash over itself and all before it (``chain``); a promise or a commit has the hashes of both
-    messages too. Everything is synced before a method returns. Raises RunError when the disk is full or cannot be written, and
-    when the file is not what was written; entries of dlora 0.1.0, which have no hash, are read as they are.
+    messages too, and the neighbour's ledger; a commit also the neighbour's signature. ``id`` is drawn once: a copy of the
+    folder has the same, another folder of the same peer has another. Everything is synced before a method returns.
+
+    Raises RunError when the disk is full or cannot be written, and when the file is not what was written. Entries of dlora
+    0.1.0, which have no hash, are read as they are. A ledger that has no id gets one that follows from its first line.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,8 +94,10 @@ class Ledger:
         self._entries: list[tuple[int, str, State]] = []
         self._chain = [""]  # the hash at each position
         self._sums: dict[tuple[int, str], tuple[str, str]] = {}  # of an edge's messages: own, theirs
+        self._words: dict[str, dict[int, Word]] = {}  # neighbour -> round -> of its committed edges
         try:
             self._load(path)
+            self.id = self._identify(path)
         except RunError:
             self._log.close()
             raise
@@ -146,20 +163,46 @@ class Ledger:
         """What is known of an edge."""
         return self._states.get((round, neighbour))
 
-    def record(self, round: int, neighbour: str, state: State) -> None:
-        """A promise or a decision, durable when this returns. A decision is never taken back."""
+    def record(self, round: int, neighbour: str, state: State, ledger: str = "", signature: bytes = b"") -> None:
+        """A promise or a decision, durable when this returns. A decision is never taken back.
+
+        ``ledger``: the neighbour's; ``signature``: what it has signed of a committed edge.
+        """
         assert self._states.get((round, neighbour)) in (None, "promised"), "an edge is decided once"
         entry: dict[str, Any] = {"round": round, "neighbour": neighbour}
-        own, theirs = self.own(round_message(round)), self.received(neighbour, round_message(round))
-        if state != "dropped" and own is not None and theirs is not None:
-            entry |= dict(
-                zip(("own", "theirs"), self._sums.get((round, neighbour)) or (own.sha256, file_sha256(theirs)), strict=True)
-            )
+        sums = self.sums(round, neighbour) if state != "dropped" else None
+        if sums is not None:
+            entry |= {"own": sums[0], "theirs": sums[1]}
+        if state != "dropped" and ledger:
+            entry |= {"ledger": ledger}
+        if state == "committed" and signature:
+            entry |= {"signature": signature.hex()}
         chain = self._hashed({"event": state, **entry})
         self._log.emit(state, **entry, number=self.position + 1, chain=chain)
         _ = self._log.position  # syncs
         self._add({"event": state, **entry})
         self._states[round, neighbour] = state
+
+    def sums(self, round: int, neighbour: str) -> tuple[str, str] | None:
+        """The SHA-256 of an edge's two messages, own and theirs; None unless both are here or an entry has them."""
+        if (round, neighbour) in self._sums:
+            return self._sums[round, neighbour]
+        own, theirs = self.own(round_message(round)), self.received(neighbour, round_message(round))
+        return None if own is None or theirs is None else (own.sha256, file_sha256(theirs))
+
+    def is_without_hashes(self, round: int, neighbour: str) -> bool:
+        """Whether dlora 0.1.0 wrote the entries of an edge."""
+        return (round, neighbour) in self._states and (round, neighbour) not in self._sums
+
+    def known(self, neighbour: str) -> int:
+        """1 + the newest round that is promised or committed on an edge; 0: none."""
+        rounds = (round for (round, name), state in self._states.items() if name == neighbour and state != "dropped")
+        return 1 + max(rounds, default=-1)
+
+    def words(self, neighbour: str) -> list[Word]:
+        """What is known of each committed round with a neighbour, the oldest first."""
+        words = self._words.get(neighbour, {})
+        return [words[round] for round in sorted(words)]
 
     def chain(self, position: int) -> str:
         """The hash over the entries up to ``position``: what a commit remembers beside it."""
@@ -198,9 +241,24 @@ class Ledger:
         self._entries.append((*edge, entry["event"]))
         if "own" in entry:
             self._sums[edge] = (entry["own"], entry["theirs"])
+        if entry["event"] == "committed":
+            word = Word(entry["round"], entry.get("ledger", ""), bytes.fromhex(entry.get("signature", "")))
+            self._words.setdefault(entry["neighbour"], {})[word.round] = word
+
+    def _identify(self, path: Path) -> str:
+        """This ledger's id; a new one where there is none."""
+        place = self.folder / "id"
+        if not place.exists():
+            first, newline, _ = path.read_bytes().partition(b"\n")
+            write_atomically(place, hashlib.sha256(first).hexdigest() if newline else secrets.token_hex(32))
+        text = place.read_text(errors="replace")
+        if not _ID.fullmatch(text):
+            raise RunError(f"{place} is not what was written there; {_MEND}")
+        return text
 
     def _hashed(self, entry: Mapping[str, Any]) -> str:
         told = [self._chain[-1], *(str(entry.get(key)) for key in ("event", "round", "neighbour", "own", "theirs"))]
+        told += [entry[key] for key in ("ledger", "signature") if key in entry]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
     def in_doubt(self, neighbour: str) -> list[int]:
@@ -257,6 +315,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     for number, entry in enumerate(entries, start=1):
         round, neighbour = entry.get("round"), entry.get("neighbour")
         known = entry["event"] in ("promised", "committed", "dropped")
+        known = known and all(form.fullmatch(str(entry[key])) for key, form in _FORMS.items() if key in entry)
+        known = known and ("own" in entry) == ("theirs" in entry)
         if not known or type(round) is not int or round < 0 or not isinstance(neighbour, str) or not _NAME.fullmatch(neighbour):
             raise RunError(f"{path}, line {number} is no promise and no decision; {_MEND}")
     return entries

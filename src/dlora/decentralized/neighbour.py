@@ -41,7 +41,8 @@ class Neighbour:
     disbelieved: bool = False  # on this link: it says that it is far ahead
     refused: str | None = None  # why it is not in this run
     offers: dict[str, Offer] = field(default_factory=dict)  # its latest round's, and any others by name
-    promised: set[int] = field(default_factory=set)  # rounds whose message of ours it holds
+    ledger: str = ""  # of the folder that it runs from, as it said on this link
+    promised: dict[int, bytes] = field(default_factory=dict)  # rounds whose message of ours it holds -> its signature
     implausible: dict[str, str] = field(default_factory=dict)  # messages of it that are not taken, and why
     incoming: Offer | None = None  # being fetched on this link
     stored_at: float = float("-inf")  # loop time of the last chunk of it

@@ -18,18 +18,20 @@ from torch import Tensor
 from dlora.frames import (
     MAX_CHUNK_BYTES,
     MAX_MANIFEST_BYTES,
+    SIGNATURE_BYTES,
     Chunk,
     Decided,
     Frame,
     Have,
     Hello,
     Offer,
+    Shown,
     Status,
     Want,
 )
 from dlora.net import peer_pb2
 
-MAX_FRAME_BYTES = max(MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES) + 1024  # the other fields take less than 200
+MAX_FRAME_BYTES = max(MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES) + 1024  # the other fields take less than 400
 MAX_NUMBER = 2**53  # every JSON reader holds integers below it exactly
 
 Expected: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
@@ -43,6 +45,7 @@ _KINDS: dict[str, type[Frame]] = {
     "chunk": Chunk,
     "have": Have,
     "decided": Decided,
+    "shown": Shown,
 }
 _FIELDS: dict[type[Frame], str] = {kind: field for field, kind in _KINDS.items()}
 _NAME = re.compile(r"[a-z0-9-]{1,64}")
@@ -103,6 +106,9 @@ def _check(frame: Frame) -> None:
         elif field == "data":
             if not 0 < len(value) <= MAX_CHUNK_BYTES:
                 raise FrameError(f"{kind} frame: {len(value)} bytes of data; 1 to {MAX_CHUNK_BYTES} are allowed")
+        elif field == "signature":
+            if len(value) not in (0, SIGNATURE_BYTES):
+                raise FrameError(f"{kind} frame: a signature of {len(value)} bytes; it has {SIGNATURE_BYTES}, or none is there")
         elif field == "manifest":
             if len(value.encode()) > MAX_MANIFEST_BYTES:
                 raise FrameError(f"{kind} frame: a manifest of more than {MAX_MANIFEST_BYTES} bytes")

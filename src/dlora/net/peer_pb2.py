@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x64lora/net/peer.proto\x12\x05\x64lora\"\xea\x01\n\x05\x46rame\x12\x1d\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.dlora.HelloH\x00\x12\x1f\n\x06status\x18\x02 \x01(\x0b\x32\r.dlora.StatusH\x00\x12\x1d\n\x05offer\x18\x03 \x01(\x0b\x32\x0c.dlora.OfferH\x00\x12\x1b\n\x04want\x18\x04 \x01(\x0b\x32\x0b.dlora.WantH\x00\x12\x1d\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x0c.dlora.ChunkH\x00\x12\x1b\n\x04have\x18\x06 \x01(\x0b\x32\x0b.dlora.HaveH\x00\x12!\n\x07\x64\x65\x63ided\x18\x07 \x01(\x0b\x32\x0e.dlora.DecidedH\x00\x42\x06\n\x04kind\"5\n\x05Hello\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\"\x17\n\x06Status\x12\r\n\x05round\x18\x01 \x01(\x04\"8\n\x05Offer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"$\n\x04Want\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"3\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x15\n\x04Have\x12\r\n\x05round\x18\x01 \x01(\x04\"+\n\x07\x44\x65\x63ided\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x32.\n\x04Peer\x12&\n\x04Talk\x12\x0c.dlora.Frame\x1a\x0c.dlora.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x64lora/net/peer.proto\x12\x05\x64lora\"\x89\x02\n\x05\x46rame\x12\x1d\n\x05hello\x18\x01 \x01(\x0b\x32\x0c.dlora.HelloH\x00\x12\x1f\n\x06status\x18\x02 \x01(\x0b\x32\r.dlora.StatusH\x00\x12\x1d\n\x05offer\x18\x03 \x01(\x0b\x32\x0c.dlora.OfferH\x00\x12\x1b\n\x04want\x18\x04 \x01(\x0b\x32\x0b.dlora.WantH\x00\x12\x1d\n\x05\x63hunk\x18\x05 \x01(\x0b\x32\x0c.dlora.ChunkH\x00\x12\x1b\n\x04have\x18\x06 \x01(\x0b\x32\x0b.dlora.HaveH\x00\x12!\n\x07\x64\x65\x63ided\x18\x07 \x01(\x0b\x32\x0e.dlora.DecidedH\x00\x12\x1d\n\x05shown\x18\x08 \x01(\x0b\x32\x0c.dlora.ShownH\x00\x42\x06\n\x04kind\"c\n\x05Hello\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x10\n\x08manifest\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\x12\x0e\n\x06ledger\x18\x04 \x01(\t\x12\r\n\x05known\x18\x05 \x01(\x04\x12\r\n\x05since\x18\x06 \x01(\x04\"\x17\n\x06Status\x12\r\n\x05round\x18\x01 \x01(\x04\"8\n\x05Offer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"$\n\x04Want\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"3\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"(\n\x04Have\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x11\n\tsignature\x18\x02 \x01(\x0c\">\n\x07\x44\x65\x63ided\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"V\n\x05Shown\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06ledger\x18\x02 \x01(\t\x12\x0b\n\x03own\x18\x03 \x01(\t\x12\x0e\n\x06theirs\x18\x04 \x01(\t\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x32.\n\x04Peer\x12&\n\x04Talk\x12\x0c.dlora.Frame\x1a\x0c.dlora.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,21 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dlora.net.peer_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FRAME']._serialized_start=32
-  _globals['_FRAME']._serialized_end=266
-  _globals['_HELLO']._serialized_start=268
-  _globals['_HELLO']._serialized_end=321
-  _globals['_STATUS']._serialized_start=323
-  _globals['_STATUS']._serialized_end=346
-  _globals['_OFFER']._serialized_start=348
-  _globals['_OFFER']._serialized_end=404
-  _globals['_WANT']._serialized_start=406
-  _globals['_WANT']._serialized_end=442
-  _globals['_CHUNK']._serialized_start=444
-  _globals['_CHUNK']._serialized_end=495
-  _globals['_HAVE']._serialized_start=497
-  _globals['_HAVE']._serialized_end=518
-  _globals['_DECIDED']._serialized_start=520
-  _globals['_DECIDED']._serialized_end=563
-  _globals['_PEER']._serialized_start=565
-  _globals['_PEER']._serialized_end=611
+  _globals['_FRAME']._serialized_end=297
+  _globals['_HELLO']._serialized_start=299
+  _globals['_HELLO']._serialized_end=398
+  _globals['_STATUS']._serialized_start=400
+  _globals['_STATUS']._serialized_end=423
+  _globals['_OFFER']._serialized_start=425
+  _globals['_OFFER']._serialized_end=481
+  _globals['_WANT']._serialized_start=483
+  _globals['_WANT']._serialized_end=519
+  _globals['_CHUNK']._serialized_start=521
+  _globals['_CHUNK']._serialized_end=572
+  _globals['_HAVE']._serialized_start=574
+  _globals['_HAVE']._serialized_end=614
+  _globals['_DECIDED']._serialized_start=616
+  _globals['_DECIDED']._serialized_end=678
+  _globals['_SHOWN']._serialized_start=680
+  _globals['_SHOWN']._serialized_end=766
+  _globals['_PEER']._serialized_start=768
+  _globals['_PEER']._serialized_end=814
 # @@protoc_insertion_point(module_scope)

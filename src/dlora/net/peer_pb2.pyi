@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "status", "offer", "want", "chunk", "have", "decided")
+    __slots__ = ("hello", "status", "offer", "want", "chunk", "have", "decided", "shown")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class Frame(_message.Message):
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     HAVE_FIELD_NUMBER: _ClassVar[int]
     DECIDED_FIELD_NUMBER: _ClassVar[int]
+    SHOWN_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     status: Status
     offer: Offer
@@ -22,17 +23,24 @@ class Frame(_message.Message):
     chunk: Chunk
     have: Have
     decided: Decided
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., have: _Optional[_Union[Have, _Mapping]] = ..., decided: _Optional[_Union[Decided, _Mapping]] = ...) -> None: ...
+    shown: Shown
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., have: _Optional[_Union[Have, _Mapping]] = ..., decided: _Optional[_Union[Decided, _Mapping]] = ..., shown: _Optional[_Union[Shown, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("run", "manifest", "round")
+    __slots__ = ("run", "manifest", "round", "ledger", "known", "since")
     RUN_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
     run: str
     manifest: str
     round: int
-    def __init__(self, run: _Optional[str] = ..., manifest: _Optional[str] = ..., round: _Optional[int] = ...) -> None: ...
+    ledger: str
+    known: int
+    since: int
+    def __init__(self, run: _Optional[str] = ..., manifest: _Optional[str] = ..., round: _Optional[int] = ..., ledger: _Optional[str] = ..., known: _Optional[int] = ..., since: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("round",)
@@ -69,15 +77,33 @@ class Chunk(_message.Message):
     def __init__(self, name: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Have(_message.Message):
-    __slots__ = ("round",)
+    __slots__ = ("round", "signature")
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     round: int
-    def __init__(self, round: _Optional[int] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, round: _Optional[int] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Decided(_message.Message):
-    __slots__ = ("round", "committed")
+    __slots__ = ("round", "committed", "signature")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     round: int
     committed: bool
-    def __init__(self, round: _Optional[int] = ..., committed: _Optional[bool] = ...) -> None: ...
+    signature: bytes
+    def __init__(self, round: _Optional[int] = ..., committed: _Optional[bool] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class Shown(_message.Message):
+    __slots__ = ("round", "ledger", "own", "theirs", "signature")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
+    THEIRS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    ledger: str
+    own: str
+    theirs: str
+    signature: bytes
+    def __init__(self, round: _Optional[int] = ..., ledger: _Optional[str] = ..., own: _Optional[str] = ..., theirs: _Optional[str] = ..., signature: _Optional[bytes] = ...) -> None: ...

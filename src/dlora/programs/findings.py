@@ -18,7 +18,9 @@ class Findings:
         self.emit(event, **fields)
         reason = fields.get("reason", "")
         match event:
-            case "not-followed" | "left-out" | "other-content":
+            case "not-followed" | "left-out" | "other-content" | "two-folders":
+                self._keep(event, fields["neighbour"], reason)
+            case "lacks" if not fields["shown"]:  # else it mends that or ends, and says so itself
                 self._keep(event, fields["neighbour"], reason)
             case "implausible":  # and so not taken
                 self._keep(event, fields["neighbour"], f"its {fields['message']} was refused: {reason}")

@@ -12,16 +12,18 @@ from typing import Any
 
 from dlora.arms import DEC_LORA
 from dlora.decentralized.belief import Belief, copied
-from dlora.decentralized.exchange import BEATS, Exchange, Patience
+from dlora.decentralized.exchange import Exchange
 from dlora.decentralized.gossip import PeerGossip, Progress
 from dlora.decentralized.ledger import Ledger, round_of
 from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.patience import BEATS, Patience
 from dlora.decentralized.topology import Topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.grpc import GrpcNetwork
+from dlora.net.signatures import MemberSignatures
 from dlora.net.transport import Link, Talk
 from dlora.programs.findings import Findings
 from dlora.programs.halves import teller
@@ -117,6 +119,7 @@ class PeerRun:
             partial(message_sizes, self.prepared),
             self._check,
             self.findings,
+            MemberSignatures(self.network.identity, self.network.federation),
         )
         gossip = PeerGossip(
             self.name,

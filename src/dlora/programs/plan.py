@@ -11,7 +11,7 @@ from dlora.config import Config
 from dlora.decentralized.ledger import round_message
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology
-from dlora.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+from dlora.frames import MAX_CHUNK_BYTES, SIGNATURE_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from dlora.lora.factors import num_parameters, stack
 from dlora.net.codec import encode_frame
 from dlora.programs.messages import REDUCTION, message_bytes
@@ -20,6 +20,7 @@ from dlora.programs.plan_split import LINES_MBIT_S, split_costs
 from dlora.programs.prepare import Prepared, manifest_text, prepare
 
 _HASH = "0" * 64
+_SIGNATURE = bytes(SIGNATURE_BYTES)
 _STATE_BYTES = 16  # of a trained number: value, gradient and AdamW's two moments
 
 
@@ -63,7 +64,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
     """
     topology, rounds = prepared.topology, prepared.config.train.rounds
     rule, count = build_rule(prepared.config.peers), Counter[tuple[int, int]]()
-    hello = Hello(_HASH, manifest_text(prepared.manifest | {"rounds": rounds}), 0)
+    hello = Hello(_HASH, manifest_text(prepared.manifest | {"rounds": rounds}), 0, _HASH)
     pairs = {edge for round in range(topology.period) for edge in topology.edges(round)}
     for edge in pairs:
         statuses = [Status(round) for round in (0, *range(rounds), rounds, rounds + 1)]  # one when the link comes up
@@ -72,7 +73,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
     kinds: dict[frozenset[str], int] = {}  # messages that hold the same tensors cost the same
     for round in range(rounds):
         for edge in topology.edges(round):
-            count[edge] += _bytes([Have(round), Decided(round, True)])
+            count[edge] += _bytes([Have(round, _SIGNATURE), Decided(round, True, _SIGNATURE)])
             for end in edge:
                 sent = frozenset(name for name in names[end][round] if rule.sends(name, round))
                 if sent not in kinds:
