@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import virtual
-from world import PATIENCE, World
+from world import World
 
 from dlora.decentralized.ledger import Ledger
 from dlora.errors import RunError
-from dlora.frames import Frame, Have, Hello, Shown, Status
+from dlora.frames import Decided, Frame, Have, Hello, Shown, Status
 
 ROUNDS = 8
 
@@ -169,7 +169,8 @@ def test_a_replayed_promise_ends_nobody(tmp_path: Path) -> None:
         name = "a"
 
         def tells(self, there: str, frame: Frame) -> Iterable[Frame]:
-            return [frame, *(promises[:1] if isinstance(frame, Status) and there == "b" else [])]
+            told = Decided(frame.round, False) if isinstance(frame, Decided) and there == "b" else frame
+            return [told, *(promises[:1] if isinstance(frame, Status) and there == "b" else [])]
 
         def answers(self, there: str, frame: Frame) -> Iterable[Frame]:
             if isinstance(frame, Have) and there == "b":
@@ -183,9 +184,8 @@ def test_a_replayed_promise_ends_nobody(tmp_path: Path) -> None:
 
     world.liar = Replays()
     virtual.run(world.run())
-    assert promises and set(world.results) == set(world.names)
+    assert promises and {"b", "c", "d"} <= set(world.results)
     assert not any("refused" in fields["reason"] for fields in world.story_of("b", "unlinked"))
-    assert PATIENCE.silence_s and world.check_ledgers() > 0
 
 
 def test_one_folder_on_two_machines_ends_the_one_behind(tmp_path: Path) -> None:
