@@ -12,7 +12,7 @@ import pytest
 import virtual
 from world import World
 
-from dlora.decentralized.ledger import Ledger
+from dlora.decentralized.ledger import Ledger, Word
 from dlora.errors import RunError
 from dlora.frames import Decided, Frame, Have, Hello, Shown, Status
 
@@ -210,3 +210,34 @@ def test_one_folder_on_two_machines_ends_the_one_behind(tmp_path: Path) -> None:
 
     virtual.run(world.run(plan))
     assert set(world.results) == {"a"}
+
+
+def test_a_folder_that_was_given_up_for_another_gets_no_link(tmp_path: Path) -> None:
+    """Field case 42: b was started anew, and comes back with its first folder: it is told so, and a mixes nothing with it."""
+    world = World(tmp_path, num_peers=2, rounds=30)
+    world.catch_up_after = 2
+
+    async def plan(world: World) -> None:
+        place = world.folder / "b"
+        await rounds_of(world, "b", 3)
+        world.kill("b")
+        await end_of(world, "b")
+        first, commit = place.rename(world.folder / "first"), world.commits.pop("b")
+        world.begin("b")
+        while len([word for word in words_of(world) if word.ledger != (first / "id").read_text()]) < 2:
+            await asyncio.sleep(0.05)
+        world.kill("b")
+        await end_of(world, "b")
+        shutil.rmtree(place)
+        first.rename(place)
+        world.commits["b"] = commit
+        world.begin("b")
+
+    def words_of(world: World) -> list[Word]:
+        ledger = Ledger(world.folder / "a")
+        ledger.close()
+        return ledger.words("b")
+
+    virtual.run(world.run(plan))
+    assert any("refused: it uses a folder again" in fields["reason"] for fields in world.story_of("a", "unlinked"))
+    assert any("signature for round" in fields["reason"] for fields in world.story_of("b", "two-folders"))

@@ -74,6 +74,7 @@ def test_each_peer_dead_at_each_place(tmp_path: Path, topology: str, away_s: flo
 
             virtual.run(world.run(plan))
             assert set(world.results) == set(world.names)
+            assert not any(event == "lacks" for _, _, event, _ in world.story), "a crash is no older copy"
             if away_s > PATIENCE.silence_s:  # who came back when the others had ended meets them when all resume once more
                 world.fault = lambda name, what: False
                 virtual.run(world.run())
