@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,12 @@ def no_session_outlives_its_test() -> Iterator[None]:
     yield
     if (halves := sys.modules.get("halves")) is not None:
         halves.close_sessions()
+
+
+@pytest.fixture
+def disk_of_a_virtual_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it: a peer there dies between two writes, never of a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture(scope="session")

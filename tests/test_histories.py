@@ -11,6 +11,8 @@ import pytest
 from histories import HISTORIES, History, try_history
 from hypothesis import HealthCheck, given, settings
 
+pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
+
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 

@@ -17,6 +17,8 @@ from dlora.decentralized.patience import STALLS
 from dlora.decentralized.spread import too_far, widened
 from dlora.frames import Chunk, Decided, Frame, Have, Offer
 
+pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
+
 CLAIMS = Lie("claims", 9.0)
 
 

@@ -19,6 +19,8 @@ from dlora.frames import Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from dlora.net.codec import encode, message_num_bytes
 from dlora.net.transport import Link
 
+pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
+
 ROUND_0 = "round-000000"
 NUM_BYTES = message_num_bytes(expected(ROUND_0))
 

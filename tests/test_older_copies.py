@@ -16,6 +16,8 @@ from dlora.decentralized.ledger import Ledger, Word
 from dlora.errors import RunError
 from dlora.frames import Decided, Frame, Have, Hello, Shown, Status
 
+pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
+
 ROUNDS = 8
 
 

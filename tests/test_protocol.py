@@ -16,6 +16,8 @@ from dlora.errors import NeighbourError
 from dlora.frames import Chunk, Frame, Hello, Offer, Status, Want
 from dlora.net.codec import message_num_bytes
 
+pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
+
 
 @pytest.mark.parametrize("topology", ["ring", "base-k", "complete", "hypercube"])
 def test_undisturbed_every_edge_is_committed_and_the_mean_kept(tmp_path: Path, topology: str) -> None:

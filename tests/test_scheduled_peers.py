@@ -16,6 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_simulate import assert_identical, factors_of, optimizer_of, stop_after, story
+from world import Signer
 
 import dlora
 from dlora.config import Config
@@ -103,7 +104,7 @@ class Peers:
             ledger: Any = Recorded(folder.path / "exchange")
             network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
             log, latest = RunLog(folder.log_path), folder.latest(RUN)
-            peer = Gated(name, prepared, manifest, folder, log, ledger, network, lambda: False, latest)
+            peer = Gated(name, prepared, manifest, folder, log, ledger, network, Signer(name), lambda: False, latest)
             lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
         while Gated.here < len(names) and not all(life.done() for life in lives):
             await asyncio.sleep(0.01)
@@ -268,7 +269,7 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(make_co
     for folder in ("late", "there"):
         log, ledger = RunLog(tmp_path / f"{folder}.jsonl"), Ledger(tmp_path / folder)
         opened += [log, ledger]
-        arguments: Any = ("north", prepared, {}, RunFolder(tmp_path / folder), log, ledger, None, lambda: False, None)
+        arguments: Any = ("north", prepared, {}, RunFolder(tmp_path / folder), log, ledger, None, None, lambda: False, None)
         made.append(PeerRun(*arguments))
     late, there = made
     late.training.round(0, frozenset(late.training.trained))

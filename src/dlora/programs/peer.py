@@ -17,6 +17,7 @@ from dlora.errors import CloudError, ConfigError, NeighbourError
 from dlora.first_look import members_of
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.identity import Federation, FederationFile, Identity
+from dlora.net.signatures import MemberSignatures
 from dlora.programs.account import Summary, conclude, introduction, summary
 from dlora.programs.findings import Findings
 from dlora.programs.halves import check_halves, check_room, far_cloud
@@ -104,7 +105,8 @@ def _took_part(
         )
         finished, position = _finished(folder), ledger.position
         spent = watch.run(spent_before(stored))
-        run = PeerRun(name, prepared, manifest, folder, log, ledger, network, stop, stored, spent)
+        signatures = MemberSignatures(identity, federation)
+        run = PeerRun(name, prepared, manifest, folder, log, ledger, network, signatures, stop, stored, spent)
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = contextlib.nullcontext()
         if prepared.half is not None:
             cloud = far_cloud(prepared.half, config, identity, federation, run.hear_of_cloud, run.gives_up)

@@ -18,12 +18,12 @@ from dlora.decentralized.ledger import Ledger, round_of
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.patience import BEATS, Patience
 from dlora.decentralized.topology import Topology
+from dlora.decentralized.word import Signatures
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.signatures import MemberSignatures
 from dlora.net.transport import Link, Talk
 from dlora.programs.findings import Findings
 from dlora.programs.halves import teller
@@ -58,12 +58,14 @@ class PeerRun:
         log: RunLog,
         ledger: Ledger,
         network: GrpcNetwork,
+        signatures: Signatures,
         stop: Callable[[], bool],
         stored: Checkpoint | None,
         spent: Spent | None = None,
     ) -> None:
         self.name, self.prepared, self.manifest = name, prepared, manifest
         self.folder, self.log, self.ledger, self.network, self.stop = folder, log, ledger, network, stop
+        self.signatures = signatures
         self.steps_done = 0
         self.changes: list[dict[str, Any]] = []  # of who is active, not in the log yet: local steps are another thread's
         self.schedules = Schedules(RUN, prepared, lambda event, **fields: self.changes.append(fields))
@@ -119,7 +121,7 @@ class PeerRun:
             partial(message_sizes, self.prepared),
             self._check,
             self.findings,
-            MemberSignatures(self.network.identity, self.network.federation),
+            self.signatures,
         )
         gossip = PeerGossip(
             self.name,
