@@ -4,7 +4,7 @@
 
 The run of benchmarks/savings.yaml, its frozen model in a cloud of this process: only what the device's thread computes is
 counted, training alone. LoRA: what `Adapter.update` and `Adapter.gradients` compute. Head: all else, token embedding included
-(a look-up, which costs no multiply-add). The formula is `dlora.lora.groups.device_flops`.
+(a look-up, which costs no multiply-add). The formula is `dlora.lora.units.device_flops`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from unittest.mock import patch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dlora
-from dlora.config import Config
-from dlora.lora.groups import Group, device_flops
-from dlora.runlog import Event
-from dlora.split.adapter import Adapter
+from dlora.config.run import Config
+from dlora.events.log import Event
+from dlora.lora.units import Group, device_flops
+from dlora.split.device.adapter import Adapter
 
 CONFIG = Path(__file__).with_name("savings.yaml")
 

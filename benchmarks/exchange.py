@@ -14,10 +14,11 @@ import grpc
 import yaml
 from stacked_step import machine_facts, table
 
-from dlora.frames import MAX_CHUNK_BYTES, Chunk
+from dlora.identity.federation import FederationFile, federation_text
+from dlora.identity.keys import Identity, new_identity
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.identity import FederationFile, Identity, federation_text, new_identity
-from dlora.net.transport import Link
+from dlora.wire.frame import Link
+from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk
 
 MESSAGE_BYTES, NEIGHBOURS, REPEATS = 20_000_000, ("b", "c"), 7
 MAX_RATIO, MAX_FRAMING = 2.5, 0.01  # what the project promises

@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from dlora.config import Config
+from dlora.config.run import Config
 from dlora.lora.core import write_frame
 from dlora.model import load_tokenizer
 from dlora.programs.plan import plan

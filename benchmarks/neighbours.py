@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dlora.decentralized.exchange import Exchange
-from dlora.decentralized.ledger import Ledger, round_message
-from dlora.decentralized.patience import Patience
+from dlora.decentralized.peer.exchange import Exchange
+from dlora.decentralized.peer.ledger import Ledger, round_message
+from dlora.decentralized.peer.patience import Patience
+from dlora.identity.federation import Federation, FederationFile, federation_text
+from dlora.identity.keys import Identity, new_identity
+from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.identity import Federation, FederationFile, Identity, federation_text, new_identity
-from dlora.net.signatures import MemberSignatures
 
 MESSAGE_BYTES = 20_000_000
 COUNTS = (1, 2, 4, 8)  # neighbours

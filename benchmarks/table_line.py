@@ -22,18 +22,21 @@ from pathlib import Path
 
 import torch
 
-from dlora.config import CloudConfig, Config
+from dlora.config.cloud import CloudConfig
+from dlora.config.run import Config
 from dlora.errors import Interrupted
-from dlora.net.identity import federation_text, new_identity
+from dlora.events.log import Event
+from dlora.identity.federation import federation_text
+from dlora.identity.keys import new_identity
 from dlora.programs.device import device
-from dlora.runlog import Event
-from dlora.split.body import load_body
+from dlora.split.cloud.body import load_body
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
-from line import namespaces  # of the tests
 from savings import CONFIG
 from split_step import LINE, LINES, MODEL, PORT, cloud
+
+from kit.slow_line import namespaces  # of the tests
 
 SHORT = ["device=cpu", "data.limit=400", "data.eval_limit=8", "train.rounds=1", "train.local_steps=1000"]
 SHORT += ["schedule.warmup_steps=1"]

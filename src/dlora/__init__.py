@@ -5,21 +5,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dlora.version import __version__
 
 if TYPE_CHECKING:
-    from dlora.config import CloudConfig, Config
+    from dlora.config.cloud import CloudConfig
+    from dlora.config.run import Config
     from dlora.decentralized.topology import Topology, build_topology, spectral_gap
     from dlora.errors import CloudError, DloraError, Interrupted, UserError
     from dlora.programs.connect import connect
     from dlora.programs.score import load_base, score
     from dlora.programs.simulate import simulate
-    from dlora.report import write_report
+    from dlora.show.report.write import write_report
 
 _HOMES = {
-    "CloudConfig": "dlora.config",
+    "CloudConfig": "dlora.config.cloud",
     "CloudError": "dlora.errors",
-    "Config": "dlora.config",
+    "Config": "dlora.config.run",
     "DloraError": "dlora.errors",
     "Interrupted": "dlora.errors",
     "Topology": "dlora.decentralized.topology",
@@ -30,7 +31,7 @@ _HOMES = {
     "score": "dlora.programs.score",
     "simulate": "dlora.programs.simulate",
     "spectral_gap": "dlora.decentralized.topology",
-    "write_report": "dlora.report",
+    "write_report": "dlora.show.report.write",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Interrupted",
     "Topology",
     "UserError",
+    "__version__",
     "build_topology",
     "connect",
     "load_base",

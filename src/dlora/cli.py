@@ -13,15 +13,16 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-import dlora
 from dlora.errors import ConfigError, DloraError, Interrupted
-from dlora.progress import Progress
-from dlora.runlog import Listener, to_json, write_atomically
+from dlora.events.log import Listener, to_json
+from dlora.files import write_atomically
+from dlora.show.progress import Progress
+from dlora.show.tables import cost_table, plan_table, scores_table, served_table, summary_table
 from dlora.stopping import Stop, resumable
-from dlora.tables import cost_table, plan_table, scores_table, served_table, summary_table
+from dlora.version import __version__
 
 if TYPE_CHECKING:
-    from dlora.config import Config
+    from dlora.config.run import Config
 
 # What takes time to import is imported by the command that needs it, after it has said that it is at work.
 
@@ -69,7 +70,7 @@ def main() -> None:
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"dlora {dlora.__version__}")
+        typer.echo(f"dlora {__version__}")
         raise typer.Exit
 
 
@@ -104,7 +105,7 @@ def simulate(
     progress = Progress(quiet=as_json)
     with Stop("stopping", progress), progress:
         loaded = _load(config, set_)
-        from dlora.first_look import look
+        from dlora.data.first_look import look
 
         look(loaded, "dry-run", None)
         from dlora.programs import simulate as program
@@ -146,12 +147,12 @@ def cloud(
 
     Example: dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml --set limits.max_devices=8
     """
-    from dlora.cloud_view import CloudView
+    from dlora.show.cloud.table import CloudView
 
     answer = "stopping; devices dial again when the cloud is back"
     view = CloudView(quiet=as_json)
     with Stop(answer, view) as stop, view:
-        from dlora.config import CloudConfig
+        from dlora.config.cloud import CloudConfig
 
         loaded = CloudConfig.load(config, set_)
         from dlora.programs.cloud import cloud as program
@@ -230,7 +231,7 @@ def report(
 
     Example: dlora report runs/sst2-ring
     """
-    from dlora.report import write_report
+    from dlora.show.report.write import write_report
 
     typer.echo(write_report(run))
 
@@ -244,8 +245,9 @@ def print_config(
 
     Example: dlora config > run.yaml
     """
-    from dlora.config import CloudConfig, Config
-    from dlora.config_example import example, schema
+    from dlora.config.cloud import CloudConfig
+    from dlora.config.example import example, schema
+    from dlora.config.run import Config
 
     typer.echo((schema if as_schema else example)(CloudConfig if for_cloud else Config), nl=False)
 
@@ -268,24 +270,22 @@ def topology(
 
     Example: dlora topology base-k --peers 10 -o base-k.svg
     """
-    from dlora.config import TopologySection
-    from dlora.config_file import parse_section
-    from dlora.decentralized import topology as graphs
+    from dlora.config.reading import parse_section
+    from dlora.config.run import TopologySection
+    from dlora.decentralized.topology import build_topology
+    from dlora.show.topology import as_figures, describe
 
     section = parse_section(TopologySection, {"kind": kind, "p": p, "seed": seed, "k": k})
-    built = graphs.build_topology(section, weights, [f"peer-{index}" for index in range(peers)])  # type: ignore[arg-type]
+    built = build_topology(section, weights, [f"peer-{index}" for index in range(peers)])  # type: ignore[arg-type]
     if output is not None:
-        from dlora.drawing import graph
+        from dlora.show.drawing import graph
 
         edges = [built.edges(round) for round in range(built.period)]
         write_atomically(output, graph(edges, built.names, label=f"{kind} of {peers} peers", standalone=True))
     if as_json:
-        rounds, messages = graphs.rounds_to_agree(built)
-        neighbours = [[built.neighbours(peer, round) for peer in range(peers)] for round in range(built.period)]
-        figures = {"spectral_gap": graphs.spectral_gap(built), "rounds_to_agree": rounds, "messages_to_agree": messages}
-        typer.echo(to_json({"kind": kind, "peers": peers, "neighbours": neighbours, **figures}))
+        typer.echo(to_json({"kind": kind, "peers": peers, **as_figures(built)}))
     else:
-        typer.echo(graphs.describe(built))
+        typer.echo(describe(built))
 
 
 identities = typer.Typer(no_args_is_help=True, help="Keys, certificates and the federation file: who is who, without a centre.")
@@ -305,7 +305,7 @@ def new(
 
     Example: dlora identity new clinic-a --address clinic-a.example.org:7000
     """
-    from dlora.net.identity import describe, new_identity
+    from dlora.identity.keys import describe, new_identity
 
     key_path, member_path = new_identity(name, address, role, folder)  # type: ignore[arg-type]  # checked there
     typer.echo(f"{key_path}: the key; it stays here, nobody else may read it\n{member_path}: send it to the others")
@@ -320,7 +320,7 @@ def federation(
 
     Example: dlora identity federation clinic-a.member.yaml clinic-b.member.yaml > federation.yaml
     """
-    from dlora.net.identity import federation_of
+    from dlora.identity.federation import federation_of
 
     made = federation_of(members)
     for apart in made.apart():
@@ -336,7 +336,7 @@ def show(
 
     Example: dlora identity show federation.yaml
     """
-    from dlora.net.identity import describe
+    from dlora.identity.keys import describe
 
     typer.echo(describe(file))
 
@@ -368,7 +368,7 @@ def _warn(message: Warning | str, *_where: Any) -> None:
 
 def _load(path: Path, overrides: list[str]) -> Config:
     """The config of a run."""
-    from dlora.config import Config
+    from dlora.config.run import Config
 
     return Config.load(path, overrides)
 
@@ -378,7 +378,7 @@ def _train(program: str, config: Path, overrides: list[str], as_json: bool, **ke
     progress = Progress(quiet=as_json)
     with resumable(progress) as stop, progress:
         loaded = _load(config, overrides)
-        from dlora.first_look import look  # without torch, which takes seconds to load
+        from dlora.data.first_look import look  # without torch, which takes seconds to load
 
         look(loaded, program, keys.get("name"))
         run = getattr(importlib.import_module(f"dlora.programs.{program}"), program)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlora.data import collate
-from dlora.formats import Choice, Example
+from dlora.data.batches import collate
+from dlora.data.formats import Choice, Example
 from dlora.lora.stacked import StackedModel
 from dlora.train import autocast, forward, num_targets, summed_loss
 

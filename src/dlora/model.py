@@ -24,7 +24,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from dlora.config import CloudConfig, Config
+from dlora.config.cloud import CloudConfig
+from dlora.config.run import Config
 from dlora.errors import ModelError
 from dlora.model_files import FORMS, NO_CODE, SAFE_WEIGHTS, find_model, read_config
 

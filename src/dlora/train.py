@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlora.config import TrainSection
-from dlora.data import Batch
+from dlora.config.run import TrainSection
+from dlora.data.batches import Batch
 from dlora.lora.active import ActiveUnits, Scheduled
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel

@@ -1,1 +1,1 @@
-"""How participants agree (Dec-LoRA)."""
+"""With whom a participant agrees (Dec-LoRA)."""

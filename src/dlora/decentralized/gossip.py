@@ -1,34 +1,23 @@
-"""One participant's life in rounds: train, exchange, mix, commit. No sockets, no clock in it.
+"""One round for all participants of a simulation at once: train, send, mix.
 
-Written twice: `Gossip` for all the participants of a simulation at once ((P, ...) tensors), `PeerGossip` for one peer among
-others that may be late, gone or broken. While nothing fails they are the same to rounding (law 5).
+The same for one peer among others that may be late, gone or broken is `peer/life.py`. While nothing fails the two are the
+same to rounding (law 5).
 """
 
 from __future__ import annotations
 
-import asyncio
-import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dlora.decentralized.exchange import Exchange
-from dlora.decentralized.ledger import Ledger, round_message, round_of
-from dlora.decentralized.mixing import Rule, mix, mix_edge
-from dlora.decentralized.neighbour import Neighbour
-from dlora.decentralized.patience import BEATS
-from dlora.decentralized.spread import faded, too_far, widened
+from dlora.decentralized.mixing import Rule, mix
 from dlora.decentralized.topology import Topology
-from dlora.errors import NeighbourError, RunError
 from dlora.lora.factors import Factors
 
 Edge = tuple[int, int]
-PARTING_S = 2.0  # for a neighbour in another run to read why this peer goes
-FASTER = 10  # times as many rounds as this peer would have done alone, the others may have done meanwhile
 
 
 class Transport(Protocol):
@@ -76,238 +65,3 @@ class Gossip:
 def trained(factors: Factors, rule: Rule, round: int) -> frozenset[str]:
     """The tensors that take local steps in a round."""
     return frozenset(name for name in factors if rule.trains(name, round))
-
-
-@dataclass
-class Progress:
-    """What a commit holds beside factors and optimiser."""
-
-    rounds_done: int = 0
-    position: int = 0  # of the ledger: the entries up to here are in the factors
-    since_round: int = 0  # the round to which the peer last caught up; differences of earlier ones are moot
-    mixed_at: float = 0.0  # when it last finished a round in which it mixed an edge, by its own clock; 0: not known
-    round_s: float = 0.0  # its fastest round; 0: not known
-    spread: dict[str, float] = field(default_factory=dict)  # tensor's name -> how far neighbours were (`spread`)
-
-
-@dataclass
-class PeerGossip:
-    """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends committed.
-
-    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round, names)``, which returns the
-    names of what took part and so is to be sent; ``standing``, the function that the average is taken of (the factors without
-    what a schedule has dropped); ``encode`` and ``decode`` (tensors <-> a message of that name); ``commit`` (factors,
-    optimiser and progress to disk, all or nothing); ``skip``, which hears how many rounds were passed over; and ``clock``, in
-    seconds, which goes on while this program does not run.
-    """
-
-    name: str
-    factors: Factors
-    topology: Topology
-    rule: Rule
-    ledger: Ledger
-    exchange: Exchange
-    rounds: int
-    catch_up_after: int  # rounds behind a neighbour before its state is taken
-    train: Callable[[int, frozenset[str]], Awaitable[Collection[str]]]
-    standing: Callable[[], Factors]
-    encode: Callable[[str, Mapping[str, Tensor]], bytes]
-    decode: Callable[[str, Path], Mapping[str, Tensor]]
-    commit: Callable[[Progress], object]
-    skip: Callable[[int], object]
-    clock: Callable[[], float]
-    progress: Progress
-
-    @property
-    def index(self) -> int:
-        """This peer's row of the mixing matrix."""
-        return self.topology.names.index(self.name)
-
-    async def run(self) -> tuple[Factors, int]:
-        """All rounds that are left, then the average of all peers ((1, ...) each) and how many of them are in it."""
-        first, self.exchange.since = self.progress.rounds_done == 0, self.progress.since_round
-        if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
-            self.ledger.forget_reduction()  # who was missing then may be here now
-        self.exchange.enter(self.progress.rounds_done)
-        await self.exchange.greeted(self.exchange.patience.round_limit_s if first else self.exchange.patience.silence_s / BEATS)
-        refused = [neighbour.refused for neighbour in self.exchange.neighbours.values() if neighbour.refused]
-        if first and refused:
-            await asyncio.sleep(PARTING_S)
-            raise NeighbourError(refused[0])
-        self.progress.mixed_at = self.progress.mixed_at or self.clock()
-        while self.progress.rounds_done < self.rounds:
-            await self._catch_up()
-            await self._round()
-        self.exchange.enter(self.rounds)
-        self.exchange.wait_anew()
-        await self.exchange.settled(self.rounds)
-        self._mix()
-        self.commit(self.progress)
-        consensus, num_peers = await self._reduce()
-        self.exchange.enter(self.rounds + 1)
-        await self.exchange.settled(self.rounds + 1)
-        self.exchange.compare("average", self.rounds + 1)
-        self.commit(self.progress)
-        await self.exchange.all_said()
-        return consensus, num_peers
-
-    def _has_average_of_all(self) -> bool:
-        own = self.ledger.own("average")
-        return own is not None and self.decode("average", own.path)["num_peers"].item() == self.topology.num_peers
-
-    async def _round(self) -> None:
-        """Algorithm 1 at one peer."""
-        number, began_at = self.progress.rounds_done, self.clock()
-        self.exchange.enter(number)
-        names = await self.train(number, trained(self.factors, self.rule, number))
-        sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number) and name in names}
-        message = round_message(number)
-        content = self.encode(message, sent)
-        kept = self.ledger.keep(message, content)
-        try:
-            self.decode(message, kept.path)
-        except ValueError as error:
-            if kept.num_bytes != len(content):
-                raise RunError(f"{kept.path} is not what was kept there ({error}); restore it from a copy") from error
-            raise RunError(
-                f"the factors of {self.name} cannot be sent in round {number}: {error}; lower train.learning_rate and start"
-                " anew in another output_dir"
-            ) from error
-        older = self.progress.position  # of the commit before this round's, which stays beside it
-        await self.exchange.mix_round(self.topology.names[other] for other in self.topology.neighbours(self.index, number))
-        self.progress.spread = faded(self.progress.spread)
-        mixed, now = self._mix(), self.clock()
-        self.progress.rounds_done = number + 1
-        if mixed:
-            self.progress.mixed_at = now
-        if now > began_at:  # a clock may be set back
-            self.progress.round_s = min(self.progress.round_s or now - began_at, now - began_at)
-        self.commit(self.progress)
-        self.ledger.clean(number, older)
-
-    def _mix(self) -> int:
-        """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix: this round's, and doubts now settled.
-
-        Returns how many there were.
-        """
-        position, mixed = self.ledger.position, 0
-        names = self.topology.names
-        # In one order, whoever came first: sums of floats depend on it, and AdamW makes much of the last bit.
-        dues = self.ledger.due(self.progress.position, self.progress.since_round)
-        for due in sorted(dues, key=lambda due: (due.round, names.index(due.neighbour))):
-            weight = self.topology.mixing(due.round)[self.index, names.index(due.neighbour)]
-            name = round_message(due.round)
-            own, theirs = self.decode(name, due.own), self.decode(name, due.theirs)
-            mix_edge(self.factors, float(weight), own, theirs)
-            self.progress.spread = widened(self.progress.spread, own, theirs)
-            mixed += 1
-        self.progress.position = position
-        return mixed
-
-    async def _catch_up(self) -> None:
-        """Far behind the neighbours: take the median of what they last sent, and go on from their round.
-
-        It takes more than half of all neighbours, those that are away counted too, and no jump beyond what this peer's clock
-        allows. With a single neighbour that one is more than half: the clock alone bounds what it can make this peer skip.
-        The mean over peers is not kept here; what this peer learnt since it left is given up, save in units that none of
-        those messages holds: killed there, they stay as they are here.
-        """
-        neighbours = self.exchange.neighbours.values()
-        needed, was, most = len(neighbours) // 2 + 1, self.progress.rounds_done, self._most_missed()
-        ahead: dict[str, str] = {}
-        for neighbour in neighbours:
-            jump = self._ahead(neighbour)
-            if jump > self.catch_up_after and jump <= most:
-                ahead[neighbour.name] = neighbour.offers["round"].name
-            elif jump > self.catch_up_after:
-                reason = f"it says it is {jump} rounds ahead; by this peer's clock at most {most:.0f} can have been missed"
-                self.exchange.disbelieve(neighbour.name, reason)
-        if len(ahead) < needed:
-            for name in ahead:  # one neighbour that is ahead, or says so, is not the run
-                reason = f"{len(ahead)} of {len(neighbours)} neighbours say they are ahead, and {needed} are needed"
-                self.exchange.disbelieve(name, reason)
-            return
-        paths = await asyncio.gather(*(self.exchange.fetch(name, message) for name, message in ahead.items()))
-        states = [(message, path) for message, path in zip(ahead.values(), paths, strict=True) if path is not None]
-        if len(states) < needed:
-            return
-        taken = [self.decode(message, path) for message, path in states]
-        with torch.no_grad():
-            for name, tensor in self.factors.items():
-                if held := [state[name] for state in taken if name in state]:
-                    tensor.copy_(median(held))
-        rounds = sorted(round_of(message) or 0 for message, _ in states)
-        now = rounds[(len(rounds) - 1) // 2]
-        self.skip(now - was)
-        self.progress.rounds_done, self.progress.position, self.progress.since_round = now, self.ledger.position, now
-        self.commit(self.progress)
-        self.exchange.since = now
-        self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
-
-    def _ahead(self, neighbour: Neighbour) -> int:
-        """How many rounds a neighbour's last message is ahead of this peer; 0 without a link."""
-        offer = neighbour.offers.get("round") if neighbour.link is not None else None
-        return 0 if offer is None else (round_of(offer.name) or 0) - self.progress.rounds_done
-
-    def _most_missed(self) -> float:
-        """How many rounds the others can have done since this peer last mixed with one of them.
-
-        They wait for a peer that is there, so none can be far ahead of one that mixes. While it is away they go at their own
-        pace: ``FASTER`` times its fastest round is allowed. A peer that has done no round here knows no pace; it believes more
-        than half of several neighbours, and a single one not before it has done a round.
-        """
-        progress = self.progress
-        if not progress.round_s:
-            return math.inf if len(self.exchange.neighbours) > 1 else 0
-        return FASTER * max(0.0, self.clock() - progress.mixed_at) // progress.round_s
-
-    async def _reduce(self) -> tuple[Factors, int]:
-        """The exact average of all peers over a tree of neighbours: sums go up to the first peer, the average comes down.
-
-        2 (n - 1) messages in all, in float32, on the CPU. What cannot be reached is left out: below a peer that is gone each
-        branch has the average of its own. So is a sum that counts more peers than there are below, or that overflows. A sum or
-        an average that is far from all that this peer has seen is taken, and its sender named. Every neighbour is told the
-        average's hash.
-        """
-        parent, children = self.topology.tree(self.index)
-        names = self.topology.names
-        paths = await asyncio.gather(*(self.exchange.fetch(names[child], "sum") for child in children))
-        total = {name: tensor.cpu() for name, tensor in self.standing().items()} | {"num_peers": torch.ones(1, 1)}
-        for (child, num_below), path in zip(children.items(), paths, strict=True):
-            if path is None:
-                continue
-            part = self.decode("sum", path)
-            joined = {name: tensor + part[name] for name, tensor in total.items()}
-            if part["num_peers"].item() > num_below or not all(tensor.isfinite().all() for tensor in joined.values()):
-                self.exchange.report("left-out", neighbour=names[child], reason=f"its sum is not that of {num_below} peers")
-                continue
-            self._judge(names[child], "sum", {name: tensor / part["num_peers"].item() for name, tensor in part.items()})
-            total = joined
-        num_peers = round(total["num_peers"].item())
-        average = {name: tensor / num_peers for name, tensor in total.items()} | {"num_peers": total["num_peers"]}
-        if parent is not None:
-            self.ledger.keep("sum", self.encode("sum", total))
-            self.exchange.offer([names[parent]], "sum")
-            came = await self.exchange.fetch(names[parent], "average")
-            if came is not None:
-                average = dict(self.decode("average", came))
-                num_peers = round(average["num_peers"].item())
-                self._judge(names[parent], "average", average)
-        self.ledger.keep("average", self.encode("average", average))
-        self.exchange.offer(self.exchange.neighbours, "average")
-        average.pop("num_peers")
-        return average, num_peers
-
-    def _judge(self, sender: str, message: str, mean: Mapping[str, Tensor]) -> None:
-        """Name the sender of a mean that is far from everything that this peer has seen."""
-        own = {name: tensor.cpu() for name, tensor in self.standing().items()}
-        far = too_far(self.progress.spread, self.topology.num_peers, own, mean)
-        if far:
-            reason = f"it is far from all that this peer has seen, in {len(far)} of {len(own)} tensors, such as {far[0]}"
-            self.exchange.report("doubtful", neighbour=sender, message=message, reason=reason)
-
-
-def median(states: Sequence[Tensor]) -> Tensor:
-    """The median of each number; of an even count the mean of the two in the middle."""
-    ordered = torch.stack(list(states)).sort(dim=0).values
-    return (ordered[(len(states) - 1) // 2] + ordered[len(states) // 2]) / 2

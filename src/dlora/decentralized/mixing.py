@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.config import PeersSection
+from dlora.config.run import PeersSection
 from dlora.lora.factors import Factors
 
 

@@ -15,16 +15,14 @@ import networkx as nx
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dlora.config import TopologySection
+from dlora.config.run import TopologySection
 from dlora.decentralized.finite_time import Matrix, base_k, hypercube
 from dlora.errors import TopologyError
-from dlora.runlog import count_text
 
 Weights = Literal["metropolis", "laplacian"]
 
 ROUNDING = 1e-12  # what float64 may leave of a sum, a symmetry or a disagreement that is exact on paper
 ERDOS_RENYI_TRIES = 1000  # seeds looked at before a graph that is hardly ever connected is given up
-MAX_WIDTH, MAX_PEERS = 100, 16  # of a description, in characters and rows; of more peers only half of that is shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +107,8 @@ def build_topology(section: TopologySection, weights: Weights | None, names: Seq
         return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))  # a lone peer has nobody to meet
     graph = _graph(section, names)
     if not nx.is_connected(graph):
-        islands = [_some([names[i] for i in sorted(island)], 4) for island in nx.connected_components(graph)]
-        apart = _some([f"{{{island}}}" for island in islands], 4, " | ")
+        islands = [some_names([names[i] for i in sorted(island)], 4) for island in nx.connected_components(graph)]
+        apart = some_names([f"{{{island}}}" for island in islands], 4, " | ")
         raise TopologyError(f"topology {section.kind} is not connected: {apart}; join them by edges")
     mixing = _laplacian(graph) if weights == "laplacian" else _metropolis(graph)
     return Topology(section.kind, tuple(names), (mixing,))
@@ -175,11 +173,11 @@ def _peer_index(end: str | int, names: Sequence[str], where: str) -> int:
     if end in names:
         return list(names).index(end)
     near = difflib.get_close_matches(end, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"peers: {_some(names)}"
+    hint = f"did you mean {near[0]}?" if near else f"peers: {some_names(names)}"
     raise TopologyError(f"{where}: no peer is named {end}; {hint}")
 
 
-def _some(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
+def some_names(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """The words, or the first of them and how many there are when they are more than ``most``."""
     shown = words if len(words) <= most else [*words[: most - 1], f"... ({len(words)} in all)"]
     return between.join(shown)
@@ -286,42 +284,3 @@ def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int
         messages += 2 * len(topology.edges(rounds))
         rounds += 1
     return rounds, messages
-
-
-# --- in words --------------------------------------------------------------------------------------------------------
-
-
-def describe(topology: Topology) -> str:
-    """A table of neighbours and weights, a column a round of the cycle; then spectral gap, rounds and messages."""
-    n, period = topology.num_peers, topology.period
-    when = "the same in every round" if period == 1 else f"a cycle of {period} rounds"
-    lines = [f"{topology.kind}, {n} peer{'s' * (n > 1)}, {when}", ""]
-    shown = range(n if n <= MAX_PEERS else MAX_PEERS // 2)
-    heads = ["", *(topology.names[peer] for peer in shown)]
-    columns = [
-        ["neighbours (weight)" if period == 1 else f"round {round}", *(_cell(topology, peer, round) for peer in shown)]
-        for round in range(period)
-    ]
-    while columns:
-        table = [heads, columns.pop(0)]
-        while columns and sum(3 + max(map(len, column)) for column in [*table, columns[0]]) <= MAX_WIDTH + 3:
-            table.append(columns.pop(0))
-        widths = [max(map(len, column)) for column in table]
-        for row in zip(*table, strict=True):
-            lines.append("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        lines += [f"... and {n - len(shown)} more peers"] * (len(shown) < n) + [""]
-    gap = spectral_gap(topology)
-    lines.append(f"spectral gap                   {gap:.3g}")
-    goals = {"rounds to 100 times closer": 100.0} | ({"rounds to the exact average": 1 / ROUNDING} if gap == 1 else {})
-    for goal, factor in goals.items():
-        rounds, messages = rounds_to_agree(topology, factor)
-        lines.append(f"{goal:<30} {rounds:,} ({messages:,} messages, {count_text(messages / n)} a peer)")
-    return "\n".join(lines)
-
-
-def _cell(topology: Topology, peer: int, round: int) -> str:
-    """Neighbours of equal weight together: ``ana, bo (0.333)``; a peer that rests in this round has a dash."""
-    by_weight: dict[str, list[str]] = {}
-    for neighbour, weight in topology.neighbours(peer, round).items():
-        by_weight.setdefault(f"{weight:.3g}", []).append(topology.names[neighbour])
-    return "; ".join(f"{_some(group, 6)} ({weight})" for weight, group in by_weight.items()) or "-"

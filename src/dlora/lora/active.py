@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from dlora.config import LoraSection, ScheduleSection
+from dlora.config.run import LoraSection, ScheduleSection
 from dlora.errors import ConfigError
 from dlora.lora.factors import Factors
-from dlora.lora.groups import Group, device_flops
 from dlora.lora.kill_revive import Schedule
+from dlora.lora.units import Group, device_flops
 from dlora.seeds import derive_seed
 
 

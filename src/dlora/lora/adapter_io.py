@@ -13,11 +13,11 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-import dlora
 from dlora.errors import RunError
+from dlora.files import write_atomically
 from dlora.lora.core import pairs
 from dlora.lora.stacked import StackedModel
-from dlora.runlog import write_atomically
+from dlora.version import __version__
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
 _WEIGHTS = "adapter_model.safetensors"
@@ -75,7 +75,7 @@ def model_card(model: StackedModel) -> str:
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# A LoRA adapter for {base}\n\nRank {config.r},"
         f" `lora_alpha` {config.lora_alpha}, on {linears}."
-        f" Written by dlora {dlora.__version__}.\n\n{how}\n{serve}"
+        f" Written by dlora {__version__}.\n\n{how}\n{serve}"
     )
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dlora.errors import ConfigError, ModelError, RunError
+from dlora.files import write_atomically
 from dlora.lora.factors import Factors
-from dlora.runlog import write_atomically
 
 Frame = dict[str, Tensor]
 FRAME_FILE = "frame.safetensors"  # within a run folder

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dlora.config import ScheduleSection
+from dlora.config.run import ScheduleSection
 from dlora.seeds import derive_seed
 
 TRIALS_A_PERIOD = 5  # would fit: a trial takes that part of one

@@ -1,1 +1,1 @@
-"""Real wires, and the one that stays in memory."""
+"""Links: real wires, and those that stay in memory."""

@@ -15,22 +15,16 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from dlora.net.codec import FrameError
-from dlora.net.split_codec import decode_split, encode_split
-from dlora.net.transport import FrameKind, Link, LinkDown, Network, Traffic
-from dlora.split_frames import ChannelDown, SplitFrame, Wire
+from dlora.net.transport import LinkDown, Network, Traffic
+from dlora.wire.frame import ChannelDown, FrameError, Link
+from dlora.wire.split.codec import MAX_FRAME_BYTES, decode_split, encode_split
+from dlora.wire.split.frames import SplitFrame, Wire
 
-MAX_FRAME_BYTES = 256 << 20  # 16,384 tokens of width 4096 in float32
 WINDOW_FRAMES = 8  # that wait at one end of a channel, each way
 INLINE_BYTES = 1 << 20  # decoded within the event loop: 0.3 ms at most; more than that in a thread
 FLUSH_S = 1.0  # for the last frames to leave
 LOOK_S = 0.2  # between two questions whether to give up
 GIVE_UP_S = 3.0  # of an answer, after which a user's stop is not put off to the end of the round
-
-
-def halves(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
-    """What links between cloud and device carry: frames as bytes already, which ``Channel`` reads and writes."""
-    return FrameKind("dlora.split.Cloud", bytes, bytes, max_frame_bytes)
 
 
 class Channel:

@@ -26,10 +26,11 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from dlora.errors import ConfigError
-from dlora.net.codec import FrameError
+from dlora.identity.federation import FederationFile
+from dlora.identity.keys import Identity
 from dlora.net.doorman import Doorman
 from dlora.net.grpc_link import ENDED, Call, Context, GrpcLink
-from dlora.net.grpc_options import (
+from dlora.net.options import (
     COURTESY_S,
     DIAL_S,
     DOOR_S,
@@ -48,10 +49,11 @@ from dlora.net.grpc_options import (
     dialler_options,
     listener_options,
 )
-from dlora.net.identity import FederationFile, Identity
 from dlora.net.rates import Rate, Told
-from dlora.net.transport import PEERS, FrameKind, LinkDown, Talk, Traffic
+from dlora.net.transport import LinkDown, Talk, Traffic
 from dlora.net.watch import Watch
+from dlora.wire.frame import FrameError, FrameKind
+from dlora.wire.peer.codec import PEERS
 
 _FOR_EVER_S = 1e6
 _METHOD = "Talk"
@@ -151,7 +153,7 @@ class GrpcNetwork:
         """A new listener on the same port whenever the certificates to trust change; links through the one before live on.
 
         gRPC's own way, `dynamic_ssl_server_credentials`, is no way: 200 strangers' connections at once then abort the process
-        or crash it (1.85.1; the test of that in `tests/test_attacks.py` shows it in half of its runs).
+        or crash it (1.85.1; the test of that in `tests/net/test_attacks.py` shows it in half of its runs).
         """
         roots = self._roots()
         while True:

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import grpc
 
 from dlora.net.slot import Slot
-from dlora.net.transport import FrameKind, LinkDown, Traffic
+from dlora.net.transport import LinkDown, Traffic
+from dlora.wire.frame import FrameKind
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"

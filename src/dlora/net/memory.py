@@ -1,49 +1,18 @@
-"""Wires inside one process: one that only counts bytes, and one of queues that keeps the contract."""
+"""The wire of queues inside one process, which keeps the contract of `transport.py`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from dlora.net.codec import FrameError, encode
-from dlora.net.transport import PEERS, FrameKind, LinkDown, Talk, Traffic
+from dlora.net.transport import LinkDown, Talk, Traffic
+from dlora.wire.frame import FrameError, FrameKind
+from dlora.wire.peer.codec import PEERS
 
 MAX_PAUSE_S = 10.0  # between two attempts to dial
 WINDOW_FRAMES = 8  # that one end may be ahead of the other
-
-
-class MemoryTransport:
-    """Carries messages between participants stacked in one process.
-
-    ``bytes_on_wire`` counts serialised messages, both directions. Messages that hold the same names have the same shapes and
-    dtype, so one of them is serialised and stands for all; its length depends on nothing else.
-    """
-
-    def __init__(self, wire: torch.dtype = torch.float32, bytes_on_wire: int = 0) -> None:
-        self.wire = wire
-        self.bytes_on_wire = bytes_on_wire
-        self._message_bytes: dict[tuple[str, ...], int] = {}
-
-    def exchange(
-        self,
-        round: int,
-        sent: Mapping[str, Tensor],
-        edges: Sequence[tuple[int, int]],
-        names: Sequence[Collection[str]] | None = None,
-    ) -> Sequence[tuple[int, int]]:
-        """Every edge is committed; the messages of both its ends went over it, each with what ``names`` lets it hold."""
-        for edge in edges:
-            for end in edge:
-                held = tuple(name for name in sent if names is None or name in names[end])
-                if held not in self._message_bytes:
-                    self._message_bytes[held] = len(encode({name: sent[name][0] for name in held}, self.wire))
-                self.bytes_on_wire += self._message_bytes[held]
-        return edges
 
 
 class MemoryLink:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from dlora.net.certificates import NEW, concern, validity
-from dlora.net.identity import Federation, Identity
+from dlora.identity.certificates import NEW, concern, validity
+from dlora.identity.federation import Federation
+from dlora.identity.keys import Identity
 
 
 class Watch:

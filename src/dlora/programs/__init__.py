@@ -1,1 +1,1 @@
-"""What a person starts; only here do the two axes meet."""
+"""What a person starts: the doors."""

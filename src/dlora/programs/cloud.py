@@ -13,22 +13,24 @@ from typing import Any
 import psutil
 import torch
 
-import dlora
-from dlora.cloud_metrics import CloudMetrics
-from dlora.cloud_record import CloudRecord
-from dlora.config import CloudConfig
+from dlora.config.cloud import CloudConfig
 from dlora.errors import IdentityError
-from dlora.net.channel import MAX_FRAME_BYTES, Channel, halves
+from dlora.events.cloud import CloudRecord
+from dlora.events.log import Listener, now
+from dlora.identity.federation import Federation, FederationFile
+from dlora.identity.keys import Identity
+from dlora.net.channel import Channel
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.net.split_codec import MAX_HEAD_BYTES
-from dlora.net.transport import Link, Traffic
-from dlora.programs.listening import check_listen, listen_address
-from dlora.runlog import Listener, now
-from dlora.split.body import Body, load_body
-from dlora.split.session import Limits, Session
-from dlora.split.shares import Budget
-from dlora.split_frames import Refused, SplitFrame
+from dlora.net.listening import check_listen, listen_address
+from dlora.net.transport import Traffic
+from dlora.show.cloud.metrics import CloudMetrics
+from dlora.split.cloud.body import Body, load_body
+from dlora.split.cloud.limits import Budget, Limits
+from dlora.split.cloud.session import Session
+from dlora.version import __version__
+from dlora.wire.frame import Link
+from dlora.wire.split.codec import MAX_FRAME_BYTES, MAX_HEAD_BYTES, halves
+from dlora.wire.split.frames import Refused, SplitFrame
 
 USABLE_MEMORY = 0.6  # of what is free once the model is loaded
 LOOK_S = 0.25  # between two looks at `stop`, and at what the devices have here
@@ -91,7 +93,7 @@ def cloud(
         }
         asyncio.run(_serve(network, guests, stop, lambda: telling.tell("serving", listen=place, **serving)))
     return {
-        "version": dlora.__version__,
+        "version": __version__,
         "model": config.model,
         "cloud": name,
         "seconds": time.monotonic() - began_at,

@@ -9,13 +9,14 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from dlora.config import Config
+from dlora.config.run import Config
 from dlora.errors import ConfigError
+from dlora.identity.federation import Federation, FederationFile
+from dlora.identity.keys import Identity
 from dlora.model import load_tokenizer
-from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.programs.halves import check_halves, far_cloud
-from dlora.programs.prepare import handed_frame
-from dlora.split.remote import as_ordinary, load_half
+from dlora.run.core_directions import handed_frame
+from dlora.run.frozen_model import check_halves, far_cloud
+from dlora.split.device.half import as_ordinary, load_half
 
 
 def connect(config: Config | str | Path, *, name: str, key: str | Path, federation: str | Path) -> Any:

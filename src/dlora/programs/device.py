@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlora.arms import DLORA
-from dlora.config import Config
+from dlora.config.arms import DLORA
+from dlora.config.run import Config
+from dlora.data.first_look import refuse_comparison
 from dlora.errors import CloudError, ConfigError
-from dlora.first_look import refuse_comparison
-from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.programs.account import Summary, conclude, introduction, summary
-from dlora.programs.halves import check_halves, check_room, far_cloud, teller
-from dlora.programs.one_run import Run
+from dlora.events.log import Listener, RunLog, loaded, loading
+from dlora.files import write_atomically
+from dlora.identity.federation import Federation, FederationFile
+from dlora.identity.keys import Identity
 from dlora.programs.peer import peer
-from dlora.programs.prepare import Prepared, manifest_text, prepare
-from dlora.programs.run_folder import RunFolder
-from dlora.programs.run_lock import sole_use
-from dlora.programs.spent import Stopwatch, spent_before
-from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
+from dlora.run.account import Summary, conclude, introduction, summary
+from dlora.run.folder import RunFolder
+from dlora.run.frozen_model import check_halves, check_room, far_cloud, teller
+from dlora.run.lock import sole_use
+from dlora.run.manifest import manifest_text
+from dlora.run.prepare import Prepared, prepare
+from dlora.run.simulated import Run
+from dlora.run.spent import Stopwatch, spent_before
 
 RUN = DLORA.name
 

@@ -11,23 +11,26 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from dlora.config import Config
-from dlora.decentralized.ledger import Ledger
+from dlora.config.run import Config
+from dlora.data.first_look import members_of
+from dlora.decentralized.peer.ledger import Ledger
 from dlora.errors import CloudError, ConfigError, NeighbourError
-from dlora.first_look import members_of
+from dlora.events.log import Listener, RunLog, loaded, loading
+from dlora.files import write_atomically
+from dlora.identity.federation import Federation, FederationFile
+from dlora.identity.keys import Identity
+from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.identity import Federation, FederationFile, Identity
-from dlora.net.signatures import MemberSignatures
-from dlora.programs.account import Summary, conclude, introduction, summary
-from dlora.programs.findings import Findings
-from dlora.programs.halves import check_halves, check_room, far_cloud
-from dlora.programs.listening import certificate_teller, listen_address
-from dlora.programs.peer_run import RUN, PeerRun
-from dlora.programs.prepare import Prepared, manifest_text, prepare
-from dlora.programs.run_folder import RunFolder
-from dlora.programs.run_lock import sole_use
-from dlora.programs.spent import Stopwatch, spent_before
-from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
+from dlora.net.listening import certificate_teller, listen_address
+from dlora.run.account import Summary, conclude, introduction, summary
+from dlora.run.findings import Findings
+from dlora.run.folder import RunFolder
+from dlora.run.frozen_model import check_halves, check_room, far_cloud
+from dlora.run.lock import sole_use
+from dlora.run.manifest import manifest_text
+from dlora.run.prepare import Prepared, prepare
+from dlora.run.real_peer import RUN, PeerRun
+from dlora.run.spent import Stopwatch, spent_before
 
 
 def peer(

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from dlora.config import Config
-from dlora.data import encode_evaluation
+from dlora.config.run import Config
+from dlora.data.load import encode_evaluation
 from dlora.errors import RunError
 from dlora.evaluate import Scores, evaluate
+from dlora.events.log import Listener
 from dlora.lora.adapter_io import load_adapter
 from dlora.lora.core import FRAME_FILE, read_frame
 from dlora.lora.stacked import attach
 from dlora.model import load_model, load_tokenizer
-from dlora.programs.run_folder import read_config, resume_command
-from dlora.runlog import Listener
+from dlora.run.folder import read_config, resume_command
 
 
 def load_base(run: Path | str) -> tuple[Any, Any]:

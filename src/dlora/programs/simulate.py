@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlora.arms import DEC_LORA
-from dlora.config import Config
-from dlora.launchers import refuse_ranks
-from dlora.programs.account import Summary, conclude, introduction, summary
-from dlora.programs.grouping import find_grouping
-from dlora.programs.halves import own_cloud
-from dlora.programs.one_run import Run
-from dlora.programs.prepare import Prepared, manifest_hash, manifest_text, prepare
-from dlora.programs.run_folder import RunFolder
-from dlora.programs.run_lock import sole_use
-from dlora.programs.schedules import first_step
-from dlora.programs.spent import Stopwatch, spent_before
-from dlora.runlog import Listener, RunLog, loaded, loading, write_atomically
+from dlora.config.arms import DEC_LORA
+from dlora.config.launchers import refuse_ranks
+from dlora.config.run import Config
+from dlora.events.log import Listener, RunLog, loaded, loading
+from dlora.files import write_atomically
+from dlora.run.account import Summary, conclude, introduction, summary
+from dlora.run.folder import RunFolder
+from dlora.run.frozen_model import own_cloud
+from dlora.run.grouping import find_grouping
+from dlora.run.lock import sole_use
+from dlora.run.manifest import manifest_hash, manifest_text
+from dlora.run.prepare import Prepared, prepare
+from dlora.run.schedules import first_step
+from dlora.run.simulated import Run
+from dlora.run.spent import Stopwatch, spent_before
 
 
 def simulate(

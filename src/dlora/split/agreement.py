@@ -13,8 +13,8 @@ import torch
 from dlora.errors import ModelError
 from dlora.lora.core import Frame
 from dlora.lora.factors import digest
-from dlora.lora.groups import Group, active_groups, core_groups
-from dlora.split_frames import PROTOCOL, WIRES, Wire
+from dlora.lora.units import Group, active_groups, core_groups
+from dlora.wire.split.frames import PROTOCOL, WIRES, Wire
 
 MAX_R = 1 << 12
 
@@ -42,7 +42,7 @@ def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
     }
 
 
-def manifest_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
+def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
     """The device's proposal: canonical JSON."""
     groups = [_listed(group) for group in agreement.groups]
     manifest = {

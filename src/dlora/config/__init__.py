@@ -1,0 +1,1 @@
+"""What the user decides, and how it is read."""

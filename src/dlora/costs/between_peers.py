@@ -1,0 +1,66 @@
+"""What a run sends over the edges between peers, before it runs: frames and their bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from functools import partial
+
+from dlora.costs.scheduled import sent_names
+from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.peer.ledger import round_message
+from dlora.decentralized.topology import Topology
+from dlora.run.manifest import manifest_text
+from dlora.run.messages import REDUCTION, message_bytes
+from dlora.run.prepare import Prepared
+from dlora.wire.peer.codec import encode_frame
+from dlora.wire.peer.frames import MAX_CHUNK_BYTES, SIGNATURE_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+
+_HASH = "0" * 64
+_SIGNATURE = bytes(SIGNATURE_BYTES)
+
+
+def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
+    """Serialised frames over each edge in a run in which nothing fails, both directions (law 8).
+
+    Where a schedule goes by scores they are no count but a bound: what is sent is at most that.
+    """
+    topology, rounds = prepared.topology, prepared.config.train.rounds
+    rule, count = build_rule(prepared.config.peers), Counter[tuple[int, int]]()
+    hello = Hello(_HASH, manifest_text(prepared.manifest | {"rounds": rounds}), 0, _HASH)
+    pairs = {edge for round in range(topology.period) for edge in topology.edges(round)}
+    for edge in pairs:
+        statuses = [Status(round) for round in (0, *range(rounds), rounds, rounds + 1)]  # one when the link comes up
+        count[edge] += 2 * _bytes([hello, *statuses])
+    names = sent_names(prepared, partial(message_bytes, prepared, round_message(0)))
+    kinds: dict[frozenset[str], int] = {}  # messages that hold the same tensors cost the same
+    for round in range(rounds):
+        for edge in topology.edges(round):
+            count[edge] += _bytes([Have(round, _SIGNATURE), Decided(round, True, _SIGNATURE)])
+            for end in edge:
+                sent = frozenset(name for name in names[end][round] if rule.sends(name, round))
+                if sent not in kinds:
+                    kinds[sent] = _bytes(transfer(round_message(round), message_bytes(prepared, round_message(round), sent)))
+                count[edge] += kinds[sent]
+    for edge in tree_edges(topology):
+        for message in REDUCTION:
+            count[edge] += _bytes(transfer(message, message_bytes(prepared, message)))
+    return dict(count)
+
+
+def transfer(message: str, num_bytes: int) -> Iterator[Frame]:
+    """The frames that carry one message, and that ask for it."""
+    yield Offer(message, num_bytes, _HASH)
+    yield Want(message, 0)
+    for offset in range(0, num_bytes, MAX_CHUNK_BYTES):
+        yield Chunk(message, offset, bytes(min(MAX_CHUNK_BYTES, num_bytes - offset)))
+
+
+def tree_edges(topology: Topology) -> list[tuple[int, int]]:
+    """The edges of the final reduction."""
+    parents = {peer: topology.tree(peer)[0] for peer in range(topology.num_peers)}
+    return [(min(peer, parent), max(peer, parent)) for peer, parent in parents.items() if parent is not None]
+
+
+def _bytes(frames: Iterable[Frame]) -> int:
+    return sum(len(encode_frame(frame)) for frame in frames)

@@ -1,0 +1,63 @@
+"""The frames of a step in which nothing fails, without their numbers: what a plan counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dlora.split.agreement import Agreement
+from dlora.split.device.parts import Request, begin_of, row_ranges
+from dlora.split.tensors import bits
+from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, Done, HandOff, SplitFrame, Values
+
+FAR = 1 << 13  # a call's number as it is long into a run: a frame grows by a byte for every 7 bits of it
+
+
+def frames_of(
+    request: Request,
+    agreement: Agreement,
+    widths: tuple[int, int],
+    pipeline: int,
+    keep: bool,
+    units: tuple[int, ...] = (),
+) -> Iterator[SplitFrame]:
+    """Up and down, of a batch whose ``embedded`` is a placeholder (B, L, 1).
+
+    ``widths``: of embedded tokens, of hidden. ``units``: as in `Begin`.
+    """
+    active = [number for number in range(len(agreement.groups)) if not units or units[number] == ACTIVE]
+    embedding_width, hidden_width = widths
+    ranges = row_ranges(len(request.mask), min(len(request.mask), pipeline))
+    for part, rows in enumerate(ranges):
+        begin = begin_of(request, rows, FAR, part, keep, units)
+        num_tokens = len(begin.embedded)
+        read = int(bits(begin.needed, num_tokens).sum()) if begin.needed else begin.rows
+        yield replace(begin, embedded=_numberless(num_tokens, embedding_width))
+        yield Values("hidden", FAR, part, 0, _numberless(read, hidden_width))
+        if keep:
+            yield Values("hidden-gradient", FAR, part, 0, _numberless(read, hidden_width))
+            yield Done(FAR, part)
+        for number in active:
+            group = agreement.groups[number]
+            rows_in = begin.rows if group.modules[0].startswith("pooler.") else num_tokens
+            x, update = _numberless(rows_in, group.in_features), _numberless(rows_in, group.width)
+            yield Values("input", FAR, part, number, x)
+            yield Values("update", FAR, part, number, update)
+            if keep:
+                yield Values("update-gradient", FAR, part, number, update, reply=number > active[0])
+                if number > active[0]:  # below the lowest active group nothing trains
+                    yield Values("input-gradient", FAR, part, number, x)
+
+
+def hand_off_of(agreement: Agreement, number: int) -> HandOff:
+    """That of one group, as long as any of its versions that is not far."""
+    group, core = agreement.groups[number], agreement.frame is not None
+    sizes = (agreement.r * (out if core else group.in_features + out) for out in group.out_features)
+    return HandOff(number, FIRST_VERSION, _numberless(1, sum(sizes)))
+
+
+def _numberless(rows: int, width: int) -> Tensor:
+    return torch.empty(rows, width, device="meta")

@@ -1,0 +1,1 @@
+"""Whose rows: read, formatted, labelled, divided, batched."""

@@ -1,0 +1,1 @@
+"""One peer among others that may be late, gone, broken or lying."""

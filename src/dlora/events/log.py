@@ -1,0 +1,165 @@
+"""What happened: one JSON line an event; progress bars read it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dlora.errors import RunError
+from dlora.files import cannot_write
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+class RunLog:
+    """The log of one run: events are written and heard, ticks are only heard.
+
+    A line counts once its newline is on the file: a torn one, left by a crash, is cut off on opening.
+    Raises RunError when the file cannot be opened or written.
+    """
+
+    def __init__(self, path: str | Path, listeners: Iterable[Listener] = ()) -> None:
+        self.path = Path(path)
+        self._listeners = tuple(listeners)
+        try:
+            self._file = io.FileIO(self.path, "a+")  # unbuffered: an event is on the file before the listeners hear it
+            torn_bytes = _torn_bytes(self._file)
+            if torn_bytes:
+                self._file.truncate(self._file.seek(0, os.SEEK_END) - torn_bytes)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Append one line, then tell the listeners; a number that is not finite becomes null."""
+        entry: Event = {"event": event, "time": now(), **fields}
+        line = (to_json(entry) + "\n").encode()
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            view = memoryview(line)
+            while view:
+                view = view[self._file.write(view) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)
+            raise cannot_write(self.path, error) from error
+        self._tell(entry)
+
+    def tick(self, event: str, **fields: Any) -> None:
+        """Tell the listeners only: progress within a round, too frequent for the file."""
+        self._tell({"event": event, "time": now(), **fields})
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far, all of them safe on the disk; what a checkpoint remembers for `truncate`."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        return self._file.seek(0, os.SEEK_END)
+
+    def truncate(self, position: int) -> None:
+        """Forget what came after `position` bytes: a resumed run writes it again. RunError if not there."""
+        size = self._file.seek(0, os.SEEK_END)
+        if not 0 <= position <= size:
+            raise RunError(
+                f"log {self.path} holds {size} bytes, the checkpoint was made at {position}; "
+                "it is not this run's log or was cut: restore it, or start in a new output_dir"
+            )
+        self._file.truncate(position)
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._file.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _tell(self, entry: Event) -> None:
+        for listener in self._listeners:
+            listener(entry)
+
+
+def loading(listeners: Iterable[Listener]) -> Callable[[str], None]:
+    """Tells the listeners what is being loaded: no line of a log, for there is no run yet."""
+
+    def tell(text: str) -> None:
+        for listener in listeners:
+            listener({"event": "loading", "text": text})
+
+    return tell
+
+
+def loaded(listeners: Iterable[Listener]) -> None:
+    """Tells the listeners that all is loaded, before the run's folder is made: from here on something can be lost."""
+    for listener in listeners:
+        listener({"event": "loaded"})
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def read_log(path: str | Path) -> list[Event]:
+    """All events of a log in order; a torn last line (no newline) is ignored.
+
+    Raises RunError when the file cannot be read, or naming the number (from 1) of a line that is no event.
+    """
+    try:
+        *lines, _torn = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise RunError(f"log {path} cannot be read ({error.strerror}); give the folder of a run") from error
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+            raise RunError(
+                f"log {path}, line {number}: expected a JSON object with an event, "
+                f"got {line[:40].decode(errors='replace')!r}; remove that line or restore the file"
+            )
+        events.append(event)
+    return events
+
+
+def _torn_bytes(file: io.FileIO) -> int:
+    """Length of what follows the last newline, looked for from the end in blocks."""
+    position, torn = file.seek(0, os.SEEK_END), 0
+    while position:
+        block = min(position, 1 << 16)
+        position = file.seek(position - block)
+        newline = file.read(block).rfind(b"\n")
+        if newline >= 0:
+            return torn + block - newline - 1
+        torn += block
+    return torn
+
+
+def now() -> str:
+    """The time of an event: UTC, ISO 8601, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value

@@ -1,0 +1,1 @@
+"""Who is who without a centre: keys, certificates, the federation file."""

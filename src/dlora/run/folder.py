@@ -1,0 +1,317 @@
+"""The folder of a run: who may write there, checkpoints, and what resuming compares."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import yaml
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from dlora.config.reading import parse_section
+from dlora.config.run import Config
+from dlora.errors import ConfigError, RunError
+from dlora.files import sync_folder, write_atomically
+from dlora.run.lock import LOCK_FILE, cannot_make, check_unused, remove_empty
+from dlora.run.sums import SUMS_FILE, check_sums, sums_text
+
+# What may change from start to start: where the run and its frame lie, whose own scores are wanted, and how long one peer
+# waits for its neighbours.
+LOCAL_KEYS = {"output_dir", "lora.frame", "eval_peers", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
+RESULT_FILE = "result.json"
+STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}  # of every checkpoint; each program adds its own
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that a run needs to go on after ``rounds_done`` rounds; data order and dropout follow from round and seed."""
+
+    rounds_done: int
+    factors: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]  # JSON: bytes_on_wire, seconds, best, log_position, environment
+    result: dict[str, Any] | None = None  # of a run that is finished
+
+
+class RunFolder:
+    """``output_dir`` of one config: made new by `create`, taken up again by `resume`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log_path = path / "log.jsonl"
+        self._made: list[Path] = []  # by `create`, innermost first
+        self._damaged: set[Path] = set()  # checkpoints that `latest` found so
+
+    @classmethod
+    def check_new(cls, config: Config) -> None:
+        """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
+        path = Path(config.output_dir)
+        check_unused(path)
+        cls._check_empty(path, config)
+
+    @staticmethod
+    def _check_empty(path: Path, config: Config) -> None:
+        try:
+            taken = path.exists() and (not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir()))
+        except (OSError, ValueError) as error:  # 300 letters, no right to look
+            raise cannot_make(path, error) from error
+        if taken:
+            if not (path / "config.yaml").is_file():
+                what = "holds files that are no run" if path.is_dir() else "is a file"
+                raise RunError(f"output_dir {path} {what}; choose another with --set output_dir=..., or remove it")
+            same = False
+            with contextlib.suppress(RunError):  # its config is damaged
+                same = read_config(path) == config
+            if same:
+                raise RunError(
+                    f"output_dir {path} holds this run; go on with --resume, or choose another with --set output_dir=..."
+                )
+            raise RunError(
+                f"output_dir {path} holds another run; choose another with --set output_dir=..., or go on with that one by its"
+                " own config.yaml and --resume"
+            )
+
+    @classmethod
+    def standing(cls, config: Config) -> str | None:
+        """What to know where ``output_dir`` holds this run already, else None; warns of another. RunError as `check_new`."""
+        path = Path(config.output_dir)
+        if not (path / "config.yaml").is_file():
+            cls.check_new(config)
+            return None
+        try:
+            cls.check_same(config)
+        except RunError as error:
+            warnings.warn(f"output_dir {path} holds another run, so this one would not start ({error})", stacklevel=2)
+            return None
+        return f"{path} holds this run already: --resume goes on with it, a new one takes --set output_dir=..."
+
+    @classmethod
+    def check_same(cls, config: Config, own: str | None = None) -> None:
+        """Raise RunError unless ``output_dir`` holds this run, with this config; `train.rounds` may grow.
+
+        ``own``: the participant whose run it is; None: a simulation of all. Nothing is changed.
+        """
+        path = Path(config.output_dir)
+        check_unused(path)
+        if not (path / "config.yaml").exists():
+            raise RunError(
+                f"{path} holds no run (no config.yaml); start one without --resume, or give its --set output_dir=..."
+            )
+        stored = read_config(path)
+        began = _first_event(path)
+        if began and began.get("own") != own:
+            raise RunError(f"resume: {path} holds a run of another kind or participant; go on with: {resume_command(path)}")
+        before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key) or key in LOCAL_KEYS:
+                continue
+            if key == "train.rounds" and config.train.rounds > stored.train.rounds:
+                if config.train.lr_scheduler_type == "constant":
+                    continue
+                raise RunError(
+                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but under a"
+                    f" {config.train.lr_scheduler_type} learning rate a longer run takes other steps from the start; start anew"
+                )
+            raise _changed(key, before.get(key), now.get(key))
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
+        folder = cls(Path(config.output_dir))
+        cls._check_empty(folder.path, config)
+        folder._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.path / "config.yaml", config.dump())
+        except (OSError, RunError) as error:
+            remove_empty(folder._made)
+            raise cannot_make(folder.path, error if isinstance(error, OSError) else error.__cause__) from error
+        return folder
+
+    @classmethod
+    def resume(cls, config: Config, manifest: str) -> RunFolder:
+        """Take up the run in ``output_dir``, of which `check_same` knows that it is this one.
+
+        Raises RunError when a key of the manifest (canonical JSON) differs.
+        """
+        folder = cls(Path(config.output_dir))
+        agreed = _read_manifest(folder.path)
+        for key, value in json.loads(manifest).items():
+            if agreed is not None and agreed.get(key) != value:
+                raise _changed(f"the {key} of manifest.json", agreed.get(key), value)
+        write_atomically(folder.path / "config.yaml", config.dump())
+        return folder
+
+    def remove(self) -> None:
+        """Take back what `create` made, and all that came into it."""
+        shutil.rmtree(self.path)
+        remove_empty(self._made)
+
+    def save(self, run: str, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint beside the last one and keep both, the one before them goes; a crash leaves two of them whole.
+
+        Raises RunError when there is no space left, or no right to write; those that were there then stay.
+        """
+        runs = self.path / "checkpoints" / run
+        target = runs / f"round-{checkpoint.rounds_done:06d}"
+        partial, aside = runs / f".{target.name}.partial", runs / f"{target.name}.before"
+        for leftover in runs.glob(".*.partial"):  # of a process that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+        files = {
+            "factors.safetensors": save(checkpoint.factors),
+            "optimizer.safetensors": save(checkpoint.optimizer),
+            "state.json": json.dumps(checkpoint.state, indent=1).encode(),
+        }
+        try:
+            partial.mkdir(parents=True)
+            for name, content in files.items():
+                write_atomically(partial / name, content)
+            write_atomically(partial / SUMS_FILE, sums_text(files))
+            if target.exists():  # the same rounds again: at no moment is there no whole checkpoint
+                shutil.rmtree(aside, ignore_errors=True)
+                target.rename(aside)
+                self._damaged = {aside if path == target else path for path in self._damaged}
+            partial.rename(target)
+            sync_folder(runs)
+        except OSError as error:
+            raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); fix that, then add --resume") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
+        _, *older = self._newest_first(run)
+        whole = [path for path in older if path not in self._damaged]
+        for path in older:
+            if path not in whole[:1]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def finish(self, run: str, rounds_done: int, result: dict[str, Any]) -> None:
+        """Keep the result of a finished run beside its last checkpoint."""
+        folder = self.path / "checkpoints" / run / f"round-{rounds_done:06d}"
+        content = json.dumps(result)
+        write_atomically(folder / RESULT_FILE, content)
+        if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none; a result without a sum does not count
+            sums = (folder / SUMS_FILE).read_text() + sums_text({RESULT_FILE: content.encode()})
+            write_atomically(folder / SUMS_FILE, sums)
+
+    def latest(self, run: str) -> Checkpoint | None:
+        """The newest whole checkpoint of ``run``, or None before its first. Warns of a damaged one that is passed over.
+
+        Raises RunError when all that are there are damaged.
+        """
+        damages = []
+        for folder in self._newest_first(run):
+            try:
+                checkpoint = _read_checkpoint(folder)
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                damages.append(f"checkpoint {folder} cannot be read ({' '.join(str(error).split())})")
+                self._damaged.add(folder)
+                continue
+            if damages:
+                warnings.warn(f"{'; '.join(damages)}; going back to {folder.name}, the one before it", stacklevel=2)
+            return checkpoint
+        if damages:
+            raise RunError(f"{'; '.join(damages)}; restore it, or start anew in another output_dir")
+        return None
+
+    def _newest_first(self, run: str) -> list[Path]:
+        """The checkpoints that are there: one with ``.before`` was made before another of the same round."""
+        found = (self.path / "checkpoints" / run).glob("round-*")
+        return sorted(found, key=lambda path: (path.stem, path.suffix == ""), reverse=True)
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    """Raises OSError, ValueError or SafetensorError, saying what is wrong, unless the folder is as it was saved."""
+    names = ["factors.safetensors", "optimizer.safetensors", "state.json"]
+    finished = folder / RESULT_FILE
+    if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none
+        names += [name for name in check_sums(folder) if name not in names]
+    elif finished.exists():
+        names.append(RESULT_FILE)
+    state, factors, optimizer = (
+        _read_object(folder / names[2], STATE_KEYS),
+        load_file(folder / names[0]),
+        load_file(folder / names[1]),
+    )
+    result = _read_object(finished, {"result", "log_position"}) if RESULT_FILE in names else None
+    return Checkpoint(int(folder.stem.removeprefix("round-")), factors, optimizer, state, result)
+
+
+def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
+    """Raises OSError or ValueError unless the file is a JSON object with at least ``keys``."""
+    read = json.loads(path.read_text())
+    missing = keys - read.keys() if isinstance(read, dict) else keys
+    if missing:
+        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
+    return dict(read)
+
+
+def read_config(path: Path) -> Config:
+    """The resolved config of the run in ``path``. Raises RunError when there is no run, or its config is damaged."""
+    try:
+        return parse_section(Config, yaml.safe_load((path / "config.yaml").read_text()))
+    except OSError as error:
+        raise RunError(f"{path} holds no run (no config.yaml); give the folder of a run") from error
+    except (ValueError, yaml.YAMLError, ConfigError) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew") from error
+
+
+def resume_command(path: Path) -> str:
+    """What goes on with the run in ``path``: of the program that began it."""
+    own, config = (_first_event(path) or {}).get("own"), f"{path}/config.yaml"
+    if own is None:
+        return f"dlora simulate {config} --resume"
+    program = "peer" if read_config(path).split is None else "device"
+    return f"dlora {program} {config} --name {own} --key {own}.key --federation federation.yaml --resume"
+
+
+def _first_event(path: Path) -> dict[str, Any] | None:
+    """What the log of the run in ``path`` begins with; None where it stopped before that was written."""
+    try:
+        with open(path / "log.jsonl", encoding="utf-8") as log:
+            event = json.loads(log.readline())
+    except (OSError, ValueError):
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """What the run's participants agreed on; None where it stopped before that was written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}/manifest.json cannot be read ({error}); restore it, or start anew") from error
+
+
+def _changed(key: str, before: Any, now: Any) -> RunError:
+    was, now_is = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (before, now))
+    return RunError(f"resume: {key} was {was} and is {now_is}; put it back, or start anew in another output_dir")
+
+
+def environment(group_size: int) -> dict[str, Any]:
+    """What bit-for-bit resuming depends on beside the config."""
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "group_size": group_size}
+
+
+def warn_of_another(stored: dict[str, Any], here: dict[str, Any]) -> None:
+    """Say so when a run was saved by another torch, with other threads or another group size."""
+    if stored != here:
+        warnings.warn(f"this run was saved with {stored} and goes on with {here}: right, but not bit for bit", stacklevel=2)
+
+
+def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {key: tree}
+    return {path: leaf for name, inner in tree.items() for path, leaf in _leaves(inner, f"{key}.{name}".strip(".")).items()}

@@ -1,0 +1,110 @@
+"""One process at a time in a run folder: who has it, and since when."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dlora.errors import RunError
+from dlora.events.log import now
+
+LOCK_FILE = "lock"  # in the run folder while a process uses it
+
+
+@contextlib.contextmanager
+def sole_use(path: Path) -> Iterator[None]:
+    """No other process uses the run folder ``path``; it is made if it is not there, and goes again if it stays empty.
+
+    The kernel gives the lock back when its process ends, however it ends. Raises RunError when another process has the
+    folder, and says which, or when the folder cannot be made.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(path)
+    except OSError as error:
+        remove_empty(made)
+        raise cannot_make(path, error) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_at(descriptor, path / LOCK_FILE):
+                os.unlink(path / LOCK_FILE)  # before the lock goes: nobody can lock a file that is about to vanish
+        os.close(descriptor)
+        remove_empty(made)
+
+
+def check_unused(path: Path) -> None:
+    """Raise RunError while another process uses the run folder ``path``. Nothing is made."""
+    with contextlib.suppress(OSError, ValueError), open(path / LOCK_FILE, "rb") as file:  # no folder yet, or a name for none
+        _lock(file.fileno(), path)
+
+
+def cannot_make(path: Path, cause: BaseException | None) -> RunError:
+    """What to say where ``output_dir`` cannot be made."""
+    reason = getattr(cause, "strerror", None) or cause
+    return RunError(f"output_dir {path} cannot be made ({reason}); fix that, or choose another with --set output_dir=...")
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Innermost first; what others have put something into stays, and so does what is gone."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _locked(path: Path) -> int:
+    """The descriptor of the folder's lock file, locked, with this process's name in it."""
+    while True:
+        descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _lock(descriptor, path)
+            if _is_at(descriptor, path / LOCK_FILE):  # else its last owner removed it between the two calls
+                who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
+                with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(who).encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"{path} is in use by {_owner(descriptor)}; wait until it has ended, or stop it") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        warnings.warn(
+            f"{path} is on a file system without locks ({error.strerror}): see to it that one process uses it at a time",
+            stacklevel=2,
+        )
+
+
+def _owner(descriptor: int) -> str:
+    try:
+        who: Any = json.loads(os.pread(descriptor, 1000, 0))
+        return f"process {who['pid']} on {who['host']}, since {who['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # between its lock and its name
+        return "another process"
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there, here = os.stat(path), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)

@@ -1,0 +1,17 @@
+"""What all participants of a run must agree on, as one text and its hash."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The canonical JSON: sorted keys, no spaces, UTF-8."""
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON."""
+    return hashlib.sha256(manifest_text(manifest).encode()).hexdigest()

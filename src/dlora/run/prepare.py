@@ -1,0 +1,193 @@
+"""From a config to data, model and topology: all that can be wrong with a run is found here, before it starts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlora.config.run import Config
+from dlora.data.batches import BatchStream
+from dlora.data.load import FederatedData, load_data, load_own_data
+from dlora.decentralized.topology import Topology, build_topology
+from dlora.evaluate import Scored, evaluate
+from dlora.lora.active import named_units
+from dlora.lora.core import FRAME_FILE, write_frame
+from dlora.lora.factors import digest, is_head, target_names
+from dlora.lora.stacked import StackedModel, attach
+from dlora.lora.units import Group as Units
+from dlora.lora.units import active_groups, core_groups, find_groups, renamed
+from dlora.model import body_maker, fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
+from dlora.run.core_directions import handed_frame, kept_frame, whole_frame
+from dlora.run.trial import try_model
+from dlora.split.device.half import Half, load_half
+from dlora.wire.tensors import encode
+
+WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start."""
+
+    config: Config
+    data: FederatedData
+    topology: Topology
+    model: StackedModel
+    streams: tuple[BatchStream, ...]  # one for each of those that train here
+    tokenizer: Any  # transformers' own
+    manifest: dict[str, Any]
+    units: tuple[Units, ...] = ()  # modules that share an input, as factors are named; none where nothing is scheduled
+    first_scores: dict[str, Scored] = field(default_factory=dict)  # of factors that nothing was trained of, by their hash
+    half: Half | None = None  # where the frozen model is a cloud's: what has to be linked to it before anything trains
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The peers that train here, in order: all of a simulation's, or one real peer."""
+        return tuple(self.data.peers)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What rows of a batch are filled up with."""
+        token: int = self.tokenizer.pad_token_id
+        return token
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """bfloat16 where the config asks for it."""
+        return torch.bfloat16 if self.config.dtype == "bfloat16" else None
+
+    @property
+    def local_steps(self) -> list[int]:
+        """Local steps of each peer in a round."""
+        section = self.config.train
+        if section.local_epochs is None:
+            assert section.local_steps is not None  # config/run.py sees to it
+            return [section.local_steps] * len(self.names)
+        rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+        return [max(1, math.ceil(section.local_epochs * len(rows) / rows_a_step)) for rows in self.data.peers.values()]
+
+    def evaluate(
+        self,
+        factors: Mapping[str, torch.Tensor],
+        on_batch: Callable[[int, int], None],
+        killed: frozenset[int] = frozenset(),
+    ) -> list[Scored]:
+        """Scores of each participant in ``factors`` ((P, ...) each), of which units may rest, on the evaluation data."""
+        return evaluate(
+            self.model,
+            factors,
+            self.data.evaluation,
+            self.data.choices,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.config.per_device_eval_batch_size,
+            autocast_dtype=self.autocast_dtype,
+            on_batch=on_batch,
+            killed=killed,
+        )
+
+    @property
+    def message_bytes(self) -> int:
+        """One serialised message with everything the model trains in it."""
+        return len(encode(self.trained, WIRE_DTYPES[self.config.peers.wire]))
+
+    @property
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The initial values of what trains: all but a head that rests."""
+        return {name: tensor for name, tensor in self.model.initial.items() if name not in self.model.frozen_head}
+
+    def hand_frame(self) -> None:
+        """Under placement core: write the frame where ``lora.frame`` says, if nothing is there."""
+        given = self.config.lora.frame
+        if self.model.frame and given and not Path(given).exists():
+            write_frame(Path(given), self.model.frame)
+
+    def keep_frame(self) -> None:
+        """Under placement core: write the frame into the run folder, if it is not there."""
+        path = Path(self.config.output_dir, FRAME_FILE)
+        if self.model.frame and not path.exists():
+            write_frame(path, self.model.frame)
+
+
+def prepare(
+    config: Config, phase: Callable[[str], object] = lambda text: None, own: str | None = None, resume: bool = False
+) -> Prepared:
+    """Read the data, build the topology, load the model; ``own`` is the name of a real peer, which has only its own data.
+
+    ``resume``: what was computed once is read from the run folder. Raises the UserError that names what is wrong.
+    """
+    phase("reading data")
+    tokenizer = load_tokenizer(config.model)
+    if own is None:
+        data = load_data(config.data, config.task, config.peers.members or config.peers.count, tokenizer, config.seed)
+    else:
+        data = load_own_data(config.data, config.task, own, tokenizer, config.seed, alone=config.peers.members is None)
+    for warning in data.warnings:
+        warnings.warn(warning, stacklevel=2)
+    names = (config.peers.members or (own,)) if own else tuple(data.peers)
+    topology = build_topology(config.peers.topology, config.peers.weights, names)
+    phase("loading model")
+    half = None
+    if config.split is not None:
+        frame = kept_frame(config, resume) if own is None or resume else handed_frame(config)
+        if own is None and frame is None and config.lora.placement == "core":  # a simulation has the weights as well
+            frame = whole_frame(config)
+        half = load_half(config, tokenizer, data.label_names, frame)
+        model, weights_hash = half.model, half.fingerprint
+    else:
+        frozen = load_model(config, tokenizer, data.label_names)
+        weights_hash = fingerprint(frozen.network, but=frozen.head)
+        model = attach(frozen, config.lora, config.task, config.seed, kept_frame(config, resume))
+        try_model(model, next(iter(data.peers.values()))[:2], tokenizer.pad_token_id, config.model)
+    _doubt_rank(config.lora.r, model.initial)
+    units = () if config.schedule.kind == "all" else _units(config, model, half)
+    named_units(config.schedule.units or (), units)  # that they are there
+    manifest: dict[str, Any] = {
+        "model": weights_hash,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "task": config.task,
+        "pooling": config.pooling,
+        "quantization": config.quantization,
+        "labels": data.label_names,
+        "max_length": config.data.max_length,
+        "lora": {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha, "targets": target_names(model.initial)},
+        "train_head": config.lora.train_head and any(is_head(name) for name in model.initial),
+        "initial_factors": digest(model.initial | model.head_rest),
+        "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
+        "weights": config.peers.weights,
+        "peers": names,
+        "rule": config.peers.rule,
+        "period": config.peers.period if config.peers.rule == "alternate" else None,
+        "wire": config.peers.wire,
+    }
+    if config.lora.placement == "core":
+        manifest["lora"]["placement"] = "core"
+        manifest["frame"] = digest(model.frame)
+    if config.schedule.kind != "all":
+        manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
+    streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
+    return Prepared(config, data, topology, model, streams, tokenizer, manifest, units, half=half)
+
+
+def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
+    """Warn of a rank that no update of a weight can have: (out, in) has at most the smaller of the two."""
+    pairs = [(name, initial[name], initial[f"{name[:-1]}B"]) for name in initial if name.endswith("lora_A")]
+    smallest, where = min(((min(a.shape[-1], b.shape[-2]), name) for name, a, b in pairs), default=(r, ""))
+    if r > smallest:
+        where = where.removesuffix(".lora_A")
+        warnings.warn(f"lora.r {r}: {where} has only {smallest} rows or columns, a rank above that adds nothing", stacklevel=3)
+
+
+def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:
+    """What the schedule switches on and off."""
+    prefix = f"{model.network.base_model_prefix}."
+    if half is not None:
+        return tuple(renamed(group, prefix) for group in half.agreement.groups)
+    groups = [renamed(group, prefix) for group in find_groups(body_maker(model.network))]
+    adapted = active_groups(groups, target_names(model.initial))
+    return core_groups(adapted, config.lora.r) if config.lora.placement == "core" else adapted

@@ -1,0 +1,115 @@
+"""The schedules of one run: made as its config says, told in its log, kept in its checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dlora.lora.active import Scheduled, schedule_units
+from dlora.lora.kill_revive import Schedule
+from dlora.lora.units import device_flops
+from dlora.run.prepare import Prepared
+
+
+class Schedules:
+    """Each participant's schedule in the run ``run``: ``scheduled``, or None where everything is active all the time.
+
+    ``emit`` writes an event into the log and hears of each change of an active set.
+    """
+
+    def __init__(self, run: str, prepared: Prepared, emit: Callable[..., None]) -> None:
+        self.run, self.prepared, self.emit = run, prepared, emit
+        self.scheduled = None if prepared.config.schedule.kind == "all" else _made(prepared, prepared.names, self._changed)
+
+    @property
+    def each(self) -> Sequence[Schedule]:
+        """One a participant; none without a schedule."""
+        return self.scheduled.schedules if self.scheduled else ()
+
+    def tell(self, tell: Callable[..., None]) -> None:
+        """What the numbers in the events to come mean, and who starts: two kinds of events for ``tell``."""
+        if self.scheduled is not None:
+            lora = self.prepared.config.lora
+            units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
+            every = device_flops(self.prepared.units, range(len(units)), lora.r, lora.placement)
+            tell("units", run=self.run, units=units, device_flops=every)
+            for participant, schedule in enumerate(self.each):
+                tell("active", **self._who_is_active(participant, schedule))
+
+    def skip(self, rounds: int) -> None:
+        """Rounds that were passed over, to catch up with the others."""
+        for participant, (schedule, steps) in enumerate(zip(self.each, self.prepared.local_steps, strict=False)):
+            schedule.skip(rounds * steps)
+            self._changed(participant, schedule)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"schedules": [schedule.state() for schedule in self.each]} if self.each else {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's."""
+        for schedule, of_one in zip(self.each, state.get("schedules", ()), strict=True):
+            schedule.load(of_one)
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """The adapter's traffic and a split device's FLOPs for it, of those with all units active.
+
+        The mean over the participants; of the whole run, and of what follows the warm-up.
+        """
+        whole = [(one.fraction, one.flops_fraction) for one in self.each]
+        after = [one.after_warmup for one in self.each]
+        means = {"": whole, "_after_warmup": [both for both in after if both is not None]}
+        return {
+            f"{name}_fraction{part}": sum(both[place] for both in of_all) / len(of_all)
+            for part, of_all in means.items()
+            for place, name in enumerate(("adapter", "device_flops"))
+            if of_all
+        }
+
+    def _changed(self, participant: int, schedule: Schedule) -> None:
+        self.emit("active", **self._who_is_active(participant, schedule))
+
+    def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
+        """An active set, from local step ``step`` on, and its FLOPs a token; each unit's utility as last known.
+
+        The fractions: what has been spent so far, of that with all units active.
+        """
+        return dict(
+            run=self.run,
+            peer=self.prepared.names[participant],
+            step=schedule.steps_done,
+            epoch=schedule.epoch,
+            units=sorted(schedule.active),
+            utility=list(schedule.utility),
+            device_flops=schedule.flops(schedule.active),
+            adapter_fraction=schedule.fraction,
+            device_flops_fraction=schedule.flops_fraction,
+        )
+
+
+def first_step(prepared: Prepared) -> dict[str, Any]:
+    """How many units there are, how many are active in the first step, and what part of the adapter's traffic they have."""
+    [schedule] = _made(prepared, ["any"]).schedules
+    fraction = sum(schedule.costs[unit] for unit in schedule.active) / sum(schedule.costs)
+    kind, units = schedule.section.kind, len(schedule.costs)
+    return {"kind": kind, "units": units, "active": len(schedule.active), "adapter_fraction": fraction}
+
+
+def _made(
+    prepared: Prepared,
+    participants: Sequence[str],
+    on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
+) -> Scheduled:
+    """One a participant; warns of a run that is over before anything has been chosen."""
+    config = prepared.config
+    made = schedule_units(config.schedule, prepared.units, config.lora, config.seed, participants, on_change)
+    warmup_steps, steps = made.schedules[0].warmup_steps, config.train.rounds * max(prepared.local_steps)
+    if warmup_steps >= steps:
+        warnings.warn(
+            f"schedule: {config.schedule.kind} chooses after a warm-up of {warmup_steps} local steps, and this run has {steps};"
+            " lower schedule.warmup_steps, or train longer",
+            stacklevel=2,
+        )
+    return made

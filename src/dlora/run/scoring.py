@@ -1,0 +1,75 @@
+"""Who of a run is scored, and how many of them in one forward."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dlora.config.run import Config
+from dlora.evaluate import Scored, Scores
+from dlora.events.log import RunLog
+from dlora.lora.active import Scheduled
+from dlora.lora.factors import digest
+from dlora.run.prepare import Prepared
+from dlora.run.spent import Spent
+from dlora.seeds import derive_seed
+
+
+class Scoring:
+    """The scores of one run's participants. Scoring can be done again at any time: a listener that raises ends it."""
+
+    def __init__(
+        self,
+        run: str,
+        prepared: Prepared,
+        group_size: int,
+        scheduled: Scheduled | None,
+        log: RunLog,
+        spent: Spent,
+    ) -> None:
+        self.run, self.prepared, self.scheduled, self.log, self.spent = run, prepared, scheduled, log, spent
+        rows = len(prepared.data.evaluation) + sum(len(choice.options) for choice in prepared.data.choices)
+        # A forward holds no more rows than one participant's does, so memory is no question; where one has enough rows for a
+        # forward of its own, it has it, and its scores do not depend on the others to the last bit.
+        self.at_once = max(1, min(group_size, prepared.config.per_device_eval_batch_size // rows))
+        self.chosen = scored_peers(prepared.config, len(prepared.names))
+
+    def average(self, factors: dict[str, Tensor], first: bool = False) -> Scored:
+        """Of the average of all, (1, ...) each. What all runs have before they train, ``first``, is scored once for all."""
+        known = self.prepared.first_scores if first and self.prepared.half is None else {}
+        if (key := digest(factors) if first else "") in known:
+            return known[key]
+        [known[key]] = self._scored(factors, "average", range(len(self.prepared.names)))
+        return known[key]
+
+    def peers(self, standing: dict[str, Tensor]) -> dict[str, Scores]:
+        """Of those that ``eval_peers`` asks for, each by itself; ``standing``: (P, ...) each, of all."""
+        names, own = self.prepared.names, {}
+        for start in range(0, len(self.chosen), self.at_once):
+            group = self.chosen[start : start + self.at_once]
+            which: slice | list[int] = slice(group[0], group[0] + 1) if len(group) == 1 else group
+            factors = {name: tensor[which] for name, tensor in standing.items()}
+            what = names[group[0]] if len(group) == 1 else f"{names[group[0]]} to {names[group[-1]]}"
+            scored = self._scored(factors, what, group)
+            own.update({names[peer]: one.scores for peer, one in zip(group, scored, strict=True)})
+        return own
+
+    def _scored(self, factors: dict[str, Tensor], what: str, whose: Sequence[int]) -> list[Scored]:
+        def heard(done: int, total: int) -> None:
+            self.log.tick("evaluating", run=self.run, what=what, done=done, total=total)
+
+        with self.spent.on("scoring"):
+            killed = self.scheduled.killed(whose) if self.scheduled else frozenset()
+            return self.prepared.evaluate(factors, heard, killed)
+
+
+def scored_peers(config: Config, num_peers: int) -> list[int]:
+    """The peers that are scored by themselves: all, none, or a sample that the seed draws, the same all through a run."""
+    if config.eval_peers == "none":
+        return []
+    if config.eval_peers == "all" or config.eval_peers >= num_peers:
+        return list(range(num_peers))
+    draw = random.Random(derive_seed(config.seed, "eval_peers"))
+    return sorted(draw.sample(range(num_peers), config.eval_peers))

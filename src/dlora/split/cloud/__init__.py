@@ -1,0 +1,1 @@
+"""The half that runs the frozen model, for many devices."""

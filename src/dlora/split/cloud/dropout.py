@@ -1,0 +1,59 @@
+"""Dropout that can be repeated: from a generator of its own, in one thread only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class SeededDropout(TorchFunctionMode):
+    """Dropout from a generator of its own, in this thread only: torch's is one for all threads, and no part can be repeated.
+
+    ``rate`` takes the place of every rate in the model; None: each its own.
+    """
+
+    def __init__(self, generator: torch.Generator, rate: float | None) -> None:
+        super().__init__()
+        self.generator, self.rate = generator, rate
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropped(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _dropped(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        rate = p if self.rate is None else self.rate
+        if not training or rate == 0.0:
+            return x
+        keep = torch.rand(x.shape, generator=self.generator, device=x.device) >= rate
+        return x * keep / (1 - rate)
+
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Torch's own draws from its own generator; so with dropout the product is written out."""
+        if enable_gqa:
+            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+        scores = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+        least = torch.finfo(scores.dtype).min  # not -inf: padding may see nothing at all
+        if is_causal:
+            ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(ahead, least)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, least) if attn_mask.dtype == torch.bool else scores + attn_mask
+        return self._dropped(scores.softmax(dim=-1), dropout_p) @ value

@@ -1,0 +1,390 @@
+"""One device in the cloud: its parts, each in a thread of its own, and the bounds that keep it from being a burden."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlora.split.agreement import Agreement, agree
+from dlora.split.cloud.body import Body
+from dlora.split.cloud.limits import PATIENCE_S, Budget, Limits, Turn
+from dlora.split.cloud.part import CloudPart, through_the_cloud
+from dlora.split.tensors import as_factors, bits
+from dlora.wire.frame import ChannelDown, Misbehaviour
+from dlora.wire.split.frames import (
+    ACTIVE,
+    LEFT_OUT,
+    Begin,
+    Drop,
+    Failed,
+    HandOff,
+    Open,
+    Opened,
+    Refused,
+    SplitFrame,
+    Values,
+    What,
+    Why,
+)
+
+MAX_IDLE_FRAMES = 1000  # that change nothing, between two parts that get through
+
+
+class _Gone(Exception):
+    """The part was dropped, or the session is over."""
+
+
+@dataclass
+class _HandedOff:
+    """A killed group's factors, of each module. Their memory is taken until they are replaced and no part uses them."""
+
+    version: int
+    factors: list[list[Tensor]]
+    users: int = 0
+    replaced: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for own in self.factors for tensor in own)
+
+
+class _Work:
+    """A part under way: what it waits for, and where that is put."""
+
+    def __init__(self, begin: Begin, idle_s: float) -> None:
+        self.begin, self.idle_s = begin, idle_s
+        self.waited_s, self._since, self.evicted = 0.0, 0.0, False
+        self._inbox: queue.Queue[Values | None] = queue.Queue()
+        self._gone = False
+
+    @property
+    def has_waited_s(self) -> float:
+        """For its device, so far."""
+        return self.waited_s + (time.monotonic() - since if (since := self._since) else 0.0)
+
+    def put(self, frame: Values) -> None:
+        """Hand over a frame; only one is ever waited for."""
+        if not self._inbox.empty():
+            raise Misbehaviour(f"{frame.what} for a part that has not taken the one before")
+        self._inbox.put(frame)
+
+    def end(self) -> None:
+        """Wake the part up to go."""
+        self._gone = True
+        self._inbox.put(None)
+
+    def hear(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
+        """Wait for one frame and check it. Raises TimeoutError after ``idle_s``."""
+        began_at = self._since = time.monotonic()
+        try:
+            frame = self._inbox.get(timeout=self.idle_s)
+        except queue.Empty:
+            raise TimeoutError(f"no {what} within {self.idle_s:g} s") from None
+        finally:
+            self.waited_s, self._since = self.waited_s + time.monotonic() - began_at, 0.0
+        if frame is None or self._gone:
+            raise _Gone
+        if (frame.what, frame.group, tuple(frame.tensor.shape)) != (what, group, shape):
+            raise Misbehaviour(
+                f"{frame.what} of group {frame.group}, shape {tuple(frame.tensor.shape)}, where {what} of group {group},"
+                f" shape {shape}, was due"
+            )
+        return frame.tensor
+
+
+class Session:
+    """What the cloud knows of one device while a link lasts; nothing of it is worth keeping.
+
+    ``hear`` takes each frame of the device in order and never waits. ``send`` is called from threads of the session, may
+    wait, and raises ChannelDown when the link has ended. ``tell(event, fields)`` hears what happened: opened (before the
+    device does), refused, part, failed; from any thread.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        body: Body,
+        limits: Limits,
+        budget: Budget,
+        send: Callable[[SplitFrame], None],
+        tell: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
+    ) -> None:
+        self.device, self.body, self.limits, self.budget = device, body, limits, budget
+        self._send, self._tell = send, tell
+        self.evict_others: Callable[[set[str]], object] = lambda greedy: None  # of these devices, what they let wait
+        self.agreement: Agreement | None = None  # from Open on
+        self._handed_off: dict[int, _HandedOff] = {}  # by group
+        self._work: dict[tuple[int, int], _Work] = {}
+        self._lock, self._closed = threading.Lock(), False
+        self._answers = 0  # that wait to be sent
+        self._idle_frames = 0  # that changed nothing, since a part got through
+        self._threads = ThreadPoolExecutor(limits.max_parts + 1, thread_name_prefix=f"part-{device}")
+
+    def hear(self, frame: SplitFrame) -> None:
+        """Take one frame. Raises Misbehaviour (a ValueError) for what no device says here: the link is to be ended."""
+        if isinstance(frame, Open):
+            if self.agreement is not None:
+                raise Misbehaviour("Open on a link that is open already")
+            self._later(self._open(frame.manifest))
+        elif self.agreement is None:
+            raise Misbehaviour(f"{type(frame).__name__} before Open")
+        elif isinstance(frame, Begin):
+            refusal = self._begin(frame, self.agreement)
+            if refusal is not None:
+                self._later(refusal)
+        elif isinstance(frame, HandOff):
+            self._keep(frame, self.agreement)
+        elif isinstance(frame, Drop):
+            with self._lock:
+                dropped = [self._work.pop(key) for key in [*self._work] if key[0] == frame.call]
+            for work in dropped:
+                work.end()
+            if not dropped:
+                self._changes_nothing(frame)
+        elif isinstance(frame, Values) and frame.what in ("update", "hidden-gradient", "input-gradient"):
+            waiting = self._work.get((frame.call, frame.part))
+            if waiting is not None:  # else it crossed with the word that the part has failed
+                waiting.put(frame)
+            else:
+                self._changes_nothing(frame)
+        else:
+            raise Misbehaviour(f"{type(frame).__name__} from a device")
+
+    def _changes_nothing(self, frame: SplitFrame) -> None:
+        self._idle_frames += 1
+        if self._idle_frames > MAX_IDLE_FRAMES:
+            raise Misbehaviour(f"{MAX_IDLE_FRAMES} frames that change nothing, the last a {type(frame).__name__}")
+
+    def evict(self) -> None:
+        """Give up the parts for which this device has let the cloud wait: another one waits for its share of the memory."""
+        with self._lock:
+            slow = [work for work in self._work.values() if work.has_waited_s > PATIENCE_S]
+        for work in slow:
+            work.evicted = True
+            work.end()
+
+    def close(self) -> None:
+        """End all parts; their threads end as soon as they look."""
+        with self._lock:
+            self._closed, works = True, [*self._work.values()]
+            for kept in self._handed_off.values():
+                self._replaced(kept)
+            self._handed_off.clear()
+        for work in works:
+            work.end()
+        self._threads.shutdown(wait=False)
+
+    @property
+    def num_tokens(self) -> int:
+        """In the cloud now."""
+        with self._lock:
+            return sum(len(work.begin.embedded) for work in self._work.values())
+
+    @property
+    def num_parts(self) -> int:
+        """In the cloud now."""
+        return len(self._work)
+
+    # Opening
+
+    def _open(self, manifest: str) -> SplitFrame:
+        agreed = agree(manifest, self.body.facts, self.body.groups, self.body.frame)
+        if isinstance(agreed, str):
+            self._tell("refused", {"reason": agreed})
+            return Refused(agreed)
+        self.agreement = agreed
+        self._tell("opened", {"wire": agreed.wire, "groups": len(agreed.groups)})
+        return Opened(self.limits.max_tokens, self.limits.max_parts)
+
+    # Parts
+
+    def _keep(self, frame: HandOff, agreement: Agreement) -> None:
+        """Factors of a killed group, for the parts to come; those under way keep what they began with.
+
+        Where there is no room for them they are not kept, and the parts that name them fail for want of memory.
+        """
+        if frame.group >= len(agreement.groups):
+            raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
+        group = agreement.groups[frame.group]
+        factors = as_factors(frame.tensor.to(self.body.device), group, agreement.r, agreement.frame is not None)
+        if factors is None:
+            raise Misbehaviour(f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}")
+        new = _HandedOff(frame.version, factors)
+        with self._lock:
+            if (before := self._handed_off.pop(frame.group, None)) is not None:
+                self._replaced(before)
+            taken = None if self._closed else self.budget.take(self.device, new.num_bytes)
+            if taken is None and not self._closed:
+                self.budget.forgo(self.device, new.num_bytes)
+            if taken:
+                self._handed_off[frame.group] = new
+
+    def _replaced(self, kept: _HandedOff) -> None:
+        """With the lock held, as `_unused`."""
+        kept.replaced = True
+        if not kept.users:
+            self.budget.give_back(self.device, kept.num_bytes)
+
+    def _unused(self, kept: _HandedOff) -> None:
+        """A part that used it has ended."""
+        kept.users -= 1
+        if kept.replaced and not kept.users:
+            self.budget.give_back(self.device, kept.num_bytes)
+
+    def _named(self, begin: Begin, agreement: Agreement) -> dict[int, _HandedOff] | None:
+        """What was handed off of the groups that a part says are; None where it is not here."""
+        if begin.units and len(begin.units) != len(agreement.groups):
+            raise Misbehaviour(f"{len(begin.units)} units for {len(agreement.groups)} groups")
+        named = {number: version for number, version in enumerate(begin.units) if version not in (ACTIVE, LEFT_OUT)}
+        held = {number: kept for number in named if (kept := self._handed_off.get(number)) is not None}
+        if any(number not in held or held[number].version != version for number, version in named.items()):
+            return None
+        return held
+
+    def _begin(self, begin: Begin, agreement: Agreement) -> SplitFrame | None:
+        width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
+        if begin.embedded.shape[1] != width:
+            raise Misbehaviour(f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}")
+        tokens = len(begin.embedded)
+        if not bits(begin.mask, begin.rows * begin.columns).reshape(begin.rows, begin.columns).any(axis=1).all():
+            raise Misbehaviour("a row without any token")  # it would cost memory that no limit counts
+        with self._lock:
+            if self._closed:
+                return None
+            if key in self._work:
+                raise Misbehaviour(f"part {key[1]} of call {key[0]} was begun already")
+            held = sum(len(work.begin.embedded) for work in self._work.values())
+            if tokens + held > self.limits.max_tokens or len(self._work) >= self.limits.max_parts:
+                return self._failed(
+                    begin, "tokens", f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is the limit"
+                )
+            handed_off = self._named(begin, agreement)
+            if handed_off is None:
+                return self._failed(begin, "memory", "what was handed off found no room here")
+            padded = begin.rows * begin.columns
+            if begin.columns > self.body.max_tokens and not begin.packed:  # then positions decide
+                return self._failed(
+                    begin, "broken", f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}"
+                )
+            if max(begin.positions, default=0) >= self.body.num_positions:
+                return self._failed(
+                    begin, "broken", f"a position of {max(begin.positions)}; {self.body.num_positions} are known"
+                )
+            if max(begin.token_types, default=0) >= self.body.num_token_types:
+                return self._failed(
+                    begin, "broken", f"a token type of {max(begin.token_types)}; {self.body.num_token_types} are known"
+                )
+            if begin.packed and not self.body.separates:
+                return self._failed(
+                    begin,
+                    "broken",
+                    f"{type(self.body.network).__name__} does not keep apart the texts that share a row: give each text a row,"
+                    " or an attention_mask if the row is one text",
+                )
+            drops = begin.seed is not None and agreement.dropout != 0.0
+            need_bytes = begin.rows * self.body.memory(begin.columns, drops)
+            taken = self.budget.take(self.device, need_bytes)
+            if taken is False:
+                why = ", its attention written out for dropout" if drops else ""
+                needed = f"{need_bytes / 1e6:.3g} MB are needed for {padded} tokens in rows of {begin.columns}{why}"
+                total, free = (f"{num_bytes / 1e6:.3g} MB" for num_bytes in (self.budget.num_bytes, self.budget.free_bytes))
+                return self._failed(begin, "memory", f"{needed}; limits.memory_bytes is {total}, {free} are free")
+            for kept in handed_off.values():
+                kept.users += 1
+            work = self._work[key] = _Work(begin, self.limits.idle_s)
+            self._threads.submit(self._run, work, agreement, handed_off, need_bytes, taken is None)
+        return None
+
+    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], need_bytes: int, waits: bool) -> None:
+        """One part's life, in its thread."""
+        if waits and not self.budget.wait(self.device, need_bytes, self.limits.idle_s, self.evict_others):
+            need_bytes = 0
+        with self.budget.turns.part(self.device) as turn:
+            self._live(work, agreement, handed_off, need_bytes, turn)
+
+    def _live(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], held_bytes: int, turn: Turn) -> None:
+        """From its first turn to its last; with ``held_bytes`` 0 it found no memory."""
+        began_at, begin = time.monotonic(), work.begin
+        answer: SplitFrame | None = None
+        part: CloudPart | None = None
+        try:
+            factors = {number: kept.factors for number, kept in handed_off.items()}
+            if not held_bytes:
+                raise MemoryError
+
+            def say(frame: SplitFrame) -> None:
+                with turn.away():
+                    self._send(frame)
+
+            def hear(what: What, group: int, shape: tuple[int, int]) -> Tensor:
+                with turn.away():
+                    return work.hear(what, group, shape)
+
+            turn.begin()
+            part = CloudPart(begin, agreement, self.body.frame, factors, self.body.device, say, hear)
+            answer = through_the_cloud(part, lambda part: self.body.forward(part, agreement.dropout))
+            fields = {"tokens": len(begin.embedded), "keep": begin.keep, "waited_s": work.waited_s}
+            self._tell("part", {**fields, "seconds": time.monotonic() - began_at})
+            self._idle_frames = 0
+        except _Gone:
+            if work.evicted:
+                answer = self._failed(begin, "expired", "another device waited for its share of the cloud's memory")
+        except ChannelDown:
+            pass
+        except TimeoutError as error:
+            answer = self._failed(begin, "expired", f"the device was silent: {error}")
+        except Exception as error:  # a part must not take the others with it; the device hears what it was
+            answer = self._failed(begin, *_explained(error))
+        finally:
+            if part is not None:
+                part.forget()  # its graph goes before its memory is given back
+            part = None
+            turn.end()
+            with self._lock:
+                if self._work.get((begin.call, begin.part)) is work:
+                    del self._work[begin.call, begin.part]
+                for kept in handed_off.values():
+                    self._unused(kept)
+            if held_bytes:
+                self.budget.give_back(self.device, held_bytes)
+        if answer is not None:
+            self._answer(answer)
+
+    def _later(self, frame: SplitFrame) -> None:
+        """Send from another thread, since it may wait; not any more once the session is closed."""
+        with self._lock:
+            if self._answers > self.limits.max_parts:
+                raise Misbehaviour(f"more than {self._answers} answers are waiting to be taken")
+            if not self._closed:
+                self._answers += 1
+                self._threads.submit(self._answer_later, frame)
+
+    def _answer_later(self, frame: SplitFrame) -> None:
+        self._answer(frame)
+        with self._lock:
+            self._answers -= 1
+
+    def _answer(self, frame: SplitFrame) -> None:
+        with contextlib.suppress(ChannelDown):
+            self._send(frame)
+
+    def _failed(self, begin: Begin, why: Why, text: str) -> Failed:
+        self._tell("failed", {"why": why, "text": text})
+        return Failed(begin.call, begin.part, why, text[:1000])
+
+
+def _explained(error: Exception) -> tuple[Why, str]:
+    """What a device can do about it."""
+    text = ascii((str(error).splitlines() or [""])[0][:300])[1:-1]
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return "memory", "the cloud ran out of memory"
+    return "broken", f"{type(error).__name__}: {text}"

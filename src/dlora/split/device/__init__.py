@@ -1,0 +1,1 @@
+"""The half that has data, labels, factors and optimiser."""

@@ -1,0 +1,157 @@
+"""The factors on the device: what they add to a group's outputs, their gradients, and what of them is handed off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dlora.lora.units import Group
+from dlora.seeds import derive_seed
+from dlora.split.tensors import shares, through
+from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, HandOff
+
+
+class Layer(Protocol):
+    """One adapted module: its factors are attributes of their names, a participant dimension of 1 is welcome."""
+
+    scaling: float
+    dropout: float
+
+
+@dataclass
+class _Kept:
+    """What a group's backward needs: the device's own little graph."""
+
+    x: Tensor
+    factors: list[Tensor]  # copies that share memory, of each module
+    update: Tensor
+
+
+@dataclass
+class Call:
+    """One forward, and until its backward what belongs to it."""
+
+    number: int
+    begins: list[Begin]
+    hidden_width: int
+    factors: Sequence[Tensor]  # in the order of ``Adapter.tensors``
+    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)  # (part, group)
+    num_rows: dict[int, int] = field(default_factory=dict)  # part -> rows of its hidden
+
+
+class Adapter:
+    """The factors on the device, by group: updates forward, gradients backward. ``groups`` as they travel."""
+
+    def __init__(self, groups: Sequence[Group], layers: Mapping[str, Layer], core: bool) -> None:
+        self.groups, self.core = tuple(groups), core
+        self.layers = layers
+        self._factor_names = ("lora_M",) if core else ("lora_A", "lora_B")
+        self.tensors = [(name, factor) for group in groups for name in group.modules for factor in self._factor_names]
+        self._places = {tensor: place for place, tensor in enumerate(self.tensors)}
+
+    @property
+    def num_factors(self) -> int:
+        """Of a module: A and B, or M alone."""
+        return len(self._factor_names)
+
+    def factors(self) -> list[Tensor]:
+        """Those of every module as they are bound now, in the order of ``tensors``."""
+        return [getattr(self.layers[name], factor) for name, factor in self.tensors]
+
+    def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
+        """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, or s z M^T of its own share z of x, side by side."""
+        begin, kept, group = call.begins[part], list[Tensor](), self.groups[number]
+        with torch.set_grad_enabled(begin.keep):
+            x = x.detach().to(call.factors[0].device).requires_grad_(begin.keep)
+            updates = []
+            for name, own in zip(group.modules, shares(x, group, self.core), strict=True):
+                layer = self.layers[name]
+                factors = [
+                    tensor.detach().flatten(0, -2).requires_grad_(begin.keep and tensor.requires_grad)
+                    for tensor in self._of_module(call.factors, name)
+                ]
+                if begin.seed is not None:
+                    own = _dropped(own, layer.dropout, f"{begin.seed}/{name}")
+                updates.append(through(factors, own) * layer.scaling)
+                kept += factors
+            update = torch.cat(updates, dim=1)
+        if begin.keep:
+            call.kept[part, number] = _Kept(x, kept, update)
+        return update
+
+    def gradients(
+        self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the group's factors."""
+        kept = call.kept.pop((part, number))
+        wanted = [*([kept.x] if reply else []), *(tensor for tensor in kept.factors if tensor.requires_grad)]
+        found = iter(torch.autograd.grad(kept.update, wanted, gradient.to(kept.update.device)) if wanted else ())
+        dx = next(found) if reply else None
+        return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
+
+    def handed_off(self, factors: Sequence[Tensor], number: int) -> Tensor:
+        """A group's factors as a `HandOff` holds them, the scaling in the last of each module; (1, numbers) on the CPU."""
+        flat = []
+        for name in self.groups[number].modules:
+            *first, last = self._of_module(factors, name)
+            flat += [*first, last * self.layers[name].scaling]
+        return torch.cat([tensor.detach().reshape(1, -1).float() for tensor in flat], dim=1).cpu()
+
+    def is_zero(self, factors: Sequence[Tensor], number: int) -> bool:
+        """Whether a group adds nothing: its last factors are zero, as they begin and as a dropped unit's are."""
+        last = [self._of_module(factors, name)[-1] for name in self.groups[number].modules]
+        return not any(tensor.any() for tensor in last)
+
+    def _of_module(self, factors: Sequence[Tensor], name: str) -> list[Tensor]:
+        return [factors[self._places[name, factor]] for factor in self._factor_names]
+
+
+class HandOffs:
+    """Which version of a killed group's factors the cloud is to use. A version is one content: a group that is revived,
+    trained and killed again has another; one that rests keeps its own and travels no more on this link. What it still costs
+    is a comparison of its content a call: mixing and loading change factors too, and nobody tells.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+        self._last: dict[int, tuple[int, Tensor]] = {}  # group -> version, content
+
+    def units(
+        self, factors: Sequence[Tensor], killed: frozenset[int], held: dict[int, int]
+    ) -> tuple[tuple[int, ...], list[HandOff]]:
+        """What `Begin.units` says, and what must be sent before it to a cloud that has ``held`` (changed in place)."""
+        if not killed:
+            return (), []
+        units, frames = [], []
+        for number in range(len(self._adapter.groups)):
+            if number not in killed:
+                units.append(ACTIVE)
+            elif self._adapter.is_zero(factors, number):
+                units.append(LEFT_OUT)
+            else:
+                version, content = self._version(factors, number)
+                units.append(version)
+                if held.get(number) != version:
+                    held[number] = version
+                    frames.append(HandOff(number, version, content))
+        return tuple(units), frames
+
+    def _version(self, factors: Sequence[Tensor], number: int) -> tuple[int, Tensor]:
+        content = self._adapter.handed_off(factors, number)
+        before, known = self._last.get(number, (FIRST_VERSION - 1, None))
+        if known is None or not torch.equal(content, known):
+            self._last[number] = before + 1, content
+        return self._last[number]
+
+
+def _dropped(x: Tensor, rate: float, purpose: str) -> Tensor:
+    """LoRA's own dropout, the same when a part is gone through again."""
+    if not rate:
+        return x
+    generator = torch.Generator().manual_seed(derive_seed(0, "lora-dropout", purpose))
+    keep = torch.rand(x.shape, generator=generator) >= rate
+    return x * keep.to(x.device) / (1 - rate)

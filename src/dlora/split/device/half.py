@@ -1,0 +1,167 @@
+"""The device's half of a model: head and factors here, the body elsewhere; loss.backward() just works."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from dlora.config.run import Config
+from dlora.errors import ModelError
+from dlora.lora.core import Frame
+from dlora.lora.factors import target_names
+from dlora.lora.stacked import StackedLinear, StackedModel, attach
+from dlora.lora.units import active_groups, core_groups, find_groups
+from dlora.model import LINEAR, FrozenModel, MeanPooledClassifier, fingerprint, load_model
+from dlora.model_files import read_config
+from dlora.split.agreement import Agreement, body_facts, frame_digest, proposal_text
+from dlora.split.device.adapter import Adapter
+from dlora.split.device.body import RemoteBody, hidden_width
+from dlora.split.device.calls import Calls
+from dlora.split.device.head import head_reads
+from dlora.split.device.step import Channel
+from dlora.split.device.transformers_class import as_remote, stand_in
+from dlora.wire.split.frames import Opened
+
+
+@dataclass
+class Half:
+    """The device's half: token embedding and head, the factors' places, and no weight of the body.
+
+    ``model`` is what the local steps train (P = 1); ``fingerprint`` hashes the weights that are here.
+    """
+
+    model: StackedModel
+    agreement: Agreement
+    facts: dict[str, Any]
+    fingerprint: str
+    body: RemoteBody
+
+    def link(self, dial: Callable[[], Channel], pipeline: int, wait: Callable[[float], None]) -> Calls:
+        """From now on forwards and backwards go through the cloud that ``dial`` reaches."""
+        prefix = self.body.prefix
+        layers = {
+            name: self.model.network.get_submodule(prefix + name) for group in self.agreement.groups for name in group.modules
+        }
+        manifest = proposal_text(self.facts, self.agreement)
+        adapter = Adapter(self.agreement.groups, layers, self.agreement.frame is not None)
+        self.body.calls = Calls(dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait)
+        return self.body.calls
+
+    def open(self) -> Opened:
+        """Reach the cloud now instead of at the first forward; what it takes of this device. Raises CloudError if refused."""
+        assert self.body.calls is not None
+        return self.body.calls.open()
+
+
+def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None, frame: Frame | None = None) -> Half:
+    """Read token embedding and head, draw the factors as PEFT does beside the whole model; ``frame``: of placement core.
+
+    Raises ModelError.
+    """
+    frozen = load_model(config, tokenizer, label_names, blocks=False)
+    weights_hash = fingerprint(frozen.network, but=frozen.head)
+    small, mean = frozen.network, isinstance(frozen.network, MeanPooledClassifier)
+    small_body = small.body if mean else small.base_model
+    prefix = f"{small.base_model_prefix}."
+    if any(name.startswith(prefix) for name in frozen.head):
+        raise ModelError(
+            f"model {config.model}: its folder has no weights for {frozen.head[0]}, which would be trained in the cloud; take"
+            " pooling: mean"
+        )
+    model_config = _whole_config(small_body.config, frozen.source)
+    with torch.device("meta"):
+        network: Any = MeanPooledClassifier(type(small_body)(model_config)) if mean else type(small)(model_config)
+    body = network.body if mean else network.base_model
+    groups = find_groups(no_init_weights()(lambda: type(small_body)(model_config)))
+    embedding = small_body.get_input_embeddings()
+    body.set_input_embeddings(embedding)
+    for name, child in small.named_children():
+        if f"{name}." != prefix:
+            setattr(network, name, child)
+    counts_ids = any(
+        name.endswith("position_embeddings") and getattr(layer, "padding_idx", None) is not None
+        for name, layer in body.named_modules()
+    )
+    dropout = config.train.model_dropout
+    remote = RemoteBody(model_config, embedding, prefix, "all", dropout != 0.0 or config.lora.lora_dropout > 0)
+    remote.counts_ids = counts_ids
+    for module in _stubs(body, embedding):
+        stand_in(module, remote.forward)
+    if config.task == "classification" and not mean:
+        remote.reads = head_reads(network, _stubs(body, embedding))
+    for layer in body.modules():  # PEFT puts factors where the weight is, and draws nothing on the meta device
+        if isinstance(layer, LINEAR):
+            layer.weight = nn.Parameter(torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False)
+    whole = FrozenModel(network, frozen.source, frozen.head)
+    model = attach(whole, config.lora, config.task, config.seed, frame, weights_here=False)
+    _empty(body, embedding)
+    targets = target_names(model.initial)
+    outside = [name for name in targets if not name.startswith(prefix)]
+    if outside:
+        raise ModelError(f"lora.target_modules: {outside[0]} is not in the body; only what runs in the cloud is adapted")
+    assert config.split is not None
+    active = active_groups(groups, [name.removeprefix(prefix) for name in targets])
+    of_frame = None
+    if config.lora.placement == "core":
+        within = {name.removeprefix(prefix): tensor for name, tensor in model.frame.items()}
+        of_frame = frame_digest(within, [name.removeprefix(prefix) for name in targets])
+        active = core_groups(active, config.lora.r)
+    model.loss_positions = config.task == "causal-lm"
+    remote.dropouts = [(layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)]
+    as_remote(network, remote, model)
+    facts = body_facts(model_config, embedding)
+    agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
+    return Half(model, agreement, facts, weights_hash, remote)
+
+
+def _whole_config(small: Any, source: str) -> Any:
+    """The configuration with all its blocks again."""
+    whole, own = copy.deepcopy(small), read_config(source)
+    if getattr(own, "layer_types", None) is not None:
+        whole.layer_types = own.layer_types
+    whole.num_hidden_layers = own.num_hidden_layers
+    whole.use_cache = False
+    return whole
+
+
+def _stubs(body: Any, embedding: nn.Module) -> list[Any]:
+    """The body, and within it the models that heads call as bodies (OPT's decoder): those on the way to the embedding."""
+    [path] = [name for name, module in body.named_modules() if module is embedding]
+    parts = path.split(".")
+    modules = [body.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    return [module for module in modules if isinstance(module, transformers.PreTrainedModel)]
+
+
+def _empty(body: Any, embedding: nn.Module) -> None:
+    """Take away the tensors without numbers, so that moving and saving the network never meets them."""
+    for module in body.modules():
+        if module is embedding:
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and (tensor.is_meta or set(tensor.stride()) == {0}):
+                    tensors[name] = None
+                    module.extra_repr = str  # nothing; most tell the shape of their weight
+
+
+def as_ordinary(half: Half) -> Any:
+    """The network with factors and head as parameters of its own, as any torch program expects them."""
+    network, model = half.model.network, half.model
+    for name, initial in model.initial.items():
+        module, _, attribute = name.rpartition(".")
+        layer = network.get_submodule(module)
+        if isinstance(layer, StackedLinear):
+            layer = nn.Linear(1, 1, bias=f"{module}.bias" in model.initial)
+            parent, _, child = module.rpartition(".")
+            setattr(network.get_submodule(parent), child, layer)
+        value = initial.to(model.device, copy=True)
+        setattr(layer, attribute, nn.Parameter(value, requires_grad=name not in model.frozen_head))
+    network._keys_to_ignore_on_save = sorted(network.state_dict().keys() - model.initial.keys())  # for a Trainer
+    return network.eval()  # as from_pretrained gives it

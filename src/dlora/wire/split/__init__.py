@@ -1,0 +1,1 @@
+"""What cloud and device say to each other."""

@@ -1,0 +1,125 @@
+"""Real peers with a schedule, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dlora.config.run import Config
+from dlora.decentralized.peer.ledger import Ledger, Message, round_of
+from dlora.events.log import RunLog, read_log
+from dlora.net.memory import MemoryHub
+from dlora.run.folder import RunFolder
+from dlora.run.manifest import manifest_text
+from dlora.run.prepare import prepare
+from dlora.run.real_peer import RUN, PeerRun
+from kit import tiny_models
+from kit.virtual_federation import Signer
+
+MakeConfig = Callable[..., Config]
+NAMES = ("north", "east", "south")
+KR: dict[str, Any] = {"kind": "kr", "period": 5, "warmup_steps": 6, "active_fraction": 0.35, "rewarm_steps": 2}
+RANDOM: dict[str, Any] = {"kind": "random", "period": 3, "active_fraction": 0.3}
+
+
+def federation(make_config: MakeConfig, schedule: dict[str, Any], num_peers: int = 3, /, **overrides: Any) -> Config:
+    """Peers in a line with rows of their own; four rounds of four local steps."""
+    members = list(NAMES[:num_peers])
+    keys: dict[str, Any] = {"train.rounds": 4, "train.local_steps": 4, "train.learning_rate": 2e-2, "eval_every": 0}
+    keys |= {"lora.target_modules": ["query", "key", "dense"], "peers.count": None, "peers.members": members}
+    keys |= {"peers.topology": {"kind": "edges", "edges": list(itertools.pairwise(members))}, "schedule": schedule}
+    config = make_config(**keys | overrides)
+    folder = Path(config.output_dir).parent
+    train = {
+        name: str(tiny_models.write_rows(folder / f"{name}.jsonl", 16, start=20 * index)) for index, name in enumerate(members)
+    }
+    section = config.data.model_copy(update={"train": train, "labels": ("0", "1")})
+    return Config.parse(config.model_dump() | {"data": section.model_dump() | {"partition": {"kind": "files"}}})
+
+
+class Recorded(Ledger):
+    """Remembers how long each round's message was."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.lengths: dict[int, int] = {}
+
+    def keep(self, name: str, content: bytes) -> Message:
+        kept = super().keep(name, content)
+        if (round := round_of(name)) is not None:
+            self.lengths[round] = kept.num_bytes
+        return kept
+
+
+class Gated(PeerRun):
+    """Dies before the local steps of round number ``gate``, once everybody is there."""
+
+    gate, here = -1, 0
+
+    async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
+        if number == self.gate:
+            Gated.here += 1
+            await asyncio.Event().wait()
+        return await super()._train(number, names)
+
+
+class Peers:
+    """Real peers but for the wire, which is in memory; they train, exchange and commit in one process."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        members = config.peers.members or ()
+        self.configs = {name: config.model_copy(update={"output_dir": str(folder / name)}) for name in members}
+        self.lengths: dict[str, dict[int, int]] = {name: {} for name in members}
+        self.bytes: dict[str, int] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def run(self, gate: int = -1, resume: bool = False) -> None:
+        """All rounds, or those before number ``gate``."""
+        Gated.gate, Gated.here = gate, 0
+        asyncio.run(asyncio.wait_for(self._all(resume), 60))
+
+    async def _all(self, resume: bool) -> None:
+        names = list(self.configs)
+        edges = {name: names[max(0, at - 1) : at] + names[at + 1 : at + 2] for at, name in enumerate(names)}
+        hub = MemoryHub(edges, redial_s=0.01)
+        lives = []
+        for name, config in self.configs.items():
+            prepared = prepare(config, own=name, resume=resume)
+            manifest = prepared.manifest | {"rounds": config.train.rounds}
+            folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
+            prepared.keep_frame()
+            ledger: Any = Recorded(folder.path / "exchange")
+            network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
+            log, latest = RunLog(folder.log_path), folder.latest(RUN)
+            peer = Gated(name, prepared, manifest, folder, log, ledger, network, Signer(name), lambda: False, latest)
+            lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
+        while Gated.here < len(names) and not all(life.done() for life in lives):
+            await asyncio.sleep(0.01)
+        for life in lives:
+            life.cancel()
+        for ended in await asyncio.gather(*lives, return_exceptions=True):
+            assert ended is None or isinstance(ended, asyncio.CancelledError), ended
+
+    async def _live(self, peer: PeerRun, ledger: Recorded, neighbours: list[str]) -> None:
+        try:
+            average, num_peers = await peer.live(neighbours)
+            assert num_peers == len(self.configs)
+            self.results[peer.name] = peer.finish(average, num_peers)
+        finally:
+            self.lengths[peer.name] |= ledger.lengths
+            self.bytes[peer.name] = peer._bytes_on_wire()
+            peer.log.close()
+            ledger.close()
+
+    def active(self, name: str) -> list[tuple[int, list[int]]]:
+        events = read_log(Path(self.configs[name].output_dir, "log.jsonl"))
+        return [(event["step"], event["units"]) for event in events if event["event"] == "active"]
+
+    def adapter(self, name: str, which: str) -> dict[str, torch.Tensor]:
+        return load_file(Path(self.configs[name].output_dir, which, "adapter_model.safetensors"))

@@ -1,0 +1,75 @@
+"""Two updates of a weight compared, and the bounds within which they are one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from dlora.config.run import Config
+
+ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "opt", "gpt2")
+SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [(family, "causal-lm") for family in DECODERS]
+UPDATE_BOUND = {"adamw": 1e-4, "sgd": 1e-5}
+LOSS_BOUND = 1e-5
+
+
+def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The same model and the same LoRA by PEFT alone, and its initial adapter."""
+    classification = config.task == "classification"
+    factory = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
+    dropout = {}
+    if config.train.model_dropout is not None:
+        known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
+        dropout = {key: config.train.model_dropout for key in known if "dropout" in key or key.endswith("pdrop")}
+    torch.manual_seed(config.seed)
+    head = {"num_labels": 2} if classification else {}
+    base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
+    lora = peft.LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.lora_alpha,
+        lora_dropout=config.lora.lora_dropout,
+        target_modules=list(config.lora.target_modules),
+        fan_in_fan_out=base.config.model_type == "gpt2",
+        task_type="SEQ_CLS" if classification else "CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    model = peft.get_peft_model(base, lora)
+    return model, {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+
+
+def update_of(config: Config, adapter: Path) -> dict[str, torch.Tensor]:
+    """The update in a saved adapter."""
+    _, initial = peft_oracle(config)
+    final = load_file(adapter / "adapter_model.safetensors")
+    assert final.keys() == initial.keys()
+    return {name: final[name] - initial[name] for name in final}
+
+
+def relative_difference(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], part: str) -> float:
+    """|D - D'| / |D'| over all tensors whose name holds ``part``."""
+    names = [name for name in reference if part in name]
+    assert names
+    difference = torch.cat([(update[name] - reference[name]).flatten() for name in names]).norm()
+    return float(difference / torch.cat([reference[name].flatten() for name in names]).norm())
+
+
+def assert_same(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str) -> None:
+    parts = ["lora_A", "lora_B"]
+    if task == "classification":
+        parts.append("classifier" if any("classifier" in name for name in update) else "score")
+    for part in parts:
+        assert relative_difference(update, reference, part) < bound, part
+
+
+def targets(family: str) -> list[str]:
+    return {
+        "bert": ["query", "value", "dense"],
+        "roberta": ["query", "value"],
+        "llama": ["q_proj", "v_proj", "down_proj"],
+        "opt": ["q_proj", "v_proj", "fc1"],
+        "gpt2": ["c_attn", "c_fc"],
+    }[family]

@@ -1,0 +1,135 @@
+"""Laws 1, 2 and 3: one participant is plain PEFT, P stacked are P separate runs, complete + one SGD step is pooled SGD.
+
+Differences are measured on the update D = factors minus initial factors, A and B apart: |D - D'| / |D|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import dlora
+from dlora.config.run import Config
+from dlora.data.batches import collate
+from dlora.events.log import read_log
+from dlora.run.prepare import Prepared, prepare
+from dlora.seeds import derive_seed
+from kit.updates import LOSS_BOUND, SERVED, UPDATE_BOUND, assert_same, peft_oracle, targets, update_of
+
+
+def train_with_peft(config: Config, prepared: Prepared, peers: range) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain loop over the joint batches of ``peers``: one optimiser step a round. Returns losses and the update."""
+    model, initial = peft_oracle(config)
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    train = config.train
+    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    optimizer = kinds[train.optimizer](parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    schedule = transformers.get_scheduler(
+        train.lr_scheduler_type, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.rounds
+    )
+    rows, losses = train.per_device_train_batch_size, []
+    for step in range(train.rounds):
+        examples = [
+            prepared.data.peers[prepared.names[peer]][row]
+            for peer in peers
+            for row in prepared.streams[peer].take(step * rows, rows)
+        ]
+        batch = collate(examples, prepared.pad_token_id)
+        torch.manual_seed(derive_seed(config.seed, "dropout", step, "peer-0"))
+        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss.backward()
+        if train.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    final = peft.get_peft_model_state_dict(model)
+    return losses, {name: final[name] - initial[name] for name in initial}
+
+
+@pytest.mark.parametrize(("family", "task"), SERVED)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_one_participant_is_plain_peft(make_config: Callable[..., Config], family: str, task: str, optimizer: str) -> None:
+    config = make_config(
+        family, task, **{
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "train.optimizer": optimizer, "eval_every": 0,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1, "train.weight_decay": 0.01,
+            "train.lr_scheduler_type": "linear", "train.warmup_steps": 5, "lora.target_modules": targets(family),
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    losses, reference = train_with_peft(config, prepare(config), range(1))
+    ours = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
+    assert losses[-1] < losses[0] - 0.01  # it learned something, so the update is more than noise
+    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND[optimizer], task)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_one_participant_is_plain_peft_with_dropout(make_config: Callable[..., Config], family: str) -> None:
+    config = make_config(
+        family, **{
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "eval_every": 0, "lora.lora_dropout": 0.1,
+            "train.model_dropout": None, "lora.target_modules": targets(family),
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    losses, reference = train_with_peft(config, prepare(config), range(1))
+    ours = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
+    update = update_of(config, Path(config.output_dir, "consensus"))
+    assert_same(update, reference, UPDATE_BOUND["adamw"], config.task)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "classification")])
+def test_stacked_participants_are_separate_runs(
+    make_config: Callable[..., Config], family: str, task: str, optimizer: str
+) -> None:
+    """Four stacked participants against four PEFT runs, each over one peer's rows, each clipped by its own norm."""
+    config = make_config(
+        family, task, **{
+            "train.rounds": 50, "train.local_steps": 1, "eval_every": 0, "train.optimizer": optimizer,
+            "train.max_grad_norm": 0.1, "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1,
+            "lora.target_modules": targets(family),
+            "peers.topology": {"kind": "edges", "edges": [[0, 1], [1, 2], [2, 3]]}, "compare": ["local"],
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    prepared = prepare(config)
+    stacked = load_file(Path(config.output_dir, "checkpoints/local/round-000050/factors.safetensors"))
+    _, initial = peft_oracle(config)
+    for peer in range(4):
+        update = {}
+        for name in initial:
+            short = name.removeprefix("base_model.model.")
+            short = short.removesuffix(".weight") if "lora_" in short else short
+            update[name] = stacked[short][peer] - initial[name]
+        _, reference = train_with_peft(config, prepared, range(peer, peer + 1))
+        assert_same(update, reference, UPDATE_BOUND[optimizer], task)
+
+
+def test_complete_graph_with_one_sgd_step_is_pooled_sgd(make_config: Callable[..., Config]) -> None:
+    config = make_config(
+        "bert", **{
+            # 6 rounds: later this step size is past stable, and what is rounding here grows
+            "train.rounds": 6, "train.local_steps": 1, "eval_every": 0, "train.optimizer": "sgd",
+            "train.learning_rate": 0.2, "train.max_grad_norm": None, "peers.topology": {"kind": "complete"},
+            "compare": ["pooled"], "lora.target_modules": targets("bert"),
+        },
+    )  # fmt: skip
+    dlora.simulate(config)
+    _, reference = train_with_peft(config, prepare(config), range(4))
+    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND["sgd"], config.task)
+    pooled = load_file(Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors"))
+    gossiped = load_file(Path(config.output_dir, "checkpoints/dec-lora/round-000006/factors.safetensors"))
+    for name, tensor in pooled.items():
+        torch.testing.assert_close(gossiped[name].mean(0), tensor[0], rtol=1e-4, atol=1e-6)

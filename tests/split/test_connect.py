@@ -1,0 +1,432 @@
+"""`dlora.connect`: an ordinary Hugging Face model whose body is in a cloud, for anybody's training loop and for a Trainer."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import dlora
+from dlora.config.run import Config
+from dlora.errors import ConfigError, Interrupted
+from kit import queue_cloud
+from kit.processes import until
+from kit.serving_cloud import Members, serving
+from kit.updates import LOSS_BOUND, UPDATE_BOUND, assert_same, peft_oracle
+
+ModelFolder = Callable[..., Path]
+STEPS = 10
+TARGETS = {"bert": ["query", "key", "value", "dense"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}
+TASKS = {"bert": "classification", "llama": "causal-lm"}
+CLASSES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
+    return Members(tmp_path_factory.mktemp("members"))
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, model_folder: ModelFolder) -> Path:
+    return model_folder(family, TASKS[family])
+
+
+@pytest.fixture(scope="module")
+def cloud(members: Members, folder: Path) -> Iterator[None]:
+    """Of the family's model."""
+    with serving(members, folder):
+        yield
+
+
+def config(folder: Path, family: str, **changes: Any) -> Config:
+    labels = {"data.labels": ["no", "yes"]} if TASKS[family] == "classification" else {}
+    return queue_cloud.config(
+        folder, TASKS[family], **{"split.cloud": "hub", "lora.target_modules": TARGETS[family], **labels, **changes}
+    )
+
+
+def connect(members: Members, config: Config, name: str = "phone") -> Any:
+    return dlora.connect(config, name=name, key=members.key(name), federation=members.federation)
+
+
+@contextmanager
+def connected(members: Members, config: Config, name: str = "phone") -> Iterator[Any]:
+    model = connect(members, config, name)
+    try:
+        yield model
+    finally:
+        model.disconnect()
+
+
+def batches(family: str, count: int = STEPS) -> list[dict[str, torch.Tensor]]:
+    made = []
+    for seed in range(count):
+        batch = queue_cloud.batch(TASKS[family], lengths=(5, 9, 3, 7), seed=seed)
+        made.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels})
+    return made
+
+
+def train(model: Any, family: str, accumulate: int = 1) -> list[float]:
+    """Anybody's loop."""
+    model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=5e-3), []
+    for step, batch in enumerate(batches(family)):
+        loss = model(**batch).loss / accumulate
+        loss.backward()
+        losses.append(loss.item())
+        if (step + 1) % accumulate == 0:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.usefixtures("cloud")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_anybodys_training_loop_is_that_of_peft(
+    members: Members, folder: Path, family: str, tmp_path: Path, accumulate: int
+) -> None:
+    """Law 6, through TLS; what is saved loads with PEFT and gives the same logits."""
+    settings = config(folder, family)
+    oracle, initial = peft_oracle(settings)
+    expected = train(oracle, family, accumulate)
+    final = peft.get_peft_model_state_dict(oracle)
+    with connected(members, settings) as model:
+        assert isinstance(model, CLASSES[family])
+        model.save_pretrained(tmp_path / "before")
+        assert {name: value.tolist() for name, value in weights_of(tmp_path / "before").items()} == {
+            name: value.tolist() for name, value in initial.items()
+        }
+        losses = train(model, family, accumulate)
+        assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < LOSS_BOUND
+        assert losses[-1] != losses[0]
+        model.save_pretrained(tmp_path / "after")
+        after = weights_of(tmp_path / "after")
+        update, reference = ({name: end[name] - initial[name] for name in initial} for end in (after, final))
+        assert_same(update, reference, UPDATE_BOUND["adamw"], TASKS[family])
+
+        base, _ = fresh_base(settings)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "after").eval()
+        assert_same_logits(model, loaded, family)
+
+
+def assert_same_logits(model: Any, loaded: Any, family: str) -> None:
+    """Of every real token, and of those the loss looks at when there are labels: the others do not travel then."""
+    [batch] = batches(family, 1)
+    model.eval()
+    with torch.no_grad():
+        losses = [either(**batch).loss.item() for either in (model, loaded)]
+        labels = batch.pop("labels")
+        ours, theirs = (either(**batch).logits for either in (model, loaded))
+    real = batch["attention_mask"].bool() if labels.dim() == 2 else slice(None)
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=0)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def fresh_base(settings: Config) -> tuple[Any, None]:
+    """The whole model, as a user of the folder would load it."""
+    if settings.task == "causal-lm":
+        return transformers.AutoModelForCausalLM.from_pretrained(settings.model), None
+    return transformers.AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=2, pad_token_id=0), None
+
+
+@pytest.mark.usefixtures("cloud")
+@pytest.mark.parametrize("train_head", [True, False])
+def test_its_parameters_are_the_factors_and_the_head(members: Members, folder: Path, family: str, train_head: bool) -> None:
+    settings = config(folder, family, **{"lora.train_head": train_head})
+    oracle: Any = peft_oracle(settings)[0]
+    with connected(members, settings) as model:
+        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        expected = {
+            name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace(".default.weight", "")
+            for name, parameter in oracle.named_parameters()
+            if parameter.requires_grad and (train_head or "lora_" in name)
+        }
+        assert set(trainable) == expected
+        assert all(parameter.dim() == 2 for name, parameter in trainable.items() if "lora_" in name)
+        body = sum(parameter.numel() for parameter in oracle.base_model.model.base_model.parameters())
+        assert sum(parameter.numel() for parameter in model.parameters()) < body / 2  # the frozen weights are elsewhere
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        train(model, family)
+        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert changed == expected
+
+
+@pytest.mark.usefixtures("cloud")
+def test_a_trainer_trains_evaluates_and_saves_it(members: Members, folder: Path, family: str, tmp_path: Path) -> None:
+    settings = config(folder, family)
+    rows = [{key: value[row] for key, value in batch.items()} for batch in batches(family) for row in range(4)]
+    arguments: dict[str, Any] = {
+        "output_dir": str(tmp_path / "trainer"), "max_steps": 5, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4, "learning_rate": 5e-3,
+        "gradient_accumulation_steps": 2, "disable_tqdm": True, "seed": 0, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+    def trained(model: Any) -> tuple[transformers.Trainer, list[float]]:
+        trainer = transformers.Trainer(
+            model, transformers.TrainingArguments(**arguments), train_dataset=padded(rows), eval_dataset=padded(rows[:8])
+        )
+        trainer.train()
+        return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    oracle, _ = peft_oracle(settings)
+    _, expected = trained(oracle)
+    with connected(members, settings) as model:
+        trainer, losses = trained(model)
+        assert len(losses) == 5
+        assert losses == pytest.approx(expected, abs=1e-4)  # the logs are rounded
+        assert any("eval_loss" in entry for entry in trainer.state.log_history)
+        trainer.save_model(str(tmp_path / "saved"))
+        for saved in (tmp_path / "saved", tmp_path / "trainer" / "checkpoint-4"):
+            assert sorted(path.name for path in saved.iterdir() if path.name.startswith("adapter")) == [
+                "adapter_config.json", "adapter_model.safetensors",
+            ]  # fmt: skip
+            trained_only = load_file(saved / "model.safetensors")  # what a Trainer reads to go on
+            assert len(trained_only) == len(weights_of(saved)) and trained_only.keys() <= model.state_dict().keys()
+        loaded = peft.PeftModel.from_pretrained(fresh_base(settings)[0], tmp_path / "saved").eval()
+        assert_same_logits(model, loaded, family)
+        arguments["gradient_checkpointing"] = True
+        with pytest.raises(
+            ConfigError, match="gradient_checkpointing: .* write gradient_checkpointing=False in TrainingArguments"
+        ):
+            trained(model)
+
+
+def padded(rows: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """All of one length, for the default collator; what was added is masked and in no loss."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def grown(row: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        missing = longest - len(row["input_ids"])
+        fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        return {
+            key: torch.nn.functional.pad(value, (0, missing), value=fill[key]) if value.dim() else value
+            for key, value in row.items()
+        }
+
+    return [grown(row) for row in rows]
+
+
+@pytest.mark.usefixtures("cloud")
+def test_it_writes_texts_without_a_cache_and_says_so_with_one(members: Members, folder: Path, family: str) -> None:
+    if family != "llama":
+        pytest.skip("classifies")
+    settings = config(folder, family)
+    whole = fresh_base(settings)[0].eval()  # B is zero: the adapter changes nothing yet
+    prompt = torch.tensor([[1, 5, 9, 12]])
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    with connected(members, settings) as model:
+        model.eval()
+        written = model.generate(prompt, use_cache=False, **options)
+        assert torch.equal(written, whole.generate(prompt, use_cache=False, **options))
+        assert torch.equal(model.generate(prompt, **options), written)
+        with pytest.raises(ConfigError, match="keeps no key-value cache; call generate.*use_cache=False"):
+            model.generate(prompt, use_cache=True, **options)
+        logits = [model(input_ids=prompt, labels=prompt, **more).loss.item() for more in ({}, {"num_items_in_batch": 3})]
+        assert logits == [
+            whole(input_ids=prompt, labels=prompt, **more).loss.item() for more in ({}, {"num_items_in_batch": 3})
+        ]
+
+
+def test_a_schedule_is_said_to_have_no_part_in_it(members: Members, folder: Path, family: str) -> None:
+    with pytest.warns(UserWarning, match="connect trains all units"):
+        connect(members, config(folder, family, schedule={"kind": "kr"})).disconnect()
+
+
+@pytest.mark.usefixtures("cloud")
+def test_a_disconnected_or_forgotten_model_leaves_no_thread(members: Members, folder: Path, family: str) -> None:
+    def wires() -> int:
+        return sum(thread.name == "dlora-wire" for thread in threading.enumerate())
+
+    settings, [batch] = config(folder, family), batches(family, 1)
+    model = connect(members, settings)
+    loss = model(**batch).loss
+    assert wires() == 1
+    model.disconnect()
+    model.disconnect()
+    assert wires() == 0
+    with pytest.raises(ConfigError, match="disconnected; make another with dlora.connect"):
+        loss.backward()
+    with pytest.raises(ConfigError, match="disconnected; make another with dlora.connect"):
+        model(**batch)
+    del model, loss
+    model = connect(members, settings)
+    model.disconnect()  # before it was ever used
+    with pytest.raises(ConfigError, match="disconnected; make another with dlora.connect"):
+        model(**batch)
+    model = connect(members, settings)
+    model(**batch).loss.backward()
+    del model
+    gc.collect()
+    assert wires() == 0
+
+
+SCRIPT = """
+import sys, torch, dlora
+from kit import queue_cloud
+folder, key, federation, task = sys.argv[1:]
+settings = queue_cloud.config(folder, **{"split.cloud": "hub", "data.labels": ["no", "yes"]})
+model = dlora.connect(settings, name="phone", key=key, federation=federation)
+batch = queue_cloud.batch()
+loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+if task == "backward":
+    loss.backward()
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["forward", "backward"])
+def test_a_program_that_just_ends_ends_at_once(tmp_path: Path, model_folder: ModelFolder, task: str) -> None:
+    """Without disconnect(), even with a graph that waits for its backward; the cloud has nothing of it any more."""
+    members, bert = Members(tmp_path), model_folder("bert")
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT]
+    with serving(members, bert) as served:
+        program = subprocess.Popen(
+            [*command, str(bert), str(members.key("phone")), str(members.federation), task],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        with program:
+            assert program.stdout is not None and program.stderr is not None
+            assert program.stdout.readline() == "done\n", program.stderr.read()
+            since = time.monotonic()
+            out, err = program.communicate(timeout=60)
+            assert (program.returncode, out, err) == (0, "", "")
+            assert time.monotonic() - since < 10
+        served.wait_for("closed", device="phone")
+        assert served.heard("load", device="phone")[-1]["tokens"] == 0
+
+
+def test_ctrl_c_while_the_cloud_is_away_gets_out(tmp_path: Path, model_folder: ModelFolder) -> None:
+    members, [batch] = Members(tmp_path), batches("bert", 1)
+
+    def interrupt() -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        until(lambda: "dial" in functions_of(main), "the program to wait for the cloud")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with connected(members, config(model_folder("bert"), "bert")) as model:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        thread.join()
+    assert all(thread.name != "dlora-wire" for thread in threading.enumerate())
+
+
+def functions_of(thread: int) -> list[str]:
+    """Their names, on the thread's stack."""
+    return [frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[thread])]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cloud")
+def test_a_trainer_goes_on_from_a_checkpoint_and_takes_the_best(
+    members: Members, folder: Path, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Interrupted and gone on with in a new process's model, the factors are those of one run, to the last bit."""
+    settings = config(folder, family)
+    rows = padded([{key: value[row] for key, value in batch.items()} for batch in batches(family) for row in range(4)])
+
+    def trained(model: Any, output: str, steps: int, **more: Any) -> transformers.Trainer:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / output), max_steps=steps, save_steps=2, report_to="none", use_cpu=True, learning_rate=5e-3,
+            per_device_train_batch_size=4, disable_tqdm=True, lr_scheduler_type="constant", seed=0, **more,
+        )  # fmt: skip
+        return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8])
+
+    def factors(model: Any) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+    with connected(members, settings) as model:
+        trained(model, "whole", 4).train()
+        whole = factors(model)
+    with connected(members, settings) as model:
+        trained(model, "cut", 2).train()
+    with connected(members, settings) as model:
+        trainer = trained(model, "cut", 4)
+        with caplog.at_level("WARNING", "transformers"):
+            trainer.train(resume_from_checkpoint=True)
+        assert not any("missing keys" in message for message in caplog.messages)
+        assert trainer.state.global_step == 4
+        for name, value in factors(model).items():
+            assert torch.equal(value, whole[name]), name
+        loaded = peft.PeftModel.from_pretrained(fresh_base(settings)[0], tmp_path / "cut" / "checkpoint-4").eval()
+        assert_same_logits(model, loaded, family)
+    if family == "llama":  # transformers reads the folder as an adapter too, not as a model of few weights
+        found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "checkpoint-4")
+        assert sum("lora_" in name for name, _ in found.named_parameters()) == len(whole)
+    with connected(members, settings) as model:
+        best = trained(
+            model, "best", 6, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss"
+        )
+        best.train()
+        assert best.state.best_model_checkpoint is not None
+        for name, value in load_file(Path(best.state.best_model_checkpoint) / "model.safetensors").items():
+            assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("cloud")
+def test_with_ends_the_link(members: Members, folder: Path, family: str) -> None:
+    [batch] = batches(family, 1)
+    with pytest.raises(ZeroDivisionError), connect(members, config(folder, family)) as model:
+        model(**batch).loss.backward()
+        raise ZeroDivisionError
+    assert all(thread.name != "dlora-wire" for thread in threading.enumerate())
+    with pytest.raises(ConfigError, match="disconnected; make another with dlora.connect"):
+        model(**batch)
+
+
+def test_a_wait_for_the_cloud_is_said(tmp_path: Path, model_folder: ModelFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """Within two seconds: which cloud, where, since when, how to stop it; once more later, and not five times a second."""
+    members, [batch] = Members(tmp_path), batches("bert", 1)
+    began_at = time.monotonic()
+    said_at: list[float] = []
+    with connected(members, config(model_folder("bert"), "bert")) as model, ThreadPoolExecutor(1) as pool:
+        forward = pool.submit(lambda: model(**batch))
+        until(lambda: len(caplog.messages) > 0, "the first word")
+        said_at.append(time.monotonic() - began_at)
+        until(lambda: len(caplog.messages) > 1, "the second")
+        said_at.append(time.monotonic() - began_at)
+        model.disconnect()
+        with pytest.raises(Interrupted, match="phone stopped while its cloud was away"):
+            forward.result(timeout=30)
+    assert said_at[0] >= 1 and said_at[1] - said_at[0] > 2
+    for message in caplog.messages:
+        assert re.fullmatch(
+            rf"cloud away: no link to hub at {re.escape(members.address)} since \d\d:\d\d:\d\d; start dlora cloud there,"
+            " or stop the wait with Ctrl-C",
+            message,
+        )
