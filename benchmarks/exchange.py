@@ -18,6 +18,7 @@ from dlora.identity.federation import FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity
 from dlora.net.grpc import GrpcNetwork
 from dlora.wire.frame import Link
+from dlora.wire.peer.codec import PEERS
 from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk
 
 MESSAGE_BYTES, NEIGHBOURS, REPEATS = 20_000_000, ("b", "c"), 7
@@ -66,7 +67,7 @@ async def dlora_links(folder: Path) -> AsyncIterator[float]:
         federation = FederationFile(path)
         identity = Identity.load(name, folder / f"{name}.key", federation.current)
         neighbours = NEIGHBOURS if name == "a" else ("a",)
-        networks[name] = GrpcNetwork(identity, federation, neighbours, "127.0.0.1:0" if name == "a" else None, print)
+        networks[name] = GrpcNetwork(identity, federation, neighbours, "127.0.0.1:0" if name == "a" else None, PEERS, print)
     async with asyncio.TaskGroup() as tasks:
         serving = [tasks.create_task(network.serve(exchange.talk)) for network in networks.values()]
         await networks["a"].bound.wait()

@@ -19,6 +19,7 @@ from dlora.identity.federation import Federation, FederationFile, federation_tex
 from dlora.identity.keys import Identity, new_identity
 from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
+from dlora.wire.peer.codec import PEERS
 
 MESSAGE_BYTES = 20_000_000
 COUNTS = (1, 2, 4, 8)  # neighbours
@@ -40,6 +41,7 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
         FederationFile(path),
         neighbours,
         federation.member(name).address,
+        PEERS,
     )
     ledger = Ledger(folder / name)
     exchange = Exchange(

@@ -54,6 +54,8 @@ STRANGERS = (
     ("decentralized/", "net/"),
     ("split/", "net/"),
     ("split/", "decentralized/"),
+    ("net/", "wire/peer/"),
+    ("net/", "wire/split/"),
     ("split/cloud/", "split/device/"),
     ("wire/peer/", "wire/split/"),
 )
@@ -171,6 +173,7 @@ def test_imports_go_down(name: str) -> None:
         ("decentralized/gossip", "net/memory", False),
         ("net/memory", "decentralized/topology", False),
         ("net/memory", "wire/frame", True),
+        ("net/grpc", "wire/peer/codec", False),
         ("wire/frame", "wire/peer/codec", False),
         ("decentralized/peer/life", "decentralized/gossip", True),
         ("decentralized/gossip", "decentralized/peer/life", False),

@@ -13,6 +13,7 @@ import yaml
 from dlora.identity.federation import FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity
 from dlora.net.grpc import GrpcNetwork
+from dlora.wire.peer.codec import PEERS
 
 
 class Loopback:
@@ -31,6 +32,7 @@ class Loopback:
             "federation": federation,
             "neighbours": [other for other in self.names if other != name],
             "listen": "127.0.0.1:0" if name in self.listening else None,
+            "kind": PEERS,
             "on_refused": self.refused.append,
         }
         return GrpcNetwork(**arguments | overrides)

@@ -19,6 +19,7 @@ from dlora.run.folder import RunFolder
 from dlora.run.manifest import manifest_text
 from dlora.run.prepare import prepare
 from dlora.run.real_peer import RUN, PeerRun
+from dlora.wire.peer.codec import PEERS
 from kit import tiny_models
 from kit.virtual_federation import Signer
 
@@ -87,7 +88,7 @@ class Peers:
     async def _all(self, resume: bool) -> None:
         names = list(self.configs)
         edges = {name: names[max(0, at - 1) : at] + names[at + 1 : at + 2] for at, name in enumerate(names)}
-        hub = MemoryHub(edges, redial_s=0.01)
+        hub = MemoryHub(edges, PEERS, redial_s=0.01)
         lives = []
         for name, config in self.configs.items():
             prepared = prepare(config, own=name, resume=resume)

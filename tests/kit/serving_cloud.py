@@ -18,7 +18,7 @@ from dlora.net.grpc import GrpcNetwork
 from dlora.programs.cloud import Summary, cloud
 from dlora.split.agreement import proposal_text
 from dlora.split.device.half import Half
-from dlora.wire.split.codec import halves as frame_kind
+from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Open, Opened, Refused
 from kit.call_cli import change
 from kit.processes import free_ports, until
@@ -48,8 +48,8 @@ class Members:
         """The device's way to the cloud."""
         identity = Identity.load(name, self.key(name), Federation.load(self.federation))
         with LoopThread() as loop:
-            network = GrpcNetwork(identity, FederationFile(self.federation), ["hub"], None, kind=frame_kind())
-            dialler = Dialler(network, loop)
+            network = GrpcNetwork(identity, FederationFile(self.federation), ["hub"], None, split_kind().as_bytes)
+            dialler = Dialler(network, loop, split_kind())
             try:
                 yield dialler
             finally:

@@ -24,6 +24,7 @@ from dlora.lora.factors import Factors
 from dlora.net.memory import MemoryHub, MemoryNetwork
 from dlora.net.transport import LinkDown
 from dlora.wire.frame import FrameError
+from dlora.wire.peer.codec import PEERS
 from dlora.wire.peer.frames import Frame
 from dlora.wire.tensors import Expected, decode_tensors, encode, message_num_bytes
 
@@ -65,7 +66,7 @@ class World:
         section = PeersSection.model_validate({"count": num_peers, "topology": {"kind": topology}})
         self.topology: Topology = build_topology(section.topology, None, names)
         self.rule = build_rule(section)
-        self.hub = MemoryHub({name: self.neighbours(name) for name in names})
+        self.hub = MemoryHub({name: self.neighbours(name) for name in names}, PEERS)
         generator = torch.Generator().manual_seed(7)
         self.targets = {name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names}
         self.start = {name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names}

@@ -29,7 +29,7 @@ from dlora.net.grpc import GrpcNetwork
 from dlora.net.memory import MemoryHub
 from dlora.net.transport import LinkDown, Network
 from dlora.wire.frame import ChannelDown, FrameError, Link
-from dlora.wire.split.codec import halves
+from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Done, Drop, Open, Refused, SplitFrame, Values
 
 LIMIT_S = 10  # for what must happen at once; nothing waits that long
@@ -39,14 +39,14 @@ class Cloud:
     """What a cloud does with a link: keeps its channel, and hands what it hears to the test or back."""
 
     def __init__(self, max_frame_bytes: int = 1 << 24) -> None:
-        self.max_frame_bytes = max_frame_bytes
+        self.kind = split_kind(max_bytes=max_frame_bytes)
         self.channels: queue.Queue[tuple[str, Channel]] = queue.Queue()
         self.heard: queue.Queue[tuple[str, SplitFrame]] = queue.Queue()
         self.on_frame: Callable[[str, SplitFrame], object] = lambda name, frame: self.heard.put((name, frame))
         self.refused: list[str] = []
 
     async def talk(self, name: str, link: Link) -> None:
-        channel = Channel(link, self.max_frame_bytes)
+        channel = Channel(link, self.kind)
         self.channels.put((name, channel))
         await channel.carry(lambda frame: self.on_frame(name, frame))
 
@@ -69,7 +69,7 @@ def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() ->
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
-        channel = Channel(Stuck())
+        channel = Channel(Stuck(), split_kind())
         channel.send(Drop(1))
         carrying = asyncio.create_task(channel.carry())
         await asyncio.sleep(0.05)  # reading has failed: it flushes
@@ -87,7 +87,7 @@ def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() ->
 class InMemory:
     def __init__(self, folder: Path, loop: LoopThread) -> None:
         self.loop, self.cloud = loop, Cloud()
-        self.hub = MemoryHub({"box": ["phone"], "phone": ["box"]}, redial_s=0.01, kind=halves(self.cloud.max_frame_bytes))
+        self.hub = MemoryHub({"box": ["phone"], "phone": ["box"]}, redial_s=0.01, kind=self.cloud.kind.as_bytes)
         self.start()
 
     def start(self) -> None:
@@ -113,8 +113,8 @@ class Loopback:
         """The cloud, on any free port, which the federation file then names."""
         federation = FederationFile(self.path)
         identity = Identity.load("box", self.folder / "box.key", federation.current)
-        kind = halves(self.cloud.max_frame_bytes)
-        network = GrpcNetwork(identity, federation, None, "127.0.0.1:0", self.cloud.refused.append, kind)
+        kind = self.cloud.kind.as_bytes
+        network = GrpcNetwork(identity, federation, None, "127.0.0.1:0", kind, self.cloud.refused.append)
         self.serving = self.loop.start(network.serve(self.cloud.talk))
         self.loop.start(network.bound.wait()).result(LIMIT_S)  # type: ignore[arg-type]
         self.address = f"127.0.0.1:{network.port}"
@@ -139,7 +139,7 @@ class Loopback:
         own.write_text(yaml.safe_dump(tree))
         federation = FederationFile(self.path if name in self.listed else own)
         identity = Identity.load(name, self.folder / f"{name}.key", federation.current)
-        return GrpcNetwork(identity, federation, ["box"], None, kind=halves(self.cloud.max_frame_bytes))
+        return GrpcNetwork(identity, federation, ["box"], None, kind=self.cloud.kind.as_bytes)
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def quick_redial(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def dialling(net: InMemory | Loopback, name: str = "phone") -> Iterator[Dialler]:
-    dialler = Dialler(net.network(name), net.loop, net.cloud.max_frame_bytes)
+    dialler = Dialler(net.network(name), net.loop, net.cloud.kind)
     try:
         yield dialler
     finally:
@@ -195,7 +195,7 @@ def test_frames_go_both_ways_in_order_and_are_counted(net: InMemory | Loopback) 
             back.send(frame)
         got = [channel.receive(LIMIT_S) for _ in frames]
         assert [type(frame) for frame in got] == [type(frame) for frame in frames]
-        assert torch.equal(got[4].tensor, big.tensor)  # type: ignore[union-attr]
+        assert torch.equal(got[4].tensor, big.tensor)
         sent, received = dialler.traffic.sent_bytes, dialler.traffic.received_bytes
         assert sent == received and sent["box"] > 2 * 4 << 20
         with pytest.raises(TimeoutError, match="no frame within 0.01 s"):
@@ -205,7 +205,7 @@ def test_frames_go_both_ways_in_order_and_are_counted(net: InMemory | Loopback) 
 def test_both_ends_agree_on_the_wire(net: InMemory | Loopback) -> None:
     with dialling(net) as dialler:
         channel, back = dialler.dial(), net.cloud.channel()
-        channel.wire = back.wire = "int8"
+        channel.kind = back.kind = split_kind("int8")
         channel.send(Values("input", 0, 0, 0, torch.ones(3, 100)))
         assert net.cloud.heard.get(timeout=LIMIT_S)[1].tensor.tolist() == [[1.0] * 100] * 3  # type: ignore[union-attr]
         assert 300 < dialler.traffic.sent_bytes["box"] < 400
@@ -327,7 +327,7 @@ def test_a_frame_over_the_limit_is_not_sent(net: InMemory | Loopback) -> None:
 
 
 def test_a_frame_over_the_other_ends_limit_ends_the_link(grpc_net: Loopback) -> None:
-    dialler = Dialler(grpc_net.network("phone"), grpc_net.loop, max_frame_bytes=1 << 25)
+    dialler = Dialler(grpc_net.network("phone"), grpc_net.loop, split_kind(max_bytes=1 << 25))
     channel = dialler.dial()
     channel.send(Values("input", 0, 0, 0, torch.zeros(4096, 1024)))
     with pytest.raises(ChannelDown):
@@ -372,7 +372,7 @@ def test_a_failure_of_the_network_is_heard_by_whoever_dials(loop: LoopThread) ->
         async def serve(self, talk: Any) -> None:
             raise OSError("no wire")
 
-    dialler = Dialler(Failing(), loop)  # type: ignore[arg-type]
+    dialler = Dialler(Failing(), loop, split_kind())  # type: ignore[arg-type]
     with pytest.raises(OSError, match="no wire"):
         dialler.dial(give_up_after(LIMIT_S))
 

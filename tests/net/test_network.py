@@ -14,7 +14,7 @@ from dlora.errors import ConfigError
 from dlora.net.memory import MemoryHub
 from dlora.net.transport import LinkDown, Network, Traffic
 from dlora.wire.frame import Link
-from dlora.wire.peer.codec import encode_frame
+from dlora.wire.peer.codec import PEERS, encode_frame
 from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
 from kit.loopback import Loopback, run, running
 
@@ -38,7 +38,7 @@ class Pair(Protocol):
 
 class InMemory:
     def __init__(self, folder: Path) -> None:
-        self.hub = MemoryHub({"a": ["b"], "b": ["a"]}, redial_s=0.01)
+        self.hub = MemoryHub({"a": ["b"], "b": ["a"]}, PEERS, redial_s=0.01)
 
     @contextlib.asynccontextmanager
     async def serve(self, name: str, talk: Any) -> AsyncIterator[Network]:

@@ -26,6 +26,7 @@ from dlora.identity.federation import Federation, FederationFile, federation_tex
 from dlora.identity.keys import Identity, new_identity
 from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
+from dlora.wire.peer.codec import PEERS
 from kit.slow_line import Speed, command, namespaces
 
 ADDRESSES = {"east": "10.213.7.1", "west": "10.213.7.2"}
@@ -53,7 +54,7 @@ def node(name: str, folder: Path) -> None:
     [other] = set(ADDRESSES) - {name}
     path = folder / "federation.yaml"
     identity = Identity.load(name, folder / f"{name}.key", Federation.load(path))
-    network = GrpcNetwork(identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}")
+    network = GrpcNetwork(identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}", PEERS)
     ledger, story = Ledger(folder / name), []
 
     async def live() -> float:

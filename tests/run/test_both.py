@@ -21,7 +21,7 @@ from dlora.net.grpc import GrpcNetwork
 from dlora.show.words import bytes_text
 from dlora.wire.frame import FrameKind
 from dlora.wire.peer.codec import PEERS
-from dlora.wire.split.codec import halves
+from dlora.wire.split.codec import split_kind
 from kit.call_cli import Outcome, call, change, contents
 from kit.processes import HUB, Split, free_ports, running, until
 from kit.relay import Relay
@@ -281,12 +281,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 # Who dials whom, as whose neighbour, carrying what; whether there is a link.
 DIALS: dict[str, tuple[str, str, FrameKind, bool]] = {
     "a neighbour, as neighbours do": ("tablet", "phone", PEERS, True),
-    "a neighbour, as devices dial clouds": ("tablet", "phone", halves(), False),
+    "a neighbour, as devices dial clouds": ("tablet", "phone", split_kind().as_bytes, False),
     "the cloud, as neighbours do": ("hub", "phone", PEERS, False),
     "a peer, as neighbours do": ("north", "phone", PEERS, False),
-    "a device at the cloud, as devices dial clouds": ("tablet", "hub", halves(), True),
+    "a device at the cloud, as devices dial clouds": ("tablet", "hub", split_kind().as_bytes, True),
     "a device at the cloud, as neighbours do": ("tablet", "hub", PEERS, False),
-    "a peer at the cloud, as devices dial clouds": ("north", "hub", halves(), False),
+    "a peer at the cloud, as devices dial clouds": ("north", "hub", split_kind().as_bytes, False),
 }
 
 
@@ -298,7 +298,7 @@ def test_no_certificate_serves_in_anothers_place(dial: str, members: Path, monke
     def network(name: str, neighbours: list[str] | None, listen: str | None, kind: FrameKind) -> GrpcNetwork:
         federation = FederationFile(members / "federation.yaml")
         identity = Identity.load(name, members / f"{name}.key", federation.current)
-        return GrpcNetwork(identity, federation, neighbours, listen, refused.append, kind)
+        return GrpcNetwork(identity, federation, neighbours, listen, kind, refused.append)
 
     async def main() -> None:
         attempts, linked = asyncio.Queue[None](), asyncio.Event()
@@ -308,7 +308,9 @@ def test_no_certificate_serves_in_anothers_place(dial: str, members: Path, monke
             await asyncio.Event().wait()
 
         address = Federation.load(members / "federation.yaml").member(whom).address
-        listener = network(whom, None if whom == "hub" else ["tablet"], address, halves() if whom == "hub" else PEERS)
+        listener = network(
+            whom, None if whom == "hub" else ["tablet"], address, split_kind().as_bytes if whom == "hub" else PEERS
+        )
         dialler = network(who, [whom], None, kind)
         attempt = dialler._dial
 

@@ -27,6 +27,7 @@ from dlora.split.device.half import Half
 from dlora.stopping import Stop
 from dlora.train import forward
 from dlora.wire.frame import ChannelDown
+from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Drop, Opened, Refused
 from kit import queue_cloud
 from kit.call_cli import call, contents
@@ -49,11 +50,11 @@ def linked(members: Members, name: str, config: Config) -> Iterator[Half]:
     """A device's half, through the cloud."""
     half = queue_cloud.device_half(config)
     assert config.split is not None
-    wire = config.split.wire
+    kind = split_kind(config.split.wire)
 
     def dial() -> Channel:
         channel = dialler.dial()
-        channel.wire = wire
+        channel.kind = kind
         return channel
 
     with members.dialler(name) as dialler:

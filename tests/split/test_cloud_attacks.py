@@ -23,8 +23,7 @@ from dlora.net.channel import Dialler, LoopThread
 from dlora.net.grpc import GrpcNetwork
 from dlora.train import forward
 from dlora.wire.frame import ChannelDown
-from dlora.wire.split.codec import encode_split
-from dlora.wire.split.codec import halves as frame_kind
+from dlora.wire.split.codec import encode_split, split_kind
 from dlora.wire.split.frames import Begin, Done, Drop, Failed, Open, Opened, SplitFrame, Values
 from kit import queue_cloud
 from kit.attackers import MIB, PREFACE, announced, connected, forged_by, h2, open_stream, resident_bytes, tls
@@ -130,7 +129,7 @@ def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Ta
     told: list[str] = []
     for name, key in {"hub": impostor[0], "north": target.members.key("north")}.items():
         false = GrpcNetwork(Identity.load(name, key, Federation.load(federation)), FederationFile(federation), None,
-                            "127.0.0.1:0", kind=frame_kind())  # fmt: skip
+                            "127.0.0.1:0", kind=split_kind().as_bytes)  # fmt: skip
         elsewhere = tmp_path / name
         elsewhere.mkdir()
         with LoopThread() as loop:
@@ -145,9 +144,9 @@ def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Ta
             moved = target.members.federation.read_text().replace(target.members.address, f"127.0.0.1:{false.port}")
             (elsewhere / "federation.yaml").write_text(moved)
             network = GrpcNetwork(Identity.load("phone", target.members.key("phone"), true),
-                                  FederationFile(elsewhere / "federation.yaml"), ["hub"], None, told.append,
-                                  frame_kind())  # fmt: skip
-            dialler = Dialler(network, loop)
+                                  FederationFile(elsewhere / "federation.yaml"), ["hub"], None, split_kind().as_bytes,
+                                  told.append)  # fmt: skip
+            dialler = Dialler(network, loop, split_kind())
             with pytest.raises(ChannelDown):
                 dialler.dial(lambda: bool(told))
             dialler.close()

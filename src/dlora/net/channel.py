@@ -16,9 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from dlora.net.transport import LinkDown, Network, Traffic
-from dlora.wire.frame import ChannelDown, FrameError, Link
-from dlora.wire.split.codec import MAX_FRAME_BYTES, decode_split, encode_split
-from dlora.wire.split.frames import SplitFrame, Wire
+from dlora.wire.frame import ChannelDown, FrameError, FrameKind, Link
 
 WINDOW_FRAMES = 8  # that wait at one end of a channel, each way
 INLINE_BYTES = 1 << 20  # decoded within the event loop: 0.3 ms at most; more than that in a thread
@@ -30,13 +28,11 @@ GIVE_UP_S = 3.0  # of an answer, after which a user's stop is not put off to the
 class Channel:
     """One link between a device and the cloud. Made in the link's event loop, used in any thread.
 
-    ``wire`` is how tensors travel; both ends set it once they have agreed, before the first frame with a tensor.
+    ``kind`` is how frames are written; both ends may change it once they have agreed. The link carries it ``as_bytes``.
     """
 
-    wire: Wire = "float32"
-
-    def __init__(self, link: Link, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._link, self._max_frame_bytes = link, max_frame_bytes
+    def __init__(self, link: Link, kind: FrameKind) -> None:
+        self.kind, self._link = kind, link
         self._loop = asyncio.get_running_loop()
         self._changed = threading.Condition()  # guards what follows
         self._incoming: deque[bytes] = deque()
@@ -50,15 +46,15 @@ class Channel:
         """Whether nothing can be sent any more; what has arrived can still be received."""
         return self._down
 
-    def send(self, frame: SplitFrame, timeout_s: float | None = None) -> None:
+    def send(self, frame: Any, timeout_s: float | None = None) -> None:
         """Hand a frame to the link; waits while the other end is slow, and ends the link when that takes ``timeout_s``.
 
         Raises ChannelDown, and FrameError for a bad frame.
         """
-        data = encode_split(frame, self.wire)
-        if len(data) > self._max_frame_bytes:
+        data = self.kind.encode(frame)
+        if len(data) > self.kind.max_bytes:
             raise FrameError(
-                f"a {type(frame).__name__} frame of {len(data)} bytes; at most {self._max_frame_bytes} are allowed, "
+                f"a {type(frame).__name__} frame of {len(data)} bytes; at most {self.kind.max_bytes} are allowed, "
                 "so fewer tokens must go at once: a smaller batch, or more parts"
             )
         with self._changed:
@@ -71,7 +67,7 @@ class Channel:
             self._outgoing.append(data)
             self._wake(self._to_write)
 
-    def receive(self, timeout_s: float | None = None) -> SplitFrame:
+    def receive(self, timeout_s: float | None = None) -> Any:
         """The next frame. Raises ChannelDown at the end, TimeoutError, and FrameError for what is no frame."""
         with self._changed:
             if not self._changed.wait_for(lambda: self._incoming or self._down, timeout_s):
@@ -80,7 +76,7 @@ class Channel:
                 raise ChannelDown("the link has ended")
             data = self._incoming.popleft()
             self._wake(self._to_read)
-        return decode_split(data, self.wire)
+        return self.kind.decode(data)
 
     def close(self) -> None:
         """End the link, after what was sent has left."""
@@ -89,7 +85,7 @@ class Channel:
             self._changed.notify_all()
             self._wake(self._to_write)
 
-    async def carry(self, hear: Callable[[SplitFrame], object] | None = None) -> None:
+    async def carry(self, hear: Callable[[Any], object] | None = None) -> None:
         """Carry frames until the link ends or is closed; to be awaited, once, by the conversation of the network.
 
         Frames that arrive go to ``hear``, one after the other, which may not block; without it, they wait for ``receive``.
@@ -112,15 +108,15 @@ class Channel:
             if isinstance(failure, Exception) and not isinstance(failure, LinkDown):
                 raise failure
 
-    async def _read(self, hear: Callable[[SplitFrame], object] | None) -> None:
+    async def _read(self, hear: Callable[[Any], object] | None) -> None:
         while True:
             data = await self._link.receive()
             if hear is None:
                 await self._put(data)
             elif len(data) <= INLINE_BYTES:
-                hear(decode_split(data, self.wire))
+                hear(self.kind.decode(data))
             else:
-                hear(await asyncio.to_thread(decode_split, data, self.wire))
+                hear(await asyncio.to_thread(self.kind.decode, data))
 
     async def _put(self, data: bytes) -> None:
         while True:
@@ -169,11 +165,11 @@ class WatchedChannel:
         self._channel, self._silence_s = channel, silence_s
         self._silent, self._back, self._give_up = silent, back, give_up
 
-    def send(self, frame: SplitFrame) -> None:
+    def send(self, frame: Any) -> None:
         """As `Channel.send`."""
         self._channel.send(frame)
 
-    def receive(self) -> SplitFrame:
+    def receive(self) -> Any:
         """As `Channel.receive`."""
         began_at, told = time.monotonic(), False
         while True:
@@ -228,8 +224,8 @@ class LoopThread:
 class Dialler:
     """The device's way to its cloud: one channel after the other, over a network whose only neighbour is the cloud."""
 
-    def __init__(self, network: Network, loop: LoopThread, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._network, self._loop, self._max_frame_bytes = network, loop, max_frame_bytes
+    def __init__(self, network: Network, loop: LoopThread, kind: FrameKind) -> None:
+        self._network, self._loop, self._kind = network, loop, kind
         self._changed = threading.Condition()
         self._latest: Channel | None = None  # that nobody has yet
         self._given: Channel | None = None
@@ -270,7 +266,7 @@ class Dialler:
             self._serving.cancel()
 
     async def _talk(self, _: str, link: Link) -> None:
-        channel = Channel(link, self._max_frame_bytes)
+        channel = Channel(link, self._kind)
         with self._changed:
             self._latest = channel
             self._changed.notify_all()

@@ -53,7 +53,6 @@ from dlora.net.rates import Rate, Told
 from dlora.net.transport import LinkDown, Talk, Traffic
 from dlora.net.watch import Watch
 from dlora.wire.frame import FrameError, FrameKind
-from dlora.wire.peer.codec import PEERS
 
 _FOR_EVER_S = 1e6
 _METHOD = "Talk"
@@ -77,8 +76,8 @@ class GrpcNetwork:
         federation: FederationFile,
         neighbours: Sequence[str] | None,
         listen: str | None,
+        kind: FrameKind,
         on_refused: Callable[[str], object] = lambda reason: None,
-        kind: FrameKind = PEERS,
         on_certificate: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.identity, self.federation, self.listen, self.kind = identity, federation, listen, kind

@@ -9,7 +9,6 @@ from typing import Any
 
 from dlora.net.transport import LinkDown, Talk, Traffic
 from dlora.wire.frame import FrameError, FrameKind
-from dlora.wire.peer.codec import PEERS
 
 MAX_PAUSE_S = 10.0  # between two attempts to dial
 WINDOW_FRAMES = 8  # that one end may be ahead of the other
@@ -64,7 +63,7 @@ class MemoryHub:
     ``neighbours`` names who links with whom; the smaller name dials.
     """
 
-    def __init__(self, neighbours: Mapping[str, Sequence[str]], redial_s: float = 0.2, kind: FrameKind = PEERS) -> None:
+    def __init__(self, neighbours: Mapping[str, Sequence[str]], kind: FrameKind, redial_s: float = 0.2) -> None:
         self.neighbours, self.redial_s, self.kind = neighbours, redial_s, kind
         self._served: dict[str, MemoryNetwork] = {}
         self._ways: dict[tuple[str, str], asyncio.Event] = {}

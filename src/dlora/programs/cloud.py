@@ -29,7 +29,7 @@ from dlora.split.cloud.limits import Budget, Limits
 from dlora.split.cloud.session import Session
 from dlora.version import __version__
 from dlora.wire.frame import Link
-from dlora.wire.split.codec import MAX_FRAME_BYTES, MAX_HEAD_BYTES, halves
+from dlora.wire.split.codec import MAX_FRAME_BYTES, MAX_HEAD_BYTES, split_kind
 from dlora.wire.split.frames import Refused, SplitFrame
 
 USABLE_MEMORY = 0.6  # of what is free once the model is loaded
@@ -79,8 +79,8 @@ def cloud(
         FederationFile(federation),
         None,
         place,
+        guests.kind.as_bytes,
         lambda reason: telling.tell("connection-refused", reason=reason),
-        halves(guests.max_frame_bytes),
         lambda reason: telling.tell("certificate", reason=reason),
     )
     telling.traffic = network.traffic
@@ -144,7 +144,7 @@ class _Guests:
         self.body, self.limits, self.budget, self.max_devices, self.telling = body, limits, budget, max_devices, telling
         self._sessions: dict[str, Session] = {}
         widest = max(body.facts["embedding_width"], *(max(group.width, group.in_features) for group in body.groups))
-        self.max_frame_bytes = min(MAX_FRAME_BYTES, 4 * limits.max_tokens * widest + MAX_HEAD_BYTES)
+        self.kind = split_kind(max_bytes=min(MAX_FRAME_BYTES, 4 * limits.max_tokens * widest + MAX_HEAD_BYTES))
 
     def look(self) -> None:
         """Tell what each device has here."""
@@ -160,7 +160,7 @@ class _Guests:
 
     async def talk(self, device: str, link: Link) -> None:
         """One link with one device, until it ends; what its parts hold is let go then."""
-        channel = Channel(link, self.max_frame_bytes)
+        channel = Channel(link, self.kind)
 
         def send(frame: SplitFrame) -> None:
             channel.send(frame, self.limits.idle_s)  # a device that takes nothing must not keep its parts here
@@ -169,7 +169,7 @@ class _Guests:
 
         def tell(event: str, fields: dict[str, Any]) -> None:
             if event == "opened":
-                channel.wire = fields["wire"]
+                channel.kind = split_kind(fields["wire"], self.kind.max_bytes)
             self.telling.tell(event, device=device, **fields)
 
         if len(self._sessions) >= self.max_devices:

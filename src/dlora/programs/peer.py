@@ -31,6 +31,7 @@ from dlora.run.manifest import manifest_text
 from dlora.run.prepare import Prepared, prepare
 from dlora.run.real_peer import RUN, PeerRun
 from dlora.run.spent import Stopwatch, spent_before
+from dlora.wire.peer.codec import PEERS
 
 
 def peer(
@@ -103,6 +104,7 @@ def _took_part(
             federation,
             neighbours,
             listen,
+            PEERS,
             partial(_tell_of_refusal, log),
             on_certificate=certificate_teller(log),
         )

@@ -26,7 +26,7 @@ from dlora.split.cloud.limits import Budget, Limits
 from dlora.split.cloud.session import Session
 from dlora.split.device.half import Half
 from dlora.wire.frame import ChannelDown, Link
-from dlora.wire.split.codec import halves
+from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Opened
 
 CLOUD, DEVICE = "cloud", "device"  # in one process
@@ -57,11 +57,11 @@ def far_cloud(
             federation,
             [config.split.cloud],
             None,
+            split_kind().as_bytes,
             partial(tell, "connection-refused"),
-            halves(),
             partial(tell, "certificate"),
         )
-        dialler = Dialler(network, loop)
+        dialler = Dialler(network, loop, split_kind(config.split.wire))
         was_linked = over = False
 
         def gives_up() -> bool:
@@ -118,17 +118,16 @@ def _saying(tell: Callable[[str], object], cloud: str, give_up: Callable[[], boo
 def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
     """Run the body here too, at the other end of a wire in memory; gives the bytes so far, both ways."""
     assert config.split is not None
-    wire = config.split.wire
+    kind = split_kind(config.split.wire)
     frame = {name.removeprefix(half.body.prefix): tensor for name, tensor in half.model.frame.items()}
     body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}), frame)
     limits = Limits(max_tokens=1 << 20, max_parts=256, idle_s=3600.0)
     budget = Budget(int(OWN_MEMORY * psutil.virtual_memory().available))
     with LoopThread() as loop:
-        hub = MemoryHub({CLOUD: [DEVICE], DEVICE: [CLOUD]}, kind=halves())
+        hub = MemoryHub({CLOUD: [DEVICE], DEVICE: [CLOUD]}, kind.as_bytes)
 
         async def talk(name: str, link: Link) -> None:
-            channel = Channel(link)
-            channel.wire = wire
+            channel = Channel(link, kind)
             session = Session(name, body, limits, budget, channel.send)
             try:
                 await channel.carry(session.hear)
@@ -136,7 +135,7 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
                 session.close()
 
         serving = loop.start(hub.network(CLOUD).serve(talk))
-        dialler = Dialler(hub.network(DEVICE), loop)
+        dialler = Dialler(hub.network(DEVICE), loop, kind)
         try:
             yield _link(half, config, dialler, dialler.dial, lambda channel: channel)
         finally:
@@ -169,14 +168,7 @@ def _link(
     watched: Callable[[Channel], Channel | WatchedChannel],
 ) -> Callable[[], int]:
     assert config.split is not None
-    wire = config.split.wire
-
-    def dialled() -> Channel | WatchedChannel:
-        channel = dial()
-        channel.wire = wire
-        return watched(channel)
-
-    half.link(dialled, config.split.pipeline, time.sleep)
+    half.link(lambda: watched(dial()), config.split.pipeline, time.sleep)
     traffic = dialler.traffic
     return lambda: sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 

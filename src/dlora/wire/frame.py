@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from google.protobuf.message import DecodeError
@@ -44,6 +44,11 @@ class FrameKind:
     max_bytes: int  # of one frame; a longer one is refused by its announced length, before memory is taken
     frames_per_s: float = 1e9  # small ones of one member; more wait at its end
     frames_at_once: int = 1  # before that
+
+    @property
+    def as_bytes(self) -> FrameKind:
+        """The same for a link whose frames are bytes already: a `Channel` reads and writes them in threads of its own."""
+        return replace(self, encode=bytes, decode=bytes)
 
 
 class Link(Protocol):

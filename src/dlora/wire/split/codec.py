@@ -7,6 +7,7 @@ magnitude / 127, a value is the nearest whole number of scales, so it is off by 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -243,6 +244,6 @@ def _varint(number: int) -> bytes:
 MAX_FRAME_BYTES = 256 << 20  # 16,384 tokens of width 4096 in float32
 
 
-def halves(max_frame_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
-    """What links between cloud and device carry: frames as bytes already, which ``Channel`` reads and writes."""
-    return FrameKind("dlora.split.Cloud", bytes, bytes, max_frame_bytes)
+def split_kind(wire: Wire = "float32", max_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
+    """What links between cloud and device carry; ``wire`` is how tensors travel, which both ends agree on first."""
+    return FrameKind("dlora.split.Cloud", partial(encode_split, wire=wire), partial(decode_split, wire=wire), max_bytes)
