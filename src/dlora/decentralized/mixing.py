@@ -95,22 +95,27 @@ def mix(
     committed: Iterable[tuple[int, int]],
     names: Sequence[Collection[str]] | None = None,
 ) -> None:
-    """Mix all peers' ``factors`` ((P, ...) each) in place with what they ``sent`` over the ``committed`` edges (i < j).
+    """x_i += sum_j w_ij (sent_j - sent_i), for all peers i at once and in place, over the ``committed`` edges (i < j).
 
-    ``mixing`` is the round's (P, P) matrix, row = receiver. ``names``: of each peer, the tensors that it sent; None: all. An
-    edge mixes a tensor that both its ends sent, so for each tensor the matrix is still symmetric with rows that sum to one.
+    ``factors`` and ``sent`` are (P, ...) each; ``mixing`` is the round's (P, P) matrix, row = receiver. ``names``: of each
+    peer, the tensors that it sent; None: all. An edge mixes a tensor that both its ends sent, so for each tensor the matrix is
+    still symmetric with rows that sum to one.
     """
-    weights = np.zeros_like(mixing)
-    for i, j in committed:
-        weights[i, j], weights[j, i] = mixing[i, j], mixing[j, i]
+    edges = list(committed)
     for name, message in sent.items():
-        senders = np.array([names is None or name in names[peer] for peer in range(len(mixing))])
-        shared = weights * np.outer(senders, senders)
-        differences = torch.from_numpy(shared - np.diag(shared.sum(axis=1)))  # row i times x = sum_j w_ij (x_j - x_i)
-        # rows of `differences` sum to zero, so peer 0's value may be taken from all: between alike peers that is exact,
-        # and what is multiplied is small, so rounding is small against the change and not against the value
-        change = differences.to(message) @ (message - message[0]).flatten(1)
+        both_sent = [(i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])]
+        # Rows sum to zero, so peer 0's value may be taken from all: between alike peers that is exact, and what is
+        # multiplied is small, so rounding is small against the change and not against the value.
+        change = _differences(mixing, both_sent).to(message) @ (message - message[0]).flatten(1)
         factors[name] += change.view(factors[name].shape)
+
+
+def _differences(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> Tensor:
+    """(P, P): row i times x is sum_j w_ij (x_j - x_i) over ``edges``."""
+    weights = np.zeros_like(mixing)
+    for i, j in edges:
+        weights[i, j], weights[j, i] = mixing[i, j], mixing[j, i]
+    return torch.from_numpy(weights - np.diag(weights.sum(axis=1)))
 
 
 @torch.no_grad()
