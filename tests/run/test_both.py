@@ -243,15 +243,16 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+OWN_FILE = {"data.train": {"north": __file__, "phone": __file__}}  # what has none is told of that first
 # Program; who; changes to the config; what is said.
 MISTAKES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "cloud-as-neighbour": ("device", "phone", {"peers.members": ["phone", "hub"]}, "peers.members: hub is a cloud in"),
     "peer-beside-device": ("device", "phone", {"peers.members": ["phone", "north"]}, "with split all members are devices"),
     "device-beside-peer": (
-        "peer", "north", {"peers.members": ["north", "phone"], "split": None}, "without split all members are peers",
+        "peer", "north", {"peers.members": ["north", "phone"], "split": None} | OWN_FILE, "without split all members are peers",
     ),
     "device-is-the-cloud": ("device", "phone", {"split.cloud": "tablet"}, "split.cloud tablet is a device in"),
-    "peer-with-a-cloud": ("peer", "north", {"peers.members": ["north", "phone"]}, "north is a peer in"),
+    "peer-with-a-cloud": ("peer", "north", {"peers.members": ["north", "phone"]} | OWN_FILE, "north is a peer in"),
     "device-without-split": ("device", "phone", {"split": None}, "split is missing; a device needs the name of its cloud"),
     "not-a-member": ("device", "phone", {"peers.members": ["tablet"]}, "--name phone is not in peers.members (tablet)"),
     "nobody-to-listen-for": ("device --listen 127.0.0.1:7000", "phone", {"peers": {}}, "--listen is for neighbours to dial"),

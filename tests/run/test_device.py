@@ -144,7 +144,7 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "cloud-is-a-peer": ("phone", {"split.cloud": "north"}, "split.cloud north is a peer in .*; name a cloud"),
     "cloud-without-address": ("phone", {"split.cloud": "attic"}, "split.cloud attic is a cloud without an address in .*"),
     "no-split": ("phone", {"split": None}, "split is missing; .* such as split: {cloud: hub}"),
-    "no-device": ("north", {}, "north is a peer in .*; a device is made with: dlora identity new north --role device"),
+    "no-device": ("north", {}, "north is a peer in .*; a device needs its own name: dlora identity new NAME"),
     "misspelt": ("phnoe", {}, "phnoe is not a member in .*did you mean phone"),
     "key-of-another": ("tablet", {}, ".*tablet.*phone.*"),
     "compares": ("phone", {"compare": ["local"]}, "compare needs everybody's data in one place; remove it"),
