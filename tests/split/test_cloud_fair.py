@@ -48,6 +48,34 @@ def begin(call: int, tokens: int, part: int = 0, keep: bool = True, seed: int | 
 # Turns
 
 
+def test_as_many_parts_compute_as_there_is_room_for_and_no_more() -> None:
+    turns, inside, most = Turns(at_once=2), set[int](), list[int]()
+    both = threading.Barrier(2, timeout=PATIENCE_S)
+
+    def part(number: int) -> None:
+        with turns.part(f"device-{number % 3}") as turn:
+            for _ in range(20):
+                turn.begin()
+                inside.add(number)
+                most.append(len(inside))
+                if number < 2:
+                    both.wait()  # nobody gets past this unless two are inside at once
+                inside.discard(number)
+                turn.end()
+
+    threads = [threading.Thread(target=part, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    threads = [threading.Thread(target=part, args=(number,)) for number in range(2, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 8 * 20 and max(most) <= 2
+
+
 def test_the_next_turn_is_of_whoever_had_least() -> None:
     """Field case 41: one device with twenty parts, one with a single one; each gets half of the turns while both want them."""
     turns, order = Turns(), list[str]()

@@ -70,7 +70,7 @@ def cloud(
     guests = _Guests(
         body,
         Limits(limits.max_tokens, limits.max_parts, limits.idle_s),
-        Budget(limits.memory_bytes or _free_bytes(body)),
+        Budget(limits.memory_bytes or _free_bytes(body), _parts_at_once(body)),
         limits.max_devices,
         telling,
     )
@@ -194,3 +194,8 @@ def _free_bytes(body: Body) -> int:
     places = {weight.device for weight in body.network.parameters()}
     free_bytes = sum(torch.cuda.mem_get_info(place)[0] for place in places if place.type == "cuda")
     return int(USABLE_MEMORY * (free_bytes or psutil.virtual_memory().available))
+
+
+def _parts_at_once(body: Body) -> int:
+    """On CPUs as many as there are cores for, each part having torch's threads; a GPU computes one at a time."""
+    return max(1, (psutil.cpu_count() or 1) // torch.get_num_threads()) if body.device.type == "cpu" else 1

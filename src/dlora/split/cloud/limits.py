@@ -28,8 +28,8 @@ class Budget:
     share, and nobody above one is given any meanwhile; who holds more and lets the cloud wait loses parts to it.
     """
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes, self.turns = num_bytes, Turns()
+    def __init__(self, num_bytes: int, at_once: int = 1) -> None:
+        self.num_bytes, self.turns = num_bytes, Turns(at_once)
         self._held: dict[str, int] = {}  # by device
         self._waiting: dict[str, int] = {}  # by device: its share that it waits for
         self._changed = threading.Condition()
@@ -104,18 +104,18 @@ class Budget:
 
 
 class Turns:
-    """One part computes at a time, and the next is of the device that has computed least.
+    """``at_once`` parts compute at a time, and the next is of the device that has computed least.
 
-    Threads of many parts side by side would each get the same time, so a device would get as much as it has parts. A body
-    computes with all cores or one GPU, so nothing is lost by turns.
+    Threads of many parts side by side would each get the same time, so a device would get as much as it has parts. A part
+    computes with as many cores as torch has threads, or with the GPU: more parts than there are of these gain nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
         self._changed = threading.Condition()
         self._used_s: dict[str, float] = {}  # of devices with a part here
         self._users: dict[str, int] = {}  # parts here
         self._waiting: dict[str, int] = {}
-        self._busy = False
+        self._free = at_once
 
     @contextmanager
     def part(self, device: str) -> Iterator[Turn]:
@@ -139,17 +139,18 @@ class Turns:
         with self._changed:
             self._waiting[device] = self._waiting.get(device, 0) + 1
             try:
-                self._changed.wait_for(lambda: not self._busy and device == self._next())
-                self._busy = True
+                self._changed.wait_for(lambda: self._free > 0 and device == self._next())
+                self._free -= 1
             finally:
                 self._waiting[device] -= 1
                 if not self._waiting[device]:
                     del self._waiting[device]
+                self._changed.notify_all()  # another device may be the next for what is free still
 
     def end(self, device: str, seconds: float) -> None:
         """The turn is over, after so long."""
         with self._changed:
-            self._busy = False
+            self._free += 1
             self._used_s[device] += seconds
             self._changed.notify_all()
 
