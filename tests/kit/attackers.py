@@ -63,7 +63,7 @@ class Target:
             self.heard[name].append(frame)
             await link.send(frame)
 
-    async def serves_the_good_one(self) -> None:
+    async def serves_the_good_one(self, within_s: float = 5) -> None:
         served = asyncio.Event()
 
         async def talk(_: str, link: Link) -> None:
@@ -75,7 +75,7 @@ class Target:
 
         network: GrpcNetwork = self.net.network("c", neighbours=["a"])
         async with running(network.serve(talk)):
-            await asyncio.wait_for(served.wait(), 5)
+            await asyncio.wait_for(served.wait(), within_s)
 
     def renew_b(self, port: int) -> Path:
         """Give b another key, and the federation file another certificate instead of the old one; the new key file."""
