@@ -1,10 +1,12 @@
-"""What the device of a split really computes in a local step, counted by torch's FLOP counter, beside the formula.
+"""What the device of a split really computes in a local step, counted by torch's FLOP counter,
+beside the formula.
 
     DLORA_ASSETS=... python benchmarks/device_flops.py [--steps 3] [--set schedule.kind=kr ...]
 
-The run of benchmarks/savings.yaml, its frozen model in a cloud of this process: only what the device's thread computes is
-counted, training alone. LoRA: what `Adapter.update` and `Adapter.gradients` compute. Head: all else, token embedding included
-(a look-up, which costs no multiply-add). The formula is `dlora.lora.units.device_flops`.
+The run of benchmarks/savings.yaml, its frozen model in a cloud of this process: only what the
+device's thread computes is counted, training alone. LoRA: what `Adapter.update` and
+`Adapter.gradients` compute. Head: all else, token embedding included (a look-up, which costs no
+multiply-add). The formula is `dlora.lora.units.device_flops`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ CONFIG = Path(__file__).with_name("savings.yaml")
 
 @dataclass(frozen=True)
 class Step:
-    """One local step: real tokens that went through it, FLOPs counted, and the formula's FLOPs a token for its active set."""
+    """One local step: real tokens that went through it, FLOPs counted, and the formula's FLOPs a
+    token for its active set.
+    """
 
     tokens: int
     lora_flops: int
@@ -40,7 +44,9 @@ class Step:
 
 
 class _Nowhere:
-    """In place of the counter's module tracker, which hooks the modules of all threads, the cloud's too."""
+    """In place of the counter's module tracker, which hooks the modules of all threads, the cloud's
+    too.
+    """
 
     parents = frozenset({"Global"})
 
@@ -61,14 +67,18 @@ class Counter(FlopCounterMode):
 
 @dataclass
 class Work:
-    """What the device has computed so far: it hears a run's events, and `Adapter` tells what it does."""
+    """What the device has computed so far: it hears a run's events, and `Adapter` tells what it
+    does.
+    """
 
     config: Config
     counter: Counter
     groups: Sequence[Group] = ()
     lora_flops: int = 0
-    tokens: dict[tuple[int, int], int] = field(default_factory=dict)  # (call, part) -> its real tokens
-    sets: list[tuple[int, int]] = field(default_factory=list)  # (step, FLOPs a token from then on), of a scheduled run
+    # (call, part) -> its real tokens
+    tokens: dict[tuple[int, int], int] = field(default_factory=dict)
+    # (step, FLOPs a token from then on), of a scheduled run
+    sets: list[tuple[int, int]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     before: tuple[int, int] = (0, 0)
 
@@ -79,7 +89,9 @@ class Work:
             self.sets.append((event["step"], event["device_flops"]))
         elif event["event"] == "step":
             lora, total = (after - before for after, before in zip(now, self.before, strict=True))
-            self.steps.append(Step(sum(self.tokens.values()), lora, total - lora, self._formula(len(self.steps))))
+            self.steps.append(
+                Step(sum(self.tokens.values()), lora, total - lora, self._formula(len(self.steps)))
+            )
         if event["event"] in ("scores", "step", "round"):
             self.before = now
             self.tokens.clear()
@@ -121,22 +133,42 @@ def measure(config: Config) -> list[Step]:
 def measure_short(settings: Sequence[str], num_steps: int) -> list[Step]:
     """The first local steps of savings.yaml with ``settings``, on few rows."""
     with tempfile.TemporaryDirectory() as folder:
-        own = ["device=cpu", "split={cloud: cloud, wire: float32}", "data.limit=200", "data.eval_limit=8", "train.rounds=1"]
+        own = [
+            "device=cpu",
+            "split={cloud: cloud, wire: float32}",
+            "data.limit=200",
+            "data.eval_limit=8",
+            "train.rounds=1",
+        ]
         own += [f"train.local_steps={num_steps}", f"output_dir={folder}/run"]
         return measure(Config.load(CONFIG, [*own, *settings]))
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `dlora simulate` takes it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as `dlora simulate` takes it",
+    )
     arguments = parser.parse_args()
     steps = measure_short(arguments.set, arguments.steps)
-    print("| step | tokens | LoRA FLOPs a token | by the formula | LoRA FLOPs | head FLOPs |\n|---|---|---|---|---|---|")
+    print(
+        "| step | tokens | LoRA FLOPs a token | by the formula | LoRA FLOPs | head FLOPs"
+        " |\n|---|---|---|---|---|---|"
+    )
     for number, step in enumerate(steps):
         of_token = step.lora_flops / step.tokens
-        print(f"| {number} | {step.tokens} | {of_token:,.0f} | {step.formula:,} | {step.lora_flops:,} | {step.head_flops:,} |")
+        print(
+            f"| {number} | {step.tokens} | {of_token:,.0f} | {step.formula:,} | {step.lora_flops:,}"
+            f" | {step.head_flops:,} |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What an exchange with two neighbours costs on loopback, beside a bare gRPC stream over TLS of the same bytes."""
+"""What an exchange with two neighbours costs on loopback, beside a bare gRPC stream over TLS of the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,17 @@ from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk
 MESSAGE_BYTES, NEIGHBOURS, REPEATS = 20_000_000, ("b", "c"), 7
 MAX_RATIO, MAX_FRAMING = 2.5, 0.01  # what the project promises
 MESSAGE = bytes(range(256)) * (MESSAGE_BYTES // 256)
-PIECES = [MESSAGE[offset : offset + MAX_CHUNK_BYTES] for offset in range(0, len(MESSAGE), MAX_CHUNK_BYTES)]
+PIECES = [
+    MESSAGE[offset : offset + MAX_CHUNK_BYTES] for offset in range(0, len(MESSAGE), MAX_CHUNK_BYTES)
+]
 
 
 class Exchange:
     """Every link carries the message both ways at once, again and again, when told to."""
 
     def __init__(self) -> None:
-        self.begin = asyncio.Barrier(2 * len(NEIGHBOURS) + 1)  # both ends of each link, and the clock
+        # both ends of each link, and the clock
+        self.begin = asyncio.Barrier(2 * len(NEIGHBOURS) + 1)
         self.end = asyncio.Barrier(2 * len(NEIGHBOURS) + 1)
 
     async def talk(self, _: str, link: Link) -> None:
@@ -59,15 +64,23 @@ class Exchange:
 
 
 async def dlora_links(folder: Path) -> AsyncIterator[float]:
-    """Seconds of each exchange over GrpcNetwork; the last figure is the share of bytes that framing adds."""
+    """Seconds of each exchange over GrpcNetwork; the last figure is the share of bytes that framing
+    adds.
+    """
     exchange, path = Exchange(), folder / "federation.yaml"
-    path.write_text(federation_text([new_identity(name, None, "peer", folder)[1] for name in ("a", *NEIGHBOURS)]))
+    path.write_text(
+        federation_text(
+            [new_identity(name, None, "peer", folder)[1] for name in ("a", *NEIGHBOURS)]
+        )
+    )
     networks = {}
     for name in ("a", *NEIGHBOURS):
         federation = FederationFile(path)
         identity = Identity.load(name, folder / f"{name}.key", federation.current)
         neighbours = NEIGHBOURS if name == "a" else ("a",)
-        networks[name] = GrpcNetwork(identity, federation, neighbours, "127.0.0.1:0" if name == "a" else None, PEERS, print)
+        networks[name] = GrpcNetwork(
+            identity, federation, neighbours, "127.0.0.1:0" if name == "a" else None, PEERS, print
+        )
     async with asyncio.TaskGroup() as tasks:
         serving = [tasks.create_task(network.serve(exchange.talk)) for network in networks.values()]
         await networks["a"].bound.wait()
@@ -83,14 +96,18 @@ async def dlora_links(folder: Path) -> AsyncIterator[float]:
 
 
 async def bare_streams(folder: Path) -> AsyncIterator[float]:
-    """Seconds of each exchange over grpc.aio with mutual TLS and its own settings, nothing else: bytes in, bytes out."""
+    """Seconds of each exchange over grpc.aio with mutual TLS and its own settings, nothing else:
+    bytes in, bytes out.
+    """
     key = (folder / "a.key").read_bytes()
     at = key.index(b"-----BEGIN CERTIFICATE")
     pair = (key[:at], key[at:])
 
     begin, end = (asyncio.Barrier(2 * len(NEIGHBOURS) + 1) for _ in range(2))
 
-    async def talk(stream: grpc.aio.StreamStreamCall[bytes, bytes] | grpc.aio.ServicerContext[bytes, bytes]) -> None:
+    async def talk(
+        stream: grpc.aio.StreamStreamCall[bytes, bytes] | grpc.aio.ServicerContext[bytes, bytes],
+    ) -> None:
         async def say() -> None:
             for piece in PIECES:
                 await stream.write(piece)
@@ -109,8 +126,12 @@ async def bare_streams(folder: Path) -> AsyncIterator[float]:
 
     server = grpc.aio.server()
     handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(handle)
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bare", {"Talk": handler})])
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair], pair[1], require_client_auth=True))
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("bare", {"Talk": handler})]
+    )
+    port = server.add_secure_port(
+        "127.0.0.1:0", grpc.ssl_server_credentials([pair], pair[1], require_client_auth=True)
+    )
     await server.start()
 
     async def dial() -> None:
@@ -153,7 +174,8 @@ async def measure() -> None:
     ]
     print(machine_facts())
     print(
-        f"{len(MESSAGE) / 1e6:.0f} MB each way with {len(NEIGHBOURS)} neighbours, all ends in one process, {len(pairs)} pairs\n"
+        f"{len(MESSAGE) / 1e6:.0f} MB each way with {len(NEIGHBOURS)} neighbours, all ends in one"
+        f" process, {len(pairs)} pairs\n"
     )
     print(table(["", "ms, median", "MiB/s, all four ways"], rows))
     print(f"\nRatio {ratio:.2f} (median of pairs), target at most {MAX_RATIO}. ", end="")

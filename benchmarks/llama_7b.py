@@ -1,11 +1,14 @@
-"""What `dlora plan` says of a device of a cloud that runs LLaMA-7B: what literal LoRA, Kill and Revive and the core move.
+"""What `dlora plan` says of a device of a cloud that runs LLaMA-7B: what literal LoRA, Kill and
+Revive and the core move.
 
-    DLORA_ASSETS=... python benchmarks/llama_7b.py [--steps 200]         # about a minute, 4 GB of memory and 1 GB of disk
+    DLORA_ASSETS=... python benchmarks/llama_7b.py [--steps 200]         # about a minute, 4 GB of
+    memory and 1 GB of disk
 
-The plan of a device reads config, token embedding, head and, under placement core, the frame: no weight of the body. All of
-them have LLaMA-7B's shapes here, and every number in them is zero: a plan counts, it computes nothing. The tokenizer is
-MiniLM's, which is at hand: it decides how many tokens a text has, and a frame's fixed few bytes are spread over them. SST-2,
-batch 8, texts of up to 128 tokens, all linears of the blocks.
+The plan of a device reads config, token embedding, head and, under placement core, the frame: no
+weight of the body. All of them have LLaMA-7B's shapes here, and every number in them is zero: a
+plan counts, it computes nothing. The tokenizer is MiniLM's, which is at hand: it decides how many
+tokens a text has, and a frame's fixed few bytes are spread over them. SST-2, batch 8, texts of up
+to 128 tokens, all linears of the blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ ROWS: dict[str, dict[str, dict[str, object]]] = {
     "literal r 8, all": {"lora": {"r": 8}},
     "literal r 8, kr 1/8": {"lora": {"r": 8}, "schedule": {"kind": "kr"}},
     f"core r {CORE_R}, all": {"lora": {"r": CORE_R, "placement": "core"}},
-    f"core r {CORE_R}, kr 1/8": {"lora": {"r": CORE_R, "placement": "core"}, "schedule": {"kind": "kr"}},
+    f"core r {CORE_R}, kr 1/8": {
+        "lora": {"r": CORE_R, "placement": "core"},
+        "schedule": {"kind": "kr"},
+    },
 }
 MIN_CORE_SAVING, MIN_KR_SAVING = 0.98, 0.875
 
@@ -52,7 +58,11 @@ def make_model(folder: Path) -> None:
     ).save_pretrained(folder)
     rows = torch.zeros(VOCABULARY, WIDTH, dtype=torch.bfloat16)
     norm = torch.zeros(WIDTH, dtype=torch.bfloat16)
-    tensors = {"model.embed_tokens.weight": rows, "model.norm.weight": norm, "lm_head.weight": rows.clone()}
+    tensors = {
+        "model.embed_tokens.weight": rows,
+        "model.norm.weight": norm,
+        "lm_head.weight": rows.clone(),
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     load_tokenizer(MODEL).save_pretrained(folder)
 
@@ -89,10 +99,17 @@ def config(folder: Path, row: dict[str, dict[str, object]], wire: str, steps: in
 
 def main() -> None:
     """Print one row for each way and wire."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="local steps; kr's first rotation is 80 of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="local steps; kr's first rotation is 80 of them"
+    )
     arguments = parser.parse_args()
-    print("| | wire | adapter bytes a token | saved of literal r 8, all | round trips a step |\n|---|---|---|---|---|")
+    print(
+        "| | wire | adapter bytes a token | saved of literal r 8, all | round trips a step"
+        " |\n|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
@@ -103,9 +120,18 @@ def main() -> None:
                 costs = plan(config(folder, settings, wire, arguments.steps), "phone")["cloud"]
                 of_token = costs["adapter_bytes_a_token"]
                 saved = 1 - of_token / whole.setdefault(wire, of_token)
-                cells = [row, wire, f"{of_token:,.0f}", f"{100 * saved:.2f} %", f"{costs['round_trips_a_step']:.1f}"]
+                cells = [
+                    row,
+                    wire,
+                    f"{of_token:,.0f}",
+                    f"{100 * saved:.2f} %",
+                    f"{costs['round_trips_a_step']:.1f}",
+                ]
                 print("| " + " | ".join(cells) + " |", flush=True)
-    print(f"\nTargets: core at least {100 * MIN_CORE_SAVING:.0f} %, kr 1/8 at least {100 * MIN_KR_SAVING:.1f} %.")
+    print(
+        f"\nTargets: core at least {100 * MIN_CORE_SAVING:.0f} %, kr 1/8 at least"
+        f" {100 * MIN_KR_SAVING:.1f} %."
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Peak memory of a training step over the number of stacked peers: the slope is what one more peer costs."""
+"""Peak memory of a training step over the number of stacked peers: the slope is what one more peer
+costs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from stacked_step import MODEL, NUM_TOKENS, Stacked, machine_facts, make_config, random_batch, stacked_model, table
+from stacked_step import (
+    MODEL,
+    NUM_TOKENS,
+    Stacked,
+    machine_facts,
+    make_config,
+    random_batch,
+    stacked_model,
+    table,
+)
 
 from dlora.lora.factors import num_parameters, stack
 from dlora.train import activation_bytes
@@ -21,8 +32,9 @@ PEERS, EXAMPLES, NUM_STEPS = (8, 16, 32, 64), (1, 4), 3
 BYTES_PER_PARAMETER = 16  # float32 value, gradient and AdamW's two moments
 MAX_RATIO = 1.1  # what the project promises
 MIB = 2**20
-# glibc raises its mmap threshold as it runs (up to 32 MiB); what is smaller comes from one heap, which keeps much of what is
-# freed. With the threshold fixed at its initial 128 KiB a freed tensor goes back at once. "default" is what a user gets.
+# glibc raises its mmap threshold as it runs (up to 32 MiB); what is smaller comes from one heap,
+# which keeps much of what is freed. With the threshold fixed at its initial 128 KiB a freed tensor
+# goes back at once. "default" is what a user gets.
 ALLOCATORS = {"default": {}, "mmap 128 KiB": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
 
 
@@ -37,9 +49,12 @@ def measure(model: str, num_peers: int, num_examples: int) -> dict[str, int]:
     torch.set_num_threads(1)
     config = make_config(model)
     stacked = stacked_model(config)
-    activations = activation_bytes(stacked, stack(stacked.initial, 1), random_batch(stacked, num_examples), autocast_dtype=None)
+    activations = activation_bytes(
+        stacked, stack(stacked.initial, 1), random_batch(stacked, num_examples), autocast_dtype=None
+    )
     start = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far was the loading of the model; count from here
+    # the highest so far was the loading of the model; count from here
+    Path("/proc/self/clear_refs").write_text("5")
     training = Stacked(config, stacked, num_examples, num_peers)
     for _ in range(NUM_STEPS):
         training.step()
@@ -52,9 +67,21 @@ def measure(model: str, num_peers: int, num_examples: int) -> dict[str, int]:
 
 
 def measure_apart(model: str, num_peers: int, num_examples: int, allocator: str) -> dict[str, int]:
-    """`measure` in a fresh process with one malloc arena and one thread, so that the figure is the same each time."""
-    command = [sys.executable, __file__, "--model", model, "--one", str(num_peers), str(num_examples)]
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"} | ALLOCATORS[allocator]
+    """`measure` in a fresh process with one malloc arena and one thread, so that the figure is the
+    same each time.
+    """
+    command = [
+        sys.executable,
+        __file__,
+        "--model",
+        model,
+        "--one",
+        str(num_peers),
+        str(num_examples),
+    ]
+    environment = (
+        os.environ | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"} | ALLOCATORS[allocator]
+    )
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
@@ -66,14 +93,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--one", nargs=2, type=int, metavar=("PEERS", "EXAMPLES"), help="one point, here, as JSON")
+    parser.add_argument(
+        "--one", nargs=2, type=int, metavar=("PEERS", "EXAMPLES"), help="one point, here, as JSON"
+    )
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.model, *arguments.one)))
         return
     points, slopes = [], []
     for num_examples, allocator in itertools.product(EXAMPLES, ALLOCATORS):
-        measured = [measure_apart(arguments.model, num_peers, num_examples, allocator) for num_peers in PEERS]
+        measured = [
+            measure_apart(arguments.model, num_peers, num_examples, allocator)
+            for num_peers in PEERS
+        ]
         peaks = [point["peak"] for point in measured]
         points.append([num_examples, allocator, *[f"{peak / MIB:.1f}" for peak in peaks]])
         slope, _ = np.polyfit(PEERS, peaks, 1)
@@ -83,9 +115,24 @@ def main() -> None:
         slopes.append([num_examples, allocator, *sizes, f"**{slope / budget:.2f}**"])
     torch.set_num_threads(1)
     print(machine_facts())
-    print(f"{arguments.model}, {NUM_TOKENS} tokens an example, {NUM_STEPS} AdamW steps, MALLOC_ARENA_MAX=1\n")
-    print(table(["examples a peer", "malloc", *[f"{num_peers} peers, MiB" for num_peers in PEERS]], points) + "\n")
-    header = ["slope, MiB a peer", f"{BYTES_PER_PARAMETER} x parameters", "activations", "sum", "slope / sum"]
+    print(
+        f"{arguments.model}, {NUM_TOKENS} tokens an example, {NUM_STEPS} AdamW steps,"
+        " MALLOC_ARENA_MAX=1\n"
+    )
+    print(
+        table(
+            ["examples a peer", "malloc", *[f"{num_peers} peers, MiB" for num_peers in PEERS]],
+            points,
+        )
+        + "\n"
+    )
+    header = [
+        "slope, MiB a peer",
+        f"{BYTES_PER_PARAMETER} x parameters",
+        "activations",
+        "sum",
+        "slope / sum",
+    ]
     print(table(["examples a peer", "malloc", *header], slopes))
     print(f"\nTarget: slope / sum at most {MAX_RATIO}.")
 

@@ -1,4 +1,6 @@
-"""Memory and time of one peer that exchanges a 20 MB adapter with 1, 2, 4 and 8 neighbours at once, over TLS on loopback."""
+"""Memory and time of one peer that exchanges a 20 MB adapter with 1, 2, 4 and 8 neighbours at once,
+over TLS on loopback.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,11 @@ MAX_ADAPTERS = 4  # beyond training; the rest goes through disk
 
 def peak_bytes() -> int:
     """The most memory that this process ever had."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) * 1024
 
 
@@ -46,7 +52,8 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
     ledger = Ledger(folder / name)
     exchange = Exchange(
         name, "{}", "0" * 64, ledger, neighbours, Patience(60.0, 600.0),
-        lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message, path: None,
+        lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message,
+        path: None,
         lambda event, **fields: None, MemberSignatures(network.identity, network.federation),
     )  # fmt: skip
     serving = asyncio.create_task(network.serve(exchange.talk))
@@ -79,7 +86,10 @@ async def others(names: Sequence[str], folder: Path) -> None:
 
 def main() -> None:
     """Print the table."""
-    print("| neighbours | s | peak memory of the exchange, MB | adapters of 20 MB |\n|---|---|---|---|")
+    print(
+        "| neighbours | s | peak memory of the exchange, MB | adapters of 20 MB"
+        " |\n|---|---|---|---|"
+    )
     for count in COUNTS:
         with tempfile.TemporaryDirectory() as temporary:
             folder, names = Path(temporary), [f"peer-{number}" for number in range(count)]
@@ -89,12 +99,17 @@ def main() -> None:
             members += [new_identity(name, None, "peer", folder)[1] for name in names]
             (folder / "federation.yaml").write_text(federation_text(members))
             here, there = multiprocessing.get_context("spawn").Pipe()
-            process = multiprocessing.get_context("spawn").Process(target=hub, args=(names, folder, there))
+            process = multiprocessing.get_context("spawn").Process(
+                target=hub, args=(names, folder, there)
+            )
             process.start()
             asyncio.run(others(names, folder))
             seconds, grown_bytes = here.recv()
             process.join()
-        print(f"| {count} | {seconds:.2f} | {grown_bytes / 1e6:.1f} | {grown_bytes / MESSAGE_BYTES:.2f} |")
+        print(
+            f"| {count} | {seconds:.2f} | {grown_bytes / 1e6:.1f} |"
+            f" {grown_bytes / MESSAGE_BYTES:.2f} |"
+        )
     print(f"\nTarget: at most {MAX_ADAPTERS} adapters, whatever the number of neighbours.")
 
 

@@ -1,8 +1,11 @@
-"""What a curious cloud reads in the frames of a session: the texts, the labels, the adapter; and what bfloat16 and int8 hide.
+"""What a curious cloud reads in the frames of a session: the texts, the labels, the adapter; and
+what bfloat16 and int8 hide.
 
-    DLORA_ASSETS=... python benchmarks/privacy.py        # or --classes FILE --language-model FOLDER --texts FILE
+    DLORA_ASSETS=... python benchmarks/privacy.py        # or --classes FILE --language-model FOLDER
+    --texts FILE
 
-The attacker follows the protocol, knows the public model and keeps the frames. ``docs/privacy.md`` explains the tables.
+The attacker follows the protocol, knows the public model and keeps the frames. ``docs/privacy.md``
+explains the tables.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ PATIENCE_S = 120.0  # for a frame that must come
 
 @dataclass
 class Part:
-    """One part's way through the body, as the cloud sees it; ``inputs`` and ``updates`` by group."""
+    """One part's way through the body, as the cloud sees it; ``inputs`` and ``updates`` by
+    group.
+    """
 
     begin: Begin
     inputs: dict[int, Tensor] = field(default_factory=dict)  # (N, I)
@@ -56,17 +61,23 @@ class Part:
 
     def row_means(self, of: Tensor) -> Tensor:
         """(N, width) -> (rows, width), for a head that reads the mean over a text's tokens."""
-        mask = bits(self.begin.mask, self.begin.rows * self.begin.columns).reshape(self.begin.rows, -1)
+        mask = bits(self.begin.mask, self.begin.rows * self.begin.columns).reshape(
+            self.begin.rows, -1
+        )
         return torch.stack([own.mean(0) for own in torch.split(of, mask.sum(1).tolist())])
 
 
 class Tap:
-    """A link over which frames become bytes and are read again, and the cloud at its end, which keeps them all."""
+    """A link over which frames become bytes and are read again, and the cloud at its end, which
+    keeps them all.
+    """
 
     def __init__(self, body: Body, wire: Wire) -> None:
         self.body, self.wire, self.frames = body, wire, list[SplitFrame]()
         self._down: queue.Queue[SplitFrame] = queue.Queue()
-        self._session = Session("device", body, Limits(1 << 20, 16, PATIENCE_S), Budget(1 << 40), self._say)
+        self._session = Session(
+            "device", body, Limits(1 << 20, 16, PATIENCE_S), Budget(1 << 40), self._say
+        )
 
     def send(self, frame: SplitFrame) -> None:
         """Up."""
@@ -116,25 +127,37 @@ def tokens_of(embedded: Tensor, table_VE: Tensor) -> Tensor:
     distinct, places = torch.unique(embedded, dim=0, return_inverse=True)
     rows = table_VE.double()  # tokens that training hardly met lie close together
     norms = rows.square().sum(1)
-    return torch.cat([(norms - 2 * own.double() @ rows.T).argmin(1) for own in torch.split(distinct, 512)])[places]
+    return torch.cat(
+        [(norms - 2 * own.double() @ rows.T).argmin(1) for own in torch.split(distinct, 512)]
+    )[places]
 
 
-def labels_of(hidden: Tensor, gradient: Tensor, head: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The class y whose (p - e_y) W points as the gradient does, for a head (W, b) that is known; and how well it fits.
+def labels_of(
+    hidden: Tensor, gradient: Tensor, head: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The class y whose (p - e_y) W points as the gradient does, for a head (W, b) that is known;
+    and how well it fits.
 
-    Both (rows,). Every positive scale of the gradient gives the same answer, so nothing of the batch need be known.
+    Both (rows,). Every positive scale of the gradient gives the same answer, so nothing of the
+    batch need be known.
     """
     weight, bias = head
     p_W = F.linear(hidden, weight, bias).softmax(1) @ weight
     along = (gradient * p_W).sum(1, keepdim=True) - gradient @ weight.T
-    lengths = (p_W.square().sum(1, keepdim=True) - 2 * p_W @ weight.T + weight.square().sum(1)).clamp_min(1e-30).sqrt()
+    lengths = (
+        (p_W.square().sum(1, keepdim=True) - 2 * p_W @ weight.T + weight.square().sum(1))
+        .clamp_min(1e-30)
+        .sqrt()
+    )
     fits = along / lengths / gradient.norm(dim=1, keepdim=True).clamp_min(1e-30)
     best, labels = fits.max(1)
     return labels, best
 
 
 def sides_of(gradients: Tensor) -> Tensor:
-    """For two classes and a head nobody knows: on which side of the gradients' main axis each lies, 0 or 1, (rows,)."""
+    """For two classes and a head nobody knows: on which side of the gradients' main axis each lies,
+    0 or 1, (rows,).
+    """
     axis: Tensor = torch.linalg.svd(F.normalize(gradients, dim=1), full_matrices=False).Vh[0]
     return (gradients @ axis > 0).long()
 
@@ -142,19 +165,23 @@ def sides_of(gradients: Tensor) -> Tensor:
 def delta_weight_of(x: Tensor, update: Tensor, r: int) -> Tensor:
     """scaling x B A, (O, I), by least squares from tokens (N, I) and their updates (N, O).
 
-    ``r``: the LoRA rank, which shows in the updates; what does not fit it is rounding, and is left out. Directions that the
-    tokens hardly have are left out too.
+    ``r``: the LoRA rank, which shows in the updates; what does not fit it is rounding, and is left
+    out. Directions that the tokens hardly have are left out too.
     """
     x, update = x.double(), update.double()
     axes = torch.linalg.svd(update, full_matrices=False).Vh[:r]
-    solution: Tensor = torch.linalg.lstsq(x, update @ axes.T @ axes, rcond=1e-6, driver="gelsd").solution
+    solution: Tensor = torch.linalg.lstsq(
+        x, update @ axes.T @ axes, rcond=1e-6, driver="gelsd"
+    ).solution
     return solution.T
 
 
 def unmask(embedded: Tensor, table_VE: Tensor) -> Tensor:
-    """Ids (N,) of tokens that all had the same secret vector taken away (PrivSplit, algorithm 1): differences are public.
+    """Ids (N,) of tokens that all had the same secret vector taken away (PrivSplit, algorithm 1):
+    differences are public.
 
-    Two tokens are tried until E_i - E_j is their difference for some i, j; that gives the vector, and it all the rest.
+    Two tokens are tried until E_i - E_j is their difference for some i, j; that gives the vector,
+    and it all the rest.
     """
     direction = torch.randn(table_VE.shape[1], generator=torch.Generator().manual_seed(0))
     along, order = (table_VE @ direction).sort()
@@ -184,10 +211,15 @@ class Watched:
     def tokens(self, public: Tensor) -> tuple[float, float]:
         """Share of the tokens, and of the whole texts, that are read right."""
         masks = [batch.attention_mask.bool() for batch in self.batches]
-        truth = torch.cat([batch.input_ids[mask] for batch, mask in zip(self.batches, masks, strict=True)])
+        truth = torch.cat(
+            [batch.input_ids[mask] for batch, mask in zip(self.batches, masks, strict=True)]
+        )
         hits = tokens_of(torch.cat([part.begin.embedded for part in self.parts]), public) == truth
         texts = torch.split(hits, torch.cat([mask.sum(1) for mask in masks]).tolist())
-        return hits.float().mean().item(), torch.stack([text.all() for text in texts]).float().mean().item()
+        return (
+            hits.float().mean().item(),
+            torch.stack([text.all() for text in texts]).float().mean().item(),
+        )
 
     def top(self, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states and their gradients in training, a row for each label, and the labels."""
@@ -197,11 +229,16 @@ class Watched:
             assert part.hidden is not None and part.gradient is not None
             hidden.append(part.row_means(part.hidden) if mean else part.hidden)
             gradient.append(part.row_means(part.gradient) if mean else part.gradient)
-            labels.append(batch.labels if mean else batch.labels[:, 1:][batch.labels[:, 1:] != -100])
+            labels.append(
+                batch.labels if mean else batch.labels[:, 1:][batch.labels[:, 1:] != -100]
+            )
         return torch.cat(hidden), torch.cat(gradient), torch.cat(labels)
 
-    def adapter(self, seen: Sequence[int], num_tokens: int | None, other: int) -> tuple[int, float, float]:
-        """Tokens of the batches ``seen`` (the first ``num_tokens``), and the relative errors of the adapter got from them.
+    def adapter(
+        self, seen: Sequence[int], num_tokens: int | None, other: int
+    ) -> tuple[int, float, float]:
+        """Tokens of the batches ``seen`` (the first ``num_tokens``), and the relative errors of the
+        adapter got from them.
 
         Of its weights, all modules together; and of what it adds to the tokens of batch ``other``.
         """
@@ -211,9 +248,16 @@ class Watched:
             x = torch.cat([self.parts[place].inputs[number] for place in seen])[:num_tokens]
             updates = torch.cat([self.parts[place].updates[number] for place in seen])[:num_tokens]
             count, elsewhere = len(x), self.parts[other].inputs[number].double()
-            for module, update in zip(group.modules, torch.split(updates, list(group.out_features), dim=1), strict=True):
-                a, b = (self.factors[seen[0]][f"{prefix}{module}.lora_{factor}"][0].double() for factor in "AB")
-                truth = float(self.half.model.network.get_submodule(prefix + module).scaling) * b @ a
+            for module, update in zip(
+                group.modules, torch.split(updates, list(group.out_features), dim=1), strict=True
+            ):
+                a, b = (
+                    self.factors[seen[0]][f"{prefix}{module}.lora_{factor}"][0].double()
+                    for factor in "AB"
+                )
+                truth = (
+                    float(self.half.model.network.get_submodule(prefix + module).scaling) * b @ a
+                )
                 error = delta_weight_of(x, update, len(a)) - truth
                 products = error, truth, elsewhere @ error.T, elsewhere @ truth.T
                 sums += torch.stack([product.square().sum() for product in products])
@@ -222,12 +266,18 @@ class Watched:
 
 def settings(model: str, data: str, wire: Wire, task: str) -> Config:
     """A device's config."""
-    classes = {"text": "sentence", "label": "label", "labels": ["0", "1"]} if task == "classification" else {}
+    classes = (
+        {"text": "sentence", "label": "label", "labels": ["0", "1"]}
+        if task == "classification"
+        else {}
+    )
     targets = LORA if task == "classification" else {**LORA, "target_modules": ["q_proj", "v_proj"]}
     tree = {
-        "model": model, "task": task, "device": "cpu", "lora": targets, "split": {"cloud": "cloud", "wire": wire},
+        "model": model, "task": task, "device": "cpu", "lora": targets,
+        "split": {"cloud": "cloud", "wire": wire},
         "pooling": "mean" if classes else None, "seed": RUN_SEED, "train": {"learning_rate": 1e-3},
-        "data": {"train": data, "eval": data, "max_length": 64, "eval_limit": ROWS * (STEPS + EVALUATED), **classes},
+        "data": {"train": data, "eval": data, "max_length": 64,
+            "eval_limit": ROWS * (STEPS + EVALUATED), **classes},
     }  # fmt: skip
     return Config.parse(tree)
 
@@ -235,17 +285,26 @@ def settings(model: str, data: str, wire: Wire, task: str) -> Config:
 def read_batches(config: Config) -> list[Batch]:
     """Batches of ROWS texts, drawn from the file."""
     tokenizer = load_tokenizer(config.model)
-    examples, _ = encode_evaluation(config.data, config.task, tokenizer, config.data.labels, config.seed)
-    return [collate(examples[first : first + ROWS], tokenizer.pad_token_id) for first in range(0, len(examples), ROWS)]
+    examples, _ = encode_evaluation(
+        config.data, config.task, tokenizer, config.data.labels, config.seed
+    )
+    return [
+        collate(examples[first : first + ROWS], tokenizer.pad_token_id)
+        for first in range(0, len(examples), ROWS)
+    ]
 
 
 def watch(config: Config, body: Body, batches: Sequence[Batch], num_steps: int) -> Watched:
-    """Train one device a step on each of the first batches and let it evaluate on the others, watched by its cloud."""
+    """Train one device a step on each of the first batches and let it evaluate on the others,
+    watched by its cloud.
+    """
     assert config.split is not None
     names = config.data.labels if config.task == "classification" else None
     half, tap = load_half(config, load_tokenizer(config.model), names), Tap(body, config.split.wire)
     half.link(lambda: tap, 1, lambda seconds: None)
-    group = Participants(half.model.initial, [range(1)], config.train, torch.device("cpu")).groups[0]
+    group = Participants(half.model.initial, [range(1)], config.train, torch.device("cpu")).groups[
+        0
+    ]
     group.train_only(frozenset(group.parameters))
     factors = []
     for number, batch in enumerate(batches):
@@ -263,7 +322,9 @@ def watch(config: Config, body: Body, batches: Sequence[Batch], num_steps: int) 
 def drawn_head(config: Config, seed: int) -> tuple[Tensor, Tensor]:
     """The new classification head of a run with this seed, as anybody can draw it."""
     config = config.model_copy(update={"seed": seed})
-    head = load_model(config, load_tokenizer(config.model), config.data.labels, blocks=False).network.classifier
+    head = load_model(
+        config, load_tokenizer(config.model), config.data.labels, blocks=False
+    ).network.classifier
     return head.weight, head.bias
 
 
@@ -289,7 +350,10 @@ def note(rows: Rows, cells: Mapping[str, str]) -> None:
 def watch_classes(model: str, data: str, texts: Rows, labels: Rows, adapter: Rows) -> None:
     """Two classes, a new head on the mean of the tokens."""
     body = load_body(CloudConfig.parse({"model": model, "device": "cpu"}))
-    public, config = body.network.get_input_embeddings().weight, settings(model, data, "float32", "classification")
+    public, config = (
+        body.network.get_input_embeddings().weight,
+        settings(model, data, "float32", "classification"),
+    )
     batches = read_batches(config)
     heads = [drawn_head(config, seed) for seed in range(SEEDS_TRIED)]
     for wire in WIRES:
@@ -300,11 +364,14 @@ def watch_classes(model: str, data: str, texts: Rows, labels: Rows, adapter: Row
         fits = [labels_of(hidden[:ROWS], gradient[:ROWS], head)[1].mean().item() for head in heads]
         best, second = sorted(range(SEEDS_TRIED), key=lambda seed: -fits[seed])[:2]
         sides = sides_of(gradient)
-        named = max(sides, 1 - sides, key=lambda sides: int((sides == truth).sum()))  # by the texts, which are read
+        # by the texts, which are read
+        named = max(sides, 1 - sides, key=lambda sides: int((sides == truth).sum()))
         found = {
             f"the run's seed, {RUN_SEED}, among {SEEDS_TRIED} tried": str(best),
             "how well its head fits / the next best": f"{fits[best]:.3f} / {fits[second]:.3f}",
-            "SST-2 labels, with that seed's head": share(labels_of(hidden, gradient, heads[best])[0], truth),
+            "SST-2 labels, with that seed's head": share(
+                labels_of(hidden, gradient, heads[best])[0], truth
+            ),
             "SST-2 labels, nothing known of the head": share(named, truth),
             "(always the commoner label)": percent((truth.bincount().max() / len(truth)).item()),
         }
@@ -317,16 +384,32 @@ def watch_classes(model: str, data: str, texts: Rows, labels: Rows, adapter: Row
         ):
             count, weights, outputs = watched.adapter(seen, limit, len(batches) - 1)
             name = f"{count} tokens of {what}"
-            note(adapter, {f"{name}: its weights": percent(weights), f"{name}: what it adds": percent(outputs)})
+            note(
+                adapter,
+                {
+                    f"{name}: its weights": percent(weights),
+                    f"{name}: what it adds": percent(outputs),
+                },
+            )
     truth = torch.cat([batch.input_ids[batch.attention_mask.bool()] for batch in batches])
     secret = MASK_STD * torch.randn(public.shape[1], generator=torch.Generator().manual_seed(1))
-    note(texts, {"SST-2 with one secret vector taken away: tokens": share(unmask(public[truth] - secret, public), truth)})
+    note(
+        texts,
+        {
+            "SST-2 with one secret vector taken away: tokens": share(
+                unmask(public[truth] - secret, public), truth
+            )
+        },
+    )
 
 
 def watch_language(model: str, data: str, texts: Rows, labels: Rows) -> None:
     """A language model, whose head is public."""
     body = load_body(CloudConfig.parse({"model": model, "device": "cpu"}))
-    public, batches = body.network.get_input_embeddings().weight, read_batches(settings(model, data, "float32", "causal-lm"))
+    public, batches = (
+        body.network.get_input_embeddings().weight,
+        read_batches(settings(model, data, "float32", "causal-lm")),
+    )
     for wire in WIRES:
         watched = watch(settings(model, data, wire, "causal-lm"), body, batches[:STEPS], STEPS)
         tokens, whole = watched.tokens(public)
@@ -335,27 +418,58 @@ def watch_language(model: str, data: str, texts: Rows, labels: Rows) -> None:
         head = watched.half.model.network.lm_head.weight
         found, _ = labels_of(hidden, gradient, (head, torch.zeros(len(head))))
         commonest = percent((truth.bincount().max() / len(truth)).item())
-        note(labels, {"web text, next tokens": share(found, truth), "(always the commonest token)": commonest})
+        note(
+            labels,
+            {
+                "web text, next tokens": share(found, truth),
+                "(always the commonest token)": commonest,
+            },
+        )
 
 
 def main() -> None:
     """Measure and print."""
     assets = os.environ.get("DLORA_ASSETS", "")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--classifier", default=MODEL, help="an encoder with a mean-pooled head")
-    parser.add_argument("--classes", default=f"{assets}/data/glue/SST-2/dev.tsv", help="texts: sentence, label (0 or 1)")
-    parser.add_argument("--language-model", default=f"{assets}/models/stories260K/hf", help="of Llama's kind")
-    parser.add_argument("--texts", default=f"{assets}/data/text/wiki_c4_demo/c4_demo.jsonl.gz", help="texts: text")
+    parser.add_argument(
+        "--classes",
+        default=f"{assets}/data/glue/SST-2/dev.tsv",
+        help="texts: sentence, label (0 or 1)",
+    )
+    parser.add_argument(
+        "--language-model", default=f"{assets}/models/stories260K/hf", help="of Llama's kind"
+    )
+    parser.add_argument(
+        "--texts", default=f"{assets}/data/text/wiki_c4_demo/c4_demo.jsonl.gz", help="texts: text"
+    )
     arguments = parser.parse_args()
     if not Path(arguments.classes).exists() or not Path(arguments.texts).exists():
-        parser.error("set DLORA_ASSETS to the folder with the real data, or give --classes, --language-model and --texts")
+        parser.error(
+            "set DLORA_ASSETS to the folder with the real data, or give --classes, --language-model"
+            " and --texts"
+        )
     print(machine_facts())
-    print(f"{STEPS} steps of {ROWS} texts, then an evaluation; LoRA r {LORA['r']} on query and value\n")
+    print(
+        f"{STEPS} steps of {ROWS} texts, then an evaluation; LoRA r {LORA['r']} on query and"
+        " value\n"
+    )
     texts, labels, adapter = Rows(), Rows(), Rows()
     watch_classes(arguments.classifier, arguments.classes, texts, labels, adapter)
     watch_language(arguments.language_model, arguments.texts, texts, labels)
-    for title, rows in (("read right", texts), ("labels read right", labels), ("adapter from: error of", adapter)):
-        print(table([title, *WIRES], [[what, *cells, *[""] * (len(WIRES) - len(cells))] for what, cells in rows.items()]))
+    for title, rows in (
+        ("read right", texts),
+        ("labels read right", labels),
+        ("adapter from: error of", adapter),
+    ):
+        print(
+            table(
+                [title, *WIRES],
+                [[what, *cells, *[""] * (len(WIRES) - len(cells))] for what, cells in rows.items()],
+            )
+        )
         print()
 
 

@@ -1,9 +1,12 @@
-"""What a training step costs when the body is in a cloud: beside local PEFT, for every wire, over loopback and a slow line.
+"""What a training step costs when the body is in a cloud: beside local PEFT, for every wire, over
+loopback and a slow line.
 
-    python benchmarks/split_step.py                    # about 3 minutes: loopback, cloud and device in a process each
-    python benchmarks/split_step.py --line             # about 3 minutes more, as root: 100 Mbit/s, 30 ms there and back
+    python benchmarks/split_step.py                    # about 3 minutes: loopback, cloud and device
+    in a process each python benchmarks/split_step.py --line             # about 3 minutes more, as
+    root: 100 Mbit/s, 30 ms there and back
 
-MiniLM, 32 texts of 30 tokens, r 8, AdamW, float32 arithmetic, mutual TLS. Steps are measured A B A B, ratios pair by pair.
+MiniLM, 32 texts of 30 tokens, r 8, AdamW, float32 arithmetic, mutual TLS. Steps are measured A B A
+B, ratios pair by pair.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ NUM_TEXTS, NUM_TOKENS, PAIRS = 32, 30, 9
 PIPELINES, STEPS = (1, 2, 4, 8), 8  # over the line: steps of each
 PORT = 7443
 LINE = Speed(bytes_s=12.5e6, one_way_s=0.015, packet_bytes=16_000)
-LINES = ({"hub": "10.213.21.1", "phone": "10.213.21.2"}, {"hub": "10.213.22.1", "tablet": "10.213.22.2"})
+LINES = (
+    {"hub": "10.213.21.1", "phone": "10.213.21.2"},
+    {"hub": "10.213.22.1", "tablet": "10.213.22.2"},
+)
 TARGETS = {"query, value": ["query", "value"], "all linears": "all-linear"}
 MAX_RATIO, MIN_PIPELINE, MIN_TWO = 1.5, 1.5, 1.6
 
@@ -73,7 +79,9 @@ def stepper(model: Any) -> Step:
 
     def step() -> float:
         began_at = time.perf_counter()
-        loss = torch.nn.functional.cross_entropy(model(input_ids=ids, attention_mask=mask).logits, labels)
+        loss = torch.nn.functional.cross_entropy(
+            model(input_ids=ids, attention_mask=mask).logits, labels
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -86,9 +94,16 @@ def local_model(targets: Any) -> Any:
     """The same by PEFT alone, dropout 0, body and head here."""
     settings = config(targets, "float32", 1)
     network = load_model(settings, load_tokenizer(MODEL), ["no", "yes"]).network
-    names = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear) and "layer." in name]
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layer." in name
+    ]
     lora = peft.LoraConfig(
-        r=8, lora_alpha=16, target_modules=names if targets == "all-linear" else targets, modules_to_save=["classifier"]
+        r=8,
+        lora_alpha=16,
+        target_modules=names if targets == "all-linear" else targets,
+        modules_to_save=["classifier"],
     )
     return peft.get_peft_model(network, lora)
 
@@ -97,9 +112,20 @@ def local_model(targets: Any) -> Any:
 def cloud(folder: Path, address: str, prefix: Sequence[str] = (), more: str = "") -> Iterator[None]:
     """A cloud process; ``prefix`` puts it into a namespace; ``more`` goes into its config."""
     (folder / "cloud.yaml").write_text(f"model: {MODEL}\ndevice: cpu\nlisten: {address}\n{more}")
-    command = [*prefix, sys.executable, "-m", "dlora.cli", "cloud", str(folder / "cloud.yaml"), "--name", "hub"]
+    command = [
+        *prefix,
+        sys.executable,
+        "-m",
+        "dlora.cli",
+        "cloud",
+        str(folder / "cloud.yaml"),
+        "--name",
+        "hub",
+    ]
     command += ["--key", str(folder / "hub.key"), "--federation", str(folder / "hub.yaml")]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
     try:
         yield
     finally:
@@ -117,14 +143,20 @@ def make_federation(folder: Path, addresses: Mapping[str, str]) -> None:
             new_identity("hub", f"{address}:{PORT}", "cloud", folder)
         member = hub.read_text().replace(next(iter(addresses.values())), address)
         (folder / f"{name}-hub.member.yaml").write_text(member)
-        members = [folder / f"{name}-hub.member.yaml", folder / "phone.member.yaml", folder / "tablet.member.yaml"]
+        members = [
+            folder / f"{name}-hub.member.yaml",
+            folder / "phone.member.yaml",
+            folder / "tablet.member.yaml",
+        ]
         (folder / f"{name}.yaml").write_text(federation_text(members))
 
 
 def connect(folder: Path, name: str, targets: Any, wire: str, pipeline: int) -> Any:
     """A remote model."""
     settings = config(targets, wire, pipeline)
-    return dlora.connect(settings, name=name, key=folder / f"{name}.key", federation=folder / f"{name}.yaml")
+    return dlora.connect(
+        settings, name=name, key=folder / f"{name}.key", federation=folder / f"{name}.yaml"
+    )
 
 
 def loopback(folder: Path) -> None:
@@ -140,10 +172,24 @@ def loopback(folder: Path) -> None:
                 pairs = [(remote(), local()) for _ in range(PAIRS + 1)][1:]
                 model.disconnect()
                 ratio = statistics.median(far / near for far, near in pairs)
-                medians = [f"{1000 * statistics.median(side):.0f}" for side in zip(*pairs, strict=True)]
+                medians = [
+                    f"{1000 * statistics.median(side):.0f}" for side in zip(*pairs, strict=True)
+                ]
                 rows.append([name, wire, str(pipeline), *medians, f"{ratio:.2f}"])
                 print(rows[-1], file=sys.stderr)
-    print(table(["modules", "wire", "pipeline", "split, ms", "local PEFT, ms", "ratio (median of pairs)"], rows))
+    print(
+        table(
+            [
+                "modules",
+                "wire",
+                "pipeline",
+                "split, ms",
+                "local PEFT, ms",
+                "ratio (median of pairs)",
+            ],
+            rows,
+        )
+    )
     print(f"\nTarget: query and value, bfloat16, pipeline 1: at most {MAX_RATIO}.\n")
 
 
@@ -159,9 +205,20 @@ def device(folder: Path, name: str, pipeline: int, num_steps: int) -> None:
     print(json.dumps(time.monotonic() - began_at), flush=True)
 
 
-def on_the_line(folder: Path, spaces: Mapping[str, str], names: Sequence[str], pipeline: int, num_steps: int) -> float:
+def on_the_line(
+    folder: Path, spaces: Mapping[str, str], names: Sequence[str], pipeline: int, num_steps: int
+) -> float:
     """Steps a second of all devices together."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--pipeline", str(pipeline), "--steps", str(num_steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(folder),
+        "--pipeline",
+        str(pipeline),
+        "--steps",
+        str(num_steps),
+    ]
     processes = [
         subprocess.Popen(
             ["ip", "netns", "exec", spaces[name], *command, "--device", name],
@@ -187,28 +244,57 @@ def on_the_line(folder: Path, spaces: Mapping[str, str], names: Sequence[str], p
 
 def slow_line(folder: Path) -> None:
     """A device alone with pipelines, and two devices at once."""
-    make_federation(folder, {name: line["hub"] for name, line in zip(("hub", "tablet"), LINES, strict=True)})
+    make_federation(
+        folder, {name: line["hub"] for name, line in zip(("hub", "tablet"), LINES, strict=True)}
+    )
     (folder / "phone.yaml").write_text((folder / "hub.yaml").read_text())
     with ExitStack() as stack:
         spaces = stack.enter_context(namespaces(LINES, LINE))
-        stack.enter_context(cloud(folder, f"0.0.0.0:{PORT}", ["ip", "netns", "exec", spaces["hub"]]))
-        rates = {pipeline: on_the_line(folder, spaces, ["phone"], pipeline, STEPS) for pipeline in PIPELINES}
-        both = {pipeline: on_the_line(folder, spaces, ["phone", "tablet"], pipeline, STEPS) for pipeline in (1, 4)}
-    rows = [["one device", str(pipeline), f"{1 / rate:.2f}", f"{rate / rates[1]:.2f}"] for pipeline, rate in rates.items()]
+        stack.enter_context(
+            cloud(folder, f"0.0.0.0:{PORT}", ["ip", "netns", "exec", spaces["hub"]])
+        )
+        rates = {
+            pipeline: on_the_line(folder, spaces, ["phone"], pipeline, STEPS)
+            for pipeline in PIPELINES
+        }
+        both = {
+            pipeline: on_the_line(folder, spaces, ["phone", "tablet"], pipeline, STEPS)
+            for pipeline in (1, 4)
+        }
+    rows = [
+        ["one device", str(pipeline), f"{1 / rate:.2f}", f"{rate / rates[1]:.2f}"]
+        for pipeline, rate in rates.items()
+    ]
     rows += [
-        ["two devices", str(pipeline), f"{1 / rate:.2f}", f"{rate / rates[pipeline]:.2f}"] for pipeline, rate in both.items()
+        ["two devices", str(pipeline), f"{1 / rate:.2f}", f"{rate / rates[pipeline]:.2f}"]
+        for pipeline, rate in both.items()
     ]
     print(
-        f"{LINE.bytes_s * 8e-6:.0f} Mbit/s each way, {2000 * LINE.one_way_s:.0f} ms there and back; query and value, bfloat16\n"
+        f"{LINE.bytes_s * 8e-6:.0f} Mbit/s each way, {2000 * LINE.one_way_s:.0f} ms there and back;"
+        " query and value, bfloat16\n"
     )
-    print(table(["", "pipeline", "seconds a step, all together", "steps against pipeline 1; of two against one"], rows))
+    print(
+        table(
+            [
+                "",
+                "pipeline",
+                "seconds a step, all together",
+                "steps against pipeline 1; of two against one",
+            ],
+            rows,
+        )
+    )
     print(f"\nTargets: pipeline 4 at least {MIN_PIPELINE}; two devices at least {MIN_TWO}.")
 
 
 def main() -> None:
     """Measure and print; the hidden options are those of the device processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--line", action="store_true", help="over a slow line between namespaces (root)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--line", action="store_true", help="over a slow line between namespaces (root)"
+    )
     parser.add_argument("--device", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pipeline", type=int, default=1, help=argparse.SUPPRESS)

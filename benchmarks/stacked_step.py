@@ -1,4 +1,6 @@
-"""One stacked step against pooled PEFT with the same tokens, and against swapping adapters peer after peer."""
+"""One stacked step against pooled PEFT with the same tokens, and against swapping adapters peer
+after peer.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ MAX_POOLED_RATIO, MIN_SWAPPING_RATIO = 1.10, 2.5  # what the project promises of
 
 
 class Cost(NamedTuple):
-    """What one call took: time on the clock, and time this process was on a core (all its threads)."""
+    """What one call took: time on the clock, and time this process was on a core (all its
+    threads).
+    """
 
     wall_s: float
     cpu_s: float
@@ -40,14 +44,22 @@ Step = Callable[[], object]
 
 
 def make_config(model: str) -> Config:
-    """r 8 on all linears of the blocks, a trained head, AdamW, clipping: dlora's defaults. The data is never read."""
+    """r 8 on all linears of the blocks, a trained head, AdamW, clipping: dlora's defaults. The data
+    is never read.
+    """
     train = {"learning_rate": LEARNING_RATE, "max_grad_norm": MAX_GRAD_NORM}
-    return Config.parse({"model": model, "device": "cpu", "train": train, "data": {"train": "none", "eval": "none"}})
+    return Config.parse(
+        {"model": model, "device": "cpu", "train": train, "data": {"train": "none", "eval": "none"}}
+    )
 
 
 def frozen_network(config: Config) -> Any:
-    """A fresh copy of the frozen model as dlora loads it: float32, dropout 0, a head drawn from the seed."""
-    return load_model(config, load_tokenizer(config.model), [str(label) for label in range(NUM_LABELS)])
+    """A fresh copy of the frozen model as dlora loads it: float32, dropout 0, a head drawn from the
+    seed.
+    """
+    return load_model(
+        config, load_tokenizer(config.model), [str(label) for label in range(NUM_LABELS)]
+    )
 
 
 def stacked_model(config: Config) -> StackedModel:
@@ -58,7 +70,9 @@ def stacked_model(config: Config) -> StackedModel:
 def random_batch(model: StackedModel, num_examples: int, num_tokens: int = NUM_TOKENS) -> Batch:
     """Random token ids and labels, nothing padded."""
     generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(model.network.config.vocab_size, (num_examples, num_tokens), generator=generator)
+    input_ids = torch.randint(
+        model.network.config.vocab_size, (num_examples, num_tokens), generator=generator
+    )
     labels = torch.randint(NUM_LABELS, (num_examples,), generator=generator)
     return Batch(input_ids, torch.ones_like(input_ids), labels, None)
 
@@ -66,16 +80,22 @@ def random_batch(model: StackedModel, num_examples: int, num_tokens: int = NUM_T
 class Stacked:
     """All peers' factors on one frozen model: one dlora step trains them all."""
 
-    def __init__(self, config: Config, model: StackedModel, num_examples: int, num_peers: int = NUM_PEERS) -> None:
+    def __init__(
+        self, config: Config, model: StackedModel, num_examples: int, num_peers: int = NUM_PEERS
+    ) -> None:
         self.config, self.model, self.num_peers = config, model, num_peers
         self.batch = random_batch(model, num_peers * num_examples)
-        participants = Participants(model.initial, [range(num_peers)], config.train, torch.device("cpu"))
+        participants = Participants(
+            model.initial, [range(num_peers)], config.train, torch.device("cpu")
+        )
         self.group = participants.groups[0]
         self.group.train_only(frozenset(participants.factors))
 
     def step(self) -> Tensor:
         """The real thing."""
-        return local_steps(self.model, self.group, [[self.batch]], [LEARNING_RATE], self.config.train)
+        return local_steps(
+            self.model, self.group, [[self.batch]], [LEARNING_RATE], self.config.train
+        )
 
     def phases(self) -> dict[str, Step]:
         """`local_steps` taken apart, to see where its time goes."""
@@ -111,11 +131,17 @@ class PlainPeft:
         )
         self.model = peft.get_peft_model(network, lora).train()
         self.batch = random_batch(model, num_examples)
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.parameters = [
+            parameter for parameter in self.model.parameters() if parameter.requires_grad
+        ]
         expected = sum(tensor.numel() for tensor in model.initial.values())
-        assert sum(parameter.numel() for parameter in self.parameters) == expected, "both sides must train the same"
+        assert sum(parameter.numel() for parameter in self.parameters) == expected, (
+            "both sides must train the same"
+        )
         self.optimizer = self.new_optimizer()
-        self.adapters = [copy.deepcopy(peft.get_peft_model_state_dict(self.model)) for _ in range(NUM_PEERS)]
+        self.adapters = [
+            copy.deepcopy(peft.get_peft_model_state_dict(self.model)) for _ in range(NUM_PEERS)
+        ]
         self.optimizers = [self.new_optimizer() for _ in range(NUM_PEERS)]
 
     def new_optimizer(self) -> torch.optim.Optimizer:
@@ -140,7 +166,10 @@ class PlainPeft:
     def loss(self, rows: slice) -> Tensor:
         """The model's own loss on some rows of the batch."""
         batch = self.batch
-        arguments = {"input_ids": batch.input_ids[rows], "attention_mask": batch.attention_mask[rows]}
+        arguments = {
+            "input_ids": batch.input_ids[rows],
+            "attention_mask": batch.attention_mask[rows],
+        }
         loss: Tensor = self.model(**arguments, labels=batch.labels[rows]).loss
         return loss
 
@@ -163,7 +192,9 @@ class PlainPeft:
             self.step_on(slice(peer, peer + 1), optimizer)
 
     def steps_with_swapping(self) -> None:
-        """A step a peer: its adapter put in, trained with its own optimiser, and taken out again."""
+        """A step a peer: its adapter put in, trained with its own optimiser, and taken out
+        again.
+        """
         for peer, optimizer in enumerate(self.optimizers):
             peft.set_peft_model_state_dict(self.model, self.adapters[peer])
             self.step_on(slice(peer, peer + 1), optimizer)
@@ -186,7 +217,9 @@ def interleave(steps: Sequence[Step], num_rounds: int, num_warmups: int = 2) -> 
 
 def median(costs: Sequence[Cost]) -> Cost:
     """Of each clock."""
-    return Cost(statistics.median(c.wall_s for c in costs), statistics.median(c.cpu_s for c in costs))
+    return Cost(
+        statistics.median(c.wall_s for c in costs), statistics.median(c.cpu_s for c in costs)
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -208,19 +241,33 @@ def machine_facts() -> str:
     """What somebody needs to repeat a measurement."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    names = [
+        line.partition(":")[2].strip()
+        for line in text.splitlines()
+        if line.startswith("model name")
+    ]
+    versions = (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, peft"
+        f" {peft.__version__}"
+    )
     cores = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    allocator = " ".join(f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_"))
+    allocator = " ".join(
+        f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_")
+    )
     threads = f"{torch.get_num_threads()} thread(s), load {os.getloadavg()[0]:.1f}"
-    return f"Python {platform.python_version()}, {versions}; {cores}; {threads}; {allocator or 'default malloc'}"
+    return (
+        f"Python {platform.python_version()}, {versions}; {cores}; {threads};"
+        f" {allocator or 'default malloc'}"
+    )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=MODEL)
-    parser.add_argument("--pairs", type=int, default=10, help="measured pairs, after 2 that warm up")
+    parser.add_argument(
+        "--pairs", type=int, default=10, help="measured pairs, after 2 that warm up"
+    )
     arguments = parser.parse_args()
     config = make_config(arguments.model)
     model = stacked_model(config)
@@ -228,12 +275,18 @@ def main() -> None:
     pooled, swapping = PlainPeft(config, model, NUM_PEERS * 4), PlainPeft(config, model, NUM_PEERS)
 
     a, b = interleave([stacked_4.step, pooled.step], arguments.pairs)
-    c, d, d_free = interleave([stacked_1.step, swapping.steps_with_swapping, swapping.steps_without_swapping], arguments.pairs)
+    c, d, d_free = interleave(
+        [stacked_1.step, swapping.steps_with_swapping, swapping.steps_without_swapping],
+        arguments.pairs,
+    )
     phases_a, phases_b = stacked_4.phases(), pooled.phases()
     split = interleave([*phases_a.values(), *phases_b.values()], arguments.pairs)
 
     print(machine_facts())
-    print(f"{arguments.model}, {NUM_PEERS} peers, {NUM_TOKENS} tokens an example, {arguments.pairs} pairs\n")
+    print(
+        f"{arguments.model}, {NUM_PEERS} peers, {NUM_TOKENS} tokens an example, {arguments.pairs}"
+        " pairs\n"
+    )
     names = {
         f"(a) stacked, {NUM_PEERS} x 4 examples": a,
         f"(b) pooled PEFT, {NUM_PEERS * 4} examples": b,
@@ -241,18 +294,29 @@ def main() -> None:
         f"(d) {NUM_PEERS} PEFT steps of 1 example, adapters swapped": d,
         "(d') the same steps without the swaps": d_free,
     }
-    rows = [[name, f"{median(costs).wall_s:.3f}", f"{median(costs).cpu_s:.3f}"] for name, costs in names.items()]
+    rows = [
+        [name, f"{median(costs).wall_s:.3f}", f"{median(costs).cpu_s:.3f}"]
+        for name, costs in names.items()
+    ]
     print(table(["a step", "wall s, median", "CPU s, median"], rows) + "\n")
     ratios = [
         ratio_row("(a)/(b)", a, b, f"at most {MAX_POOLED_RATIO:.2f}"),
         ratio_row("(d)/(c)", d, c, f"at least {MIN_SWAPPING_RATIO:.1f}"),
         ratio_row("(d')/(c)", d_free, c, ""),
     ]
-    print(table(["pair by pair", "wall: min / median / max", "CPU: min / median / max", "target"], ratios) + "\n")
+    print(
+        table(
+            ["pair by pair", "wall: min / median / max", "CPU: min / median / max", "target"],
+            ratios,
+        )
+        + "\n"
+    )
     rows = []
     for index, name in enumerate(phases_a):
         mine, plain = median(split[index]).cpu_s, median(split[index + len(phases_a)]).cpu_s
-        rows.append([name, f"{mine * 1e3:.1f}", f"{plain * 1e3:.1f}", f"{(mine - plain) * 1e3:+.1f}"])
+        rows.append(
+            [name, f"{mine * 1e3:.1f}", f"{plain * 1e3:.1f}", f"{(mine - plain) * 1e3:+.1f}"]
+        )
     print(table(["where it goes", "(a) CPU ms", "(b) CPU ms", "difference"], rows))
 
 

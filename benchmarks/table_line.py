@@ -1,9 +1,12 @@
-"""Seconds a training step takes through a cloud over a slow line, of many ways to train: for `table.py --line`.
+"""Seconds a training step takes through a cloud over a slow line, of many ways to train: for
+`table.py --line`.
 
-Root only: the cloud and the devices are a process each in a network namespace each, 100 Mbit/s and 30 ms there and back between
-them, mutual TLS. Each way is a run of `dlora device` in a thread of its own; one takes steps at a time, in turns, so that what
-else the machine does meets all alike. A step counts when nothing was new in it: not the first after a pause (TCP starts anew),
-nor one that hands off. Active sets change more often than in the row (`PERIODS`), so that the counted steps have several.
+Root only: the cloud and the devices are a process each in a network namespace each, 100 Mbit/s and
+30 ms there and back between them, mutual TLS. Each way is a run of `dlora device` in a thread of
+its own; one takes steps at a time, in turns, so that what else the machine does meets all alike. A
+step counts when nothing was new in it: not the first after a pause (TCP starts anew), nor one that
+hands off. Active sets change more often than in the row (`PERIODS`), so that the counted steps have
+several.
 """
 
 from __future__ import annotations
@@ -38,15 +41,25 @@ from split_step import LINE, LINES, MODEL, PORT, cloud
 
 from kit.slow_line import namespaces  # of the tests
 
-SHORT = ["device=cpu", "data.limit=400", "data.eval_limit=8", "train.rounds=1", "train.local_steps=1000"]
+SHORT = [
+    "device=cpu",
+    "data.limit=400",
+    "data.eval_limit=8",
+    "train.rounds=1",
+    "train.local_steps=1000",
+]
 SHORT += ["schedule.warmup_steps=1"]
-PERIODS = {"kr": 10, "random": 2}  # steps; of which kr's trial has two, a fifth as in the row; the first comes after ten
+# steps; of which kr's trial has two, a fifth as in the row; the first comes after ten
+PERIODS = {"kr": 10, "random": 2}
 CORE_R = 16
-Measured = list[tuple[float, int | None]]  # seconds, and active units where a schedule says so, of each counted step
+# seconds, and active units where a schedule says so, of each counted step
+Measured = list[tuple[float, int | None]]
 
 
 def on_the_line(ways: Mapping[str, Sequence[str]], turns: int) -> dict[str, Measured]:
-    """``turns`` counted steps of each of ``ways``: name -> settings upon those of `savings.yaml`, split block among them."""
+    """``turns`` counted steps of each of ``ways``: name -> settings upon those of `savings.yaml`,
+    split block among them.
+    """
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         line = LINES[0]
@@ -54,15 +67,31 @@ def on_the_line(ways: Mapping[str, Sequence[str]], turns: int) -> dict[str, Meas
             new_identity(f"device{number}", None, "device", folder)
         new_identity("hub", f"{line['hub']}:{PORT}", "cloud", folder)
         (folder / "hub.yaml").write_text(federation_text(sorted(folder.glob("*.member.yaml"))))
-        (folder / "ways.json").write_text(json.dumps({name: [*settings] for name, settings in ways.items()}))
+        (folder / "ways.json").write_text(
+            json.dumps({name: [*settings] for name, settings in ways.items()})
+        )
         core = {"r": CORE_R, "frame": str(folder / "frame")}
-        load_body(CloudConfig.parse({"model": MODEL, "device": "cpu", "core": core}))  # makes the file, as the cloud would
+        # makes the file, as the cloud would
+        load_body(CloudConfig.parse({"model": MODEL, "device": "cpu", "core": core}))
         spaces = stack.enter_context(namespaces([line], LINE))
         inside = {end: ["ip", "netns", "exec", space] for end, space in spaces.items()}
-        stack.enter_context(cloud(folder, f"0.0.0.0:{PORT}", inside["hub"], f"core: {json.dumps(core)}\n"))
-        command = [*inside["phone"], sys.executable, __file__, "--folder", str(folder), "--turns", str(turns)]
+        stack.enter_context(
+            cloud(folder, f"0.0.0.0:{PORT}", inside["hub"], f"core: {json.dumps(core)}\n")
+        )
+        command = [
+            *inside["phone"],
+            sys.executable,
+            __file__,
+            "--folder",
+            str(folder),
+            "--turns",
+            str(turns),
+        ]
         told = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return {name: [(seconds, units) for seconds, units in steps] for name, steps in json.loads(told).items()}
+    return {
+        name: [(seconds, units) for seconds, units in steps]
+        for name, steps in json.loads(told).items()
+    }
 
 
 class Device(threading.Thread):
@@ -88,7 +117,13 @@ class Device(threading.Thread):
         """Until ``over``."""
         key, federation = self.folder / f"{self.identity}.key", self.folder / "hub.yaml"
         try:
-            device(self.config, name=self.identity, key=key, federation=federation, listeners=[self.hear])
+            device(
+                self.config,
+                name=self.identity,
+                key=key,
+                federation=federation,
+                listeners=[self.hear],
+            )
         except Interrupted:
             pass
         except Exception as error:
@@ -104,7 +139,11 @@ class Device(threading.Thread):
         self.go.acquire()
         if self.over:
             raise Interrupted("enough")
-        self.is_new, self.units, self.told = bool(self.told), self.told[0] if self.told else self.units, []
+        self.is_new, self.units, self.told = (
+            bool(self.told),
+            self.told[0] if self.told else self.units,
+            [],
+        )
         self.began_at = time.perf_counter()
 
     def wait(self) -> float:
@@ -128,7 +167,10 @@ def take_turns(folder: Path, turns: int) -> None:
     """The devices' process: prints what `on_the_line` reads."""
     torch.set_num_threads(1)
     ways = json.loads((folder / "ways.json").read_text())
-    devices = {name: Device(number, settings, folder) for number, (name, settings) in enumerate(ways.items())}
+    devices = {
+        name: Device(number, settings, folder)
+        for number, (name, settings) in enumerate(ways.items())
+    }
     for name, one in devices.items():
         one.start()
         one.wait()

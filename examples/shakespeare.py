@@ -1,4 +1,5 @@
-"""Split tinyshakespeare by speaker into train.jsonl and test.jsonl (one speech in ten), columns speaker and text.
+"""Split tinyshakespeare by speaker into train.jsonl and test.jsonl (one speech in ten), columns
+speaker and text.
 
 DLORA_ASSETS=... python examples/shakespeare.py runs/shakespeare-data
 """
@@ -21,9 +22,17 @@ def main(folder: Path) -> None:
         if text:  # a stage direction has none
             speeches.append({"speaker": speaker, "text": text})
     folder.mkdir(parents=True, exist_ok=True)
-    for name, chosen in {"test": speeches[9::10], "train": [s for i, s in enumerate(speeches) if i % 10 != 9]}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(speech) + "\n" for speech in chosen))
-        print(f"{name}: {len(chosen)} speeches of {len({speech['speaker'] for speech in chosen})} speakers")
+    for name, chosen in {
+        "test": speeches[9::10],
+        "train": [s for i, s in enumerate(speeches) if i % 10 != 9],
+    }.items():
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(speech) + "\n" for speech in chosen)
+        )
+        print(
+            f"{name}: {len(chosen)} speeches of {len({speech['speaker'] for speech in chosen})}"
+            " speakers"
+        )
 
 
 if __name__ == "__main__":

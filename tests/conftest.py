@@ -16,7 +16,8 @@ from hypothesis import settings
 from dlora.config.run import Config
 from kit import tiny_models
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests in the background had it ignored
+# a shell that starts the tests in the background had it ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.utils.logging.set_verbosity_error()  # new heads are expected here
 transformers.utils.logging.disable_progress_bar()
 
@@ -27,7 +28,9 @@ settings.load_profile("dlora")
 
 @pytest.fixture(autouse=True)
 def no_session_outlives_its_test() -> Iterator[None]:
-    """Of those over queues; a thread that waits inside a backward must not meet the end of the process."""
+    """Of those over queues; a thread that waits inside a backward must not meet the end of the
+    process.
+    """
     yield
     if (queue_cloud := sys.modules.get("kit.queue_cloud")) is not None:
         queue_cloud.close_sessions()
@@ -46,7 +49,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
 
     def make(family: str, task: str = "classification") -> Path:
         if (family, task) not in made:
-            made[family, task] = tiny_models.save_model(tmp_path_factory.mktemp(f"{family}-{task}"), family, task)
+            made[family, task] = tiny_models.save_model(
+                tmp_path_factory.mktemp(f"{family}-{task}"), family, task
+            )
         return made[family, task]
 
     return make
@@ -54,7 +59,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
 
 @pytest.fixture
 def make_config(tmp_path: Path, model_folder: Callable[[str, str], Path]) -> Callable[..., Config]:
-    """``make_config(family, task, **{"train.rounds": 3})``: four peers on 64 rows; a path overrides any key."""
+    """``make_config(family, task, **{"train.rounds": 3})``: four peers on 64 rows; a path overrides
+    any key.
+    """
 
     def make(family: str = "bert", task: str = "classification", **overrides: Any) -> Config:
         tree: dict[str, Any] = {
@@ -67,7 +74,12 @@ def make_config(tmp_path: Path, model_folder: Callable[[str, str], Path]) -> Cal
                 "eval": str(tiny_models.write_rows(tmp_path / "eval.jsonl", 16, task, start=64)),
                 "max_length": 16,
             },
-            "train": {"rounds": 3, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+            "train": {
+                "rounds": 3,
+                "local_steps": 2,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 5e-3,
+            },
             "peers": {"count": 4},
             "output_dir": str(tmp_path / "run"),
         }

@@ -1,10 +1,12 @@
-"""Does a device that stalls in the middle of a step slow another one down, when the body is on a GPU?
+"""Does a device that stalls in the middle of a step slow another one down, when the body is on a
+GPU?
 
     python benchmarks/gpu/stalled_device.py                 # under a minute on one CUDA GPU
     python benchmarks/gpu/stalled_device.py --device cpu    # the same without one
 
-A backward on a GPU runs in a thread that all callers share, unless torch is told otherwise; then a device that does not
-answer would hold up everybody. Both halves in one process over queues, MiniLM, 32 texts of 30 tokens.
+A backward on a GPU runs in a thread that all callers share, unless torch is told otherwise; then a
+device that does not answer would hold up everybody. Both halves in one process over queues, MiniLM,
+32 texts of 30 tokens.
 """
 
 from __future__ import annotations
@@ -40,11 +42,15 @@ def stepper(cloud: QueueCloud, name: str, **dial: Any) -> Any:
     half = device_half(config(Path(MODEL), **{"model": MODEL, "pooling": "mean"}))
     model = as_ordinary(half)
     link(half, cloud, device=name, **dial)
-    ids = torch.randint(1000, 20_000, (NUM_TEXTS, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        1000, 20_000, (NUM_TEXTS, NUM_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
 
     def step() -> float:
         began_at = time.perf_counter()
-        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.logsumexp(1).sum().backward()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.logsumexp(
+            1
+        ).sum().backward()
         return time.perf_counter() - began_at
 
     return step
@@ -52,7 +58,9 @@ def stepper(cloud: QueueCloud, name: str, **dial: Any) -> Any:
 
 def main() -> None:
     """Measure alone, then beside a device that is stuck in its backward."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     where = parser.parse_args().device
     body = load_body(CloudConfig.parse({"model": MODEL, "device": where}))
@@ -75,7 +83,12 @@ def main() -> None:
     medians = [statistics.median(times) for times in (alone, beside)]
     name = torch.cuda.get_device_name() if body.device.type == "cuda" else "CPU"
     print(f"{machine_facts()}; body on {name}\n")
-    print(table(["", "ms a step, median"], [["alone", f"{1000 * medians[0]:.1f}"], ["beside", f"{1000 * medians[1]:.1f}"]]))
+    print(
+        table(
+            ["", "ms a step, median"],
+            [["alone", f"{1000 * medians[0]:.1f}"], ["beside", f"{1000 * medians[1]:.1f}"]],
+        )
+    )
     print(f"\nRatio {medians[1] / medians[0]:.2f}, target at most {MAX_RATIO}.")
 
 

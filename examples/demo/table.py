@@ -19,9 +19,10 @@ def table(run: Path) -> str:
     runs = json.loads((run / "summary.json").read_text(encoding="utf-8"))["runs"]
     lines = [f"{title:<36}{runs[name][score]['accuracy']:>8.1%}" for name, score, title in ROWS]
     ratio = runs["dec-lora"]["consensus"]["accuracy"] / runs["pooled"]["consensus"]["accuracy"]
-    return "\n".join([f"{'right about all eight libraries':<36}{'accuracy':>8}", *lines]) + (
-        f"\n\nTogether the organisations reach {ratio:.0%} of pooled training; no text left its organisation."
-        f"\nThe report: {run / 'report.html'}"
+    return (
+        "\n".join([f"{'right about all eight libraries':<36}{'accuracy':>8}", *lines])
+        + f"\n\nTogether the organisations reach {ratio:.0%} of pooled training; no text left its"
+        f" organisation.\nThe report: {run / 'report.html'}"
     )
 
 

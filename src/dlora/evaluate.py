@@ -19,7 +19,9 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Scored:
-    """One participant's scores; ``confusion[a][b]`` of a classifier: rows of class a that were taken for class b."""
+    """One participant's scores; ``confusion[a][b]`` of a classifier: rows of class a that were
+    taken for class b.
+    """
 
     scores: Scores
     confusion: list[list[int]] | None = None
@@ -38,12 +40,15 @@ def evaluate(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     killed: frozenset[int] = frozenset(),
 ) -> list[Scored]:
-    """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all of them in one forward.
+    """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all of them in one
+    forward.
 
-    Classification: accuracy, f1 (of the second class when there are two, else the mean over classes) and mean loss.
-    Causal-lm: loss and perplexity a target token; with ``choices`` also accuracy, the answer being the likeliest option.
-    ``batch_size``: examples of one participant in a forward, which has P times as many rows. ``on_batch`` hears (examples done,
-    examples in all), before the first batch too. ``killed``: units whose factors rest, as `StackedModel.use` takes them.
+    Classification: accuracy, f1 (of the second class when there are two, else the mean over
+    classes) and mean loss. Causal-lm: loss and perplexity a target token; with ``choices`` also
+    accuracy, the answer being the likeliest option. ``batch_size``: examples of one participant in
+    a forward, which has P times as many rows. ``on_batch`` hears (examples done, examples in all),
+    before the first batch too. ``killed``: units whose factors rest, as `StackedModel.use` takes
+    them.
     """
     model.use(factors, killed)
     model.network.eval()
@@ -56,29 +61,42 @@ def evaluate(
         """Losses (P, N), predictions (P, N) and the N indices of ``rows``, a batch at a time."""
         results, done = [], already
         for chosen in batches_of(rows, batch_size):
-            batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(model.device)
+            batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(
+                model.device
+            )
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
-            losses, predictions = (one.view(num_participants, -1) for one in _reduce(logits, batch.labels))
+            losses, predictions = (
+                one.view(num_participants, -1) for one in _reduce(logits, batch.labels)
+            )
             results.append((losses, predictions, chosen))
             done += len(chosen)
             on_batch(done, total)
         return results
 
     scored = batches(examples, 0)
-    losses = [sum(of[participant].sum().item() for of, _, _ in scored) for participant in range(num_participants)]
+    losses = [
+        sum(of[participant].sum().item() for of, _, _ in scored)
+        for participant in range(num_participants)
+    ]
     if not isinstance(examples[0].labels, list):
         predicted = torch.empty(num_participants, len(examples), dtype=torch.long)
         for _, predictions, chosen in scored:
             predicted[:, chosen] = predictions
-        labels, num_classes = torch.tensor([example.labels for example in examples]), model.network.config.num_labels
+        labels, num_classes = (
+            torch.tensor([example.labels for example in examples]),
+            model.network.config.num_labels,
+        )
         confusions = [_confusion(one, labels, num_classes) for one in predicted]
         return [
             Scored(_classification(confusion) | {"loss": loss / len(examples)}, confusion.tolist())
             for confusion, loss in zip(confusions, losses, strict=True)
         ]
     targets = sum(num_targets(torch.tensor([example.labels]), 1).item() for example in examples)
-    scores = [{"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700.0))} for loss in losses]
+    scores = [
+        {"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700.0))}
+        for loss in losses
+    ]
     if choices:
         log_likelihood = torch.empty(num_participants, len(options))
         for of, _, chosen in batches(options, len(examples)):
@@ -94,7 +112,9 @@ def evaluate(
 
 
 def batches_of(rows: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """The indices of ``rows``, a batch at a time, alike lengths together so that little is padding."""
+    """The indices of ``rows``, a batch at a time, alike lengths together so that little is
+    padding.
+    """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     return [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
@@ -117,34 +137,46 @@ def mean_scores(peers: Mapping[str, Scores]) -> Scores:
 
 
 def standard_errors(peers: Mapping[str, Scores], num_peers: int) -> Scores | None:
-    """Of `mean_scores` of a sample of all ``num_peers``, drawn without putting back; None where nothing can be said."""
+    """Of `mean_scores` of a sample of all ``num_peers``, drawn without putting back; None where
+    nothing can be said.
+    """
     count = len(peers)
     if not 1 < count < num_peers:
         return None
     means = mean_scores(peers)
     return {
         name: math.sqrt(
-            sum((scores[name] - mean) ** 2 for scores in peers.values()) / (count - 1) / count * (1 - count / num_peers)
+            sum((scores[name] - mean) ** 2 for scores in peers.values())
+            / (count - 1)
+            / count
+            * (1 - count / num_peers)
         )
         for name, mean in means.items()
     }
 
 
 def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example's summed loss (N,), and its most likely class (N,) where there are classes; on the CPU."""
+    """Each example's summed loss (N,), and its most likely class (N,) where there are classes; on
+    the CPU.
+    """
     losses = summed_loss(logits, labels, len(labels)).cpu()
     return losses, logits.argmax(dim=-1).cpu() if logits.dim() == 2 else losses
 
 
 def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Rows by class and by the class that they were taken for: (N,), (N,) -> (C, C)."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(
+        num_classes, num_classes
+    )
 
 
 def _classification(confusion: Tensor) -> Scores:
     """Accuracy and F1 from the confusion counts (C, C)."""
     hits, named = confusion.diagonal(), confusion.sum(dim=0) + confusion.sum(dim=1)
-    f1 = [2 * hit / name if name else 0.0 for hit, name in zip(hits.tolist(), named.tolist(), strict=True)]
+    f1 = [
+        2 * hit / name if name else 0.0
+        for hit, name in zip(hits.tolist(), named.tolist(), strict=True)
+    ]
     return {
         "accuracy": hits.sum().item() / confusion.sum().item(),
         "f1": f1[1] if len(f1) == 2 else sum(f1) / len(f1),

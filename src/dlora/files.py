@@ -10,9 +10,11 @@ from dlora.errors import RunError
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: under a temporary name beside it, synced, then renamed over it.
+    """Write a whole file or nothing: under a temporary name beside it, synced, then renamed over
+    it.
 
-    Raises RunError when the disk is full or the place cannot be written; the old file is then untouched.
+    Raises RunError when the disk is full or the place cannot be written; the old file is then
+    untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,5 +43,9 @@ def sync_folder(folder: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> RunError:
     """The error that says what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunError(f"no space left on device while writing {path}; free some, then go on with --resume")
-    return RunError(f"{path} cannot be written ({error.strerror}); choose a place where you may write")
+        return RunError(
+            f"no space left on device while writing {path}; free some, then go on with --resume"
+        )
+    return RunError(
+        f"{path} cannot be written ({error.strerror}); choose a place where you may write"
+    )

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before the import: no run of ours phones home
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional kernel that is not installed
+# before the import: no run of ours phones home
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# it reports an optional kernel that is not installed
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch
 import transformers
@@ -29,11 +31,14 @@ from dlora.config.run import Config
 from dlora.errors import ModelError
 from dlora.model_files import FORMS, NO_CODE, SAFE_WEIGHTS, find_model, read_config
 
-LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' layers are nn.Linear too; Conv1D is GPT-2's transposed linear
+# bitsandbytes' layers are nn.Linear too; Conv1D is GPT-2's transposed linear
+LINEAR = (nn.Linear, Conv1D)
 
 
 class MeanPooledClassifier(nn.Module):
-    """Any transformers body, the mean over its real tokens, one new linear: what sentence encoders were trained for."""
+    """Any transformers body, the mean over its real tokens, one new linear: what sentence encoders
+    were trained for.
+    """
 
     base_model_prefix = "body"
 
@@ -53,9 +58,13 @@ class MeanPooledClassifier(nn.Module):
         labels: Tensor | None = None,
         **ignored: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, classes), with ``labels`` the mean loss too. PEFT hands on its own keywords, which are ignored."""
+        """Logits (batch, classes), with ``labels`` the mean loss too. PEFT hands on its own
+        keywords, which are ignored.
+        """
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        hidden_BLH = self.body(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        hidden_BLH = self.body(
+            input_ids=input_ids, attention_mask=attention_mask, **types
+        ).last_hidden_state
         real_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLH.dtype)
         logits = self.classifier((hidden_BLH * real_BL1).sum(1) / real_BL1.sum(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
@@ -66,7 +75,8 @@ class MeanPooledClassifier(nn.Module):
 class FrozenModel:
     """A model nobody trains, and what is new in it.
 
-    ``head``: names of the modules whose weights no checkpoint holds (a classifier): seeded from the run, kept in the adapter.
+    ``head``: names of the modules whose weights no checkpoint holds (a classifier): seeded from the
+    run, kept in the adapter.
     """
 
     network: Any  # transformers.PreTrainedModel
@@ -83,30 +93,49 @@ def load_tokenizer(model: str) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
-                f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)}); {FORMS}"
+                f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)});"
+                f" {FORMS}"
             ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one where the files are missing
-        raise ModelError(f"model {model}: {source} holds no tokenizer (no tokenizer.json or vocabulary); {FORMS}")
+    # transformers makes an empty one where the files are missing
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ModelError(
+            f"model {model}: {source} holds no tokenizer (no tokenizer.json or vocabulary); {FORMS}"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ModelError(f"model {model}: its tokenizer has neither a pad nor an end-of-text token to pad with")
+            raise ModelError(
+                f"model {model}: its tokenizer has neither a pad nor an end-of-text token to pad"
+                " with"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return tokenizer
 
 
-def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None, blocks: bool = True) -> FrozenModel:
-    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises ModelError.
+def load_model(
+    config: Config, tokenizer: Any, label_names: Sequence[str] | None, blocks: bool = True
+) -> FrozenModel:
+    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises
+    ModelError.
 
-    ``blocks=False``: without its transformer blocks, whose weights are not read either; the rest is the same to the bit.
+    ``blocks=False``: without its transformer blocks, whose weights are not read either; the rest is
+    the same to the bit.
     """
     source = find_model(config.model)
-    arguments: dict[str, Any] = {"dtype": torch.float32, "pad_token_id": tokenizer.pad_token_id, **NO_CODE, **SAFE_WEIGHTS}
-    arguments["ignore_mismatched_sizes"] = True  # another task's head makes room for ours; for the body, see _new_modules
+    arguments: dict[str, Any] = {
+        "dtype": torch.float32,
+        "pad_token_id": tokenizer.pad_token_id,
+        **NO_CODE,
+        **SAFE_WEIGHTS,
+    }
+    # another task's head makes room for ours; for the body, see _new_modules
+    arguments["ignore_mismatched_sizes"] = True
     factory: Any = transformers.AutoModelForCausalLM
     if label_names is not None:
         mean = config.pooling == "mean"
-        factory = transformers.AutoModel if mean else transformers.AutoModelForSequenceClassification
+        factory = (
+            transformers.AutoModel if mean else transformers.AutoModelForSequenceClassification
+        )
         arguments |= {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
@@ -121,32 +150,44 @@ def load_model(config: Config, tokenizer: Any, label_names: Sequence[str] | None
             if config.train.model_dropout is not None:
                 arguments |= dict.fromkeys(_dropout_keys(model_config), config.train.model_dropout)
             if config.quantization != "none":
-                arguments["quantization_config"] = _quantization(config.quantization, factory, model_config)
+                arguments["quantization_config"] = _quantization(
+                    config.quantization, factory, model_config
+                )
             if not blocks:
                 arguments["num_hidden_layers"] = 0
                 if getattr(model_config, "layer_types", None) is not None:
                     arguments["layer_types"] = []
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                network, report = factory.from_pretrained(source, output_loading_info=True, **arguments)
-                missing = set(report["missing_keys"]) | {key for key, *_shapes in report["mismatched_keys"]}
+                network, report = factory.from_pretrained(
+                    source, output_loading_info=True, **arguments
+                )
+                missing = set(report["missing_keys"]) | {
+                    key for key, *_shapes in report["mismatched_keys"]
+                }
                 if config.train.gradient_checkpointing:
                     network.gradient_checkpointing_enable({"use_reentrant": False})
                     network.config.use_cache = False
                 if label_names is not None and config.pooling == "mean":
                     network = MeanPooledClassifier(network)
-                    missing = {f"body.{key}" for key in missing if not key.startswith("pooler.")}  # the pooler is not used
+                    # the pooler is not used
+                    missing = {f"body.{key}" for key in missing if not key.startswith("pooler.")}
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {FORMS}") from error
+            raise ModelError(
+                f"model {config.model}: cannot be loaded from {source} ({_first_line(error)});"
+                f" {FORMS}"
+            ) from error
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             what = "is not made" if blocks else "cannot be split, without its blocks it is not made"
             raise ModelError(
-                f"model {config.model}: {model_config.model_type} {what} ({type(error).__name__}: {_first_line(error)})"
+                f"model {config.model}: {model_config.model_type} {what} ({type(error).__name__}:"
+                f" {_first_line(error)})"
             ) from error
     longest = max_tokens(network)
     if longest is not None and config.data.max_length > longest:
         raise ModelError(
-            f"data.max_length {config.data.max_length}: model {config.model} takes {longest} tokens at most; lower it"
+            f"data.max_length {config.data.max_length}: model {config.model} takes {longest} tokens"
+            " at most; lower it"
         )
     _refuse_tokens(network, tokenizer, config.model)
     _freeze(network)
@@ -163,46 +204,68 @@ def _refuse_architecture(config: Config, model_config: Any, factory: Any) -> Non
     kind = model_config.model_type
     if config.task == "classification":
         raise ModelError(
-            f"model {config.model}: transformers has no classifier of the architecture {kind}; take another model, or"
-            " pooling: mean where it is an encoder"
+            f"model {config.model}: transformers has no classifier of the architecture {kind}; take"
+            " another model, or pooling: mean where it is an encoder"
         )
-    what = "reads one text and writes another" if getattr(model_config, "is_encoder_decoder", False) else "writes no text"
+    what = (
+        "reads one text and writes another"
+        if getattr(model_config, "is_encoder_decoder", False)
+        else "writes no text"
+    )
     raise ModelError(
-        f"model {config.model}: task causal-lm wants a decoder, such as Llama, Qwen or GPT-2; the architecture {kind} {what}:"
-        " take another model, or task: classification"
+        f"model {config.model}: task causal-lm wants a decoder, such as Llama, Qwen or GPT-2; the"
+        f" architecture {kind} {what}: take another model, or task: classification"
     )
 
 
 def _refuse_tokens(network: Any, tokenizer: Any, model: str) -> None:
-    """Raise ModelError where the tokenizer gives ids that the embedding has no row for; fewer ids than rows are usual."""
-    embedding = network.body.get_input_embeddings() if hasattr(network, "body") else network.get_input_embeddings()
+    """Raise ModelError where the tokenizer gives ids that the embedding has no row for; fewer ids
+    than rows are usual.
+    """
+    embedding = (
+        network.body.get_input_embeddings()
+        if hasattr(network, "body")
+        else network.get_input_embeddings()
+    )
     if not isinstance(embedding, nn.Embedding):  # CANINE hashes
         return
     largest = max(tokenizer.get_vocab().values())
     if largest >= embedding.num_embeddings:
         raise ModelError(
-            f"model {model}: its tokenizer has {largest + 1} tokens, its embedding {embedding.num_embeddings} rows; give the"
-            " tokenizer that belongs to it, or the model with resize_token_embeddings applied"
+            f"model {model}: its tokenizer has {largest + 1} tokens, its embedding"
+            f" {embedding.num_embeddings} rows; give the tokenizer that belongs to it, or the model"
+            " with resize_token_embeddings applied"
         )
 
 
 def load_body_network(config: CloudConfig) -> Any:
-    """The body that a cloud serves, on its device or devices. Raises ModelError; weights that are missing are an error too."""
+    """The body that a cloud serves, on its device or devices. Raises ModelError; weights that are
+    missing are an error too.
+    """
     source = find_model(config.model)
     arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **NO_CODE, **SAFE_WEIGHTS}
     with _quiet():
         try:
             model_config = read_config(source)
             if config.quantization != "none":
-                arguments["quantization_config"] = _quantization(config.quantization, transformers.AutoModel, model_config)
+                arguments["quantization_config"] = _quantization(
+                    config.quantization, transformers.AutoModel, model_config
+                )
             if config.device_map is not None:
                 arguments["device_map"] = config.device_map
-            network, report = transformers.AutoModel.from_pretrained(source, output_loading_info=True, **arguments)
+            network, report = transformers.AutoModel.from_pretrained(
+                source, output_loading_info=True, **arguments
+            )
         except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"model {config.model}: cannot be loaded from {source} ({_first_line(error)}); {FORMS}") from error
+            raise ModelError(
+                f"model {config.model}: cannot be loaded from {source} ({_first_line(error)});"
+                f" {FORMS}"
+            ) from error
     missing = {key for key in report["missing_keys"] if not key.startswith("pooler.")}
     if missing:
-        raise ModelError(f"model {config.model}: its folder has no weights for {', '.join(sorted(missing)[:3])}")
+        raise ModelError(
+            f"model {config.model}: its folder has no weights for {', '.join(sorted(missing)[:3])}"
+        )
     if report["missing_keys"]:
         network.pooler = None  # nobody shall train on a random one
     _freeze(network)
@@ -215,8 +278,10 @@ def load_body_network(config: CloudConfig) -> Any:
 def _freeze(network: Any) -> None:
     network.requires_grad_(False)
     for layer in network.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):  # bitsandbytes repacks 4-bit weights at the first evaluation on a
-            layer.support_avx512bf16_for_cpu = False  # CPU, into a form without a backward: training after it would be wrong
+        # bitsandbytes repacks 4-bit weights at the first evaluation on a
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # CPU, into a form without a backward: training after it would be wrong
+            layer.support_avx512bf16_for_cpu = False
 
 
 def resolve_device(device: str) -> torch.device:
@@ -227,30 +292,46 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"device {device}: not available here ({_first_line(error)}); take auto or cpu") from error
+        raise ModelError(
+            f"device {device}: not available here ({_first_line(error)}); take auto or cpu"
+        ) from error
     return resolved
 
 
 def block_linears(network: nn.Module) -> list[str]:
-    """Names of the linears of the transformer blocks: those that stand in a numbered list of modules."""
+    """Names of the linears of the transformer blocks: those that stand in a numbered list of
+    modules.
+    """
     lists = block_lists(network)
-    return [name for name, module in network.named_modules() if is_linear(module) and name.startswith(lists)]
+    return [
+        name
+        for name, module in network.named_modules()
+        if is_linear(module) and name.startswith(lists)
+    ]
 
 
 def block_lists(network: nn.Module) -> tuple[str, ...]:
     """What the names of all that stands in a numbered list of modules begin with."""
-    return tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
+    return tuple(
+        f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList)
+    )
 
 
 @torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
-    """Whether this maps each token by its weight and does nothing else: some routers of experts are made from nn.Linear."""
+    """Whether this maps each token by its weight and does nothing else: some routers of experts are
+    made from nn.Linear.
+    """
     if not isinstance(module, LINEAR):
         return False
     kind = type(module)
-    if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith("transformers.models."):
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith(
+        "transformers.models."
+    ):
         return True
-    token = torch.zeros(1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    token = torch.zeros(
+        1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device
+    )
     try:
         mapped = module(token)
     except (RuntimeError, ValueError, IndexError):
@@ -259,53 +340,83 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def body_maker(network: Any) -> Callable[[], Any]:
-    """Makes another body of this architecture, with weights that mean nothing; all that is the head's is left out."""
+    """Makes another body of this architecture, with weights that mean nothing; all that is the
+    head's is left out.
+    """
     return no_init_weights()(lambda: transformers.AutoModel.from_config(network.config, **NO_CODE))  # type: ignore[no-any-return]
 
 
 def max_tokens(network: nn.Module) -> int | None:
-    """How many tokens a text may have: as many as there are learned positions; None where positions are computed."""
+    """How many tokens a text may have: as many as there are learned positions; None where positions
+    are computed.
+    """
     for name, module in network.named_modules():
-        if name.rpartition(".")[2] in ("position_embeddings", "embed_positions", "wpe") and isinstance(module, nn.Embedding):
-            skipped = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1  # OPT; RoBERTa
+        if name.rpartition(".")[2] in (
+            "position_embeddings",
+            "embed_positions",
+            "wpe",
+        ) and isinstance(module, nn.Embedding):
+            # OPT; RoBERTa
+            skipped = (
+                getattr(module, "offset", 0)
+                if module.padding_idx is None
+                else module.padding_idx + 1
+            )
             return module.num_embeddings - int(skipped)
     return None
 
 
 def fingerprint(network: nn.Module, but: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights, without the modules named in ``but``."""
+    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights, without the modules named
+    in ``but``.
+    """
     digest = hashlib.sha256()
     outside = tuple(f"{name}." for name in but)
     for name, tensor in sorted(network.state_dict().items()):
         if isinstance(tensor, torch.Tensor) and not (outside and name.startswith(outside)):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over what turns text into ids: the vocabulary, the fast tokenizer's pipeline, the chat template."""
+    """SHA-256 over what turns text into ids: the vocabulary, the fast tokenizer's pipeline, the
+    chat template.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    pipeline = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    pipeline = (
+        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    )
     return hashlib.sha256(f"{pipeline}\n{tokenizer.chat_template}".encode()).hexdigest()
 
 
 def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, ...]:
-    """The head: the children beside the body that hold weights, and body modules the checkpoint has no weights for."""
+    """The head: the children beside the body that hold weights, and body modules the checkpoint has
+    no weights for.
+    """
     if config.task == "causal-lm":
         outside: list[str] = []
     else:
         body = network.base_model_prefix
-        outside = [name for name, child in network.named_children() if name != body and any(True for _ in child.parameters())]
+        outside = [
+            name
+            for name, child in network.named_children()
+            if name != body and any(True for _ in child.parameters())
+        ]
     inside = sorted({key.rpartition(".")[0] for key in missing} - {""})
     inside = [name for name in inside if not name.startswith(tuple(outside)) or not outside]
     foreign = [
-        name for name in inside if name in block_linears(network) or not isinstance(network.get_submodule(name), nn.Linear)
+        name
+        for name in inside
+        if name in block_linears(network) or not isinstance(network.get_submodule(name), nn.Linear)
     ]
     if foreign:
         raise ModelError(
-            f"model {config.model}: its folder has no fitting weights for {', '.join(foreign[:3])}"
-            f"{' and others' if len(foreign) > 3 else ''}; is it a {config.task} model of this architecture?"
+            f"model {config.model}: its folder has no fitting weights for"
+            f" {', '.join(foreign[:3])}{' and others' if len(foreign) > 3 else ''}; is it a"
+            f" {config.task} model of this architecture?"
         )
     return (*outside, *inside)
 
@@ -316,7 +427,9 @@ def has_dropout(model_config: Any) -> bool:
 
 
 def _dropout_keys(model_config: Any) -> list[str]:
-    """The configuration's keys that make a training forward draw at random, as every architecture spells them."""
+    """The configuration's keys that make a training forward draw at random, as every architecture
+    spells them.
+    """
     return [
         key
         for key, value in model_config.to_dict().items()
@@ -333,17 +446,25 @@ def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any)
     with torch.device("meta"):
         skeleton = factory.from_config(model_config, **NO_CODE)
     blocks = set(block_linears(skeleton))
-    beside = [name for name, module in skeleton.named_modules() if isinstance(module, LINEAR) and name not in blocks]
+    beside = [
+        name
+        for name, module in skeleton.named_modules()
+        if isinstance(module, LINEAR) and name not in blocks
+    ]
     if kind == "int8":
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=beside)
     return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=beside
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=beside,
     )
 
 
 @contextlib.contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Keep PEFT from importing bitsandbytes, which takes seconds, where no base is quantised by it: it is not there.
+    """Keep PEFT from importing bitsandbytes, which takes seconds, where no base is quantised by it:
+    it is not there.
 
     A quantised base has imported it before, and then nothing changes.
     """
@@ -363,8 +484,13 @@ def without_bitsandbytes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports new heads and draws bars of its own; here that is expected and the log says it."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """transformers reports new heads and draws bars of its own; here that is expected and the log
+    says it.
+    """
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

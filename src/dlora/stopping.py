@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 from dlora.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # of people, of services, of Slurm before a job's end
+# of people, of services, of Slurm before a job's end
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Screen(Protocol):
@@ -27,10 +28,12 @@ class Screen(Protocol):
 
 
 class Stop:
-    """Whether the first of these signals has come, to which ``answer`` is said. The second is a KeyboardInterrupt.
+    """Whether the first of these signals has come, to which ``answer`` is said. The second is a
+    KeyboardInterrupt.
 
-    While a command loads, which it does until `hear` hears something else than "loading", the first ends the process at once:
-    nothing is written yet. No exception does that, for libraries that are being imported swallow exceptions.
+    While a command loads, which it does until `hear` hears something else than "loading", the first
+    ends the process at once: nothing is written yet. No exception does that, for libraries that are
+    being imported swallow exceptions.
     """
 
     def __init__(self, answer: str, screen: Screen) -> None:
@@ -42,7 +45,9 @@ class Stop:
         return self.asked
 
     def hear(self, event: Mapping[str, Any]) -> None:
-        """A listener of the program's events. Raises Interrupted while a run is scored: that can be done again."""
+        """A listener of the program's events. Raises Interrupted while a run is scored: that can be
+        done again.
+        """
         self.loading = self.loading and event["event"] == "loading"
         if self.asked and event["event"] == "evaluating":
             raise Interrupted(f"{event['run']} stopped while it was scored")
@@ -50,7 +55,9 @@ class Stop:
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.loading:
             self._screen.close()
-            self._screen.say(f"stopped before it began; nothing was written; start it again with: {_command()}")
+            self._screen.say(
+                f"stopped before it began; nothing was written; start it again with: {_command()}"
+            )
             os._exit(Interrupted.exit_code)
         if self.asked:
             raise KeyboardInterrupt
@@ -68,7 +75,9 @@ class Stop:
 
 @contextmanager
 def resumable(screen: Screen) -> Iterator[Stop]:
-    """The first signal lets the round finish and saves; the second gives it up. Either way: how to go on."""
+    """The first signal lets the round finish and saves; the second gives it up. Either way: how to
+    go on.
+    """
     with Stop("stopping after this round; Ctrl-C again discards it", screen) as stop:
         try:
             yield stop
@@ -81,4 +90,6 @@ def resumable(screen: Screen) -> Iterator[Stop]:
 
 def _command(*more: str) -> str:
     """The command line of this process, with ``more`` at its end."""
-    return shlex.join(["dlora", *(argument for argument in sys.argv[1:] if argument not in more), *more])
+    return shlex.join(
+        ["dlora", *(argument for argument in sys.argv[1:] if argument not in more), *more]
+    )

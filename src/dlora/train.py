@@ -1,4 +1,6 @@
-"""Local steps: model + factors + batches -> factors + statistics. The same loop in all four squares."""
+"""Local steps: model + factors + batches -> factors + statistics. The same loop in all four
+squares.
+"""
 
 from __future__ import annotations
 
@@ -19,30 +21,44 @@ from dlora.lora.stacked import StackedModel
 
 
 class Group:
-    """Participants ``first`` .. ``last - 1``, who go through the model together; owns their optimiser.
+    """Participants ``first`` .. ``last - 1``, who go through the model together; owns their
+    optimiser.
 
-    ``parameters`` are views of the run's factors, so a step here is a step there. With a schedule, ``units`` says who takes
-    part in a step; the optimiser then has each participant's tensors by themselves. ``moments``: what it has, by name.
+    ``parameters`` are views of the run's factors, so a step here is a step there. With a schedule,
+    ``units`` says who takes part in a step; the optimiser then has each participant's tensors by
+    themselves. ``moments``: what it has, by name.
     """
 
     def __init__(
-        self, factors: Factors, first: int, last: int, section: TrainSection, scheduled: Scheduled | None = None
+        self,
+        factors: Factors,
+        first: int,
+        last: int,
+        section: TrainSection,
+        scheduled: Scheduled | None = None,
     ) -> None:
         self.first, self.last = first, last
         self.parameters = {name: tensor[first:last].detach() for name, tensor in factors.items()}
         trained = list(self.parameters.values())
-        self.units = None if scheduled is None else ActiveUnits(self.parameters, range(first, last), scheduled)
+        self.units = (
+            None
+            if scheduled is None
+            else ActiveUnits(self.parameters, range(first, last), scheduled)
+        )
         self.leaves = self.parameters if self.units is None else self.units.leaves
         optimizer: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[section.optimizer]
         self.optimizer: torch.optim.Optimizer = optimizer(
             trained if self.units is None else self.units.parameter_groups(),
             lr=section.learning_rate,
             weight_decay=section.weight_decay,
-            fused=trained[0].device.type in ("cpu", "cuda"),  # one pass over the memory instead of ten
+            # one pass over the memory instead of ten
+            fused=trained[0].device.type in ("cpu", "cuda"),
         )
 
     def train_only(self, names: frozenset[str]) -> None:
-        """Switch gradients on for ``names`` and off for the rest; what has no gradient takes no step."""
+        """Switch gradients on for ``names`` and off for the rest; what has no gradient takes no
+        step.
+        """
         if self.units is not None:
             self.units.train_only(names)
             return
@@ -56,7 +72,10 @@ class Group:
             self.units.mask_gradients()
             scores = self.units.scores()  # before clipping, which depends on who is active
         if max_grad_norm is not None:
-            clip_each([tensor for tensor in self.parameters.values() if tensor.requires_grad], max_grad_norm)
+            clip_each(
+                [tensor for tensor in self.parameters.values() if tensor.requires_grad],
+                max_grad_norm,
+            )
         if self.units is not None:
             self.units.step(self.optimizer, learning_rate, scores)
             return
@@ -78,10 +97,14 @@ class Participants:
         scheduled: Scheduled | None = None,
     ) -> None:
         self.factors = stack(initial, groups[-1].stop, device)
-        self.groups = [Group(self.factors, group.start, group.stop, section, scheduled) for group in groups]
+        self.groups = [
+            Group(self.factors, group.start, group.stop, section, scheduled) for group in groups
+        ]
 
     def standing(self) -> Factors:
-        """The function as it stands, for scores and adapters: the factors, with zero for what a schedule has dropped."""
+        """The function as it stands, for scores and adapters: the factors, with zero for what a
+        schedule has dropped.
+        """
         standing = dict(self.factors)
         for group in self.groups:
             for name, participant in group.units.left_out() if group.units else ():
@@ -91,9 +114,13 @@ class Participants:
         return standing
 
     def took_part(self) -> list[frozenset[str]]:
-        """Of each participant, the tensors that its last local steps may have changed: what it has to tell its neighbours."""
+        """Of each participant, the tensors that its last local steps may have changed: what it has
+        to tell its neighbours.
+        """
         return [
-            frozenset(group.parameters) if group.units is None else group.units.took_part(participant)
+            frozenset(group.parameters)
+            if group.units is None
+            else group.units.took_part(participant)
             for group in self.groups
             for participant in range(group.last - group.first)
         ]
@@ -129,10 +156,12 @@ def local_steps(
     autocast_dtype: torch.dtype | None = None,
     on_step: Callable[[int], None] = lambda num_participants: None,
 ) -> Tensor:
-    """Train one group: one optimiser step for each entry of ``batches``, which is a step's micro-batches.
+    """Train one group: one optimiser step for each entry of ``batches``, which is a step's
+    micro-batches.
 
-    Each participant minimises the mean of its own loss over its own targets in the step; the stack minimises the sum of those
-    means, so no participant's gradient depends on another's. Returns losses (steps, P) on the CPU.
+    Each participant minimises the mean of its own loss over its own targets in the step; the stack
+    minimises the sum of those means, so no participant's gradient depends on another's. Returns
+    losses (steps, P) on the CPU.
     """
     model.use(group.parameters)
     model.network.train()
@@ -142,13 +171,17 @@ def local_steps(
     history: list[Tensor] = []
     for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
         model.killed = group.units.killed if group.units else frozenset()
-        targets_P = torch.stack([num_targets(batch.labels, num_participants) for batch in micro_batches]).sum(0)
+        targets_P = torch.stack(
+            [num_targets(batch.labels, num_participants) for batch in micro_batches]
+        ).sum(0)
         loss_P = torch.zeros(num_participants)
         for batch in micro_batches:
             batch = batch.to(model.device)
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
-            micro_loss_P = summed_loss(logits, batch.labels, num_participants) / targets_P.to(model.device)
+            micro_loss_P = summed_loss(logits, batch.labels, num_participants) / targets_P.to(
+                model.device
+            )
             micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
         group.step(learning_rate, section.max_grad_norm)
@@ -165,7 +198,8 @@ def forward(model: StackedModel, batch: Batch) -> Tensor:
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids
     if model.loss_positions and batch.labels.dim() == 2:
-        arguments["loss_positions"] = F.pad(batch.labels[:, 1:] != -100, (0, 1))  # position l predicts token l + 1
+        # position l predicts token l + 1
+        arguments["loss_positions"] = F.pad(batch.labels[:, 1:] != -100, (0, 1))
     logits: Tensor = model.network(**arguments).logits
     return logits
 
@@ -174,19 +208,25 @@ def summed_loss(logits: Tensor, labels: Tensor, num_participants: int) -> Tensor
     """Cross entropy summed over each participant's targets: (P,). Labels of -100 are no targets."""
     if logits.dim() == 3:  # a language model: position l predicts token l + 1
         logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100)
+    losses = F.cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100
+    )
     return losses.view(num_participants, -1).sum(dim=1)
 
 
 def num_targets(labels: Tensor, num_participants: int) -> Tensor:
-    """How many targets each participant has: (P,), at least 1 so that a batch without any is no division by zero."""
+    """How many targets each participant has: (P,), at least 1 so that a batch without any is no
+    division by zero.
+    """
     counted = labels if labels.dim() == 1 else labels[:, 1:]
     return (counted.reshape(num_participants, -1) != -100).sum(dim=1).clamp(min=1)
 
 
 @torch.no_grad()
 def clip_each(parameters: Sequence[Tensor], max_norm: float) -> None:
-    """Scale each participant's gradient down to ``max_norm``: torch's clip_grad_norm_, a participant at a time."""
+    """Scale each participant's gradient down to ``max_norm``: torch's clip_grad_norm_, a
+    participant at a time.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
     norm_P = torch.linalg.vector_norm(torch.stack(norms), dim=0)
@@ -196,11 +236,17 @@ def clip_each(parameters: Sequence[Tensor], max_norm: float) -> None:
 
 
 def learning_rate(section: TrainSection, step: int, num_steps: int) -> float:
-    """The rate of local step ``step`` (from 0) of ``num_steps``: as transformers' schedules of the same names."""
+    """The rate of local step ``step`` (from 0) of ``num_steps``: as transformers' schedules of the
+    same names.
+    """
     if step < section.warmup_steps:
         return section.learning_rate * step / section.warmup_steps
     progress = (step - section.warmup_steps) / max(1, num_steps - section.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }
     return section.learning_rate * max(0.0, shape[section.lr_scheduler_type])
 
 
@@ -209,8 +255,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
-def activation_bytes(model: StackedModel, factors: Factors, batch: Batch, autocast_dtype: torch.dtype | None) -> int:
-    """What one forward keeps for its backward, counted on the autograd graph: distinct storages, not the parameters'."""
+def activation_bytes(
+    model: StackedModel, factors: Factors, batch: Batch, autocast_dtype: torch.dtype | None
+) -> int:
+    """What one forward keeps for its backward, counted on the autograd graph: distinct storages,
+    not the parameters'.
+    """
     model.use({name: tensor.detach().requires_grad_() for name, tensor in factors.items()})
     weights = {
         tensor.untyped_storage().data_ptr()
@@ -225,7 +275,10 @@ def activation_bytes(model: StackedModel, factors: Factors, batch: Batch, autoca
         return tensor
 
     model.network.train()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(model.device, autocast_dtype):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(model.device, autocast_dtype),
+    ):
         logits = forward(model, batch.to(model.device))
     del logits
     return sum(kept.values())

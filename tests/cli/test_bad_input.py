@@ -1,4 +1,6 @@
-"""What a user gets wrong: exit code 2, one line that says what was asked, what came and what to do, nothing written."""
+"""What a user gets wrong: exit code 2, one line that says what was asked, what came and what to do,
+nothing written.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from dlora.config.cloud import CloudConfig
 from dlora.errors import ConfigError
 from dlora.run.folder import RunFolder
 from kit.bad_inputs import CLOUDS, COMMANDS, CONFIGS, DATA
-from kit.call_cli import Outcome, assert_identical, call, change, contents, final_factors, finish, furnish, start
+from kit.call_cli import (
+    Outcome,
+    assert_identical,
+    call,
+    change,
+    contents,
+    final_factors,
+    finish,
+    furnish,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +109,14 @@ def test_data_that_cannot_be_read(name: str, work: Path) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_cannot_be_meant(name: str, work: Path) -> None:
-    write({"bad.yaml": "model: [a\n", "list.yaml": "- model\n", "empty.yaml": "", "latin.yaml": b"model: m\xe9\n"})
+    write(
+        {
+            "bad.yaml": "model: [a\n",
+            "list.yaml": "- model\n",
+            "empty.yaml": "",
+            "latin.yaml": b"model: m\xe9\n",
+        }
+    )
     arguments, says = COMMANDS[name]
     assert_refuses(says, *arguments)
 
@@ -124,7 +143,10 @@ def widen() -> None:
 
 
 MODELS: dict[str, tuple[Callable[[], object], list[str]]] = {
-    "without-weights": (lambda: Path("model/model.safetensors").unlink(), ["model.safetensors", "weights"]),
+    "without-weights": (
+        lambda: Path("model/model.safetensors").unlink(),
+        ["model.safetensors", "weights"],
+    ),
     "half-the-weights": (lambda: cut("model/model.safetensors"), ["model model", "weights"]),
     "other-weights": (widen, ["no fitting weights for", "intermediate.dense"]),
     "without-tokenizer": (take_tokenizer, ["holds no tokenizer", "tokenizer.json"]),
@@ -155,7 +177,10 @@ def test_the_head_of_another_task_makes_room(work: Path) -> None:
 
 RESUMES: dict[str, tuple[list[str], list[str]]] = {
     "rank": (["lora.r=8"], ["resume: lora.r was 4 and is 8", "put it back", "output_dir"]),
-    "topology": (["peers.topology.kind=complete"], ["peers.topology.kind was ring and is complete"]),
+    "topology": (
+        ["peers.topology.kind=complete"],
+        ["peers.topology.kind was ring and is complete"],
+    ),
     "null": (["train.max_grad_norm=null"], ["train.max_grad_norm was 1.0 and is null"]),
     "list": (["compare=[local]"], ['compare was [] and is ["local"]']),
     "seed": (["seed=1"], ["seed was 0 and is 1"]),
@@ -166,7 +191,13 @@ RESUMES: dict[str, tuple[list[str], list[str]]] = {
 @pytest.mark.parametrize("name", RESUMES)
 def test_a_resumed_run_names_the_key_that_changed(name: str, after_a_run: Path) -> None:
     overrides, says = RESUMES[name]
-    assert_refuses(says, "simulate", "run.yaml", "--resume", *(part for key in overrides for part in ("--set", key)))
+    assert_refuses(
+        says,
+        "simulate",
+        "run.yaml",
+        "--resume",
+        *(part for key in overrides for part in ("--set", key)),
+    )
 
 
 def test_a_longer_run_under_a_falling_learning_rate_is_another_run(work: Path) -> None:
@@ -176,32 +207,56 @@ def test_a_longer_run_under_a_falling_learning_rate_is_another_run(work: Path) -
     assert_refuses(says, "simulate", "run.yaml", "--resume", "--set", "train.rounds=2")
 
 
-def test_a_resumed_run_notices_another_model_of_the_same_name(after_a_run: Path, model_folder: Callable[..., Path]) -> None:
+def test_a_resumed_run_notices_another_model_of_the_same_name(
+    after_a_run: Path, model_folder: Callable[..., Path]
+) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file("model/model.safetensors")
-    save_file({name: 2 * tensor for name, tensor in weights.items()}, "model/model.safetensors", {"format": "pt"})
+    save_file(
+        {name: 2 * tensor for name, tensor in weights.items()},
+        "model/model.safetensors",
+        {"format": "pt"},
+    )
     assert_refuses(["resume: the model of manifest.json was "], "simulate", "run.yaml", "--resume")
 
 
 def test_the_output_folder_of_another_run_stays_as_it_is(after_a_run: Path) -> None:
     again = ["simulate", "run.yaml"]
-    assert_refuses(["output_dir run holds this run", "--set output_dir=", "go on with --resume"], *again)
-    assert_refuses(["output_dir run holds another run", "--set output_dir=", "config.yaml"], *again, "--set", "seed=1")
+    assert_refuses(
+        ["output_dir run holds this run", "--set output_dir=", "go on with --resume"], *again
+    )
+    assert_refuses(
+        ["output_dir run holds another run", "--set output_dir=", "config.yaml"],
+        *again,
+        "--set",
+        "seed=1",
+    )
     before = contents(Path())
-    outcome = call("simulate", "run.yaml", "--dry-run")  # it writes nothing, and so has nothing to refuse
+    # it writes nothing, and so has nothing to refuse
+    outcome = call("simulate", "run.yaml", "--dry-run")
     assert (outcome.exit_code, contents(Path())) == (0, before)
     assert "run holds this run already" in outcome.out
 
 
 RUNS: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
     "config": (
-        lambda: write({"run/config.yaml": Path("run/config.yaml").read_text().partition("  eval:")[0]}),
+        lambda: write(
+            {"run/config.yaml": Path("run/config.yaml").read_text().partition("  eval:")[0]}
+        ),
         ["simulate", "run.yaml", "--resume"],
         ["run/config.yaml", "data.eval is missing"],
     ),
-    "manifest": (lambda: cut("run/manifest.json"), ["simulate", "run.yaml", "--resume"], ["run/manifest.json"]),
-    "manifest-eval": (lambda: cut("run/manifest.json"), ["eval", "run"], ["manifest.json cannot be read"]),
+    "manifest": (
+        lambda: cut("run/manifest.json"),
+        ["simulate", "run.yaml", "--resume"],
+        ["run/manifest.json"],
+    ),
+    "manifest-eval": (
+        lambda: cut("run/manifest.json"),
+        ["eval", "run"],
+        ["manifest.json cannot be read"],
+    ),
     "factors": (
         lambda: cut_both("factors.safetensors"),
         ["simulate", "run.yaml", "--resume"],
@@ -213,14 +268,32 @@ RUNS: dict[str, tuple[Callable[[], object], list[str], list[str]]] = {
         ["round-000003 cannot be read", "round-000002 cannot be read"],
     ),
     "log": (
-        lambda: Path("run/log.jsonl").write_bytes(Path("run/log.jsonl").read_bytes().splitlines(keepends=True)[0]),
+        lambda: Path("run/log.jsonl").write_bytes(
+            Path("run/log.jsonl").read_bytes().splitlines(keepends=True)[0]
+        ),
         ["simulate", "run.yaml", "--resume"],
         ["run/log.jsonl holds", "the checkpoint was made at"],
     ),
-    "log-report": (lambda: write({"run/log.jsonl": "hello\n"}), ["report", "run"], ["log.jsonl, line 1", "'hello'"]),
-    "adapter": (lambda: cut("run/consensus/adapter_model.safetensors"), ["eval", "run"], ["consensus"]),
-    "adapters": (lambda: shutil.rmtree("run/consensus"), ["eval", "run"], ["no adapters yet", "--resume"]),
-    "eval-data": (lambda: None, ["eval", "run", "--data", "eval.json"], ["eval.json does not exist", "eval.jsonl"]),
+    "log-report": (
+        lambda: write({"run/log.jsonl": "hello\n"}),
+        ["report", "run"],
+        ["log.jsonl, line 1", "'hello'"],
+    ),
+    "adapter": (
+        lambda: cut("run/consensus/adapter_model.safetensors"),
+        ["eval", "run"],
+        ["consensus"],
+    ),
+    "adapters": (
+        lambda: shutil.rmtree("run/consensus"),
+        ["eval", "run"],
+        ["no adapters yet", "--resume"],
+    ),
+    "eval-data": (
+        lambda: None,
+        ["eval", "run", "--data", "eval.json"],
+        ["eval.json does not exist", "eval.jsonl"],
+    ),
     "eval-column": (
         lambda: write({"other.jsonl": '{"sentence": "good", "label": 1}'}),
         ["eval", "run", "--data", "other.jsonl"],
@@ -246,7 +319,10 @@ def test_two_mistakes_are_two_lines(work: Path) -> None:
     outcome = call("simulate", "run.yaml")
     lines = outcome.err.splitlines()
     assert outcome.exit_code == 2
-    assert [line.split()[:2] for line in lines] == [["error:", "lora.r:"], ["error:", "train.rounds:"]]
+    assert [line.split()[:2] for line in lines] == [
+        ["error:", "lora.r:"],
+        ["error:", "train.rounds:"],
+    ]
 
 
 @pytest.mark.parametrize("name", ["no-such-config", "edge-to-nobody-by-name"])
@@ -270,7 +346,11 @@ class Disk:
         self.path = path
 
     def resize(self, size_bytes: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size_bytes}", self.path], check=True, capture_output=True)
+        subprocess.run(
+            ["mount", "-o", f"remount,size={size_bytes}", self.path],
+            check=True,
+            capture_output=True,
+        )
 
     def fill(self) -> Path:
         filler = self.path / "filler"
@@ -284,13 +364,16 @@ class Disk:
 def disk(tmp_path: Path) -> Iterator[Disk]:
     path = tmp_path / "disk"
     path.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"mounting a small file system is not permitted here: {done.stderr.strip()}")
     try:
         yield Disk(path)
     finally:
-        subprocess.run(["umount", "--lazy", path], check=True)  # lazy: tensors may still map the files of a checkpoint
+        # lazy: tensors may still map the files of a checkpoint
+        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def test_a_full_disk_at_the_start_leaves_nothing(disk: Disk, work: Path) -> None:
@@ -308,7 +391,9 @@ def test_a_full_disk_at_the_start_leaves_nothing(disk: Disk, work: Path) -> None
 def test_a_disk_that_fills_during_the_run_keeps_the_last_checkpoint(
     disk: Disk, after_a_run: Path, checkpoints: float, saved: int
 ) -> None:
-    """There is room for so many checkpoints; with space, --resume gives the factors of the run that always had it."""
+    """There is room for so many checkpoints; with space, --resume gives the factors of the run that
+    always had it.
+    """
     *_, checkpoint = sorted(Path("run/checkpoints/dec-lora").iterdir())
     size_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
     disk.resize(int(checkpoints * size_bytes) + 40_000)

@@ -1,4 +1,6 @@
-"""The command line from outside: help, output for people and for machines, and runs that are interrupted."""
+"""The command line from outside: help, output for people and for machines, and runs that are
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +23,60 @@ import yaml
 import dlora
 from dlora.events.log import read_log
 from dlora.show.words import NBSP, seconds_text
-from kit.call_cli import Outcome, assert_identical, call, contents, final_factors, finish, furnish, start, without_news
+from kit.call_cli import (
+    Outcome,
+    assert_identical,
+    call,
+    contents,
+    final_factors,
+    finish,
+    furnish,
+    start,
+    without_news,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 OPTIONS = {
     "simulate": ["CONFIG", "--set", "--resume", "--json", "--dry-run"],
-    "peer": ["CONFIG", "--name", "--key", "--federation", "--listen", "--set", "--resume", "--json"],
+    "peer": [
+        "CONFIG",
+        "--name",
+        "--key",
+        "--federation",
+        "--listen",
+        "--set",
+        "--resume",
+        "--json",
+    ],
     "plan": ["CONFIG", "--name", "--set", "--json"],
     "eval": ["RUN", "--data", "--json"],
     "report": ["RUN"],
     "topology": ["KIND", "--peers", "--p", "--seed", "-k", "--weights", "--output", "--json"],
 }
-LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 60, "peers.count": 2, "save_every": 2}  # time to interrupt one
+# time to interrupt one
+LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 60, "peers.count": 2, "save_every": 2}
 CLOCKS = {"seconds", "spent_s", "participant_steps_per_second", "tokens_per_second"}
 
 
 def one_document(outcome: Outcome) -> Any:
-    """What a command with --json says: one JSON document on one line, nothing else, no NaN in it."""
+    """What a command with --json says: one JSON document on one line, nothing else, no NaN in
+    it.
+    """
     assert (outcome.exit_code, outcome.err) == (0, "")
     assert outcome.out.endswith("\n") and outcome.out.count("\n") == 1
-    return json.loads(outcome.out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    return json.loads(
+        outcome.out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON")
+    )
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> tuple[Path, Any]:
+def template(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
+) -> tuple[Path, Any]:
     """A folder with a small run that is finished, and what `simulate --json` said of it."""
-    folder = furnish(tmp_path_factory.mktemp("small") / "work", model_folder("bert"), {"compare": ["local"]})
+    folder = furnish(
+        tmp_path_factory.mktemp("small") / "work", model_folder("bert"), {"compare": ["local"]}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return folder, one_document(call("simulate", "run.yaml", "--json"))
@@ -75,7 +105,10 @@ def test_help_names_the_commands_and_the_exit_codes() -> None:
     assert (outcome.exit_code, outcome.err) == (0, "")
     text = words(outcome.out)
     assert [command for command in OPTIONS if f" {command} " not in text] == []
-    codes = "0 done, 2 your mistake (the message says how to fix it), 3 the other side's, 4 interrupted and resumable."
+    codes = (
+        "0 done, 2 your mistake (the message says how to fix it), 3 the other side's, 4 interrupted"
+        " and resumable."
+    )
     assert f"Exit codes: {codes}" in text
 
 
@@ -96,10 +129,14 @@ def test_the_help_of_a_command_shows_its_options_and_an_example(command: str) ->
 
 
 def test_the_examples_in_the_help_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = re.search(r"Example: dlora (simulate (\S+) .*?) Options", words(call("simulate", "--help").out))
+    example = re.search(
+        r"Example: dlora (simulate (\S+) .*?) Options", words(call("simulate", "--help").out)
+    )
     assert example is not None
     assert (REPOSITORY / example[2]).is_file()
-    example = re.search(r"Example: dlora (topology .*?\.svg)", words(call("topology", "--help").out))
+    example = re.search(
+        r"Example: dlora (topology .*?\.svg)", words(call("topology", "--help").out)
+    )
     assert example is not None
     monkeypatch.chdir(tmp_path)
     assert call(*shlex.split(example[1])).exit_code == 0
@@ -113,7 +150,9 @@ def test_shell_completion_can_be_installed() -> None:
     assert "--install-completion" in call("--help").out
 
 
-@pytest.mark.parametrize("arguments", [["simulate"], ["plan"], ["eval"], ["peer", "run.yaml"], ["topology"]])
+@pytest.mark.parametrize(
+    "arguments", [["simulate"], ["plan"], ["eval"], ["peer", "run.yaml"], ["topology"]]
+)
 def test_what_is_missing_on_the_command_line_is_shown_by_an_example(arguments: list[str]) -> None:
     outcome = call(*arguments)
     assert outcome.exit_code == 2 and outcome.err.count("\n") == 1
@@ -122,9 +161,17 @@ def test_what_is_missing_on_the_command_line_is_shown_by_an_example(arguments: l
 
 
 @pytest.mark.parametrize("command", ["simulate", "peer", "device", "plan", "eval", "cloud"])
-def test_the_first_line_comes_before_anything_slow_is_imported(command: str, tmp_path: Path) -> None:
-    """At that moment neither torch nor transformers is there; the line is no slower than Python and typer are."""
-    needed = [] if command in ("simulate", "plan", "eval") else ["--name", "a", "--key", "a.key", "--federation", "f.yaml"]
+def test_the_first_line_comes_before_anything_slow_is_imported(
+    command: str, tmp_path: Path
+) -> None:
+    """At that moment neither torch nor transformers is there; the line is no slower than Python and
+    typer are.
+    """
+    needed = (
+        []
+        if command in ("simulate", "plan", "eval")
+        else ["--name", "a", "--key", "a.key", "--federation", "f.yaml"]
+    )
     code = f"""
 import sys
 from dlora import cli
@@ -135,14 +182,17 @@ class Watching:
 
     def write(self, text):
         if text.strip():
-            print(text.strip()[9:17], *sorted({{"torch", "transformers", "numpy"}} & sys.modules.keys()))
+            heavy = {{"torch", "transformers", "numpy"}} & sys.modules.keys()
+            print(text.strip()[9:17], *sorted(heavy))
             sys.exit(0)
 
 sys.stderr = Watching()
 sys.argv = {["dlora", command, "run.yaml", *needed]!r}
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path
+    )
     assert (done.stdout, done.stderr) == ("starting\n", "")
 
 
@@ -161,7 +211,9 @@ def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path,
     ]  # fmt: skip
     assert told[-1][-1] == plain(seconds_text(summary["spent_s"]["in_all"]))
     for row, (name, run) in zip(rows, summary["runs"].items(), strict=True):
-        scores = [f"{100 * run[of]['accuracy']:.1f} %" for of in ("consensus", "peers_mean", "best")]
+        scores = [
+            f"{100 * run[of]['accuracy']:.1f} %" for of in ("consensus", "peers_mean", "best")
+        ]
         assert re.split(r" {2,}", row.strip())[:3] == [name, *scores[:2]]
         assert f"{scores[2]} ({run['best']['rounds_done']})" in row
 
@@ -169,17 +221,34 @@ def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path,
 def test_the_table_says_where_all_of_the_time_went(work: Path) -> None:
     """The parts add up to what a clock outside measures, but for the end of the process."""
     began = time.monotonic()
-    process = start(work, "simulate", "run.yaml", "--set", "output_dir=timed", "--set", "train.local_steps=40", "--json")
+    process = start(
+        work,
+        "simulate",
+        "run.yaml",
+        "--set",
+        "output_dir=timed",
+        "--set",
+        "train.local_steps=40",
+        "--json",
+    )
     outcome = finish(process)
     assert (outcome.exit_code, outcome.err) == (0, "")
     spent, outside_s = json.loads(outcome.out)["spent_s"], time.monotonic() - began
     parts = [seconds for part, seconds in spent.items() if part != "in_all"]
-    assert spent["in_all"] == pytest.approx(sum(parts)) and spent["other"] < 0.05 * spent["in_all"] + 1
+    assert (
+        spent["in_all"] == pytest.approx(sum(parts)) and spent["other"] < 0.05 * spent["in_all"] + 1
+    )
     assert spent["in_all"] < outside_s
 
 
-def test_a_language_model_is_shown_by_its_perplexity(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
-    folder = furnish(tmp_path / "work", model_folder("llama", "causal-lm"), {"task": "causal-lm", "train.rounds": 1})
+def test_a_language_model_is_shown_by_its_perplexity(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    folder = furnish(
+        tmp_path / "work",
+        model_folder("llama", "causal-lm"),
+        {"task": "causal-lm", "train.rounds": 1},
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         outcome = call("simulate", "run.yaml")
@@ -190,14 +259,28 @@ def test_a_language_model_is_shown_by_its_perplexity(tmp_path: Path, model_folde
 
 
 def test_a_run_that_diverges_says_so(work: Path) -> None:
-    overrides = ["--set", "train.learning_rate=1e30", "--set", "output_dir=diverged", "--set", "compare=[]"]
+    overrides = [
+        "--set",
+        "train.learning_rate=1e30",
+        "--set",
+        "output_dir=diverged",
+        "--set",
+        "compare=[]",
+    ]
     outcome = call("simulate", "run.yaml", "--json", *overrides)
     assert (outcome.exit_code, outcome.out) == (2, "")
-    assert "dec-lora diverged in round" in outcome.err and "lower train.learning_rate" in outcome.err
+    assert (
+        "dec-lora diverged in round" in outcome.err and "lower train.learning_rate" in outcome.err
+    )
 
 
 def test_set_overrides_the_config(work: Path) -> None:
-    overrides = ["train.rounds=1", "peers.topology={kind: complete}", "train.learning_rate=1e-4", "output_dir=other"]
+    overrides = [
+        "train.rounds=1",
+        "peers.topology={kind: complete}",
+        "train.learning_rate=1e-4",
+        "output_dir=other",
+    ]
     outcome = call("simulate", "run.yaml", *(part for key in overrides for part in ("--set", key)))
     assert (outcome.exit_code, outcome.err) == (0, "")
     resolved = yaml.safe_load(Path("other/config.yaml").read_text())
@@ -212,16 +295,25 @@ def test_a_dry_run_where_a_run_stands_says_so_and_writes_nothing(work: Path) -> 
     before = contents(work)
     outcome = call("simulate", "run.yaml", "--dry-run")
     assert (outcome.exit_code, outcome.err) == (0, "")
-    assert "run holds this run already: --resume goes on with it" in words(outcome.out) and "would run dec-lora" in outcome.out
+    assert (
+        "run holds this run already: --resume goes on with it" in words(outcome.out)
+        and "would run dec-lora" in outcome.out
+    )
     outcome = call("simulate", "run.yaml", "--dry-run", "--set", "seed=1")
     assert outcome.exit_code == 0 and "would run dec-lora" in outcome.out
-    assert outcome.err.startswith("warning: output_dir run holds another run, so this one would not start (resume: seed was 0")
+    assert outcome.err.startswith(
+        "warning: output_dir run holds another run, so this one would not start (resume: seed was 0"
+    )
     assert contents(work) == before
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(work: Path) -> None:
-    Path("eval.jsonl").write_text(Path("eval.jsonl").read_text().replace('"label": 1', '"label": "[red]"'))
-    Path("train.jsonl").write_text(Path("train.jsonl").read_text().replace('"label": 1', '"label": "[red]"'))
+    Path("eval.jsonl").write_text(
+        Path("eval.jsonl").read_text().replace('"label": 1', '"label": "[red]"')
+    )
+    Path("train.jsonl").write_text(
+        Path("train.jsonl").read_text().replace('"label": 1', '"label": "[red]"')
+    )
     before = contents(work)
     arguments = ["simulate", "run.yaml", "--set", "output_dir=other", "--dry-run"]
     table = call(*arguments)
@@ -246,17 +338,27 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(work: Path) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_every_topology_is_described_and_drawn(arguments: list[str], neighbours: int | None, tmp_path: Path) -> None:
+def test_every_topology_is_described_and_drawn(
+    arguments: list[str], neighbours: int | None, tmp_path: Path
+) -> None:
     drawing = tmp_path / "graph.svg"
     table = call("topology", *arguments, "-o", drawing)
     assert (table.exit_code, table.err) == (0, "")
     figures = one_document(call("topology", *arguments, "--json"))
     assert f"spectral gap                   {figures['spectral_gap']:.3g}\n" in table.out
-    assert f" {figures['rounds_to_agree']:,} ({figures['messages_to_agree']:,} messages" in table.out
+    assert (
+        f" {figures['rounds_to_agree']:,} ({figures['messages_to_agree']:,} messages" in table.out
+    )
     assert figures["kind"] == arguments[0]
-    assert len(figures["neighbours"][0]) == figures["peers"] == (int(arguments[2]) if "-n" in arguments else 8)
+    assert (
+        len(figures["neighbours"][0])
+        == figures["peers"]
+        == (int(arguments[2]) if "-n" in arguments else 8)
+    )
     if neighbours is not None:
-        assert {len(weights) for period in figures["neighbours"] for weights in period} == {neighbours}
+        assert {len(weights) for period in figures["neighbours"] for weights in period} == {
+            neighbours
+        }
     root = ElementTree.parse(drawing).getroot()
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert f"{arguments[0]} of {figures['peers']} peers" in drawing.read_text()
@@ -281,9 +383,13 @@ def test_eval_scores_the_adapters_again(work: Path, template: tuple[Path, Any]) 
 
 def test_eval_takes_other_data(work: Path) -> None:
     rows = [json.loads(line) for line in Path("eval.jsonl").read_text().splitlines()]
-    turned = [json.dumps({**row, "label": 1 - row["label"]}) for row in rows]  # every right answer becomes a wrong one
+    # every right answer becomes a wrong one
+    turned = [json.dumps({**row, "label": 1 - row["label"]}) for row in rows]
     Path("turned.jsonl").write_text("\n".join(turned))
-    own, other = (one_document(call("eval", "run", "--json", *data)) for data in ([], ["--data", "turned.jsonl"]))
+    own, other = (
+        one_document(call("eval", "run", "--json", *data))
+        for data in ([], ["--data", "turned.jsonl"])
+    )
     for name in own:
         assert other[name]["accuracy"] == pytest.approx(1 - own[name]["accuracy"])
 
@@ -297,7 +403,8 @@ def test_report_writes_the_page_again(work: Path) -> None:
     assert page.read_text() == first
 
 
-# --- interrupted runs, in processes of their own -------------------------------------------------------------------
+# --- interrupted runs, in processes of their own
+# -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -329,14 +436,23 @@ def wait_for_round(process: subprocess.Popen[str], run: Path, number: int) -> No
 
 def rounds_logged(run: Path) -> list[int]:
     log = run / "log.jsonl"
-    return [event["round"] for event in read_log(log) if event["event"] == "round"] if log.exists() else []
+    return (
+        [event["round"] for event in read_log(log) if event["event"] == "round"]
+        if log.exists()
+        else []
+    )
 
 
 def assert_as_if_uninterrupted(run: Path, whole: Path) -> None:
     """Factors bit for bit, the summary but for its clocks, and every round once in the log."""
     assert_identical(final_factors(run), final_factors(whole / "run"))
-    results = [json.loads((folder / "summary.json").read_text())["runs"]["dec-lora"] for folder in (run, whole / "run")]
-    ours, theirs = ({key: value for key, value in result.items() if key not in CLOCKS} for result in results)
+    results = [
+        json.loads((folder / "summary.json").read_text())["runs"]["dec-lora"]
+        for folder in (run, whole / "run")
+    ]
+    ours, theirs = (
+        {key: value for key, value in result.items() if key not in CLOCKS} for result in results
+    )
     assert ours == theirs
     assert rounds_logged(run) == [0, 1, 2, 3]
 
@@ -356,9 +472,12 @@ def test_ctrl_c_finishes_the_round_and_says_how_to_go_on(fresh: Path, whole: Pat
     process.send_signal(signal.SIGINT)
     outcome = finish(process)
     assert (outcome.exit_code, outcome.out) == (4, "")
-    announcement, message = outcome.err.splitlines()  # and nothing else: no bars where there is no terminal
+    # and nothing else: no bars where there is no terminal
+    announcement, message = outcome.err.splitlines()
     assert announcement == "stopping after this round; Ctrl-C again discards it"
-    stopped = re.match(r"dec-lora stopped after round (\d) of 4, finished and saved; go on with: ", message)
+    stopped = re.match(
+        r"dec-lora stopped after round (\d) of 4, finished and saved; go on with: ", message
+    )
     assert stopped is not None, message
     *_, checkpoint = sorted(Path("my run/checkpoints/dec-lora").iterdir())
     assert checkpoint.name == f"round-00000{stopped[1]}"
@@ -378,7 +497,9 @@ def test_ctrl_c_twice_discards_the_round(fresh: Path, whole: Path) -> None:
     outcome = finish(process)
     assert (outcome.exit_code, outcome.out) == (4, "")
     [message] = outcome.err.splitlines()
-    assert message.startswith("the round under way is discarded, what was saved stands; go on with: dlora simulate ")
+    assert message.startswith(
+        "the round under way is discarded, what was saved stands; go on with: dlora simulate "
+    )
     resume(message)
     assert_as_if_uninterrupted(Path("run"), whole)
 
@@ -387,7 +508,9 @@ def test_ctrl_c_twice_discards_the_round(fresh: Path, whole: Path) -> None:
 def test_a_signal_while_loading_ends_at_once_and_the_same_command_starts_anew(
     number: signal.Signals, tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:
-    """Field case 15: nothing is written yet, and libraries that are being imported cannot swallow the signal."""
+    """Field case 15: nothing is written yet, and libraries that are being imported cannot swallow
+    the signal.
+    """
     folder = furnish(tmp_path / "work", model_folder("bert"))
     process = start(folder, "simulate", "run.yaml")
     assert process.stderr is not None
@@ -395,7 +518,11 @@ def test_a_signal_while_loading_ends_at_once_and_the_same_command_starts_anew(
     process.send_signal(number)
     outcome = finish(process)
     assert (outcome.exit_code, outcome.out) == (4, "")
-    assert outcome.err == "stopped before it began; nothing was written; start it again with: dlora simulate run.yaml\n"
+    assert (
+        outcome.err
+        == "stopped before it began; nothing was written; start it again with: dlora simulate"
+        " run.yaml\n"
+    )
     assert not (folder / "run").exists()
 
 
@@ -405,7 +532,10 @@ def test_sigusr1_is_heard_as_sigterm_is(fresh: Path, whole: Path) -> None:
     wait_for_round(process, fresh / "run", 0)
     process.send_signal(signal.SIGUSR1)
     outcome = finish(process)
-    assert outcome.exit_code == 4 and "finished and saved; go on with: dlora simulate run.yaml --resume" in outcome.err
+    assert (
+        outcome.exit_code == 4
+        and "finished and saved; go on with: dlora simulate run.yaml --resume" in outcome.err
+    )
     resume(outcome.err)
     assert_as_if_uninterrupted(Path("run"), whole)
 
@@ -416,7 +546,8 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(fresh: Path, whole: Path)
     wait_for_round(process, fresh / "run", 2)
     process.kill()
     assert finish(process) == Outcome(-signal.SIGKILL, "", "")
-    assert [path.name for path in Path("run/checkpoints/dec-lora").iterdir()] == ["round-000002"]  # round 2 is lost
+    # round 2 is lost
+    assert [path.name for path in Path("run/checkpoints/dec-lora").iterdir()] == ["round-000002"]
     outcome = call("simulate", "run.yaml", "--resume")
     assert (outcome.exit_code, outcome.err) == (0, "")
     assert_as_if_uninterrupted(Path("run"), whole)
@@ -427,23 +558,54 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(fresh: Path, whole: Path)
     [
         (["simulate", "run.yaml"], "train.jsonl does not exist"),
         (["simulate", "run.yaml", "--dry-run"], "train.jsonl does not exist"),
-        (["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"], "peers.members is missing"),
         (
-            ["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f", "--set", "peers.members=[a,b]"],
+            ["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"],
+            "peers.members is missing",
+        ),
+        (
+            [
+                "peer",
+                "run.yaml",
+                "--name",
+                "a",
+                "--key",
+                "k",
+                "--federation",
+                "f",
+                "--set",
+                "peers.members=[a,b]",
+            ],
             "data.labels is missing",
         ),
-        (["device", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"], "train.jsonl does not exist"),
+        (
+            ["device", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"],
+            "train.jsonl does not exist",
+        ),
     ],
 )
-def test_what_the_config_tells_is_said_before_torch_is_loaded(arguments: list[str], says: str, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("model: none\ndata: {train: train.jsonl, eval: eval.jsonl}\n")
-    code = "import sys\nfrom dlora import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+def test_what_the_config_tells_is_said_before_torch_is_loaded(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: none\ndata: {train: train.jsonl, eval: eval.jsonl}\n"
+    )
+    code = (
+        "import sys\nfrom dlora import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in"
+        " sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "False\n") and says in done.stderr
 
 
 @pytest.mark.filterwarnings("always")
 def test_a_rank_above_what_a_weight_can_have_is_doubted(work: Path) -> None:
-    outcome = call("simulate", "run.yaml", "--dry-run", "--set", "output_dir=other", "--set", "lora.r=100")
+    outcome = call(
+        "simulate", "run.yaml", "--dry-run", "--set", "output_dir=other", "--set", "lora.r=100"
+    )
     assert outcome.exit_code == 0
-    assert re.search(r"warning: lora.r 100: \S+ has only 64 rows or columns, a rank above that adds nothing\n", outcome.err)
+    assert re.search(
+        r"warning: lora.r 100: \S+ has only 64 rows or columns, a rank above that adds nothing\n",
+        outcome.err,
+    )

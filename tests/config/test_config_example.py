@@ -1,4 +1,6 @@
-"""`dlora config`: what it prints loads as it is, and says every key, its default and its meaning."""
+"""`dlora config`: what it prints loads as it is, and says every key, its default and its
+meaning.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from dlora.config.reading import paths_of
 from dlora.config.run import Config
 from kit.call_cli import call
 
-KINDS = pytest.mark.parametrize(("arguments", "document"), [([], Config), (["--cloud"], CloudConfig)])
+KINDS = pytest.mark.parametrize(
+    ("arguments", "document"), [([], Config), (["--cloud"], CloudConfig)]
+)
 
 
 def _uncommented(line: str) -> str:
@@ -29,7 +33,9 @@ def printed(*arguments: str) -> str:
 
 
 @KINDS
-def test_what_is_printed_loads_and_is_the_defaults(arguments: list[str], document: Any, tmp_path: Path) -> None:
+def test_what_is_printed_loads_and_is_the_defaults(
+    arguments: list[str], document: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(printed(*arguments))
     loaded = document.load(path)
@@ -54,7 +60,11 @@ def test_blocks_that_are_null_can_be_uncommented(tmp_path: Path) -> None:
     """The commented lines are YAML of the same keys."""
     lines = printed().splitlines()
     start = lines.index("#split:")
-    end = next(number for number in range(start, len(lines)) if _uncommented(lines[number]) == lines[number])
+    end = next(
+        number
+        for number in range(start, len(lines))
+        if _uncommented(lines[number]) == lines[number]
+    )
     block = yaml.safe_load("\n".join(map(_uncommented, lines[start:end])))
     text = "\n".join(line for line in lines if not line.startswith(("#", "split:"))) + "\n"
     (tmp_path / "run.yaml").write_text(text + yaml.safe_dump(block))

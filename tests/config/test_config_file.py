@@ -1,4 +1,6 @@
-"""How a config is read: words as they stand, no key twice, bounded time, and advice that is right."""
+"""How a config is read: words as they stand, no key twice, bounded time, and advice that is
+right.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from dlora.identity.keys import new_identity
 
 BASE = "model: m\ndata: {train: a.jsonl, eval: b.jsonl}\n"
 BILLIONS = "".join(
-    f"{here}: &{here} [{', '.join([f'*{there}'] * 9)}]\n" for there, here in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{here}: &{here} [{', '.join([f'*{there}'] * 9)}]\n"
+    for there, here in zip("abcdefgh", "bcdefghi", strict=True)
 )
 MERGES = BILLIONS.replace("[", "{<<: [").replace("]", "]}")
 
@@ -42,7 +45,10 @@ def refused(tmp_path: Path, text: str | bytes) -> str:
     ("text", "said"),
     [
         (BASE + "seed: 1\nseed: 2\n", "a key stands twice: seed, in line 3 and in line 4"),
-        (BASE + "train:\n  rounds: 3\n  local_steps: 1\n  rounds: 4\n", "rounds, in line 4 and in line 6"),
+        (
+            BASE + "train:\n  rounds: 3\n  local_steps: 1\n  rounds: 4\n",
+            "rounds, in line 4 and in line 6",
+        ),
         (BASE + "train: {rounds: 3, rounds: 4}\n", "rounds, in line 3; keep one of them"),
         (BASE + "lora:\n  r: 3\n'lora': {r: 4}\n", "lora, in line 3 and in line 5"),
     ],
@@ -64,46 +70,83 @@ def test_a_key_that_stands_twice_in_a_federation_or_member_file(tmp_path: Path) 
 
 
 def test_a_key_of_a_merged_block_may_be_said_again(tmp_path: Path) -> None:
-    """Field case 12: what `<<` brings gives way, as YAML has it; this is no key that stands twice."""
-    config = load(tmp_path, "lora: &shape {r: 4}\n" + BASE + "train: {<<: {rounds: 3, local_steps: 2}, rounds: 5}\n")
+    """Field case 12: what `<<` brings gives way, as YAML has it; this is no key that stands
+    twice.
+    """
+    config = load(
+        tmp_path,
+        "lora: &shape {r: 4}\n" + BASE + "train: {<<: {rounds: 3, local_steps: 2}, rounds: 5}\n",
+    )
     assert (config.lora.r, config.train.rounds, config.train.local_steps) == (4, 5, 2)
 
 
 def test_words_and_numbers_are_read_as_they_stand(tmp_path: Path) -> None:
-    """Field case 22: `no` is Norway; 010, 1_0 and 1:30 are no other numbers; where a number is due, all are read as one."""
+    """Field case 22: `no` is Norway; 010, 1_0 and 1:30 are no other numbers; where a number is due,
+    all are read as one.
+    """
     config = load(
         tmp_path,
-        "model: m\ndata: {train: a, eval: b, labels: [no, yes, on, 010, 1_0, 0, 12]}\npeers: {members: [no, se, dk]}\n"
-        "output_dir: 2024-01-31\nlora: {train_head: no, lora_dropout: .5}\ntrain: {learning_rate: 1e-3, weight_decay: 2.e-1, "
-        "rounds: 1e3, max_grad_norm: null}\n",
+        "model: m\ndata: {train: a, eval: b, labels: [no, yes, on, 010, 1_0, 0, 12]}\npeers:"
+        " {members: [no, se, dk]}\noutput_dir: 2024-01-31\nlora: {train_head: no, lora_dropout:"
+        " .5}\ntrain: {learning_rate: 1e-3, weight_decay: 2.e-1, rounds: 1e3, max_grad_norm:"
+        " null}\n",
     )
     assert config.data.labels == ("no", "yes", "on", "010", "1_0", "0", "12")
     assert config.peers.members == ("no", "se", "dk") and config.output_dir == "2024-01-31"
-    assert (config.lora.train_head, config.lora.lora_dropout, config.train.rounds) == (False, 0.5, 1000)
-    assert (config.train.learning_rate, config.train.weight_decay, config.train.max_grad_norm) == (1e-3, 0.2, None)
+    assert (config.lora.train_head, config.lora.lora_dropout, config.train.rounds) == (
+        False,
+        0.5,
+        1000,
+    )
+    assert (config.train.learning_rate, config.train.weight_decay, config.train.max_grad_norm) == (
+        1e-3,
+        0.2,
+        None,
+    )
     assert load(tmp_path, config.dump()) == config
 
 
 @pytest.mark.parametrize(
-    ("member", "said"), [("true", "YAML reads this as true"), ("1.10", "the number 1.1"), ("12e5", "the number 1200000.0")]
+    ("member", "said"),
+    [
+        ("true", "YAML reads this as true"),
+        ("1.10", "the number 1.1"),
+        ("12e5", "the number 1200000.0"),
+    ],
 )
 def test_what_yaml_reads_otherwise_is_named(tmp_path: Path, member: str, said: str) -> None:
-    """Field case 22: a name or label that YAML takes for something else needs quotes, and the message says so."""
+    """Field case 22: a name or label that YAML takes for something else needs quotes, and the
+    message says so.
+    """
     for text in (f"peers: {{members: [{member}, b]}}\n", f"output_dir: {member}\n"):
         message = refused(tmp_path, BASE + text)
         assert said in message and "put the text in quotes" in message
-    assert load(tmp_path, BASE + f"peers: {{members: ['{member}', b]}}\n").peers.members == (member, "b")
+    assert load(tmp_path, BASE + f"peers: {{members: ['{member}', b]}}\n").peers.members == (
+        member,
+        "b",
+    )
 
 
 BOMBS = {
-    "an alias of itself": (BASE + "lora: &a\n  b: *a\n", "an alias stands for a block that holds it"),
-    "an alias of itself in a list": (BASE + "lora: &a [*a]\n", "an alias stands for a block that holds it"),
-    "a billion laughs": (BASE + "a: &a [x, x, x, x, x, x, x, x, x]\n" + BILLIONS, "more than 100,000 values"),
+    "an alias of itself": (
+        BASE + "lora: &a\n  b: *a\n",
+        "an alias stands for a block that holds it",
+    ),
+    "an alias of itself in a list": (
+        BASE + "lora: &a [*a]\n",
+        "an alias stands for a block that holds it",
+    ),
+    "a billion laughs": (
+        BASE + "a: &a [x, x, x, x, x, x, x, x, x]\n" + BILLIONS,
+        "more than 100,000 values",
+    ),
     "a billion merges": (BASE + "a: &a {x: 1}\n" + MERGES, "more than 100,000 values"),
     "lists 3,000 deep": (BASE + "lora: " + "[" * 3000 + "]" * 3000, "more than 50 deep"),
     "blocks 3,000 deep": (BASE + "lora: " + "{a: " * 3000 + "}" * 3000, "more than 50 deep"),
     "blocks deep by aliases": (
-        BASE + "a0: &a0 1\n" + "".join(f"a{n + 1}: &a{n + 1} {'[' * 40}*a{n}{']' * 40}\n" for n in range(60)),
+        BASE
+        + "a0: &a0 1\n"
+        + "".join(f"a{n + 1}: &a{n + 1} {'[' * 40}*a{n}{']' * 40}\n" for n in range(60)),
         "blocks more than 50 deep",
     ),
     "a number of 5,000 digits": (BASE + "seed: " + "9" * 5000, "a number has 5,000 digits"),
@@ -127,29 +170,55 @@ def test_a_config_that_grows_without_end(tmp_path: Path, name: str) -> None:
 def test_an_override_is_bounded_too(tmp_path: Path) -> None:
     """Field case 38."""
     (tmp_path / "run.yaml").write_text(BASE)
-    for value, said in (("[" * 3000, "more than 50 deep"), ("9" * 5000, "a number has 5,000 digits"), ("&a [*a]", "an alias")):
+    for value, said in (
+        ("[" * 3000, "more than 50 deep"),
+        ("9" * 5000, "a number has 5,000 digits"),
+        ("&a [*a]", "an alias"),
+    ):
         with pytest.raises(ConfigError, match=said) as caught:
             Config.load(tmp_path / "run.yaml", [f"seed={value}"])
         assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
 
 
 def test_many_mistakes_are_not_many_lines(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(BASE + "".join(f"key{number}: 1\n" for number in range(1000)))
+    (tmp_path / "run.yaml").write_text(
+        BASE + "".join(f"key{number}: 1\n" for number in range(1000))
+    )
     with pytest.raises(ConfigError, match="and 980 more mistakes$") as caught:
         Config.load(tmp_path / "run.yaml")
     assert len(str(caught.value).splitlines()) == 21
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../X", "/tmp/X", "a/b", "..", ".hidden", "", " ", "a b", "a\\b", "a\n", "x" * 81, "\U0001f600"]
+    "name",
+    [
+        "../../../X",
+        "/tmp/X",
+        "a/b",
+        "..",
+        ".hidden",
+        "",
+        " ",
+        "a b",
+        "a\\b",
+        "a\n",
+        "x" * 81,
+        "\U0001f600",
+    ],
 )
 def test_a_member_names_a_folder_here_and_nowhere_else(name: str) -> None:
     """Field case 35: wherever names come from, none leads out of output_dir."""
-    tree = {"model": "m", "data": {"train": "a", "eval": "b"}, "peers": {"members": ["north", name]}}
+    tree = {
+        "model": "m",
+        "data": {"train": "a", "eval": "b"},
+        "peers": {"members": ["north", name]},
+    }
     with pytest.raises(ConfigError, match="^peers: members: .* cannot name a folder; use letters"):
         Config.parse(tree)
     files = {"train": {"north": "a", name: "b"}, "eval": "b", "partition": {"kind": "files"}}
-    with pytest.raises(ConfigError, match="^data: train: the peer .* cannot name a folder; use letters"):
+    with pytest.raises(
+        ConfigError, match="^data: train: the peer .* cannot name a folder; use letters"
+    ):
         Config.parse({"model": "m", "data": files})
 
 
@@ -178,7 +247,9 @@ def test_advice_for_an_unknown_key(tmp_path: Path, line: str, said: str) -> None
 
 
 def test_advice_for_packing(tmp_path: Path) -> None:
-    assert "rows are never packed together" in refused(tmp_path, "model: m\ndata: {train: a, eval: b, packing: true}\n")
+    assert "rows are never packed together" in refused(
+        tmp_path, "model: m\ndata: {train: a, eval: b, packing: true}\n"
+    )
 
 
 def test_advice_names_keys_that_are_there() -> None:
@@ -216,7 +287,9 @@ def test_a_federation_file_as_windows_writes_it(tmp_path: Path) -> None:
     """Held well: a byte order mark and CRLF in member and federation files."""
     _, member = new_identity("north", "north.example.org:7000", "peer", tmp_path)
     text = federation_text([member])
-    (tmp_path / "federation.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    (tmp_path / "federation.yaml").write_bytes(
+        b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+    )
     assert Federation.load(tmp_path / "federation.yaml").members.keys() == {"north"}
     member.write_bytes(b"\xef\xbb\xbf" + member.read_bytes().replace(b"\n", b"\r\n"))
     assert federation_text([member]) == text
@@ -226,15 +299,28 @@ def test_a_path_stands_for_its_config_and_nothing_else_does(tmp_path: Path) -> N
     (tmp_path / "run.yaml").write_text("model: none\ndata: {train: a.jsonl, eval: b.jsonl}\n")
     config = Config.given(tmp_path / "run.yaml")
     assert Config.given(str(tmp_path / "run.yaml")) == config and Config.given(config) is config
-    with pytest.raises(ConfigError, match="expected a dlora.Config or the path of its YAML, got a dict"):
+    with pytest.raises(
+        ConfigError, match="expected a dlora.Config or the path of its YAML, got a dict"
+    ):
         Config.given({"model": "none"})  # type: ignore[arg-type]
 
 
 def test_the_other_kind_of_config_is_one_line() -> None:
-    run = {"model": "none", "data": {"train": "a", "eval": "b"}, "task": "classification", "lora": {"r": 4}}
-    with pytest.raises(ConfigError, match="^this is the config of a run .*, and it is read as that of a cloud; .*--cloud$"):
+    run = {
+        "model": "none",
+        "data": {"train": "a", "eval": "b"},
+        "task": "classification",
+        "lora": {"r": 4},
+    }
+    with pytest.raises(
+        ConfigError,
+        match="^this is the config of a run .*, and it is read as that of a cloud; .*--cloud$",
+    ):
         CloudConfig.parse(run)
-    with pytest.raises(ConfigError, match="^this is the config of a cloud .*, and it is read as that of a run; .*config$"):
+    with pytest.raises(
+        ConfigError,
+        match="^this is the config of a cloud .*, and it is read as that of a run; .*config$",
+    ):
         Config.parse({"model": "none", "limits": {}, "listen": "a:1", "metrics": "a:2"})
 
 

@@ -38,7 +38,9 @@ def test_one_process_is_none_of_several(environment: dict[str, str]) -> None:
     refuse_ranks(environment)
 
 
-def test_the_command_asks_before_it_reads(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_asks_before_it_reads(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Field case 27: exit 2, one line, nothing written."""
     monkeypatch.chdir(str(tmp_path))
     with open("run.yaml", "w") as file:
@@ -46,4 +48,6 @@ def test_the_command_asks_before_it_reads(tmp_path: object, monkeypatch: pytest.
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     outcome = call("simulate", "run.yaml")
-    assert outcome.exit_code == 2 and outcome.err.startswith("error: torchrun started 2 processes (RANK=1, WORLD_SIZE=2)")
+    assert outcome.exit_code == 2 and outcome.err.startswith(
+        "error: torchrun started 2 processes (RANK=1, WORLD_SIZE=2)"
+    )

@@ -1,4 +1,6 @@
-"""Rows of causal-lm: how each form is written, where the loss looks, what is said about a bad row."""
+"""Rows of causal-lm: how each form is written, where the loss looks, what is said about a bad
+row.
+"""
 
 import os
 from pathlib import Path
@@ -12,15 +14,17 @@ from dlora.data.formats import Example
 from dlora.data.load import encode_evaluation, load_data
 from kit.character_tokenizer import PLAIN, learnt, make_tokenizer, refusal, section, whole, write
 
-assets = pytest.mark.skipif("DLORA_ASSETS" not in os.environ, reason="DLORA_ASSETS names no folder with the real data")
+assets = pytest.mark.skipif(
+    "DLORA_ASSETS" not in os.environ, reason="DLORA_ASSETS names no folder with the real data"
+)
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{"
+    " m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
 
 
@@ -35,7 +39,10 @@ def test_prompt_and_completion(tmp_path: Path) -> None:
     example = one(tmp_path, {"prompt": "1+1=", "completion": "2"})
     assert whole(example) == "<s>1+1=2</s>" and learnt(example) == "2</s>"
     without_eos = make_tokenizer(eos=False)
-    assert learnt(one(tmp_path, {"prompt": "1+1=", "completion": "2"}, without_eos), without_eos) == "2"
+    assert (
+        learnt(one(tmp_path, {"prompt": "1+1=", "completion": "2"}, without_eos), without_eos)
+        == "2"
+    )
 
 
 def test_the_prompt_is_cut_on_the_left_and_the_answer_at_its_end(tmp_path: Path) -> None:
@@ -44,23 +51,27 @@ def test_the_prompt_is_cut_on_the_left_and_the_answer_at_its_end(tmp_path: Path)
     longer = one(tmp_path, {"prompt": "abcdefgh", "completion": "123456789"}, max_length=8)
     assert whole(longer) == "<s>1234567" and learnt(longer) == "1234567"
     no_first = make_tokenizer(bert=True)  # no beginning-of-sequence token: one of the prompt stays
-    longer = one(tmp_path, {"prompt": "abcdefgh", "completion": "123456789"}, no_first, max_length=8)
+    longer = one(
+        tmp_path, {"prompt": "abcdefgh", "completion": "123456789"}, no_first, max_length=8
+    )
     assert whole(longer, no_first) == "h1234567" and learnt(longer, no_first) == "1234567"
 
 
 def test_alpaca_and_dolly_write_the_same_prompt(tmp_path: Path) -> None:
     alpaca = one(tmp_path, {"instruction": "Add.", "input": "1 2", "output": "3"})
-    assert whole(alpaca) == (
-        "<s>Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3</s>"
+    assert (
+        whole(alpaca)
+        == "<s>Below is an instruction that describes a task, paired with an input that provides"
+        " further context. Write a response that appropriately completes the request.\n\n###"
+        " Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3</s>"
     )
     assert learnt(alpaca) == "3</s>"
     assert one(tmp_path, {"instruction": "Add.", "context": "1 2", "response": 3}) == alpaca
     bare = one(tmp_path, {"instruction": "Add.", "input": "", "output": ""})
-    assert whole(bare) == (
-        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd.\n\n### Response:\n</s>"
+    assert (
+        whole(bare)
+        == "<s>Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n### Instruction:\nAdd.\n\n### Response:\n</s>"
     )
     assert learnt(bare) == "</s>" and one(tmp_path, {"instruction": "Add.", "output": ""}) == bare
 
@@ -76,11 +87,20 @@ def test_running_text_is_cut_into_pieces(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_chats_learn_the_answers_only(tmp_path: Path, template: str) -> None:
     tokenizer = make_tokenizer(template=template)
-    turns = [("system", "S"), ("user", "one"), ("assistant", "uno"), ("user", "two"), ("assistant", "dos")]
+    turns = [
+        ("system", "S"),
+        ("user", "one"),
+        ("assistant", "uno"),
+        ("user", "two"),
+        ("assistant", "dos"),
+    ]
     messages = [{"role": role, "content": content} for role, content in turns]
     row = {"messages": messages, "prompt": "p", "completion": "c"}
     example = one(tmp_path, row, tokenizer)
-    assert whole(example, tokenizer) == "<system>S\n<user>one\n<assistant>uno\n<user>two\n<assistant>dos\n"
+    assert (
+        whole(example, tokenizer)
+        == "<system>S\n<user>one\n<assistant>uno\n<user>two\n<assistant>dos\n"
+    )
     assert learnt(example, tokenizer).replace("\n", "") == "unodos"
     greeting = one(tmp_path, {"messages": messages[2:3]}, tokenizer)  # nothing before the answer
     assert learnt(greeting, tokenizer).replace("\n", "").endswith("uno")
@@ -106,21 +126,33 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
 )
 def test_bad_chats(tmp_path: Path, template: str | None, messages: Any, said: str) -> None:
     source = write(tmp_path / "a.jsonl", [{"messages": messages}])
-    refusal(f"{source} row 1: ", section(source), "causal-lm", 1, make_tokenizer(template=template), 0)
+    refusal(
+        f"{source} row 1: ", section(source), "causal-lm", 1, make_tokenizer(template=template), 0
+    )
     refusal(said, section(source), "causal-lm", 1, make_tokenizer(template=template), 0)
 
 
-ANSWER_FORMAT = {"instruction": "Is it?\n\nAnswer format: yes/no", "output": "no: it is no", "answer": "no"}
+ANSWER_FORMAT = {
+    "instruction": "Is it?\n\nAnswer format: yes/no",
+    "output": "no: it is no",
+    "answer": "no",
+}
 OPTIONS = {"prompt": "1+1=", "options": ["1", "2", 3], "answer": 1}
 
 
 def test_choices(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.jsonl", [ANSWER_FORMAT, {**ANSWER_FORMAT, "answer": "yes", "output": "no: it is yes"}])
+    source = write(
+        tmp_path / "a.jsonl",
+        [ANSWER_FORMAT, {**ANSWER_FORMAT, "answer": "yes", "output": "no: it is yes"}],
+    )
     data = load_data(section(source, max_length=400), "causal-lm", 1, PLAIN, 0)
     assert [choice.answer for choice in data.choices] == [1, 0]
     options = [[learnt(option) for option in choice.options] for choice in data.choices]
     assert options == [["no: it is yes</s>", "no: it is no</s>"]] * 2
-    assert [learnt(example) for example in data.evaluation] == ["no: it is no</s>", "no: it is yes</s>"]
+    assert [learnt(example) for example in data.evaluation] == [
+        "no: it is no</s>",
+        "no: it is yes</s>",
+    ]
     assert data.peers["peer-0"] == data.evaluation
 
 
@@ -128,11 +160,17 @@ def test_choices(tmp_path: Path) -> None:
     ("options", "answer", "gold"),
     [(["1", "2", 3], 1, 1), (["1", "2", 3], "1", 0), ([1, 2, 3], 3, 2), ([1, 2, 3], "3", 2)],
 )
-def test_options_by_index_or_text(tmp_path: Path, options: list[Any], answer: Any, gold: int) -> None:
+def test_options_by_index_or_text(
+    tmp_path: Path, options: list[Any], answer: Any, gold: int
+) -> None:
     source = write(tmp_path / "a.jsonl", [{"prompt": "p", "options": options, "answer": answer}])
     data = load_data(section(source), "causal-lm", 1, PLAIN, 0)
     (choice,) = data.choices
-    assert choice.answer == gold and [learnt(option) for option in choice.options] == ["1</s>", "2</s>", "3</s>"]
+    assert choice.answer == gold and [learnt(option) for option in choice.options] == [
+        "1</s>",
+        "2</s>",
+        "3</s>",
+    ]
     assert data.evaluation == [choice.options[gold]]
 
 
@@ -150,8 +188,14 @@ def test_options_by_index_or_text(tmp_path: Path, options: list[Any], answer: An
         ({**OPTIONS, "answer": -1}, "row 1: answer -1 is no option"),
         ({**OPTIONS, "options": ["1"]}, "expected a list of at least two different answers"),
         ({**OPTIONS, "options": ["1", 1]}, "expected a list of at least two different answers"),
-        ({**ANSWER_FORMAT, "answer": "maybe"}, "answer 'maybe' must be one of yes, no and occur in output 'no: it is"),
-        ({**ANSWER_FORMAT, "answer": "yes"}, "answer 'yes' must be one of yes, no and occur in output 'no: it is no'"),
+        (
+            {**ANSWER_FORMAT, "answer": "maybe"},
+            "answer 'maybe' must be one of yes, no and occur in output 'no: it is",
+        ),
+        (
+            {**ANSWER_FORMAT, "answer": "yes"},
+            "answer 'yes' must be one of yes, no and occur in output 'no: it is no'",
+        ),
     ],
 )
 def test_bad_causal_rows(tmp_path: Path, row: dict[str, Any], said: str) -> None:
@@ -162,7 +206,9 @@ def test_what_teaches_nothing_is_refused(tmp_path: Path) -> None:
     bare = make_tokenizer(eos=False)
     empty = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": ""}])
     refusal("row 1: completion is empty", section(empty), "causal-lm", 1, bare, 0)
-    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
     single = write(tmp_path / "b.jsonl", [{"text": "a"}])
     refusal("row 1: the text is a single token", section(single), "causal-lm", 1, bare, 0)
 
@@ -170,7 +216,9 @@ def test_what_teaches_nothing_is_refused(tmp_path: Path) -> None:
 def test_each_file_has_its_own_form(tmp_path: Path) -> None:
     rows = {"a": {"prompt": "p", "completion": "c"}, "b": {"text": "t"}}
     files = {peer: write(tmp_path / f"{peer}.jsonl", [row]) for peer, row in rows.items()}
-    data = load_data(section(files, files, partition={"kind": "files"}), "causal-lm", None, PLAIN, 0)
+    data = load_data(
+        section(files, files, partition={"kind": "files"}), "causal-lm", None, PLAIN, 0
+    )
     assert [whole(row) for row in data.peers["a"] + data.peers["b"]] == ["<s>pc</s>", "<s>t</s>"]
     assert data.evaluation == data.peers["a"] + data.peers["b"]
 
@@ -179,11 +227,18 @@ def test_each_file_has_its_own_form(tmp_path: Path) -> None:
 def test_real_commonsense() -> None:
     root = os.environ["DLORA_ASSETS"]
     tokenizer = AutoTokenizer.from_pretrained(f"{root}/models/stories260K/hf")
-    boolq = section(f"{root}/data/commonsense/boolq/test.json.gz", max_length=64, limit=50, eval_limit=50)
+    boolq = section(
+        f"{root}/data/commonsense/boolq/test.json.gz", max_length=64, limit=50, eval_limit=50
+    )
     data = load_data(boolq, "causal-lm", 4, tokenizer, 0)
-    answers = {tuple(learnt(option, tokenizer).replace("▁", " ") for option in c.options) for c in data.choices}
+    answers = {
+        tuple(learnt(option, tokenizer).replace("▁", " ") for option in c.options)
+        for c in data.choices
+    }
     assert answers == {("the correct answer is true</s>", "the correct answer is false</s>")}
-    assert len(data.choices) == len(data.evaluation) == 50 and {choice.answer for choice in data.choices} == {0, 1}
+    assert len(data.choices) == len(data.evaluation) == 50 and {
+        choice.answer for choice in data.choices
+    } == {0, 1}
     assert max(len(example.input_ids) for example in data.evaluation) == 64
     assert all(example.input_ids[0] == tokenizer.bos_token_id for example in data.evaluation)
 
@@ -192,6 +247,11 @@ def test_real_commonsense() -> None:
 @pytest.mark.parametrize("name", ["openbookqa", "ARC-Easy", "ARC-Challenge"])
 def test_every_real_question_has_options(name: str) -> None:
     source = f"{os.environ['DLORA_ASSETS']}/data/commonsense/{name}/test.json.gz"
-    examples, choices = encode_evaluation(section(source, eval_limit=200, max_length=600), "causal-lm", PLAIN, None, 0)
+    examples, choices = encode_evaluation(
+        section(source, eval_limit=200, max_length=600), "causal-lm", PLAIN, None, 0
+    )
     assert len(choices) == len(examples) == 200
-    assert all(choice.options[choice.answer] == example for choice, example in zip(choices, examples, strict=True))
+    assert all(
+        choice.options[choice.answer] == example
+        for choice, example in zip(choices, examples, strict=True)
+    )

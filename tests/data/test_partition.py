@@ -17,7 +17,14 @@ from dlora.errors import ConfigError, DataError, UserError
 Hands = dict[str, list[int]]
 
 
-def divide(kind: str, peers: int | None, labels: list[int], seed: int = 0, num_labels: int | None = None, **keys: Any) -> Hands:
+def divide(
+    kind: str,
+    peers: int | None,
+    labels: list[int],
+    seed: int = 0,
+    num_labels: int | None = None,
+    **keys: Any,
+) -> Hands:
     section = PartitionSection.model_validate({"kind": kind, **keys})
     rows = [{"text": "x"}] * len(labels)
     return partition(section, peers, labels, num_labels or max(labels) + 1, rows, seed)
@@ -53,7 +60,11 @@ def test_iid_sizes_are_relative_and_count_the_peers() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "keys"),
-    [("iid", {}), ("dirichlet", {"concentration": 0.5}), ("label-shares", {"shares": ((1, 3), (3, 1))})],
+    [
+        ("iid", {}),
+        ("dirichlet", {"concentration": 0.5}),
+        ("label-shares", {"shares": ((1, 3), (3, 1))}),
+    ],
 )
 def test_another_seed_is_another_partition(kind: str, keys: dict[str, Any]) -> None:
     labels = [0, 1] * 50
@@ -62,8 +73,14 @@ def test_another_seed_is_another_partition(kind: str, keys: dict[str, Any]) -> N
 
 
 @settings(deadline=None)
-@given(st.integers(1, 6), st.lists(st.integers(20, 60), min_size=1, max_size=4), st.sampled_from([0.3, 1.0, 100.0]))
-def test_dirichlet_deals_every_row_and_keeps_min_rows(peers: int, counts: list[int], concentration: float) -> None:
+@given(
+    st.integers(1, 6),
+    st.lists(st.integers(20, 60), min_size=1, max_size=4),
+    st.sampled_from([0.3, 1.0, 100.0]),
+)
+def test_dirichlet_deals_every_row_and_keeps_min_rows(
+    peers: int, counts: list[int], concentration: float
+) -> None:
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     hands = divide("dirichlet", peers, labels, concentration=concentration, min_rows=2)
     check(hands, len(labels))
@@ -84,7 +101,10 @@ def test_dirichlet_small_is_skewed_and_large_is_even() -> None:
 
 
 def test_dirichlet_gives_up_in_words() -> None:
-    with pytest.raises(DataError, match="in 1000 draws with concentration 0.01 .* min_rows 25 of 100 rows; raise conc"):
+    with pytest.raises(
+        DataError,
+        match="in 1000 draws with concentration 0.01 .* min_rows 25 of 100 rows; raise conc",
+    ):
         divide("dirichlet", 4, [0] * 100, concentration=0.01, min_rows=25)
     with pytest.raises(DataError, match="4 peers with min_rows 30 need 120 rows, there are 100"):
         divide("dirichlet", 4, [0] * 100, concentration=1.0, min_rows=30)
@@ -94,7 +114,11 @@ def test_dirichlet_gives_up_in_words() -> None:
 def shared(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
     labels, peers = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     shares = draw(
-        st.lists(st.lists(st.integers(0, 9), min_size=labels, max_size=labels).filter(any), min_size=peers, max_size=peers)
+        st.lists(
+            st.lists(st.integers(0, 9), min_size=labels, max_size=labels).filter(any),
+            min_size=peers,
+            max_size=peers,
+        )
     )
     sizes = draw(st.lists(st.sampled_from([1.0, 2.0, 3.5]), min_size=peers, max_size=peers))
     return draw(st.lists(st.integers(60, 300), min_size=labels, max_size=labels)), shares, sizes
@@ -102,12 +126,21 @@ def shared(draw: st.DrawFn) -> tuple[list[int], list[list[int]], list[float]]:
 
 @settings(deadline=None)
 @given(shared(), st.booleans())
-def test_label_shares_are_kept_within_a_row(made: tuple[list[int], list[list[int]], list[float]], sized: bool) -> None:
+def test_label_shares_are_kept_within_a_row(
+    made: tuple[list[int], list[list[int]], list[float]], sized: bool
+) -> None:
     counts, shares, sizes = made
     sizes = sizes if sized else [1.0] * len(shares)
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     keys: dict[str, Any] = {"sizes": tuple(sizes)} if sized else {}
-    hands = divide("label-shares", None, labels, num_labels=len(counts), shares=tuple(map(tuple, shares)), **keys)
+    hands = divide(
+        "label-shares",
+        None,
+        labels,
+        num_labels=len(counts),
+        shares=tuple(map(tuple, shares)),
+        **keys,
+    )
     check(hands, len(labels))
     for hand, row in zip(hands.values(), shares, strict=True):
         held = Counter(labels[index] for index in hand)
@@ -118,8 +151,12 @@ def test_label_shares_are_kept_within_a_row(made: tuple[list[int], list[list[int
         assert len(set(totals)) == 1
     for total, size in zip(totals, sizes, strict=True):
         assert abs(total - sum(totals) * size / sum(sizes)) <= len(sizes)
-    # As large as possible: some label is used up to rounding, its rest is less than a row or two a peer.
-    demand = [sum(s * row[i] / sum(row) for s, row in zip(sizes, shares, strict=True)) / sum(sizes) for i in range(len(counts))]
+    # As large as possible: some label is used up to rounding, its rest is less than a row or two a
+    # peer.
+    demand = [
+        sum(s * row[i] / sum(row) for s, row in zip(sizes, shares, strict=True)) / sum(sizes)
+        for i in range(len(counts))
+    ]
     largest = min(count / need for count, need in zip(counts, demand, strict=True) if need)
     assert largest - 2 * len(shares) - 2 <= sum(totals) <= largest + 1e-9
 
@@ -144,8 +181,20 @@ def test_label_shares_round_within_the_rows_there_are() -> None:
 @pytest.mark.parametrize(
     ("kind", "peers", "labels", "keys", "said"),
     [
-        ("iid", 4, [0, 1, 0], {}, "4 peers asked for, 3 rows to divide; lower peers.count or bring more rows"),
-        ("iid", None, [0, 1], {}, "partition iid does not say how many peers there are; set peers.count"),
+        (
+            "iid",
+            4,
+            [0, 1, 0],
+            {},
+            "4 peers asked for, 3 rows to divide; lower peers.count or bring more rows",
+        ),
+        (
+            "iid",
+            None,
+            [0, 1],
+            {},
+            "partition iid does not say how many peers there are; set peers.count",
+        ),
         (
             "iid",
             2,
@@ -154,11 +203,41 @@ def test_label_shares_round_within_the_rows_there_are() -> None:
             "the number of peers is 2 by peers.count, 3 by sizes; make them equal",
         ),
         ("iid", None, [0] * 9, {"sizes": (1, 1000)}, "the partition leaves peer-0 without rows"),
-        ("dirichlet", None, [0, 1], {"concentration": 1}, "partition dirichlet does not say how many peers"),
-        ("label-shares", 3, [0, 1] * 9, {"shares": ((1, 1), (1, 1))}, "3 by peers.count, 2 by shares"),
-        ("label-shares", 2, [0, 1] * 9, {"shares": ((1, 1), (1, 1, 1))}, "row 1 has 3 entries, the data has 2 labels"),
-        ("label-shares", 1, [0, 1] * 9, {"shares": ((0, 0),)}, "expected no negatives and a sum above 0"),
-        ("label-shares", 1, [0, 1] * 9, {"shares": ((2, -1),)}, "expected no negatives and a sum above 0"),
+        (
+            "dirichlet",
+            None,
+            [0, 1],
+            {"concentration": 1},
+            "partition dirichlet does not say how many peers",
+        ),
+        (
+            "label-shares",
+            3,
+            [0, 1] * 9,
+            {"shares": ((1, 1), (1, 1))},
+            "3 by peers.count, 2 by shares",
+        ),
+        (
+            "label-shares",
+            2,
+            [0, 1] * 9,
+            {"shares": ((1, 1), (1, 1, 1))},
+            "row 1 has 3 entries, the data has 2 labels",
+        ),
+        (
+            "label-shares",
+            1,
+            [0, 1] * 9,
+            {"shares": ((0, 0),)},
+            "expected no negatives and a sum above 0",
+        ),
+        (
+            "label-shares",
+            1,
+            [0, 1] * 9,
+            {"shares": ((2, -1),)},
+            "expected no negatives and a sum above 0",
+        ),
         (
             "label-shares",
             3,
@@ -168,7 +247,9 @@ def test_label_shares_round_within_the_rows_there_are() -> None:
         ),
     ],
 )
-def test_what_cannot_be_divided(kind: str, peers: int | None, labels: list[int], keys: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_divided(
+    kind: str, peers: int | None, labels: list[int], keys: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError) as caught:
         divide(kind, peers, labels, **keys)
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -176,7 +257,14 @@ def test_what_cannot_be_divided(kind: str, peers: int | None, labels: list[int],
 
 def by_column(values: list[Any], peers: int | None = None) -> Hands:
     rows = [{"site": value} for value in values]
-    return partition(PartitionSection.model_validate({"kind": "by-column", "column": "site"}), peers, None, None, rows, 0)
+    return partition(
+        PartitionSection.model_validate({"kind": "by-column", "column": "site"}),
+        peers,
+        None,
+        None,
+        rows,
+        0,
+    )
 
 
 def test_by_column_names_the_peers() -> None:
@@ -189,7 +277,10 @@ def test_by_column_deals_whole_values(values: list[int], data: st.DataObject) ->
     hands = by_column(values, peers)
     check(hands, len(values))
     assert sorted(index for hand in hands.values() for index in hand) == list(range(len(values)))
-    holders = {value: {peer for peer, hand in hands.items() for i in hand if values[i] == value} for value in values}
+    holders = {
+        value: {peer for peer, hand in hands.items() for i in hand if values[i] == value}
+        for value in values
+    }
     assert all(len(peers) == 1 for peers in holders.values())
     # Largest first to the smallest peer: nobody is ahead by more than the largest value.
     sizes = [len(hand) for hand in hands.values()]
@@ -220,7 +311,9 @@ def test_by_owner() -> None:
 
 
 def test_a_by_column_name_fits_every_disk() -> None:
-    """Field case 35: 80 letters of four bytes are 320, and a name takes 255; found before training, not after."""
+    """Field case 35: 80 letters of four bytes are 320, and a name takes 255; found before training,
+    not after.
+    """
     clients = ["\U00020000" * 80, "\U00020001" * 80, "é" * 80]
     section = PartitionSection(kind="by-column", column="who")
     hands = partition(section, None, None, None, [{"who": who} for who in clients], 0)
@@ -239,9 +332,14 @@ def test_safe_name() -> None:
     ]
 
 
-@pytest.mark.skipif("DLORA_ASSETS" not in os.environ, reason="DLORA_ASSETS names no folder with the real data")
+@pytest.mark.skipif(
+    "DLORA_ASSETS" not in os.environ, reason="DLORA_ASSETS names no folder with the real data"
+)
 def test_dirichlet_on_sst2() -> None:
-    labels = [int(row["label"]) for row in read_rows(f"{os.environ['DLORA_ASSETS']}/data/glue/SST-2/train.tsv")]
+    labels = [
+        int(row["label"])
+        for row in read_rows(f"{os.environ['DLORA_ASSETS']}/data/glue/SST-2/train.tsv")
+    ]
     hands = divide("dirichlet", 10, labels, concentration=0.1, min_rows=20)
     check(hands, len(labels))
     assert sum(map(len, hands.values())) == 67_349 and min(map(len, hands.values())) >= 20

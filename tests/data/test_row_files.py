@@ -24,7 +24,9 @@ from kit.character_tokenizer import BERT, PLAIN, section, write
 ROWS = [{"text": "schön; gut", "label": 1}, {"text": "böse, sehr", "label": 0}]
 
 
-def refusal(source: str | Path, columns: list[str] | None = None, required: list[str] | None = None) -> str:
+def refusal(
+    source: str | Path, columns: list[str] | None = None, required: list[str] | None = None
+) -> str:
     with pytest.raises(DataError) as caught:
         read_placed(str(source), columns, required or [])
     message = str(caught.value)
@@ -64,10 +66,14 @@ def test_nan_is_no_text_of_causal_lm(tmp_path: Path, column: str, value: str) ->
 @pytest.mark.parametrize("separator", [";", "\t", ","])
 @pytest.mark.parametrize("form", ["csv", "tsv"])
 def test_another_separator_than_the_usual(tmp_path: Path, form: str, separator: str) -> None:
-    """Field case 21: European spreadsheets write semicolons into a csv; commas in the texts are texts."""
+    """Field case 21: European spreadsheets write semicolons into a csv; commas in the texts are
+    texts.
+    """
     lines = [["text", "label"], *([f'"{row["text"]}"', str(row["label"])] for row in ROWS)]
     path = tmp_path / f"a.{form}"
-    path.write_text("\r\n".join(separator.join(line) for line in lines) + "\r\n", encoding="utf-8-sig")
+    path.write_text(
+        "\r\n".join(separator.join(line) for line in lines) + "\r\n", encoding="utf-8-sig"
+    )
     assert read_rows(str(path)) == [{**row, "label": str(row["label"])} for row in ROWS]
 
 
@@ -75,10 +81,14 @@ def test_semicolons_without_quotes_or_header(tmp_path: Path) -> None:
     """Field case 21."""
     path = tmp_path / "a.csv"
     path.write_text("text;label\none, two;1\nthree;0\n")
-    assert read_rows(str(path)) == [{"text": "one, two", "label": "1"}, {"text": "three", "label": "0"}]
+    assert read_rows(str(path)) == [
+        {"text": "one, two", "label": "1"},
+        {"text": "three", "label": "0"},
+    ]
     assert read_rows(str(path), ["a", "b"])[0] == {"a": "text", "b": "label"}
     path.write_text("one, two;1\nthree, four;0\n")  # both separators make two columns of each row
-    assert read_rows(str(path), ["text", "label"])[0]["label"] == " two;1"  # the usual one goes first
+    # the usual one goes first
+    assert read_rows(str(path), ["text", "label"])[0]["label"] == " two;1"
 
 
 def test_a_column_of_texts_with_semicolons(tmp_path: Path) -> None:
@@ -97,10 +107,18 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     assert read_rows(str(tmp_path / "one")) == ROWS
     both = datasets.DatasetDict(train=made, test=made.select([1]))
     both.save_to_disk(tmp_path / "both")
-    assert read_rows(f"{tmp_path}/both:test") == ROWS[1:] and read_rows(f"{tmp_path}/both:train") == ROWS
-    assert f"{tmp_path}/both has the splits train, test; say which: {tmp_path}/both:train" in refusal(tmp_path / "both")
+    assert (
+        read_rows(f"{tmp_path}/both:test") == ROWS[1:]
+        and read_rows(f"{tmp_path}/both:train") == ROWS
+    )
+    assert (
+        f"{tmp_path}/both has the splits train, test; say which: {tmp_path}/both:train"
+        in refusal(tmp_path / "both")
+    )
     assert "has no split dev; it has train, test" in refusal(f"{tmp_path}/both:dev")
-    assert "holds one data set, without splits; leave out :train" in refusal(f"{tmp_path}/one:train")
+    assert "holds one data set, without splits; leave out :train" in refusal(
+        f"{tmp_path}/one:train"
+    )
     datasets.DatasetDict(train=made).save_to_disk(tmp_path / "only")
     assert read_rows(str(tmp_path / "only")) == ROWS
     [shard, *_] = sorted((tmp_path / "one").glob("*.arrow"))
@@ -139,7 +157,9 @@ def deep(open_: str, close: str) -> str:
     return open_ * 100_000 + close * 100_000
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.jsonl", '{"text": "a"}\n{"text": %s}\n'), ("a.json", "[%s]")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.jsonl", '{"text": "a"}\n{"text": %s}\n'), ("a.json", "[%s]")]
+)
 @pytest.mark.parametrize("inner", [deep("[", "]"), deep('{"a":', "}").replace(":}", ":1}")])
 def test_json_100_000_deep(tmp_path: Path, name: str, text: str, inner: str) -> None:
     """Field case 38."""
@@ -150,7 +170,9 @@ def test_json_100_000_deep(tmp_path: Path, name: str, text: str, inner: str) -> 
 def test_a_number_of_5_000_digits(tmp_path: Path) -> None:
     """Field case 38."""
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": %s}\n' % ("9" * 5000))
-    assert "a.jsonl row 1 cannot be read: a number has more than 4,300 digits" in refusal(tmp_path / "a.jsonl")
+    assert "a.jsonl row 1 cannot be read: a number has more than 4,300 digits" in refusal(
+        tmp_path / "a.jsonl"
+    )
 
 
 BOUNDED = """
@@ -167,9 +189,17 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def bounded(path: Path) -> str:
-    """What is said about a bomb by a process that may not take much; its memory in MB is bounded."""
+    """What is said about a bomb by a process that may not take much; its memory in MB is
+    bounded.
+    """
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", BOUNDED, path], capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, path],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
     said, megabytes = done.stdout.splitlines()
     assert int(megabytes) < 500, megabytes
     assert time.monotonic() - began < 60
@@ -189,7 +219,9 @@ def test_a_gzip_bomb(tmp_path: Path) -> None:
 def test_packed_text_is_no_bomb(tmp_path: Path) -> None:
     """Field case 38: what repeats itself is packed well too."""
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress((json.dumps({"text": "the same " * 20, "label": 1}) + "\n").encode() * 50_000))
+    path.write_bytes(
+        gzip.compress((json.dumps({"text": "the same " * 20, "label": 1}) + "\n").encode() * 50_000)
+    )
     assert len(read_rows(str(path))) == 50_000
 
 
@@ -198,7 +230,9 @@ def test_a_parquet_bomb(tmp_path: Path, kind: str) -> None:
     """Field case 38: a column of one value is a few bytes, and so is a long text of one letter."""
     path = tmp_path / "a.parquet"
     if kind == "rows":
-        one = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 3_000_000, pyarrow.int8()), pyarrow.array(["a"]))
+        one = pyarrow.DictionaryArray.from_arrays(
+            pyarrow.array([0] * 3_000_000, pyarrow.int8()), pyarrow.array(["a"])
+        )
         table = pyarrow.table({"text": one})
     else:
         table = pyarrow.table({"text": ["a" * (1 << 22)] * 20})
@@ -222,12 +256,16 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, form: str) -> Non
     """Held well: files as Windows writes them."""
     rows = [{"text": "gut", "label": "1"}, {"text": "böse", "label": "0"}]
     separator = "," if form == "csv" else "\t"
-    text = "\n".join(["text" + separator + "label", *(f"{row['text']}{separator}{row['label']}" for row in rows)])
+    text = "\n".join(
+        ["text" + separator + "label", *(f"{row['text']}{separator}{row['label']}" for row in rows)]
+    )
     if form == "jsonl":
         text = "\n".join(json.dumps(row) for row in rows)
     elif form == "json":
         text = json.dumps(rows, indent=1)
-    (tmp_path / f"a.{form}").write_bytes(b"\xef\xbb\xbf" + (text + "\n").replace("\n", "\r\n").encode())
+    (tmp_path / f"a.{form}").write_bytes(
+        b"\xef\xbb\xbf" + (text + "\n").replace("\n", "\r\n").encode()
+    )
     assert read_rows(str(tmp_path / f"a.{form}")) == rows
 
 
@@ -236,16 +274,25 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path, form: str) -> Non
 def test_utf_16_is_refused(tmp_path: Path, form: str, encoding: str) -> None:
     """Held well: with a mark or without one, the message says UTF-8."""
     text = (
-        '{"text": "a", "label": 1}\n' if form == "jsonl" else "text,label\na,1\n".replace(",", "," if form == "csv" else "\t")
+        '{"text": "a", "label": 1}\n'
+        if form == "jsonl"
+        else "text,label\na,1\n".replace(",", "," if form == "csv" else "\t")
     )
     (tmp_path / f"a.{form}").write_bytes(text.encode(encoding))
-    assert "UTF-16" in (said := refusal(tmp_path / f"a.{form}")) and "save the file as UTF-8" in said
+    assert (
+        "UTF-16" in (said := refusal(tmp_path / f"a.{form}")) and "save the file as UTF-8" in said
+    )
 
 
 def test_words_that_others_read_as_nothing_are_texts(tmp_path: Path) -> None:
     """Held well: "null", "NA" and "nan" in a csv are what stands there."""
     (tmp_path / "a.csv").write_text("text,label\nnull,a\nNA,b\nnan,a\nNone,b\n")
-    assert [row["text"] for row in read_rows(str(tmp_path / "a.csv"))] == ["null", "NA", "nan", "None"]
+    assert [row["text"] for row in read_rows(str(tmp_path / "a.csv"))] == [
+        "null",
+        "NA",
+        "nan",
+        "None",
+    ]
     data = load_data(section(str(tmp_path / "a.csv")), "classification", 1, BERT, 0)
     assert [len(example.input_ids) - 2 for example in data.evaluation] == [4, 2, 3, 4]
 

@@ -12,7 +12,9 @@ import pytest
 from dlora.data.rows import Row, as_text, read_placed, read_rows, require_column
 from dlora.errors import DataError
 
-assets = pytest.mark.skipif("DLORA_ASSETS" not in os.environ, reason="DLORA_ASSETS names no folder with the real data")
+assets = pytest.mark.skipif(
+    "DLORA_ASSETS" not in os.environ, reason="DLORA_ASSETS names no folder with the real data"
+)
 
 
 def write(path: Path, text: str | bytes) -> str:
@@ -57,12 +59,18 @@ def test_every_form_reads_the_same(tmp_path: Path, form: str, zipped: bool) -> N
 
 
 def test_stray_quotes_are_characters(tmp_path: Path) -> None:
-    source = write(tmp_path / "a.tsv", 'text\tlabel\n"open and never closed\t1\nthe "end" of it\t0\n')
-    assert [row["text"] for row in read_rows(source)] == ['"open and never closed', 'the "end" of it']
+    source = write(
+        tmp_path / "a.tsv", 'text\tlabel\n"open and never closed\t1\nthe "end" of it\t0\n'
+    )
+    assert [row["text"] for row in read_rows(source)] == [
+        '"open and never closed',
+        'the "end" of it',
+    ]
 
 
 def test_two_stray_quotes_do_not_swallow_the_lines_between(tmp_path: Path) -> None:
-    # With quotes understood this is one whole row of two columns: ('begin\t1\nmiddle\t0\nend', '1').
+    # With quotes understood this is one whole row of two columns: ('begin\t1\nmiddle\t0\nend',
+    # '1').
     source = write(tmp_path / "a.tsv", 'text\tlabel\n"begin\t1\nmiddle\t0\nend"\t1\n')
     assert [row["text"] for row in read_rows(source)] == ['"begin', "middle", 'end"']
 
@@ -79,16 +87,24 @@ def test_byte_order_mark_and_huge_fields(tmp_path: Path) -> None:
 
 def test_quoted_fields_keep_their_line_ends_and_any_size(tmp_path: Path) -> None:
     text = "one\r\ntwo\r" + "x\n" * 100_000
-    assert read_rows(write(tmp_path / "a.csv", f'text,label\r\n"{text}",1\r\n')) == [{"text": text, "label": "1"}]
+    assert read_rows(write(tmp_path / "a.csv", f'text,label\r\n"{text}",1\r\n')) == [
+        {"text": text, "label": "1"}
+    ]
 
 
 def test_columns_name_a_table_without_header(tmp_path: Path) -> None:
     source = write(tmp_path / "a.tsv", "gj04\t1\nbc01\t0\n")
-    assert read_rows(source, ["id", "label"]) == [{"id": "gj04", "label": "1"}, {"id": "bc01", "label": "0"}]
+    assert read_rows(source, ["id", "label"]) == [
+        {"id": "gj04", "label": "1"},
+        {"id": "bc01", "label": "0"},
+    ]
 
 
 def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
-    assert read_rows(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n')) == [{"text": "a"}, {"text": "b"}]
+    assert read_rows(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n')) == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +115,11 @@ def test_json_lines_under_the_name_json(tmp_path: Path) -> None:
         ("a.tsv", "text\ttext\na\tb\n", "has the column 'text' twice"),
         ("a.tsv", "text\tlabel\n", "holds no rows"),
         ("a.csv", "", "is empty"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', "a.jsonl row 2 is not JSON (Expecting value at character 10)"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": \n',
+            "a.jsonl row 2 is not JSON (Expecting value at character 10)",
+        ),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "a.jsonl row 2 is a list; expected an object"),
         ("a.json", '{"text": "a"}', "holds one dict; expected a list of objects"),
         ("a.json", '[{"text": "a"}, 3]', "row 2 is a int; expected an object"),
@@ -123,7 +143,9 @@ def test_a_ragged_row_is_counted_from_the_first_data_row(tmp_path: Path) -> None
 
 def test_missing_files(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "a\tb\n1\t2\n")
-    assert refusal(str(tmp_path / "trian.tsv")).endswith("trian.tsv does not exist; did you mean train.tsv?")
+    assert refusal(str(tmp_path / "trian.tsv")).endswith(
+        "trian.tsv does not exist; did you mean train.tsv?"
+    )
     assert "nothing in" in refusal(str(tmp_path / "zzzzzzz.csv"))
     assert "nor does its folder" in refusal(str(tmp_path / "none" / "train.tsv"))
     assert "is a folder" in refusal(str(tmp_path))
@@ -131,14 +153,23 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_a_hub_name_offline_is_one_line(tmp_path: Path) -> None:
     code = "from dlora.data.rows import read_rows\nfrom dlora.errors import DataError\n"
-    code += "try: read_rows('no-such-owner/no-such-name:train')\nexcept DataError as error: print(error)"
+    code += (
+        "try: read_rows('no-such-owner/no-such-name:train')\nexcept DataError as error:"
+        " print(error)"
+    )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.count("\n") == 1
-    assert done.stdout.startswith("no-such-owner/no-such-name:train is no file here, and as a hub data set")
+    assert done.stdout.startswith(
+        "no-such-owner/no-such-name:train is no file here, and as a hub data set"
+    )
 
 
-def test_a_path_in_a_folder_that_exists_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_a_folder_that_exists_is_no_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     assert "data/train does not exist" in refusal("data/train")
@@ -148,7 +179,9 @@ def test_a_path_in_a_folder_that_exists_is_no_hub_name(tmp_path: Path, monkeypat
 def test_require_column() -> None:
     rows: list[Row] = [{"text": "a", "label": 0}, {"text": "b", "label": None}, {"text": "c"}]
     assert require_column(rows, "text", "f") == ["a", "b", "c"]
-    with pytest.raises(DataError, match="^f has no column txt; its columns are text, label; did you mean text\\?$"):
+    with pytest.raises(
+        DataError, match="^f has no column txt; its columns are text, label; did you mean text\\?$"
+    ):
         require_column(rows, "txt", "f")
     with pytest.raises(DataError, match="^f row 2 has no value for label"):
         require_column(rows, "label", "f")
@@ -172,7 +205,11 @@ def test_read_placed_says_where_and_whose(tmp_path: Path) -> None:
 
 def test_as_text() -> None:
     assert [as_text(value, "c", "p") for value in ("a ", 3, 2.5)] == ["a ", "3", "2.5"]
-    for value, said in ((" ", "p: c is empty"), (None, "p: c is missing; expected text"), ([1], "p: c is a list")):
+    for value, said in (
+        (" ", "p: c is empty"),
+        (None, "p: c is missing; expected text"),
+        ([1], "p: c is a list"),
+    ):
         with pytest.raises(DataError, match=said):
             as_text(value, "c", "p")
 
@@ -202,8 +239,13 @@ def test_real_files_lose_no_row(name: str, rows: int) -> None:
 @assets
 def test_real_files_without_header() -> None:
     glue = f"{os.environ['DLORA_ASSETS']}/data/glue"
-    assert len(read_rows(f"{glue}/CoLA/train.tsv.gz", ["source", "label", "mark", "sentence"])) == 8_551
-    assert len(read_rows(f"{glue}/CoLA/dev.tsv.gz", ["source", "label", "mark", "sentence"])) == 1_043
+    assert (
+        len(read_rows(f"{glue}/CoLA/train.tsv.gz", ["source", "label", "mark", "sentence"]))
+        == 8_551
+    )
+    assert (
+        len(read_rows(f"{glue}/CoLA/dev.tsv.gz", ["source", "label", "mark", "sentence"])) == 1_043
+    )
     # The first row of this published file has a space where a tab belongs.
     names = ["id", "qid1", "qid2", "question1", "question2", "label"]
     assert "row 1 has 5 columns, expected 6" in refusal(f"{glue}/QQP/qqp_subset.tsv.gz", names)

@@ -1,4 +1,6 @@
-"""What is believed of a neighbour: no honest run is ever refused, and a message from nowhere is not mixed."""
+"""What is believed of a neighbour: no honest run is ever refused, and a message from nowhere is not
+mixed.
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,13 @@ def test_rounds_that_were_skipped_count_as_those_that_were_trained() -> None:
     belief = Belief(initial=0.0, step=1.0)
     belief.walked(factors(0.0), factors(0.5))
     assert belief.reach(99) == 100 * belief.reach(0)
-    assert Belief(initial=0.0, step=1.0).reach(9) == 10.0, "who has not trained yet goes by its learning rate"
+    assert Belief(initial=0.0, step=1.0).reach(9) == 10.0, (
+        "who has not trained yet goes by its learning rate"
+    )
 
 
-HONEST: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # schedule, config, what is the first peer's own
+# schedule, config, what is the first peer's own
+HONEST: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "one site's learning rate is 30 times the others'": (
         {"kind": "all"},
         {"train.learning_rate": 1e-3},
@@ -71,16 +76,32 @@ HONEST: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # 
         {"train.optimizer": "sgd", "train.learning_rate": 0.5, "train.max_grad_norm": None},
         {},
     ),
-    "a tiny learning rate over bfloat16": ({"kind": "all"}, {"train.learning_rate": 1e-9, "peers.wire": "bfloat16"}, {}),
-    "a falling rate": ({"kind": "all"}, {"train.lr_scheduler_type": "linear", "train.rounds": 8}, {}),
-    "cores and random units that drop": ({**RANDOM, "on_kill": "drop"}, {"lora.placement": "core"}, {}),
+    "a tiny learning rate over bfloat16": (
+        {"kind": "all"},
+        {"train.learning_rate": 1e-9, "peers.wire": "bfloat16"},
+        {},
+    ),
+    "a falling rate": (
+        {"kind": "all"},
+        {"train.lr_scheduler_type": "linear", "train.rounds": 8},
+        {},
+    ),
+    "cores and random units that drop": (
+        {**RANDOM, "on_kill": "drop"},
+        {"lora.placement": "core"},
+        {},
+    ),
     "Kill and Revive that drops": ({**KR, "on_kill": "drop"}, {}, {}),
     "B alone": ({"kind": "all"}, {"peers.rule": "ffa"}, {}),
 }
 
 
 @pytest.mark.parametrize(
-    "what", [name if index < 2 else pytest.param(name, marks=pytest.mark.slow) for index, name in enumerate(HONEST)]
+    "what",
+    [
+        name if index < 2 else pytest.param(name, marks=pytest.mark.slow)
+        for index, name in enumerate(HONEST)
+    ],
 )
 def test_no_honest_run_is_refused(what: str, make_config: MakeConfig, tmp_path: Path) -> None:
     """Law: the bound is for liars. Prints how near to it an honest message ever came."""
@@ -91,7 +112,9 @@ def test_no_honest_run_is_refused(what: str, make_config: MakeConfig, tmp_path: 
     shares: list[float] = []
     judge = Belief.judge
 
-    def noted(belief: Belief, neighbour: str, round: int, one: dict[str, Any], other: dict[str, Any]) -> None:
+    def noted(
+        belief: Belief, neighbour: str, round: int, one: dict[str, Any], other: dict[str, Any]
+    ) -> None:
         before = belief.limit(neighbour, round)
         judge(belief, neighbour, round, one, other)
         shares.append(max(belief.seen.values()) / before)
@@ -99,19 +122,30 @@ def test_no_honest_run_is_refused(what: str, make_config: MakeConfig, tmp_path: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Belief, "judge", noted)
         peers.run()
-    events = [event for name in peers.configs for event in read_log(Path(peers.configs[name].output_dir, "log.jsonl"))]
+    events = [
+        event
+        for name in peers.configs
+        for event in read_log(Path(peers.configs[name].output_dir, "log.jsonl"))
+    ]
     assert [event for event in events if event["event"] == "implausible"] == []
-    assert sum(event["event"] == "edge" and event["committed"] for event in events) == 4 * peers.configs["north"].train.rounds
+    assert (
+        sum(event["event"] == "edge" and event["committed"] for event in events)
+        == 4 * peers.configs["north"].train.rounds
+    )
     print(f"{what}: of {len(shares)} messages the farthest was at {max(shares):.4f} of the bound")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lie", ["1e30", "1e3"])
-def test_one_number_ends_nobodys_run(lie: str, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
-    """A member whose messages of rounds 3 and 4 hold 1e30 or 1e3 is named, and its edges are left out at both ends.
+def test_one_number_ends_nobodys_run(
+    lie: str, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    """A member whose messages of rounds 3 and 4 hold 1e30 or 1e3 is named, and its edges are left
+    out at both ends.
 
-    Honest peers end within 2 points of the run without the lie, all commits can be resumed, and the ledgers agree.
+    Honest peers end within 2 points of the run without the lie, all commits can be resumed, and the
+    ledgers agree.
     """
     changes = {"train.rounds": 8, "train.local_steps": 4, "peers.silence_s": 60.0}
     peers = Federation(tmp_path, model_folder("bert"), changes, names=("north", "east", "south"))

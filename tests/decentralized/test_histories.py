@@ -1,6 +1,8 @@
-"""Random faults with one lying member among them: whatever happens, ledgers agree, means are kept and the run ends.
+"""Random faults with one lying member among them: whatever happens, ledgers agree, means are kept
+and the run ends.
 
-`tests/kit/histories.py` says what a history is and what must hold; run it for an hour to look for more.
+`tests/kit/histories.py` says what a history is and what must hold; run it for an hour to look for
+more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A ledger that is shorter than its checkpoint, or damaged, is noticed: a line less would mix an edge at one end only."""
+"""A ledger that is shorter than its checkpoint, or damaged, is noticed: a line less would mix an
+edge at one end only.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ Lines = list[bytes]
 
 
 def written(folder: Path) -> tuple[int, str, Path]:
-    """Three committed rounds with b, the last of them not in the checkpoint; returns its position, its hash and the file."""
+    """Three committed rounds with b, the last of them not in the checkpoint; returns its position,
+    its hash and the file.
+    """
     ledger = Ledger(folder)
     for round in range(3):
         if round == 2:
@@ -55,24 +59,39 @@ DAMAGES: dict[str, Callable[[Lines], Lines]] = {
     "no JSON": lambda lines: [b"{" + lines[0], *lines[1:]],
     "a field missing": lambda lines: [b'{"event": "promised", "round": 0}\n', *lines[1:]],
     "a name that is a path": lambda lines: [lines[0].replace(b'"b"', b'"../../b"'), *lines[1:]],
-    "a round that is none": lambda lines: [lines[0].replace(b'"round": 0', b'"round": "0"'), *lines[1:]],
+    "a round that is none": lambda lines: [
+        lines[0].replace(b'"round": 0', b'"round": "0"'),
+        *lines[1:],
+    ],
 }
 
 
 @pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_ledger_is_one_line(what: str, tmp_path: Path) -> None:
-    """Field cases 36, 42 and 35's kind: whichever line is gone or changed, the run is not gone on with."""
+    """Field cases 36, 42 and 35's kind: whichever line is gone or changed, the run is not gone on
+    with.
+    """
     position, chain, path = written(tmp_path)
     path.write_bytes(b"".join(DAMAGES[what](path.read_bytes().splitlines(keepends=True))))
     with pytest.raises(RunError, match="restore exchange/ from a copy") as caught:
         read(tmp_path, position, chain)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and "remove that line" not in str(caught.value)
+    assert (
+        str(path) in str(caught.value)
+        and "\n" not in str(caught.value)
+        and "remove that line" not in str(caught.value)
+    )
 
 
-@pytest.mark.parametrize("message", ["sent/round-000002.safetensors", "received/b/round-000002.safetensors"])
+@pytest.mark.parametrize(
+    "message", ["sent/round-000002.safetensors", "received/b/round-000002.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
-def test_a_damaged_message_that_is_due_is_one_line(message: str, damage: str, tmp_path: Path) -> None:
-    """Field case 36: it is found before anything is trained, not mixed and not blamed on the learning rate."""
+def test_a_damaged_message_that_is_due_is_one_line(
+    message: str, damage: str, tmp_path: Path
+) -> None:
+    """Field case 36: it is found before anything is trained, not mixed and not blamed on the
+    learning rate.
+    """
     position, chain, _ = written(tmp_path)
     path = tmp_path / message
     content = path.read_bytes()
@@ -88,7 +107,8 @@ def test_a_ledger_without_hashes_is_read_as_it_is_and_chained_from_then_on(tmp_p
     """dlora 0.1.0 wrote none."""
     _, _, path = written(tmp_path)
     old = [
-        {key: entry[key] for key in ("event", "round", "neighbour")} for entry in map(json.loads, path.read_text().splitlines())
+        {key: entry[key] for key in ("event", "round", "neighbour")}
+        for entry in map(json.loads, path.read_text().splitlines())
     ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in old))
     ledger = read(tmp_path, 4, None)

@@ -1,4 +1,6 @@
-"""One member lies about where it is, about the average, or says nothing: what honest peers do, in virtual time."""
+"""One member lies about where it is, about the average, or says nothing: what honest peers do, in
+virtual time.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,12 @@ CLAIMS = Lie("claims", 9.0)
 
 
 @pytest.mark.parametrize("topology", ["complete", "ring"])
-def test_a_liar_takes_over_nobody_while_another_neighbour_is_away(tmp_path: Path, topology: str) -> None:
-    """All neighbours count, those that are away too: found with three peers, north jumped from round 21 to 199 of 200."""
+def test_a_liar_takes_over_nobody_while_another_neighbour_is_away(
+    tmp_path: Path, topology: str
+) -> None:
+    """All neighbours count, those that are away too: found with three peers, north jumped from
+    round 21 to 199 of 200.
+    """
     try_history(History(topology, 3, 12, 2, (Stop("c", 40, 700.0),), (CLAIMS,), "b"), tmp_path)
 
 
@@ -45,7 +51,10 @@ def test_who_is_not_followed_is_named(tmp_path: Path) -> None:
     run_beside(world, CLAIMS)
     for name in "ac":
         assert [fields["neighbour"] for fields in world.story_of(name, "not-followed")] == ["b"]
-        assert "rounds ahead; by this peer's clock at most" in world.story_of(name, "not-followed")[0]["reason"]
+        assert (
+            "rounds ahead; by this peer's clock at most"
+            in world.story_of(name, "not-followed")[0]["reason"]
+        )
         assert world.trained[name] == list(range(30))
 
 
@@ -53,7 +62,9 @@ def test_who_is_not_followed_is_named(tmp_path: Path) -> None:
 def test_a_single_neighbour_is_believed_as_far_as_the_clock_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: float, follows: bool
 ) -> None:
-    """It is more than half of one: here it falls silent about its rounds for 600 s, of this peer's 1.2 s each."""
+    """It is more than half of one: here it falls silent about its rounds for 600 s, of this peer's
+    1.2 s each.
+    """
     monkeypatch.setattr("dlora.decentralized.peer.life.FASTER", faster)
     world = World(tmp_path, num_peers=2, rounds=60)
     run_beside(world, Lie("claims", 9.0, after=30))
@@ -71,7 +82,9 @@ def test_what_is_taken_over_is_the_median() -> None:
 
 
 def keeps_its_average(world: World, factor: float, to: Iterable[int]) -> None:
-    """The root is the liar: it sends ``factor`` times the average to those numbers and keeps the true one."""
+    """The root is the liar: it sends ``factor`` times the average to those numbers and keeps the
+    true one.
+    """
 
     class Root(Member):
         def _changed(self, there: str, name: str, own: Path) -> bytes:
@@ -90,7 +103,9 @@ def test_an_average_far_from_everything_seen_is_named(tmp_path: Path) -> None:
     for name in "bd":
         assert [fields["neighbour"] for fields in world.story_of(name, "doubtful")] == ["a"]
         assert world.results[name][1] == 4
-    assert [fields["neighbour"] for fields in world.story_of("c", "doubtful")] == ["b"], "it came through b"
+    assert [fields["neighbour"] for fields in world.story_of("c", "doubtful")] == ["b"], (
+        "it came through b"
+    )
 
 
 def test_two_averages_are_found_by_their_hashes(tmp_path: Path) -> None:
@@ -98,7 +113,11 @@ def test_two_averages_are_found_by_their_hashes(tmp_path: Path) -> None:
     world = World(tmp_path)
     keeps_its_average(world, 1.001, [3])
     virtual_clock.run(world.run())
-    found = {(name, fields["neighbour"]) for name in "bcd" for fields in world.story_of(name, "other-content")}
+    found = {
+        (name, fields["neighbour"])
+        for name in "bcd"
+        for fields in world.story_of(name, "other-content")
+    }
     assert found == {("c", "d"), ("d", "c")}
 
 
@@ -107,8 +126,17 @@ def test_honest_peers_find_nothing_wrong_with_each_other(tmp_path: Path, topolog
     world = World(tmp_path, topology, num_peers=5, rounds=12, rate=0.1)
     virtual_clock.run(world.run())
     found = {event for _, _, event, _ in world.story}
-    assert not found & {"doubtful", "implausible", "other-content", "not-followed", "left-out", "ended-without"}
-    assert max(time for time, *_ in world.story) < 12 * 1.5, "nobody waited at the end for one that had gone"
+    assert not found & {
+        "doubtful",
+        "implausible",
+        "other-content",
+        "not-followed",
+        "left-out",
+        "ended-without",
+    }
+    assert max(time for time, *_ in world.story) < 12 * 1.5, (
+        "nobody waited at the end for one that had gone"
+    )
 
 
 class Stalled:
@@ -128,18 +156,26 @@ class Stalled:
 
 
 def waits(world: World, name: str) -> list[str]:
-    return [fields["reason"] for fields in world.story_of(name, "edge") if fields["neighbour"] == "b"]
+    return [
+        fields["reason"] for fields in world.story_of(name, "edge") if fields["neighbour"] == "b"
+    ]
 
 
 def test_who_stalls_again_and_again_is_waited_for_less(tmp_path: Path) -> None:
-    """Field case 40: it cost `round_limit_s` every round, and a flood of Status was progress for ever."""
+    """Field case 40: it cost `round_limit_s` every round, and a flood of Status was progress for
+    ever.
+    """
     world = World(tmp_path, num_peers=3, rounds=12)
     world.catch_up_after = 100
     world.liar = Stalled(1e9)
     virtual_clock.run(world.run())
-    long, short = (f"waited {seconds:g} s" for seconds in (PATIENCE.round_limit_s, PATIENCE.silence_s))
+    long, short = (
+        f"waited {seconds:g} s" for seconds in (PATIENCE.round_limit_s, PATIENCE.silence_s)
+    )
     told = waits(world, "a")
-    assert [long in reason for reason in told] == [number < STALLS or number in (4, 8) for number in range(12)]
+    assert [long in reason for reason in told] == [
+        number < STALLS or number in (4, 8) for number in range(12)
+    ]
     assert sum(f"{short}, after" in reason for reason in told) == 12 - STALLS - 2
 
 
@@ -159,5 +195,7 @@ def test_what_no_neighbour_sent_is_not_judged() -> None:
     own, theirs = {"A": torch.ones(3), "B": torch.zeros(3)}, {"A": torch.ones(3) * 1.1}
     spread = widened({}, own, theirs)
     assert too_far(spread, 4, own, {"A": -torch.ones(3), "B": torch.full((3,), 1e9)}) == ["A"]
-    assert too_far(spread, 4, own, {"A": torch.zeros(3), "B": torch.zeros(3)}) == [], "a unit that the others have dropped"
+    assert too_far(spread, 4, own, {"A": torch.zeros(3), "B": torch.zeros(3)}) == [], (
+        "a unit that the others have dropped"
+    )
     assert expected("average").keys() == {"x", "num_peers"} and SIZE == 3

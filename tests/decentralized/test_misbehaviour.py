@@ -1,4 +1,6 @@
-"""A member that breaks the rules: its link ends, nothing of it is mixed, and the peer goes on with the others."""
+"""A member that breaks the rules: its link ends, nothing of it is mixed, and the peer goes on with
+the others.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,10 @@ REFUSED = {
     "another spelling of a round": (offers_an_alias, "no message of this run"),
     "a round beyond the run": (offers_a_round_beyond_the_run, "no message of this run"),
     "unknown message": (offers_an_unknown_message, "no message of this run"),
-    "another content than offered": (sends(message(), "0" * 64), "not the content that was offered"),
+    "another content than offered": (
+        sends(message(), "0" * 64),
+        "not the content that was offered",
+    ),
     "not a number": (sends(NOT_FINITE[0]), "not finite"),
     "infinity": (sends(NOT_FINITE[1]), "not finite"),
     "a pickle": (sends(b"\x80\x04".ljust(NUM_BYTES, b".")), "header"),
@@ -105,8 +110,12 @@ REFUSED = {
 }
 
 
-async def hostile(world: World, does: Callable[[Link], Awaitable[None]], hello: bool = True) -> None:
-    """Peer b is a member with a right identity and a program of its own; it does so once to each neighbour, then is silent."""
+async def hostile(
+    world: World, does: Callable[[Link], Awaitable[None]], hello: bool = True
+) -> None:
+    """Peer b is a member with a right identity and a program of its own; it does so once to each
+    neighbour, then is silent.
+    """
     run = world.manifests["b"].encode().hex().ljust(64, "0")[:64]
 
     async def talk(neighbour: str, link: Link) -> None:
@@ -125,7 +134,9 @@ async def forever(link: Link) -> AsyncIterator[Frame]:
         yield await link.receive()
 
 
-def run_with(world: World, does: Callable[[Link], Awaitable[None]], hello: bool = True) -> list[str]:
+def run_with(
+    world: World, does: Callable[[Link], Awaitable[None]], hello: bool = True
+) -> list[str]:
     """All but b live their run beside the hostile b; returns why a ended b's links."""
 
     async def plan(world: World) -> None:
@@ -137,11 +148,19 @@ def run_with(world: World, does: Callable[[Link], Awaitable[None]], hello: bool 
 
     virtual_clock.run(world.run(plan, without="b"))
     assert set(world.results) == {"a", "c", "d"}
-    assert not any(other == "b" for name in "ac" for _, other in world.ledger(name)), "an edge with b was mixed"
+    assert not any(other == "b" for name in "ac" for _, other in world.ledger(name)), (
+        "an edge with b was mixed"
+    )
     for name in "acd":
         assert world.commits[name][0].isfinite().all()
-    assert {round for round, other in world.ledger("d") if other == "a"} == set(range(world.rounds)), "a went on with d"
-    return [fields["reason"] for _, name, event, fields in world.story if (name, event) == ("a", "unlinked")]
+    assert {round for round, other in world.ledger("d") if other == "a"} == set(
+        range(world.rounds)
+    ), "a went on with d"
+    return [
+        fields["reason"]
+        for _, name, event, fields in world.story
+        if (name, event) == ("a", "unlinked")
+    ]
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -157,10 +176,18 @@ def test_the_first_frame_is_no_hello(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", [Have(7), Decided(7, True), Offer("round-000007", NUM_BYTES, "0" * 64), Want("round-000007", 0)]
+    "frame",
+    [
+        Have(7),
+        Decided(7, True),
+        Offer("round-000007", NUM_BYTES, "0" * 64),
+        Want("round-000007", 0),
+    ],
 )
 def test_frames_of_another_round_change_nothing(tmp_path: Path, frame: Frame) -> None:
-    """A promise for what is to come, a decision nobody asked for, an offer of a round that is not: none is acted on."""
+    """A promise for what is to come, a decision nobody asked for, an offer of a round that is not:
+    none is acted on.
+    """
 
     async def does(link: Link) -> None:
         await link.send(frame)
@@ -169,7 +196,9 @@ def test_frames_of_another_round_change_nothing(tmp_path: Path, frame: Frame) ->
 
 
 def test_an_old_round_is_not_taken_again(tmp_path: Path) -> None:
-    """b sends a right message of round 0, and offers it again, changed, in every later round: nobody asks for it."""
+    """b sends a right message of round 0, and offers it again, changed, in every later round:
+    nobody asks for it.
+    """
     world = World(tmp_path)
     wanted: list[Frame] = []
 
@@ -205,12 +234,16 @@ def test_a_slow_drip_costs_the_edge_and_no_more_than_the_limit_a_round(tmp_path:
             await link.send(Status(0))
 
     run_with(world, drips)
-    waits = [fields["reason"] for _, name, event, fields in world.story if (name, event) == ("a", "edge")]
+    waits = [
+        fields["reason"] for _, name, event, fields in world.story if (name, event) == ("a", "edge")
+    ]
     assert waits.count(f"the round has waited {PATIENCE.round_limit_s:g} s") == world.rounds
 
 
 def test_one_neighbour_that_says_it_is_far_ahead_is_not_followed(tmp_path: Path) -> None:
-    """Its state would replace this peer's, and the run would be over: it takes more than half of the neighbours."""
+    """Its state would replace this peer's, and the run would be over: it takes more than half of
+    the neighbours.
+    """
     world = World(tmp_path, rounds=30)
     content = message(torch.full((SIZE,), 9.0))
 
@@ -249,7 +282,9 @@ def test_asking_again_and_again_fills_no_memory() -> None:
     assert len(neighbour.queue) == 1
 
 
-@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"\\u001b[2J": 1}', '{"' + "k" * 500_000 + '": 1}'])
+@pytest.mark.parametrize(
+    "manifest", ["[" * 100_000, '{"\\u001b[2J": 1}', '{"' + "k" * 500_000 + '": 1}']
+)
 def test_what_a_stranger_run_says_of_itself_is_shown_short_and_harmless(manifest: str) -> None:
     said = difference("a", '{"r":8}', "b", manifest)
     assert len(said) < 600 and said.isprintable() and said.isascii()

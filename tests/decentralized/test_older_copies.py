@@ -1,4 +1,6 @@
-"""A folder that was restored from an older copy, a ledger without its last lines, one key on two machines: in virtual time."""
+"""A folder that was restored from an older copy, a ledger without its last lines, one key on two
+machines: in virtual time.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ async def end_of(world: World, name: str) -> BaseException | None:
 
 
 def older_copy_of(victim: str, anew: bool = False) -> Callable[[World], object]:
-    """Copy the folder of ``victim`` after two rounds, kill it after four, go on from the copy; or start anew instead."""
+    """Copy the folder of ``victim`` after two rounds, kill it after four, go on from the copy; or
+    start anew instead.
+    """
 
     async def plan(world: World) -> None:
         place = world.folder / victim
@@ -60,15 +64,23 @@ async def begun(world: World, name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize(("num_peers", "victim"), [(2, "a"), (2, "b"), (4, "a"), (4, "b"), (4, "d")])
-def test_an_older_copy_ends_and_the_others_go_on(num_peers: int, victim: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_peers", "victim"), [(2, "a"), (2, "b"), (4, "a"), (4, "b"), (4, "d")]
+)
+def test_an_older_copy_ends_and_the_others_go_on(
+    num_peers: int, victim: str, tmp_path: Path
+) -> None:
     """Field case 42: with one neighbour and with two, at either end of an edge."""
     world = World(tmp_path, num_peers=num_peers, rounds=ROUNDS)
     virtual_clock.run(world.run(older_copy_of(victim)))
     ended = world.ended  # type: ignore[attr-defined]
     assert isinstance(ended, RunError) and "\n" not in str(ended)
     assert f"has {victim}'s signature for round 3, and this folder ends with round" in str(ended)
-    assert str(tmp_path) in str(ended) and "restore the newest copy" in str(ended) and "without --resume" in str(ended)
+    assert (
+        str(tmp_path) in str(ended)
+        and "restore the newest copy" in str(ended)
+        and "without --resume" in str(ended)
+    )
     assert set(world.results) == set(world.names) - {victim}
     [told] = [fields for name in world.results for fields in world.story_of(name, "lacks")][:1]
     assert told["neighbour"] == victim and told["shown"] > 0
@@ -77,7 +89,9 @@ def test_an_older_copy_ends_and_the_others_go_on(num_peers: int, victim: str, tm
 
 @pytest.mark.parametrize("victim", ["a", "b"])
 def test_a_folder_that_is_started_anew_is_exempt(victim: str, tmp_path: Path) -> None:
-    """Field case 42: it takes its neighbours' state, and stays exempt when its links break after that."""
+    """Field case 42: it takes its neighbours' state, and stays exempt when its links break after
+    that.
+    """
     world = World(tmp_path, rounds=20)
     world.catch_up_after = 2
 
@@ -104,7 +118,9 @@ def test_a_folder_that_is_started_anew_is_exempt(victim: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("victim", ["a", "b"])
 def test_lost_last_lines_are_restored_where_the_messages_are(victim: str, tmp_path: Path) -> None:
-    """Field case 42: the neighbour shows this peer's signature; ledgers agree and the mean is kept."""
+    """Field case 42: the neighbour shows this peer's signature; ledgers agree and the mean is
+    kept.
+    """
     world = World(tmp_path, num_peers=2, rounds=ROUNDS)
 
     async def plan(world: World) -> None:
@@ -123,7 +139,11 @@ def test_lost_last_lines_are_restored_where_the_messages_are(victim: str, tmp_pa
         world.begin(victim)
 
     virtual_clock.run(world.run(plan))
-    restored = [fields for fields in world.story_of(victim, "edge") if "had lost the line" in fields["reason"]]
+    restored = [
+        fields
+        for fields in world.story_of(victim, "edge")
+        if "had lost the line" in fields["reason"]
+    ]
     assert [fields["round"] for fields in restored] == [3]
     assert world.check_ledgers() == ROUNDS
     np.testing.assert_allclose(world.total(), sum(world.start.values()).numpy(), rtol=0, atol=1e-12)  # type: ignore[union-attr]
@@ -159,11 +179,16 @@ def test_a_claim_without_a_signature_ends_nobody(signature: bytes, tmp_path: Pat
     virtual_clock.run(world.run())
     assert {"a", "c", "d"} <= set(world.results)
     reasons = [fields["reason"] for name in "ac" for fields in world.story_of(name, "unlinked")]
-    assert any("refused: it showed a signature for round 2 that this peer has not made" in reason for reason in reasons)
+    assert any(
+        "refused: it showed a signature for round 2 that this peer has not made" in reason
+        for reason in reasons
+    )
 
 
 def test_a_replayed_promise_ends_nobody(tmp_path: Path) -> None:
-    """Field case 42: a tells b that its rounds are dropped, and shows b the promise that b had signed in truth."""
+    """Field case 42: a tells b that its rounds are dropped, and shows b the promise that b had
+    signed in truth.
+    """
     world = World(tmp_path, rounds=6)
     promises: list[Shown] = []
 
@@ -171,7 +196,11 @@ def test_a_replayed_promise_ends_nobody(tmp_path: Path) -> None:
         name = "a"
 
         def tells(self, there: str, frame: Frame) -> Iterable[Frame]:
-            told = Decided(frame.round, False) if isinstance(frame, Decided) and there == "b" else frame
+            told = (
+                Decided(frame.round, False)
+                if isinstance(frame, Decided) and there == "b"
+                else frame
+            )
             return [told, *(promises[:1] if isinstance(frame, Status) and there == "b" else [])]
 
         def answers(self, there: str, frame: Frame) -> Iterable[Frame]:
@@ -181,7 +210,9 @@ def test_a_replayed_promise_ends_nobody(tmp_path: Path) -> None:
                 for ledger in ledgers:
                     ledger.close()
                 assert sums is not None
-                promises.append(Shown(frame.round, ledgers[1].id, sums[1], sums[0], frame.signature))
+                promises.append(
+                    Shown(frame.round, ledgers[1].id, sums[1], sums[0], frame.signature)
+                )
             return []
 
     world.liar = Replays()
@@ -191,14 +222,19 @@ def test_a_replayed_promise_ends_nobody(tmp_path: Path) -> None:
 
 
 def test_one_folder_on_two_machines_ends_the_one_behind(tmp_path: Path) -> None:
-    """Field case 42: a copy of b's folder goes on elsewhere with b's key; b comes back from where it stood."""
+    """Field case 42: a copy of b's folder goes on elsewhere with b's key; b comes back from where
+    it stood.
+    """
     world = World(tmp_path, num_peers=2, rounds=ROUNDS, rate=0.1)
 
     async def plan(world: World) -> None:
         await rounds_of(world, "b", 2)
         world.kill("b")
         await end_of(world, "b")
-        here, commit = shutil.copytree(world.folder / "b", world.folder / "copy"), world.commits["b"]
+        here, commit = (
+            shutil.copytree(world.folder / "b", world.folder / "copy"),
+            world.commits["b"],
+        )
         world.begin("b")  # the other machine
         await rounds_of(world, "b", 4)
         world.kill("b")
@@ -215,7 +251,9 @@ def test_one_folder_on_two_machines_ends_the_one_behind(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_was_given_up_for_another_gets_no_link(tmp_path: Path) -> None:
-    """Field case 42: b was started anew, and comes back with its first folder: it is told so, and a mixes nothing with it."""
+    """Field case 42: b was started anew, and comes back with its first folder: it is told so, and a
+    mixes nothing with it.
+    """
     world = World(tmp_path, num_peers=2, rounds=30)
     world.catch_up_after = 2
 
@@ -226,7 +264,9 @@ def test_a_folder_that_was_given_up_for_another_gets_no_link(tmp_path: Path) -> 
         await end_of(world, "b")
         first, commit = place.rename(world.folder / "first"), world.commits.pop("b")
         world.begin("b")
-        while len([word for word in words_of(world) if word.ledger != (first / "id").read_text()]) < 2:
+        while (
+            len([word for word in words_of(world) if word.ledger != (first / "id").read_text()]) < 2
+        ):
             await asyncio.sleep(0.05)
         world.kill("b")
         await end_of(world, "b")
@@ -241,5 +281,10 @@ def test_a_folder_that_was_given_up_for_another_gets_no_link(tmp_path: Path) -> 
         return ledger.words("b")
 
     virtual_clock.run(world.run(plan))
-    assert any("refused: it uses a folder again" in fields["reason"] for fields in world.story_of("a", "unlinked"))
-    assert any("signature for round" in fields["reason"] for fields in world.story_of("b", "two-folders"))
+    assert any(
+        "refused: it uses a folder again" in fields["reason"]
+        for fields in world.story_of("a", "unlinked")
+    )
+    assert any(
+        "signature for round" in fields["reason"] for fields in world.story_of("b", "two-folders")
+    )

@@ -1,4 +1,6 @@
-"""Real peers' protocol in virtual time: whatever dies, is cut or is late, the run ends and the mean is kept."""
+"""Real peers' protocol in virtual time: whatever dies, is cut or is late, the run ends and the mean
+is kept.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,14 @@ pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
 
 
 @pytest.mark.parametrize("topology", ["ring", "base-k", "complete", "hypercube"])
-def test_undisturbed_every_edge_is_committed_and_the_mean_kept(tmp_path: Path, topology: str) -> None:
+def test_undisturbed_every_edge_is_committed_and_the_mean_kept(
+    tmp_path: Path, topology: str
+) -> None:
     world = World(tmp_path, topology)
     virtual_clock.run(world.run())
-    assert world.check_ledgers() == sum(len(world.topology.edges(round)) for round in range(world.rounds))
+    assert world.check_ledgers() == sum(
+        len(world.topology.edges(round)) for round in range(world.rounds)
+    )
     before = sum(world.start.values()).numpy()  # type: ignore[union-attr]
     np.testing.assert_allclose(world.total(), before, rtol=0, atol=1e-12)
     for consensus, num_peers in world.results.values():
@@ -32,7 +38,12 @@ def test_undisturbed_every_edge_is_committed_and_the_mean_kept(tmp_path: Path, t
     x = np.concatenate([world.start[name].numpy() for name in world.names])
     for round in range(world.rounds):
         x = world.topology.mixing(round) @ x
-    np.testing.assert_allclose(np.concatenate([world.commits[name][0].numpy() for name in world.names]), x, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        np.concatenate([world.commits[name][0].numpy() for name in world.names]),
+        x,
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def count_faults(folder: Path, topology: str) -> dict[str, list[str]]:
@@ -54,7 +65,9 @@ def count_faults(folder: Path, topology: str) -> dict[str, list[str]]:
     [
         pytest.param("ring", 3.0, id="ring-back-at-once"),
         pytest.param("base-k", 200.0, id="base-k-away-for-longer-than-the-bound"),
-        pytest.param("ring", 200.0, id="ring-away-for-longer-than-the-bound", marks=pytest.mark.slow),
+        pytest.param(
+            "ring", 200.0, id="ring-away-for-longer-than-the-bound", marks=pytest.mark.slow
+        ),
         pytest.param("base-k", 3.0, id="base-k-back-at-once", marks=pytest.mark.slow),
     ],
 )
@@ -76,13 +89,22 @@ def test_each_peer_dead_at_each_place(tmp_path: Path, topology: str, away_s: flo
 
             virtual_clock.run(world.run(plan))
             assert set(world.results) == set(world.names)
-            assert not any(event == "lacks" for _, _, event, _ in world.story), "a crash is no older copy"
-            if away_s > PATIENCE.silence_s:  # who came back when the others had ended meets them when all resume once more
+            assert not any(event == "lacks" for _, _, event, _ in world.story), (
+                "a crash is no older copy"
+            )
+            # who came back when the others had ended meets them when all resume once more
+            if away_s > PATIENCE.silence_s:
                 world.fault = lambda name, what: False
                 virtual_clock.run(world.run())
             world.check_ledgers()
             before = sum(world.start.values()).numpy()  # type: ignore[union-attr]
-            np.testing.assert_allclose(world.total(), before, rtol=0, atol=1e-12, err_msg=f"{victim} died at {whats[number]}")
+            np.testing.assert_allclose(
+                world.total(),
+                before,
+                rtol=0,
+                atol=1e-12,
+                err_msg=f"{victim} died at {whats[number]}",
+            )
 
 
 @pytest.mark.parametrize("at_s", np.arange(0.1, 4.5, 0.4).round(1).tolist())
@@ -104,9 +126,15 @@ def test_a_link_is_cut_and_mended(tmp_path: Path, at_s: float, for_s: float) -> 
 
 
 @pytest.mark.parametrize("at_s", [0.1, 1.05, 1.15, 2.4])
-@pytest.mark.parametrize("ways", [[("a", "b")], [("b", "a")], [(x, y) for x in "abd" for y in "abd" if "a" in (x, y)]])
-def test_one_way_loss_and_a_pause_longer_than_the_bound(tmp_path: Path, at_s: float, ways: list[tuple[str, str]]) -> None:
-    """Frames are held back one way (a cut nobody notices), or all of a's are (a process that was stopped)."""
+@pytest.mark.parametrize(
+    "ways", [[("a", "b")], [("b", "a")], [(x, y) for x in "abd" for y in "abd" if "a" in (x, y)]]
+)
+def test_one_way_loss_and_a_pause_longer_than_the_bound(
+    tmp_path: Path, at_s: float, ways: list[tuple[str, str]]
+) -> None:
+    """Frames are held back one way (a cut nobody notices), or all of a's are (a process that was
+    stopped).
+    """
     world = World(tmp_path, rounds=6)
 
     async def plan(world: World) -> None:
@@ -124,39 +152,58 @@ def test_one_way_loss_and_a_pause_longer_than_the_bound(tmp_path: Path, at_s: fl
     np.testing.assert_allclose(world.total(), sum(world.start.values()).numpy(), rtol=0, atol=1e-12)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))])
+@pytest.mark.parametrize(
+    "seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 8))]
+)
 @pytest.mark.parametrize("topology", ["ring", "base-k"])
 @pytest.mark.parametrize(("rate", "tolerance"), [(0.0, 1e-11), (0.1, 1e-2)])
-def test_a_fifth_of_the_exchanges_fails(tmp_path: Path, topology: str, seed: int, rate: float, tolerance: float) -> None:
-    """Each with a cut at a random frame of the exchange; the mean over peers stays the undisturbed run's.
+def test_a_fifth_of_the_exchanges_fails(
+    tmp_path: Path, topology: str, seed: int, rate: float, tolerance: float
+) -> None:
+    """Each with a cut at a random frame of the exchange; the mean over peers stays the undisturbed
+    run's.
 
-    Exactly, while nothing trains. With training a difference that comes late has missed the shrinking in between.
+    Exactly, while nothing trains. With training a difference that comes late has missed the
+    shrinking in between.
     """
     rounds = 30
     disturbed, undisturbed = (
-        World(tmp_path / kind, topology, rounds=rounds, rate=rate) for kind in ("disturbed", "undisturbed")
+        World(tmp_path / kind, topology, rounds=rounds, rate=rate)
+        for kind in ("disturbed", "undisturbed")
     )
     draw = np.random.default_rng(seed)
-    fails = {(edge, round): draw.random() < 0.2 for round in range(rounds) for edge in disturbed.topology.edges(round)}
+    fails = {
+        (edge, round): draw.random() < 0.2
+        for round in range(rounds)
+        for edge in disturbed.topology.edges(round)
+    }
     frames = {key: int(draw.integers(1, 8)) for key, failing in fails.items() if failing}
 
     def cut(world: World, here: str, there: str, frame: Frame) -> None:
         if isinstance(frame, Hello | Status):
             return
         round = world.rounds_now[here]
-        edge = (min(map(world.names.index, (here, there))), max(map(world.names.index, (here, there))))
+        edge = (
+            min(map(world.names.index, (here, there))),
+            max(map(world.names.index, (here, there))),
+        )
         left = frames.get((edge, round))
         if left is not None:
             frames[edge, round] = left - 1
             if left == 1:
                 world.hub.cut(here, there)
-                asyncio.get_running_loop().call_later(PATIENCE.silence_s + 10, world.hub.mend, here, there)
+                asyncio.get_running_loop().call_later(
+                    PATIENCE.silence_s + 10, world.hub.mend, here, there
+                )
 
     disturbed.on_frame = cut
     disturbed.catch_up_after = rounds  # what is taken over from neighbours keeps no mean
     for world in (disturbed, undisturbed):
         virtual_clock.run(world.run())
-    lost = sum(len(disturbed.topology.edges(round)) for round in range(rounds)) - disturbed.check_ledgers()
+    lost = (
+        sum(len(disturbed.topology.edges(round)) for round in range(rounds))
+        - disturbed.check_ledgers()
+    )
     assert lost > 0.05 * len(fails), "the faults did not happen"
     np.testing.assert_allclose(disturbed.total(), undisturbed.total(), rtol=0, atol=tolerance)
 
@@ -172,14 +219,18 @@ def test_a_peer_that_was_away_for_long_takes_its_neighbours_state(tmp_path: Path
         world.begin("b")
 
     virtual_clock.run(world.run(plan))
-    caught_up = [fields for _, name, event, fields in world.story if event == "caught-up" and name == "b"]
+    caught_up = [
+        fields for _, name, event, fields in world.story if event == "caught-up" and name == "b"
+    ]
     assert len(caught_up) == 1 and caught_up[0]["round"] - caught_up[0]["was"] > 5
     world.check_ledgers()
     assert {num_peers for _, num_peers in world.results.values()} == {4}
 
 
 def test_a_doubt_about_a_round_that_the_decider_skipped_is_settled(tmp_path: Path) -> None:
-    """a dies holding b's promise but not b's message, catches up past that round, and must say that it was dropped."""
+    """a dies holding b's promise but not b's message, catches up past that round, and must say that
+    it was dropped.
+    """
     world = World(tmp_path, rounds=60, rate=0.1)
     world.catch_up_after = 5
     told: list[str] = []
@@ -205,10 +256,16 @@ def test_a_doubt_about_a_round_that_the_decider_skipped_is_settled(tmp_path: Pat
 
     virtual_clock.run(world.run(plan))
     assert world.story_of("a", "caught-up")
-    told_b = [fields for fields in world.story_of("b", "edge") if fields["round"] == 0 and fields["neighbour"] == "a"]
+    told_b = [
+        fields
+        for fields in world.story_of("b", "edge")
+        if fields["round"] == 0 and fields["neighbour"] == "a"
+    ]
     assert [fields["committed"] for fields in told_b] == [None, False], "in doubt, then dropped"
     world.check_ledgers()
-    assert max(time for time, *_ in world.story) < PATIENCE.round_limit_s, "nobody waited for an answer that does not come"
+    assert max(time for time, *_ in world.story) < PATIENCE.round_limit_s, (
+        "nobody waited for an answer that does not come"
+    )
 
 
 def test_what_was_once_offered_never_changes(tmp_path: Path) -> None:
@@ -231,7 +288,11 @@ def test_a_dead_neighbour_is_waited_for_once(tmp_path: Path) -> None:
     virtual_clock.run(world.run(plan))
     ends = max(time for time, name, _, _ in world.story if name == "c")
     assert ends < 20 * 1.3 + 4 * PATIENCE.silence_s, "once in its round, and at the end"
-    assert {name: num for name, (_, num) in world.results.items()} == {"a": 2, "c": 1, "d": 2}, "c hung below b"
+    assert {name: num for name, (_, num) in world.results.items()} == {
+        "a": 2,
+        "c": 1,
+        "d": 2,
+    }, "c hung below b"
 
 
 def test_another_run_is_refused_and_the_key_named_on_both_sides(tmp_path: Path) -> None:
@@ -241,13 +302,19 @@ def test_another_run_is_refused_and_the_key_named_on_both_sides(tmp_path: Path) 
         virtual_clock.run(world.run())
     assert str(caught.value) == "b is in another run: r is 8 at a and 16 at b; make them alike"
     told = {name: fields["reason"] for _, name, event, fields in world.story if event == "refused"}
-    assert told["b"] in ("a is in another run: r is 16 at b and 8 at a; make them alike",
-                         "c is in another run: r is 16 at b and 8 at c; make them alike")  # fmt: skip
+    assert told["b"] in (
+        "a is in another run: r is 16 at b and 8 at a; make them alike",
+        "c is in another run: r is 16 at b and 8 at c; make them alike",
+    )
     assert set(world.commits) <= {"d"}, "d knows only a and c, who stopped; it goes on alone"
 
 
-def test_an_interrupted_transfer_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The link breaks after some chunks, and again after some more; no byte that was stored is sent twice."""
+def test_an_interrupted_transfer_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link breaks after some chunks, and again after some more; no byte that was stored is sent
+    twice.
+    """
     monkeypatch.setattr("dlora.decentralized.peer.neighbour.MAX_CHUNK_BYTES", 16)
     world = World(tmp_path, num_peers=2, rounds=1)
     sent: list[Chunk] = []
@@ -270,8 +337,12 @@ def test_an_interrupted_transfer_goes_on_where_it_stopped(tmp_path: Path, monkey
     assert len(sent) <= -(-message_num_bytes(expected("round-000000")) // 16) + lost
 
 
-def test_the_rest_of_another_content_is_not_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two links the sender lost its disk and offers the same name anew: the hash differs, so it begins at 0."""
+def test_the_rest_of_another_content_is_not_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two links the sender lost its disk and offers the same name anew: the hash differs,
+    so it begins at 0.
+    """
     ledger = Ledger(tmp_path)
     ledger.partial("a", "sum", "1" * 64).write_bytes(b"half of what was")
     neighbour = Neighbour("a")
@@ -290,14 +361,20 @@ def test_the_rest_of_another_content_is_not_appended(tmp_path: Path, monkeypatch
 
 def test_who_was_missing_at_the_end_is_in_the_average_once_all_resume(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.fault = lambda name, what: (name, what) == ("a", "commit") and world.rounds_now.get("a") == 2
+    world.fault = lambda name, what: (
+        (name, what) == ("a", "commit") and world.rounds_now.get("a") == 2
+    )
 
     async def plan(world: World) -> None:
         while not all(world.tasks[name].done() for name in "bcd"):
             await asyncio.sleep(1.0)
 
     virtual_clock.run(world.run(plan))
-    assert {name: num_peers for name, (_, num_peers) in world.results.items()} == {"b": 2, "c": 2, "d": 1}
+    assert {name: num_peers for name, (_, num_peers) in world.results.items()} == {
+        "b": 2,
+        "c": 2,
+        "d": 1,
+    }
     world.fault = lambda name, what: False
     virtual_clock.run(world.run())
     mean = sum(world.start.values()).numpy() / 4  # type: ignore[union-attr]
@@ -307,13 +384,19 @@ def test_who_was_missing_at_the_end_is_in_the_average_once_all_resume(tmp_path: 
 
 
 def test_a_broken_link_while_catching_up_holds_nobody_up(tmp_path: Path) -> None:
-    """The message it wanted is not offered any more after the break: it takes the next, and nobody waits for the limit."""
+    """The message it wanted is not offered any more after the break: it takes the next, and nobody
+    waits for the limit.
+    """
     world = World(tmp_path, rounds=60, rate=0.1)
     world.catch_up_after = 5
     broken: list[bool] = []
 
     def cut(world: World, here: str, there: str, frame: Frame) -> None:
-        if (here, there, type(frame)) == ("a", "b", Chunk) and world.story_of("b", "linked")[2:] and not broken:
+        if (
+            (here, there, type(frame)) == ("a", "b", Chunk)
+            and world.story_of("b", "linked")[2:]
+            and not broken
+        ):
             broken.append(True)
             world.hub.cut("a", "b")
             asyncio.get_running_loop().call_later(10.0, world.hub.mend, "a", "b")
@@ -340,7 +423,8 @@ def test_killed_when_it_already_had_the_average(tmp_path: Path) -> None:
     def fault(name: str, what: str) -> bool:
         if (name, what) == ("d", "commit"):
             commits.append(what)
-        return len(commits) == world.rounds + 2 and (name, what) == ("d", "commit")  # the one after the reduction
+        # the one after the reduction
+        return len(commits) == world.rounds + 2 and (name, what) == ("d", "commit")
 
     world.fault = fault
 

@@ -1,4 +1,6 @@
-"""Law 4: every mixing matrix is symmetric and doubly stochastic, and peers agree as fast as the spectral gap says."""
+"""Law 4: every mixing matrix is symmetric and doubly stochastic, and peers agree as fast as the
+spectral gap says.
+"""
 
 import itertools
 import math
@@ -12,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.config.run import TopologySection
-from dlora.decentralized.topology import Topology, build_topology, check_mixing, rounds_to_agree, spectral_gap
+from dlora.decentralized.topology import (
+    Topology,
+    build_topology,
+    check_mixing,
+    rounds_to_agree,
+    spectral_gap,
+)
 from dlora.errors import TopologyError
 from dlora.show.topology import describe
 
@@ -21,17 +29,23 @@ quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
 def build(kind: str, n: int, weights: Any = None, **keys: Any) -> Topology:
-    """A topology among n peers; an erdos-renyi graph and a list of edges (a star) are supplied where not given."""
+    """A topology among n peers; an erdos-renyi graph and a list of edges (a star) are supplied
+    where not given.
+    """
     if kind == "erdos-renyi":
         keys.setdefault("p", min(1.0, 2 * math.log(n + 1) / n))
     if kind == "edges":
         keys.setdefault("edges", [(0, i) for i in range(1, n)])
-    return build_topology(TopologySection(kind=kind, **keys), weights, [f"peer-{i}" for i in range(n)])
+    return build_topology(
+        TopologySection(kind=kind, **keys), weights, [f"peer-{i}" for i in range(n)]
+    )
 
 
 def offered(n: int) -> list[Topology]:
     """Everything a user can choose among n peers."""
-    topologies = [build(kind, n, weights) for kind in STATIC for weights in (None, "metropolis", "laplacian")]
+    topologies = [
+        build(kind, n, weights) for kind in STATIC for weights in (None, "metropolis", "laplacian")
+    ]
     topologies += [build("base-k", n, k=k) for k in (1, 2, 3, 4)]
     return topologies + ([build("hypercube", n)] if n & (n - 1) == 0 else [])
 
@@ -47,8 +61,12 @@ def distance(values: np.ndarray) -> float:
     return float(np.linalg.norm(values - values.mean(axis=0)))
 
 
-anything = st.integers(1, 24).flatmap(lambda n: st.sampled_from(range(len(offered(n)))).map(lambda at: offered(n)[at]))
-static = st.builds(build, st.sampled_from(STATIC), st.integers(2, 24), st.sampled_from(["metropolis", "laplacian"]))
+anything = st.integers(1, 24).flatmap(
+    lambda n: st.sampled_from(range(len(offered(n)))).map(lambda at: offered(n)[at])
+)
+static = st.builds(
+    build, st.sampled_from(STATIC), st.integers(2, 24), st.sampled_from(["metropolis", "laplacian"])
+)
 
 
 # --- symmetric, doubly stochastic, mean kept ---
@@ -64,7 +82,8 @@ def test_every_offered_matrix_is_symmetric_and_doubly_stochastic(n: int) -> None
             np.testing.assert_allclose(mixing, mixing.T, rtol=0, atol=1e-12)
             np.testing.assert_allclose(mixing.sum(axis=0), 1, rtol=0, atol=1e-12)
             np.testing.assert_allclose(mixing.sum(axis=1), 1, rtol=0, atol=1e-12)
-            assert np.diag(mixing).min() > 0  # nobody forgets its own, so a missing neighbour can be left out
+            # nobody forgets its own, so a missing neighbour can be left out
+            assert np.diag(mixing).min() > 0
 
 
 @quick
@@ -81,14 +100,20 @@ def test_mixing_keeps_the_mean_and_never_spreads_the_peers(topology: Topology, s
 
 @quick
 @given(anything, st.integers(0, 50))
-def test_neighbours_and_edges_say_what_the_matrix_says_and_repeat_after_a_period(topology: Topology, round: int) -> None:
+def test_neighbours_and_edges_say_what_the_matrix_says_and_repeat_after_a_period(
+    topology: Topology, round: int
+) -> None:
     rebuilt = np.zeros((topology.num_peers, topology.num_peers))
     for peer in range(topology.num_peers):
         neighbours = topology.neighbours(peer, round)
         assert peer not in neighbours and all(weight > 0 for weight in neighbours.values())
         rebuilt[peer, list(neighbours)] = list(neighbours.values())
         rebuilt[peer, peer] = 1 - sum(neighbours.values())
-        assert neighbours == topology.neighbours(peer, round + topology.period) == topology.neighbours(peer, round)
+        assert (
+            neighbours
+            == topology.neighbours(peer, round + topology.period)
+            == topology.neighbours(peer, round)
+        )
     np.testing.assert_allclose(rebuilt, topology.mixing(round), atol=1e-12)
     directed = {(i, j) for i in range(topology.num_peers) for j in topology.neighbours(i, round)}
     edges = topology.edges(round)
@@ -128,10 +153,14 @@ RING_GAPS = {
 }
 
 
-@pytest.mark.parametrize(("weights", "n"), [(weights, n) for weights, gaps in RING_GAPS.items() for n in gaps])
+@pytest.mark.parametrize(
+    ("weights", "n"), [(weights, n) for weights, gaps in RING_GAPS.items() for n in gaps]
+)
 def test_ring_gaps_computed_elsewhere(weights: Any, n: int) -> None:
     printed = RING_GAPS[weights][n]
-    assert spectral_gap(build("ring", n, weights)) == pytest.approx(printed, abs=5.1e-4 if printed > 0.01 else 5.1e-5)
+    assert spectral_gap(build("ring", n, weights)) == pytest.approx(
+        printed, abs=5.1e-4 if printed > 0.01 else 5.1e-5
+    )
 
 
 @pytest.mark.parametrize("n", range(3, 41))
@@ -139,19 +168,26 @@ def test_exponential_gap_is_that_of_its_circulant(n: int) -> None:
     hops = {sign * 2**k % n for k in range(math.ceil(math.log2(n))) for sign in (1, -1)}
     angles = 2 * np.pi * np.arange(1, n) / n
     eigenvalues = (1 + sum(np.cos(hop * angles) for hop in hops)) / (1 + len(hops))
-    assert spectral_gap(build("exponential", n)) == pytest.approx(1 - np.abs(eigenvalues).max(), abs=1e-12)
+    assert spectral_gap(build("exponential", n)) == pytest.approx(
+        1 - np.abs(eigenvalues).max(), abs=1e-12
+    )
 
 
 def test_gap_of_rounds_that_differ_is_the_rate_a_round_over_the_cycle() -> None:
     pair, rest = np.full((2, 2), 0.5), np.eye(2)
     lazy = 0.25 * pair + 0.75 * rest  # its second eigenvalue is 0.75
-    assert spectral_gap(Topology("by hand", ("ana", "bo"), (lazy, rest))) == pytest.approx(1 - math.sqrt(0.75))
+    assert spectral_gap(Topology("by hand", ("ana", "bo"), (lazy, rest))) == pytest.approx(
+        1 - math.sqrt(0.75)
+    )
 
 
-@pytest.mark.parametrize(("kind", "n"), [("ring", 60), ("erdos-renyi", 60), ("base-k", 57), ("exponential", 60)])
+@pytest.mark.parametrize(
+    ("kind", "n"), [("ring", 60), ("erdos-renyi", 60), ("base-k", 57), ("exponential", 60)]
+)
 def test_the_gap_is_what_a_singular_value_decomposition_gives(kind: str, n: int) -> None:
     topology = build(kind, n)
-    part = Topology(kind, topology.names, topology.matrices[:-1] or topology.matrices)  # of a cycle: not exact, not symmetric
+    # of a cycle: not exact, not symmetric
+    part = Topology(kind, topology.names, topology.matrices[:-1] or topology.matrices)
     product = reduce(lambda done, mixing: mixing @ done, part.matrices)
     largest = np.linalg.svd(product - 1 / n, compute_uv=False)[0]
     assert spectral_gap(part) == pytest.approx(1 - largest ** (1 / part.period), abs=1e-12)
@@ -187,7 +223,11 @@ def test_the_two_weight_rules_on_a_star() -> None:
 
 def test_erdos_renyi_is_the_first_connected_graph_from_its_seed_on() -> None:
     def oracle(seed: int) -> "nx.Graph[int]":
-        return next(g for s in itertools.count(seed) if nx.is_connected(g := nx.gnp_random_graph(12, 0.2, seed=s)))
+        return next(
+            g
+            for s in itertools.count(seed)
+            if nx.is_connected(g := nx.gnp_random_graph(12, 0.2, seed=s))
+        )
 
     drawn = [build("erdos-renyi", 12, p=0.2, seed=seed).edges(0) for seed in range(20)]
     assert drawn == [sorted(oracle(seed).edges) for seed in range(20)]
@@ -210,7 +250,9 @@ def test_hypercube_pairs_across_one_bit_and_is_exact_after_its_cycle(n: int) -> 
     assert hypercube.period == max(1, n.bit_length() - 1)
     if n > 1:
         for round, peer in itertools.product(range(2 * hypercube.period), range(n)):
-            assert hypercube.neighbours(peer, round) == {peer ^ 2 ** (round % hypercube.period): 0.5}
+            assert hypercube.neighbours(peer, round) == {
+                peer ^ 2 ** (round % hypercube.period): 0.5
+            }
     np.testing.assert_allclose(cycle_product(hypercube), 1 / n, atol=1e-14)
     assert spectral_gap(hypercube) == 1
 
@@ -221,14 +263,28 @@ def test_base_k_is_exact_after_its_cycle_for_any_number_of_peers(n: int, k: int)
     base_k = build("base-k", n, k=k)
     np.testing.assert_allclose(cycle_product(base_k), 1 / n, atol=1e-13)
     assert spectral_gap(base_k) == 1
-    assert all(len(base_k.neighbours(peer, round)) <= k for peer in range(n) for round in range(base_k.period))
+    assert all(
+        len(base_k.neighbours(peer, round)) <= k
+        for peer in range(n)
+        for round in range(base_k.period)
+    )
     # Theorem 1 of the paper bounds the cycle of the simple graph; the one taken is never longer.
     assert base_k.period <= max(1, 2 * math.log(n, k + 1) + 2)
 
 
 @pytest.mark.parametrize(
     ("k", "n", "rounds"),
-    [(1, 10, 6), (1, 12, 5), (1, 20, 7), (1, 25, 9), (1, 50, 10), (1, 100, 11), (2, 10, 4), (2, 20, 5), (2, 100, 8)],
+    [
+        (1, 10, 6),
+        (1, 12, 5),
+        (1, 20, 7),
+        (1, 25, 9),
+        (1, 50, 10),
+        (1, 100, 11),
+        (2, 10, 4),
+        (2, 20, 5),
+        (2, 100, 8),
+    ],
 )
 def test_base_k_cycles_are_as_long_as_the_reference_code_gives(k: int, n: int, rounds: int) -> None:
     base_k = build("base-k", n, k=k)
@@ -237,8 +293,18 @@ def test_base_k_cycles_are_as_long_as_the_reference_code_gives(k: int, n: int, r
 
 
 def test_base_k_peers_whom_no_later_part_meets_still_mix_among_themselves() -> None:
-    assert build("base-k", 5).edges(2) == [(0, 4), (1, 2)]  # 5 = 4 + 1: peer 4 meets one block of four
-    assert build("base-k", 11, k=2).edges(2) == [(0, 9), (1, 10), (2, 3), (2, 4), (3, 4), (5, 6), (5, 7), (6, 7)]
+    # 5 = 4 + 1: peer 4 meets one block of four
+    assert build("base-k", 5).edges(2) == [(0, 4), (1, 2)]
+    assert build("base-k", 11, k=2).edges(2) == [
+        (0, 9),
+        (1, 10),
+        (2, 3),
+        (2, 4),
+        (3, 4),
+        (5, 6),
+        (5, 7),
+        (6, 7),
+    ]
 
 
 # --- rounds and messages ---
@@ -246,7 +312,9 @@ def test_base_k_peers_whom_no_later_part_meets_still_mix_among_themselves() -> N
 
 @quick
 @given(anything, st.sampled_from([2.0, 10.0, 100.0]))
-def test_rounds_to_agree_is_what_multiplying_the_matrices_gives(topology: Topology, factor: float) -> None:
+def test_rounds_to_agree_is_what_multiplying_the_matrices_gives(
+    topology: Topology, factor: float
+) -> None:
     n, rounds, messages = topology.num_peers, 0, 0
     product = np.eye(n)
     while np.linalg.norm(product - 1 / n, 2) > (1 + 1e-8) / factor:
@@ -268,7 +336,9 @@ def test_rounds_of_large_rings_cost_no_multiplication() -> None:
 
 
 def optimise(topology: Topology, num_rounds: int, step_of: Any) -> float:
-    """D-SGD on f_i(x) = a_i/2 |x - c_i|^2; the largest distance of a peer from the minimum of the sum."""
+    """D-SGD on f_i(x) = a_i/2 |x - c_i|^2; the largest distance of a peer from the minimum of the
+    sum.
+    """
     n = topology.num_peers
     draw = np.random.default_rng(3)
     curvature, centres = draw.uniform(0.5, 2.0, size=(n, 1)), draw.normal(size=(n, 4))
@@ -279,7 +349,9 @@ def optimise(topology: Topology, num_rounds: int, step_of: Any) -> float:
     return float(np.linalg.norm(x - optimum, axis=1).max())
 
 
-@pytest.mark.parametrize("topology", [build("ring", 10), build("base-k", 10)], ids=lambda topology: topology.kind)
+@pytest.mark.parametrize(
+    "topology", [build("ring", 10), build("base-k", 10)], ids=lambda topology: topology.kind
+)
 def test_gossip_with_a_decaying_step_reaches_the_optimum_of_the_sum(topology: Topology) -> None:
     def decaying(round: int) -> float:
         return 4 / (round + 10)
@@ -287,7 +359,8 @@ def test_gossip_with_a_decaying_step_reaches_the_optimum_of_the_sum(topology: To
     early, late = optimise(topology, 500, decaying), optimise(topology, 8000, decaying)
     assert late < 5e-3
     assert late < early / 8  # the error falls with the step, as 1/t
-    assert optimise(topology, 8000, lambda round: 0.2) > 20 * late  # a constant step stays off: peers differ
+    # a constant step stays off: peers differ
+    assert optimise(topology, 8000, lambda round: 0.2) > 20 * late
 
 
 # --- what is refused ---
@@ -299,16 +372,56 @@ NAMES = ("ana", "bo", "cy", "dee")
     ("keys", "names", "weights", "message"),
     [
         ({"kind": "ring"}, (), None, "ring was asked for 0 peers; it takes at least 1"),
-        ({"kind": "hypercube"}, NAMES[:3], None, "power of two, got 3 peers; take 2, 4, or kind base-k"),
+        (
+            {"kind": "hypercube"},
+            NAMES[:3],
+            None,
+            "power of two, got 3 peers; take 2, 4, or kind base-k",
+        ),
         ({"kind": "ring"}, NAMES, "laplace", "weights laplace: .* metropolis, laplacian"),
-        ({"kind": "hypercube"}, NAMES, "metropolis", "weights metropolis: topology hypercube fixes .* remove"),
-        ({"kind": "base-k"}, NAMES, "laplacian", "weights laplacian: topology base-k fixes .* remove"),
-        ({"kind": "erdos-renyi", "p": 1e-9}, NAMES, None, r"p 1e-09 and 4 peers: none of .* seed 0 .* above .* 0\.35"),
-        ({"kind": "edges", "edges": [("ana", "bob")]}, NAMES, None, r"edges\[0\] is \[ana, bob\].* did you mean bo\?"),
-        ({"kind": "edges", "edges": [("ana", "zz")]}, NAMES, None, "no peer is named zz; peers: ana, bo, cy, dee$"),
-        ({"kind": "edges", "edges": [(0, 4)]}, NAMES, None, "no peer has index 4, there are 4 .* count from 0"),
+        (
+            {"kind": "hypercube"},
+            NAMES,
+            "metropolis",
+            "weights metropolis: topology hypercube fixes .* remove",
+        ),
+        (
+            {"kind": "base-k"},
+            NAMES,
+            "laplacian",
+            "weights laplacian: topology base-k fixes .* remove",
+        ),
+        (
+            {"kind": "erdos-renyi", "p": 1e-9},
+            NAMES,
+            None,
+            r"p 1e-09 and 4 peers: none of .* seed 0 .* above .* 0\.35",
+        ),
+        (
+            {"kind": "edges", "edges": [("ana", "bob")]},
+            NAMES,
+            None,
+            r"edges\[0\] is \[ana, bob\].* did you mean bo\?",
+        ),
+        (
+            {"kind": "edges", "edges": [("ana", "zz")]},
+            NAMES,
+            None,
+            "no peer is named zz; peers: ana, bo, cy, dee$",
+        ),
+        (
+            {"kind": "edges", "edges": [(0, 4)]},
+            NAMES,
+            None,
+            "no peer has index 4, there are 4 .* count from 0",
+        ),
         ({"kind": "edges", "edges": [(-1, 0)]}, NAMES, None, "no peer has index -1"),
-        ({"kind": "edges", "edges": [(17, 0)]}, ("17", "23"), None, 'index 17, .* write "17" in quotes'),
+        (
+            {"kind": "edges", "edges": [(17, 0)]},
+            ("17", "23"),
+            None,
+            'index 17, .* write "17" in quotes',
+        ),
         ({"kind": "edges", "edges": [("bo", 1)]}, NAMES, None, "a peer is not its own neighbour"),
         (
             {"kind": "edges", "edges": [(0, 1), ("bo", "ana")]},
@@ -322,10 +435,17 @@ NAMES = ("ana", "bo", "cy", "dee")
             None,
             r"edges is not connected: \{ana, cy\} \| \{bo, dee\}; join them by edges",
         ),
-        ({"kind": "edges", "edges": []}, tuple("abcdef"), None, r"\{a\} \| \{b\} \| \{c\} \| \.\.\. \(6 in all\)"),
+        (
+            {"kind": "edges", "edges": []},
+            tuple("abcdef"),
+            None,
+            r"\{a\} \| \{b\} \| \{c\} \| \.\.\. \(6 in all\)",
+        ),
     ],
 )
-def test_what_cannot_be_mixed_on_is_refused_in_one_line(keys: Any, names: Any, weights: Any, message: str) -> None:
+def test_what_cannot_be_mixed_on_is_refused_in_one_line(
+    keys: Any, names: Any, weights: Any, message: str
+) -> None:
     with pytest.raises(TopologyError, match=message) as refused:
         build_topology(TopologySection(**keys), weights, names)
     assert "\n" not in str(refused.value)
@@ -340,7 +460,10 @@ def test_what_cannot_be_mixed_on_is_refused_in_one_line(keys: Any, names: Any, w
         ([[1, 0], [0, np.nan]], r"mixing\[1, 1\] = nan .* not a finite"),
         ([[np.inf, 0], [0, 1]], r"mixing\[0, 0\] = inf .* not a finite"),
         ([[1.5, -0.5], [-0.5, 1.5]], r"mixing\[0, 1\] = -0\.5 .* negative"),
-        ([[0.5, 0.5, 0], [0, 0.5, 0.5], [0.5, 0, 0.5]], r"mixing\[0, 1\] = 0\.5 \(mixing\[1, 0\] = 0\) .* mirror"),
+        (
+            [[0.5, 0.5, 0], [0, 0.5, 0.5], [0.5, 0, 0.5]],
+            r"mixing\[0, 1\] = 0\.5 \(mixing\[1, 0\] = 0\) .* mirror",
+        ),
         ([[0.5, 0.5], [0.5, 0.4]], r"row 1 .* sums to 0\.9"),
         ([[0.5, 0.5], [0.5, 0.5 + 1e-11]], "row 1 .* sums to 1.00000000001"),
     ],
@@ -398,8 +521,12 @@ def test_description_of_many_peers_is_short_and_narrow_and_shows_every_round(kin
     assert "... and 92 more peers" in text and "peer-7 " in text
     assert max(map(len, text.splitlines())) <= 100
     assert len(text.splitlines()) < 40
-    assert all(f"round {round}" in text for round in range(topology.period if topology.period > 1 else 0))
+    assert all(
+        f"round {round}" in text for round in range(topology.period if topology.period > 1 else 0)
+    )
 
 
 def test_description_of_sixteen_peers_names_them_all() -> None:
-    assert [line.split()[0] for line in describe(build("ring", 16)).splitlines()[3:19]] == [f"peer-{i}" for i in range(16)]
+    assert [line.split()[0] for line in describe(build("ring", 16)).splitlines()[3:19]] == [
+        f"peer-{i}" for i in range(16)
+    ]

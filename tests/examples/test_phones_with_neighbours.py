@@ -26,20 +26,32 @@ def test_three_devices_end_with_one_adapter_and_the_bytes_planned(tmp_path: Path
     assert "the averaged adapter: the same file at all devices" in out
     simulated = json.loads((folder / "simulation" / "summary.json").read_text())["runs"]
     for name in DEVICES:
-        assert f" {name} " in out and f"{100 * simulated['local']['peers'][name]['accuracy']:.1f} %" in out
+        assert (
+            f" {name} " in out
+            and f"{100 * simulated['local']['peers'][name]['accuracy']:.1f} %" in out
+        )
         assert (folder / name / "report.html").exists()
         run = json.loads((folder / name / "summary.json").read_text())["runs"]["dec-lora"]
-        assert run["consensus"]["loss"] == pytest.approx(simulated["dec-lora"]["consensus"]["loss"], rel=1e-5)
-        assert run["edges"] == {other: {"mixed": 2, "left_out": 0, "in_doubt": 0} for other in DEVICES if other != name}
+        assert run["consensus"]["loss"] == pytest.approx(
+            simulated["dec-lora"]["consensus"]["loss"], rel=1e-5
+        )
+        assert run["edges"] == {
+            other: {"mixed": 2, "left_out": 0, "in_doubt": 0} for other in DEVICES if other != name
+        }
         planned = json.loads((folder / f"{name}.plan.json").read_text())
-        between = sum(count for edge, count in planned["edges"].items() if name in edge.split(" - "))
+        between = sum(
+            count for edge, count in planned["edges"].items() if name in edge.split(" - ")
+        )
         assert run["cloud_bytes"] == pytest.approx(planned["cloud"]["cloud_bytes"], rel=0.02)
         assert run["bytes_on_wire"] == pytest.approx(between, rel=0.02)
 
 
 def test_the_examples_configs_fit_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEMO_DATA", "somewhere")
-    config, cloud = Config.load(EXAMPLE / "run.yaml"), CloudConfig.load(ROOT / "examples" / "phone-and-cloud" / "cloud.yaml")
+    config, cloud = (
+        Config.load(EXAMPLE / "run.yaml"),
+        CloudConfig.load(ROOT / "examples" / "phone-and-cloud" / "cloud.yaml"),
+    )
     assert config.model == cloud.model and config.peers.members == DEVICES
     assert set(config.data.train) == set(DEVICES)
     assert config.data.max_length * config.per_device_eval_batch_size <= cloud.limits.max_tokens

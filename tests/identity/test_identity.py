@@ -1,4 +1,6 @@
-"""Who is who without a centre: keys, certificates and the federation file, and what is wrong with those that are refused."""
+"""Who is who without a centre: keys, certificates and the federation file, and what is wrong with
+those that are refused.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +31,29 @@ from dlora.identity.federation import Federation, FederationFile, Member, federa
 from dlora.identity.keys import Identity, new_identity
 from kit.call_cli import call, contents
 
-ADDRESSES = {"anna": "anna.example.org:7000", "bob": None, "carol": "[2001:db8::1]:7000", "dave": None}
+ADDRESSES = {
+    "anna": "anna.example.org:7000",
+    "bob": None,
+    "carol": "[2001:db8::1]:7000",
+    "dave": None,
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
     """The text of the key file and of the member file of each member."""
     folder = tmp_path_factory.mktemp("made")
-    files = {name: new_identity(name, address, "peer", folder) for name, address in ADDRESSES.items()}
+    files = {
+        name: new_identity(name, address, "peer", folder) for name, address in ADDRESSES.items()
+    }
     return {name: (key.read_text(), member.read_text()) for name, (key, member) in files.items()}
 
 
 @pytest.fixture
 def work(made: dict[str, tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder holds the files of anna, bob and carol, and the federation of the three; dave is a stranger."""
+    """The current folder holds the files of anna, bob and carol, and the federation of the three;
+    dave is a stranger.
+    """
     monkeypatch.chdir(tmp_path)
     for name, (key, member) in made.items():
         write(f"{name}.key", key)
@@ -97,10 +108,24 @@ class Shape(NamedTuple):
 
 
 def forge(shape: Shape) -> str:
-    key = ed25519.Ed25519PrivateKey.generate() if shape.ed25519 else ec.generate_private_key(ec.SECP256R1())
-    subject, issuer = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)]) for n in (shape.name, shape.issuer))
+    key = (
+        ed25519.Ed25519PrivateKey.generate()
+        if shape.ed25519
+        else ec.generate_private_key(ec.SECP256R1())
+    )
+    subject, issuer = (
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, n)])
+        for n in (shape.name, shape.issuer)
+    )
     now = datetime.now(UTC)
-    usages = ("crl_sign", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
+    usages = (
+        "crl_sign",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+        "encipher_only",
+    )
     usage = x509.KeyUsage(
         **dict.fromkeys((*usages, "decipher_only"), False),
         digital_signature=True,
@@ -108,29 +133,51 @@ def forge(shape: Shape) -> str:
     )
     purposes = [x509.oid.ExtendedKeyUsageOID.SERVER_AUTH, x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
-        x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=9))
+        x509.CertificateBuilder(
+            issuer,
+            subject,
+            key.public_key(),
+            x509.random_serial_number(),
+            now,
+            now + timedelta(days=9),
+        )
         .add_extension(usage, shape.usage_critical)
         .add_extension(x509.BasicConstraints(ca=shape.ca, path_length=None), shape.ca_critical)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in shape.alternatives]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(name) for name in shape.alternatives]),
+            critical=False,
+        )
     )
     signed = builder.sign(key, None if shape.ed25519 else hashes.SHA256())
     return signed.public_bytes(serialization.Encoding.PEM).decode()
 
 
-def entry(name: Any = "anna", role: Any = "peer", address: Any = None, certificates: Any = ()) -> dict[str, Any]:
+def entry(
+    name: Any = "anna", role: Any = "peer", address: Any = None, certificates: Any = ()
+) -> dict[str, Any]:
     return {"name": name, "role": role, "address": address, "certificates": list(certificates)}
 
 
-# --- what is made ----------------------------------------------------------------------------------------------------
+# --- what is made
+# --------------------------------------------------------------------------------------------------
 
 
-def test_a_new_certificate_can_vouch_for_nothing_but_itself(made: dict[str, tuple[str, str]]) -> None:
-    """Without exactly these critical extensions one member can sign a certificate in another's name."""
+def test_a_new_certificate_can_vouch_for_nothing_but_itself(
+    made: dict[str, tuple[str, str]],
+) -> None:
+    """Without exactly these critical extensions one member can sign a certificate in another's
+    name.
+    """
     certificate = x509.load_pem_x509_certificate(certificate_of(made["anna"][1]).encode())
-    critical = {extension.oid.dotted_string: extension.value for extension in certificate.extensions if extension.critical}
+    critical = {
+        extension.oid.dotted_string: extension.value
+        for extension in certificate.extensions
+        if extension.critical
+    }
     assert critical == {
-        "2.5.29.15": x509.KeyUsage(True, False, False, False, False, False, False, False, False),  # keyUsage
+        # keyUsage
+        "2.5.29.15": x509.KeyUsage(True, False, False, False, False, False, False, False, False),
         "2.5.29.19": x509.BasicConstraints(ca=False, path_length=None),
     }
     usage = critical["2.5.29.15"]
@@ -139,7 +186,11 @@ def test_a_new_certificate_can_vouch_for_nothing_but_itself(made: dict[str, tupl
     assert list(names) == [x509.DNSName("anna")]
     assert certificate.subject.rfc4514_string() == certificate.issuer.rfc4514_string() == "CN=anna"
     purposes = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert {purpose.dotted_string for purpose in purposes} == {"1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"}  # server, client
+    # server, client
+    assert {purpose.dotted_string for purpose in purposes} == {
+        "1.3.6.1.5.5.7.3.1",
+        "1.3.6.1.5.5.7.3.2",
+    }
     key = certificate.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)
     lifetime = certificate.not_valid_after_utc - certificate.not_valid_before_utc
@@ -164,7 +215,13 @@ def test_the_key_file_is_the_owners_alone_from_its_first_byte(umask: int, tmp_pa
     def spy(path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
         descriptor = os_open(path, flags, mode, **more)
         if str(path).endswith(".key"):
-            modes.append((os.fstat(descriptor).st_mode & 0o777, os.fstat(descriptor).st_size, bool(flags & os.O_EXCL)))
+            modes.append(
+                (
+                    os.fstat(descriptor).st_mode & 0o777,
+                    os.fstat(descriptor).st_size,
+                    bool(flags & os.O_EXCL),
+                )
+            )
         return descriptor
 
     before = os.umask(umask)
@@ -183,7 +240,12 @@ def test_the_key_file_is_the_owners_alone_from_its_first_byte(umask: int, tmp_pa
 def test_nothing_is_overwritten(existing: str, tmp_path: Path) -> None:
     (tmp_path / existing).write_text("dear")
     before = contents(tmp_path)
-    refusal(lambda: new_identity("anna", None, "peer", tmp_path), existing, "never overwritten", "--folder")
+    refusal(
+        lambda: new_identity("anna", None, "peer", tmp_path),
+        existing,
+        "never overwritten",
+        "--folder",
+    )
     assert contents(tmp_path) == before
 
 
@@ -194,7 +256,12 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    refusal(lambda: new_identity("anna", None, "peer", tmp_path / "no"), "anna.member.yaml", "No such file", "choose a folder")
+    refusal(
+        lambda: new_identity("anna", None, "peer", tmp_path / "no"),
+        "anna.member.yaml",
+        "No such file",
+        "choose a folder",
+    )
 
 
 def test_the_fingerprint_is_the_sha256_of_the_der(made: dict[str, tuple[str, str]]) -> None:
@@ -205,7 +272,8 @@ def test_the_fingerprint_is_the_sha256_of_the_der(made: dict[str, tuple[str, str
     assert [len(group) for group in groups] == [4] * 16
 
 
-# --- names, roles, addresses -----------------------------------------------------------------------------------------
+# --- names, roles, addresses
+# -----------------------------------------------------------------------------------------
 
 letters = st.sampled_from("abcXYZ019-_.")
 
@@ -217,7 +285,13 @@ def test_a_name_is_a_file_name_and_a_host_name(name: str) -> None:
     except IdentityError as error:
         assert "\n" not in str(error) and str(error).startswith("here: name is ")
     else:
-        assert name.isascii() and len(name) <= 63 and name[0].isalnum() and name[-1].isalnum() and ".." not in name
+        assert (
+            name.isascii()
+            and len(name) <= 63
+            and name[0].isalnum()
+            and name[-1].isalnum()
+            and ".." not in name
+        )
         assert Path(name).name == name
         x509.DNSName(name)
 
@@ -233,14 +307,35 @@ def test_names_that_are_fine(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "-a", "a-", "a.", "a..b", "a/b", "a b", "x" * 64, "ä", "a\n", "10.0.0.1", "CN=a,b"]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "-a",
+        "a-",
+        "a.",
+        "a..b",
+        "a/b",
+        "a b",
+        "x" * 64,
+        "ä",
+        "a\n",
+        "10.0.0.1",
+        "CN=a,b",
+    ],
 )
 def test_names_that_are_not(name: str, tmp_path: Path) -> None:
-    refusal(lambda: new_identity(name, None, "peer", tmp_path), f"name is {name!r}"[:40], "1 to 63 of")
+    refusal(
+        lambda: new_identity(name, None, "peer", tmp_path), f"name is {name!r}"[:40], "1 to 63 of"
+    )
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("address", ["localhost:1", "10.0.0.1:65535", "[::1]:7000", "a.b-c.example:7000", "under_score:80"])
+@pytest.mark.parametrize(
+    "address",
+    ["localhost:1", "10.0.0.1:65535", "[::1]:7000", "a.b-c.example:7000", "under_score:80"],
+)
 def test_addresses_that_are_fine(address: str, tmp_path: Path) -> None:
     _, member = new_identity("anna", address, "cloud", tmp_path)
     (tmp_path / "federation.yaml").write_text(federation_text([member]))
@@ -263,10 +358,24 @@ def test_addresses_that_are_fine(address: str, tmp_path: Path) -> None:
         "[10.0.0.1]:1",
         "[fe80::1%2]:1",
     ]
-    + ["300.0.0.1:7000", "10.1:7000", "ho st:7000", "https://host:7000", "-o:1", "a..b:1", "0.0.0.0:7000", "[::]:7000", "h:٣"],
+    + [
+        "300.0.0.1:7000",
+        "10.1:7000",
+        "ho st:7000",
+        "https://host:7000",
+        "-o:1",
+        "a..b:1",
+        "0.0.0.0:7000",
+        "[::]:7000",
+        "h:٣",
+    ],
 )
 def test_addresses_that_are_not(address: str, tmp_path: Path) -> None:
-    refusal(lambda: new_identity("anna", address, "peer", tmp_path), f"address is {address!r}", "HOST:PORT that others dial")
+    refusal(
+        lambda: new_identity("anna", address, "peer", tmp_path),
+        f"address is {address!r}",
+        "HOST:PORT that others dial",
+    )
     assert contents(tmp_path) == {}
 
 
@@ -283,20 +392,26 @@ def test_an_address_is_taken_as_it_stands_or_refused_in_one_line(address: str) -
 
 
 def test_a_role_that_is_none(tmp_path: Path) -> None:
-    refusal(lambda: new_identity("anna", None, "pear", tmp_path), "role is 'pear'", "peer, cloud, device")  # type: ignore[arg-type]
+    role: Any = "pear"
+    refusal(
+        lambda: new_identity("anna", None, role, tmp_path), "role is 'pear'", "peer, cloud, device"
+    )
     assert contents(tmp_path) == {}
 
 
-# --- the federation file ---------------------------------------------------------------------------------------------
+# --- the federation file
+# --------------------------------------------------------------------------------------------------
 
 
 def test_what_is_dumped_is_what_is_loaded(work: Path, made: dict[str, tuple[str, str]]) -> None:
     federation = Federation.load("federation.yaml")
     assert federation.members == {
-        name: Member(name, "peer", ADDRESSES[name], (certificate_of(made[name][1]),)) for name in ("anna", "bob", "carol")
+        name: Member(name, "peer", ADDRESSES[name], (certificate_of(made[name][1]),))
+        for name in ("anna", "bob", "carol")
     }
     assert federation.dump() == Path("federation.yaml").read_text()
-    assert yaml.safe_load(federation.dump())["members"][1]["address"] is None  # for other readers of YAML
+    # for other readers of YAML
+    assert yaml.safe_load(federation.dump())["members"][1]["address"] is None
 
 
 def test_the_order_of_the_files_does_not_matter(work: Path) -> None:
@@ -309,7 +424,9 @@ def test_a_federation_grows_from_the_file_before(work: Path) -> None:
     assert text == federation_text([f"{name}.member.yaml" for name in ADDRESSES])
 
 
-def test_a_certificate_counts_for_its_own_name_only(work: Path, made: dict[str, tuple[str, str]]) -> None:
+def test_a_certificate_counts_for_its_own_name_only(
+    work: Path, made: dict[str, tuple[str, str]]
+) -> None:
     federation = Federation.load("federation.yaml")
     for owner in ADDRESSES:
         certificate = x509.load_pem_x509_certificate(certificate_of(made[owner][1]).encode())
@@ -330,19 +447,32 @@ def test_only_those_asked_for_are_trusted(work: Path, made: dict[str, tuple[str,
 
 def test_an_unknown_member_is_told_the_nearest(work: Path) -> None:
     federation = Federation.load("federation.yaml")
-    refusal(lambda: federation.member("ana"), "ana is not a member in federation.yaml", "anna, bob, carol", "mean anna?")
+    refusal(
+        lambda: federation.member("ana"),
+        "ana is not a member in federation.yaml",
+        "anna, bob, carol",
+        "mean anna?",
+    )
     refusal(lambda: federation.member("zzz"), "zzz", "anna, bob, carol", "add its member file")
 
 
 def test_one_of_two_neighbours_must_be_dialable(work: Path) -> None:
-    federation = Federation.load(write("four.yaml", federation_text([f"{name}.member.yaml" for name in ADDRESSES])))
+    federation = Federation.load(
+        write("four.yaml", federation_text([f"{name}.member.yaml" for name in ADDRESSES]))
+    )
     federation.check_dialable([("anna", "bob"), ("dave", "anna"), ("anna", "carol")])
-    refusal(lambda: federation.check_dialable([("anna", "bob"), ("bob", "dave")]), "bob and dave", "four.yaml", "HOST:PORT")
+    refusal(
+        lambda: federation.check_dialable([("anna", "bob"), ("bob", "dave")]),
+        "bob and dave",
+        "four.yaml",
+        "HOST:PORT",
+    )
     refusal(lambda: federation.check_dialable([("anna", "eve")]), "eve is not a member")
 
 
 GOOD: dict[str, Any] = {"role": "peer", "address": None}
-BROKEN: dict[str, tuple[Any, list[str]]] = {  # the content of the file; "PEM" stands for anna's certificate -> what is said
+# the content of the file; "PEM" stands for anna's certificate -> what is said
+BROKEN: dict[str, tuple[Any, list[str]]] = {
     "empty": ("", ["is empty"]),
     "no-yaml": ("members: [", ["is not YAML", "line 1"]),
     "deep": ("[" * 5000, ["is not YAML"]),
@@ -351,17 +481,44 @@ BROKEN: dict[str, tuple[Any, list[str]]] = {  # the content of the file; "PEM" s
     "no-members": ({"members": []}, ["one key, members"]),
     "more-keys": ({"members": [entry(certificates=["PEM"])], "extra": 1}, ["one key, members"]),
     "a-word": ({"members": ["anna"]}, ["member 1", "expected the keys", "got 'anna'"]),
-    "unknown-key": ({"members": [entry(certificates=["PEM"]) | {"adress": "a:1"}]}, ["member 1", "'adress'"]),
-    "missing-key": ({"members": [{"name": "anna", "role": "peer"}]}, ["member 1", "got the keys 'name', 'role'"]),
-    "bad-name": ({"members": [entry("../anna", certificates=["PEM"])]}, ["member 1", "name is '../anna'"]),
-    "bad-role": ({"members": [entry(role="boss", certificates=["PEM"])]}, ["member 1 (anna)", "role is 'boss'", "cloud"]),
+    "unknown-key": (
+        {"members": [entry(certificates=["PEM"]) | {"adress": "a:1"}]},
+        ["member 1", "'adress'"],
+    ),
+    "missing-key": (
+        {"members": [{"name": "anna", "role": "peer"}]},
+        ["member 1", "got the keys 'name', 'role'"],
+    ),
+    "bad-name": (
+        {"members": [entry("../anna", certificates=["PEM"])]},
+        ["member 1", "name is '../anna'"],
+    ),
+    "bad-role": (
+        {"members": [entry(role="boss", certificates=["PEM"])]},
+        ["member 1 (anna)", "role is 'boss'", "cloud"],
+    ),
     "list-role": ({"members": [entry(role=["peer"], certificates=["PEM"])]}, ["role is a list"]),
-    "bad-address": ({"members": [entry(address="anna", certificates=["PEM"])]}, ["(anna)", "address is 'anna'"]),
+    "bad-address": (
+        {"members": [entry(address="anna", certificates=["PEM"])]},
+        ["(anna)", "address is 'anna'"],
+    ),
     "no-certificate": ({"members": [entry()]}, ["(anna)", "certificates is a list", "one or more"]),
-    "one-certificate": ({"members": [entry() | {"certificates": "PEM"}]}, ["(anna)", "expected a list"]),
-    "not-pem": ({"members": [entry(certificates=["anna"])]}, ["(anna)", "not exactly one certificate"]),
-    "cut-pem": ({"members": [entry(certificates=["PEM CUT"])]}, ["(anna)", "not exactly one certificate"]),
-    "one-behind-another": ({"members": [entry(certificates=["PEM PEM"])]}, ["(anna)", "not exactly one certificate"]),
+    "one-certificate": (
+        {"members": [entry() | {"certificates": "PEM"}]},
+        ["(anna)", "expected a list"],
+    ),
+    "not-pem": (
+        {"members": [entry(certificates=["anna"])]},
+        ["(anna)", "not exactly one certificate"],
+    ),
+    "cut-pem": (
+        {"members": [entry(certificates=["PEM CUT"])]},
+        ["(anna)", "not exactly one certificate"],
+    ),
+    "one-behind-another": (
+        {"members": [entry(certificates=["PEM PEM"])]},
+        ["(anna)", "not exactly one certificate"],
+    ),
     "under-two-names": (
         {"members": [entry(certificates=["PEM"]), entry("bob", certificates=["PEM"])]},
         ["member 2 (bob)", "made for anna, not for bob"],
@@ -375,23 +532,33 @@ BROKEN: dict[str, tuple[Any, list[str]]] = {  # the content of the file; "PEM" s
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_federation_file_that_cannot_be_used(name: str, work: Path, made: dict[str, tuple[str, str]]) -> None:
+def test_a_federation_file_that_cannot_be_used(
+    name: str, work: Path, made: dict[str, tuple[str, str]]
+) -> None:
     content, says = BROKEN[name]
     pem = certificate_of(made["anna"][1])
     if isinstance(content, list | dict):
         content = yaml.safe_dump(content)
         for word, text in {"PEM PEM": pem + pem, "PEM CUT": pem[:300], "PEM": pem}.items():
             lines = yaml.safe_dump(text, default_style='"', width=10_000).strip()
-            content = content.replace(f"- {word}\n", f"- {lines}\n").replace(f" {word}\n", f" {lines}\n")
+            content = content.replace(f"- {word}\n", f"- {lines}\n").replace(
+                f" {word}\n", f" {lines}\n"
+            )
     Path("broken.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     refusal(lambda: Federation.load("broken.yaml"), "broken.yaml", *says)
     refusal(lambda: federation_text(["broken.yaml"]), "broken.yaml", *says)
 
 
 def test_files_that_are_no_federation_files(work: Path) -> None:
-    refusal(lambda: Federation.load("no.yaml"), "no.yaml cannot be read (No such file", "give the path")
+    refusal(
+        lambda: Federation.load("no.yaml"), "no.yaml cannot be read (No such file", "give the path"
+    )
     refusal(lambda: Federation.load("."), "cannot be read (Is a directory)")
-    refusal(lambda: Federation.load("anna.member.yaml"), "anna.member.yaml is the file of one member", "identity federation")
+    refusal(
+        lambda: Federation.load("anna.member.yaml"),
+        "anna.member.yaml is the file of one member",
+        "identity federation",
+    )
     refusal(lambda: Federation.load("anna.key"), "anna.key holds a private key")
 
 
@@ -409,7 +576,10 @@ FORGED: dict[str, tuple[Shape, str]] = {
     "usage-not-critical": (Shape(usage_critical=False), "which cannot sign others"),
     "two-names": (Shape(alternatives=("anna", "bob")), "which cannot sign others"),
     "another-name": (Shape(alternatives=("bob",)), "which cannot sign others"),
-    "anothers": (Shape(name="bob", issuer="bob", alternatives=("bob",)), "made for bob, not for anna"),
+    "anothers": (
+        Shape(name="bob", issuer="bob", alternatives=("bob",)),
+        "made for bob, not for anna",
+    ),
     "not-self-signed": (Shape(issuer="bob"), "not exactly one certificate"),
     "ed25519": (Shape(ed25519=True), "which cannot sign others"),
 }
@@ -431,7 +601,8 @@ def test_text_around_a_certificate_is_not_passed_on(made: dict[str, tuple[str, s
     assert certificates.checked(f"bag attributes\n{pem}\nand more", "anna", "here") == pem
 
 
-# --- rotation --------------------------------------------------------------------------------------------------------
+# --- rotation
+# --------------------------------------------------------------------------------------------------
 
 
 def renew(folder: str = "new", address: str | None = ADDRESSES["anna"]) -> str:
@@ -441,25 +612,46 @@ def renew(folder: str = "new", address: str | None = ADDRESSES["anna"]) -> str:
 
 def test_an_old_and_a_new_certificate_overlap(work: Path, made: dict[str, tuple[str, str]]) -> None:
     renewed = renew()
-    with pytest.warns(UserWarning, match=r"anna has certificates from federation.yaml and from new/anna.member.yaml; ask anna"):
+    with pytest.warns(
+        UserWarning,
+        match=r"anna has certificates from federation.yaml and from new/anna.member.yaml; ask anna",
+    ):
         text = federation_text(["federation.yaml", renewed])
     both = Federation.load(write("both.yaml", text))
-    assert both.member("anna").certificates == (certificate_of(made["anna"][1]), certificate_of(Path(renewed).read_text()))
-    assert Identity.load("anna", "anna.key", both).key_pem != Identity.load("anna", "new/anna.key", both).key_pem
+    assert both.member("anna").certificates == (
+        certificate_of(made["anna"][1]),
+        certificate_of(Path(renewed).read_text()),
+    )
+    assert (
+        Identity.load("anna", "anna.key", both).key_pem
+        != Identity.load("anna", "new/anna.key", both).key_pem
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert federation_text(["both.yaml", renewed]) == text  # nothing new, nothing to make sure of
+        # nothing new, nothing to make sure of
+        assert federation_text(["both.yaml", renewed]) == text
 
 
 def test_two_files_of_one_member_must_agree(work: Path) -> None:
     moved = renew(address="other.example.org:7000")
-    says = ["anna is peer at anna.example.org:7000 in anna.member.yaml", "peer at other.example.org:7000 in new/anna.member"]
+    says = [
+        "anna is peer at anna.example.org:7000 in anna.member.yaml",
+        "peer at other.example.org:7000 in new/anna.member",
+    ]
     refusal(lambda: federation_text(["anna.member.yaml", moved]), *says, "edit one")
-    Path("role.yaml").write_text(Path("anna.member.yaml").read_text().replace("role: peer", "role: cloud"))
-    refusal(lambda: federation_text(["anna.member.yaml", "role.yaml"]), "is peer at", "cloud at", "role.yaml")
+    Path("role.yaml").write_text(
+        Path("anna.member.yaml").read_text().replace("role: peer", "role: cloud")
+    )
+    refusal(
+        lambda: federation_text(["anna.member.yaml", "role.yaml"]),
+        "is peer at",
+        "cloud at",
+        "role.yaml",
+    )
 
 
-# --- the key file ----------------------------------------------------------------------------------------------------
+# --- the key file
+# --------------------------------------------------------------------------------------------------
 
 
 def load(name: str = "anna", key: str = "anna.key") -> Identity:
@@ -473,8 +665,16 @@ def test_a_key_file_is_all_it_takes(work: Path, made: dict[str, tuple[str, str]]
 
 
 def test_the_wrong_key_for_the_name(work: Path) -> None:
-    refusal(lambda: load(key="bob.key"), "wrong key for the name: bob.key is the key of bob, not of anna", "give anna's")
-    refusal(lambda: load(key="dave.key"), "dave.key is not among the 1 of anna in federation.yaml", "put its member file")
+    refusal(
+        lambda: load(key="bob.key"),
+        "wrong key for the name: bob.key is the key of bob, not of anna",
+        "give anna's",
+    )
+    refusal(
+        lambda: load(key="dave.key"),
+        "dave.key is not among the 1 of anna in federation.yaml",
+        "put its member file",
+    )
     refusal(lambda: load(name="dave", key="dave.key"), "dave is not a member in federation.yaml")
 
 
@@ -484,17 +684,33 @@ def test_what_is_no_key_file(work: Path, made: dict[str, tuple[str, str]]) -> No
     encrypted = (
         serialization.load_pem_private_key(key.encode(), None)
         .private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"password")
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"password"),
         )
         .decode()
     )
     refusal(lambda: load(key="no.key"), "no.key cannot be read (No such file")
-    for text in ("", "hello", key, certificate, encrypted + certificate, made["anna"][0] + certificate, made["anna"][0][:-100]):
-        refusal(lambda text=text: load(key=write("x.key", text)), "x.key is not a key file (a private key without a password")
+    for text in (
+        "",
+        "hello",
+        key,
+        certificate,
+        encrypted + certificate,
+        made["anna"][0] + certificate,
+        made["anna"][0][:-100],
+    ):
+        refusal(
+            lambda text=text: load(key=write("x.key", text)),
+            "x.key is not a key file (a private key without a password",
+        )
     refusal(lambda: load(key="anna.member.yaml"), "anna.member.yaml is not a key file")
     refusal(lambda: load(key=write("x.key", "#" * (1 << 21))), "more than 1,048,576 bytes")
     other = made["bob"][0].partition("-----BEGIN CERTIFICATE")[0]
-    refusal(lambda: load(key=write("x.key", other + certificate)), "key in x.key does not belong to the certificate of anna")
+    refusal(
+        lambda: load(key=write("x.key", other + certificate)),
+        "key in x.key does not belong to the certificate of anna",
+    )
 
 
 def test_a_clock_that_is_off(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,22 +723,34 @@ def test_a_clock_that_is_off(work: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     at(monkeypatch, days=715)
     load()
     at(monkeypatch, days=729)
-    with pytest.warns(UserWarning, match="the certificate of anna in anna.key ends at 20.* in 24 hours; before that"):
+    with pytest.warns(
+        UserWarning,
+        match="the certificate of anna in anna.key ends at 20.* in 24 hours; before that",
+    ):
         load()
     at(monkeypatch, days=731)
-    refusal(load, "anna.key expired at 20", f"here it is {begin + timedelta(days=731):%Y-%m-%d }", "dlora identity new anna")
+    refusal(
+        load,
+        "anna.key expired at 20",
+        f"here it is {begin + timedelta(days=731):%Y-%m-%d }",
+        "dlora identity new anna",
+    )
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
 def test_a_key_that_others_can_read_is_warned_of(mode: int, work: Path) -> None:
     Path("anna.key").chmod(mode)
-    with pytest.warns(UserWarning, match="others on this machine can read or change anna.key; run: chmod 600 anna.key"):
+    with pytest.warns(
+        UserWarning,
+        match="others on this machine can read or change anna.key; run: chmod 600 anna.key",
+    ):
         load()
     Path("anna.key").chmod(0o400)
     load()  # filterwarnings makes any warning an error
 
 
-# --- a federation file that changes ----------------------------------------------------------------------------------
+# --- a federation file that changes
+# ----------------------------------------------------------------------------------
 
 
 def test_a_changed_file_is_taken_up(work: Path) -> None:
@@ -538,7 +766,11 @@ def test_a_changed_file_is_taken_up(work: Path) -> None:
 
 def test_a_change_that_keeps_the_size_is_seen(work: Path) -> None:
     file = FederationFile("federation.yaml")
-    text = Path("federation.yaml").read_text().replace("anna.example.org:7000", "anna.example.org:7001")
+    text = (
+        Path("federation.yaml")
+        .read_text()
+        .replace("anna.example.org:7000", "anna.example.org:7001")
+    )
     Path("federation.yaml").write_text(text)
     os.utime("federation.yaml", ns=(1, 1))  # whatever the clock of the file system
     assert file.current.member("anna").address == "anna.example.org:7001"
@@ -548,7 +780,9 @@ def test_a_broken_change_keeps_what_was(work: Path) -> None:
     file, text = FederationFile("federation.yaml"), Path("federation.yaml").read_text()
     before = file.current
     Path("federation.yaml").write_text("members: oops\n")
-    with pytest.warns(UserWarning, match="the one before still is: federation.yaml is not a federation file") as caught:
+    with pytest.warns(
+        UserWarning, match="the one before still is: federation.yaml is not a federation file"
+    ) as caught:
         assert file.current is before
     assert len(caught) == 1
     assert file.current is before  # and no second warning, which would be an error here
@@ -565,20 +799,25 @@ def test_a_file_that_is_broken_from_the_start(work: Path) -> None:
     refusal(lambda: FederationFile("federation.yaml"), "federation.yaml is not a federation file")
 
 
-# --- with gRPC itself ------------------------------------------------------------------------------------------------
+# --- with gRPC itself
+# --------------------------------------------------------------------------------------------------
 
 
 class Answers(grpc.GenericRpcHandler):
     """Every call is answered with the certificate that the caller presented."""
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: context.auth_context()["x509_pem_cert"][0])
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: context.auth_context()["x509_pem_cert"][0]
+        )
 
 
 def serve(own: Identity, federation: Federation, names: list[str]) -> tuple[grpc.Server, int]:
     server = grpc.server(ThreadPoolExecutor(1), handlers=[Answers()])
     pair = [(own.key_pem, own.certificate_pem)]
-    credentials = grpc.ssl_server_credentials(pair, federation.trusted(names), require_client_auth=True)
+    credentials = grpc.ssl_server_credentials(
+        pair, federation.trusted(names), require_client_auth=True
+    )
     port = server.add_secure_port("127.0.0.1:0", credentials)
     server.start()
     return server, port
@@ -605,24 +844,35 @@ def ask(port: int, key: str, certificate: str, roots: bytes, target: str) -> str
 
 
 @pytest.mark.parametrize("key", ["anna.key", "new/anna.key"])
-def test_grpc_takes_the_old_and_the_new_key_both_ways(key: str, bob_listens: tuple[int, Federation]) -> None:
+def test_grpc_takes_the_old_and_the_new_key_both_ways(
+    key: str, bob_listens: tuple[int, Federation]
+) -> None:
     port, federation = bob_listens
     anna = Identity.load("anna", key, federation)
     proof = anna.key_pem.decode(), anna.certificate_pem.decode()
     assert ask(port, *proof, federation.trusted(["bob"]), "bob") == proof[1]
     server, port_of_anna = serve(anna, federation, ["bob"])
     bob = Identity.load("bob", "bob.key", federation)
-    ask(port_of_anna, bob.key_pem.decode(), bob.certificate_pem.decode(), federation.trusted(["anna"]), "anna")
+    ask(
+        port_of_anna,
+        bob.key_pem.decode(),
+        bob.certificate_pem.decode(),
+        federation.trusted(["anna"]),
+        "anna",
+    )
     server.stop(None).wait()
 
 
-def test_grpc_refuses_strangers_and_other_names(bob_listens: tuple[int, Federation], made: dict[str, tuple[str, str]]) -> None:
+def test_grpc_refuses_strangers_and_other_names(
+    bob_listens: tuple[int, Federation], made: dict[str, tuple[str, str]]
+) -> None:
     port, federation = bob_listens
     anna = Identity.load("anna", "anna.key", federation)
     proof = anna.key_pem.decode(), anna.certificate_pem.decode()
     for key, certificate, trusted, target in (
         (made["dave"][0], certificate_of(made["dave"][1]), "bob", "bob"),  # a stranger dials
-        (made["carol"][0], certificate_of(made["carol"][1]), "bob", "bob"),  # a member that is no neighbour dials
+        # a member that is no neighbour dials
+        (made["carol"][0], certificate_of(made["carol"][1]), "bob", "bob"),
         (*proof, "carol", "carol"),  # who listens is not who was meant
         (*proof, "bob", "carol"),
         (*signed_by_anna(made), "bob", "bob"),  # a neighbour signs in another's name
@@ -634,20 +884,31 @@ def test_grpc_refuses_strangers_and_other_names(bob_listens: tuple[int, Federati
 
 
 def signed_by_anna(made: dict[str, tuple[str, str]]) -> tuple[str, str]:
-    """A fresh key, and a certificate in bob's name that anna's key signed, with anna's behind it."""
+    """A fresh key, and a certificate in bob's name that anna's key signed, with anna's behind
+    it.
+    """
     signer = serialization.load_pem_private_key(made["anna"][0].encode(), None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
-    issuer, subject = (x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("anna", "bob"))
+    issuer, subject = (
+        x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]) for name in ("anna", "bob")
+    )
     number, end = x509.random_serial_number(), now + timedelta(days=1)
-    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), number, now - timedelta(days=1), end)
-    signed = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("bob")]), False).sign(signer, hashes.SHA256())
+    builder = x509.CertificateBuilder(
+        issuer, subject, key.public_key(), number, now - timedelta(days=1), end
+    )
+    signed = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("bob")]), False).sign(
+        signer, hashes.SHA256()
+    )
     plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    chain = signed.public_bytes(serialization.Encoding.PEM).decode() + certificate_of(made["anna"][1])
+    chain = signed.public_bytes(serialization.Encoding.PEM).decode() + certificate_of(
+        made["anna"][1]
+    )
     return key.private_bytes(serialization.Encoding.PEM, *plain).decode(), chain
 
 
-# --- from the command line -------------------------------------------------------------------------------------------
+# --- from the command line
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_way_of_three_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,15 +920,25 @@ def test_the_way_of_three_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert call("identity", "new", "east", "--role", "cloud").exit_code == 0
     Path("far").mkdir()
     assert call("identity", "new", "south", "--folder", "far").exit_code == 0
-    outcome = call("identity", "federation", "north.member.yaml", "far/south.member.yaml", "east.member.yaml")
+    outcome = call(
+        "identity", "federation", "north.member.yaml", "far/south.member.yaml", "east.member.yaml"
+    )
     assert (outcome.exit_code, outcome.err) == (0, "")
     Path("federation.yaml").write_text(outcome.out)
     federation = Federation.load("federation.yaml")
     roles = {name: (member.role, member.address) for name, member in federation.members.items()}
-    assert roles == {"east": ("cloud", None), "north": ("peer", "north.example.org:7000"), "south": ("peer", None)}
+    assert roles == {
+        "east": ("cloud", None),
+        "north": ("peer", "north.example.org:7000"),
+        "south": ("peer", None),
+    }
     shown = call("identity", "show", "federation.yaml")
     assert (shown.exit_code, shown.err) == (0, "")
-    heads = ["east (cloud, only dials)", "north (peer, north.example.org:7000)", "south (peer, only dials)"]
+    heads = [
+        "east (cloud, only dials)",
+        "north (peer, north.example.org:7000)",
+        "south (peer, only dials)",
+    ]
     assert shown.out.splitlines()[::3] == heads
     for name, folder in (("north", ""), ("south", "far")):
         [pem] = federation.member(name).certificates
@@ -701,7 +972,9 @@ def test_a_mistake_is_one_line(arguments: list[str], says: str, work: Path) -> N
     before = contents(work)
     outcome = call("identity", *arguments)
     assert (outcome.exit_code, outcome.out) == (2, "")
-    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and says in outcome.err
+    assert (
+        outcome.err.startswith("error: ") and outcome.err.count("\n") == 1 and says in outcome.err
+    )
     assert contents(work) == before
 
 

@@ -33,7 +33,9 @@ def resident_bytes(key: str) -> int:
 
 
 class Target:
-    """Peer a listens and gives every frame back; b is the attacker's name, c the good neighbour's."""
+    """Peer a listens and gives every frame back; b is the attacker's name, c the good
+    neighbour's.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.net = Loopback(folder, listening="a", names="abc")
@@ -53,7 +55,8 @@ class Target:
             before = resident_bytes("VmRSS")
             Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
             yield network.port
-            assert resident_bytes("VmHWM") - before < memory_bytes  # the attackers' own part included: 200 TLS ends in one test
+            # the attackers' own part included: 200 TLS ends in one test
+            assert resident_bytes("VmHWM") - before < memory_bytes
             await self.serves_the_good_one()
 
     async def echo(self, name: str, link: Link) -> None:
@@ -78,11 +81,15 @@ class Target:
             await asyncio.wait_for(served.wait(), within_s)
 
     def renew_b(self, port: int) -> Path:
-        """Give b another key, and the federation file another certificate instead of the old one; the new key file."""
+        """Give b another key, and the federation file another certificate instead of the old one;
+        the new key file.
+        """
         elsewhere = self.net.folder / "renewed"
         elsewhere.mkdir()
         key, member = new_identity("b", None, "peer", elsewhere)
-        self.net.path.write_text(federation_text([member, *(self.net.folder / f"{name}.member.yaml" for name in "ac")]))
+        self.net.path.write_text(
+            federation_text([member, *(self.net.folder / f"{name}.member.yaml" for name in "ac")])
+        )
         self.net.address("a", f"127.0.0.1:{port}")
         return key
 
@@ -111,7 +118,8 @@ def open_stream(path: str = "/dlora.Peer/Talk") -> bytes:
         "content-type": "application/grpc",
     }
     block = b"".join(
-        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode() for name, value in headers.items()
+        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
     )
     return PREFACE + h2(4, 0, 0, b"") + h2(1, 4, 1, block)
 
@@ -121,7 +129,9 @@ def announced(num_bytes: int) -> bytes:
     return struct.pack(">BI", 0, num_bytes)
 
 
-def tls(certificate: Path | None, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+def tls(
+    certificate: Path | None, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3
+) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.minimum_version = context.maximum_version = version
@@ -155,7 +165,9 @@ async def connected(port: int, context: ssl.SSLContext | None) -> AsyncIterator[
 
 
 def forged_by(signer: Path, name: str, folder: Path) -> Path:
-    """A key of our own, and a certificate for it in another member's name that ``signer`` has signed."""
+    """A key of our own, and a certificate for it in another member's name that ``signer`` has
+    signed.
+    """
     pem = signer.read_bytes()
     signing = serialization.load_pem_private_key(pem, None)
     issuer = x509.load_pem_x509_certificate(pem)
@@ -173,16 +185,22 @@ def forged_by(signer: Path, name: str, folder: Path) -> Path:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .sign(signing, hashes.SHA256())
     )
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
     path = folder / "forged.key"
     path.write_bytes(
-        private + forged.public_bytes(serialization.Encoding.PEM) + issuer.public_bytes(serialization.Encoding.PEM)
+        private
+        + forged.public_bytes(serialization.Encoding.PEM)
+        + issuer.public_bytes(serialization.Encoding.PEM)
     )
     return path
 
 
 @contextlib.asynccontextmanager
-async def channel(target: Target, port: int) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
+async def channel(
+    target: Target, port: int
+) -> AsyncIterator[grpc.aio.StreamStreamCall[bytes, bytes]]:
     """A stream of gRPC's own, as b, with nothing of dlora on its side."""
     identity = target.net.network("b").identity
     trusted = target.net.network("b").federation.current.trusted(["a"])

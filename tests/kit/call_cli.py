@@ -1,4 +1,6 @@
-"""The command line as the tests call it: in this process for speed, or as the process that a user starts."""
+"""The command line as the tests call it: in this process for speed, or as the process that a user
+starts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from kit import tiny_models
 
 
 class Outcome(NamedTuple):
-    """What a command left on the terminal; ``err`` is standard error without the lines that tell how far it is."""
+    """What a command left on the terminal; ``err`` is standard error without the lines that tell
+    how far it is.
+    """
 
     exit_code: int
     out: str
@@ -32,7 +36,9 @@ class Outcome(NamedTuple):
 
 
 def call(*arguments: str | Path) -> Outcome:
-    """``dlora arguments...`` in this process; standard output and standard error are no terminals."""
+    """``dlora arguments...`` in this process; standard output and standard error are no
+    terminals.
+    """
     out, err, exit_code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["dlora", *map(str, arguments)])
@@ -50,7 +56,9 @@ def without_news(err: str) -> str:
 
 
 def start(folder: Path, *arguments: str | Path) -> subprocess.Popen[str]:
-    """``dlora arguments...`` as a process of its own, in ``folder``, with as many threads as this one has."""
+    """``dlora arguments...`` as a process of its own, in ``folder``, with as many threads as this
+    one has.
+    """
     return subprocess.Popen(
         [sys.executable, "-m", "dlora.cli", *map(str, arguments)],
         cwd=folder,
@@ -69,7 +77,9 @@ def finish(process: subprocess.Popen[str]) -> Outcome:
 
 
 def furnish(folder: Path, model: Path, changes: Mapping[str, Any] | None = None) -> Path:
-    """Put a small run that works into ``folder``: model/, train.jsonl, eval.jsonl, run.yaml; all paths are relative."""
+    """Put a small run that works into ``folder``: model/, train.jsonl, eval.jsonl, run.yaml; all
+    paths are relative.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(model, folder / "model")
     tiny_models.write_rows(folder / "train.jsonl", 64)
@@ -79,7 +89,12 @@ def furnish(folder: Path, model: Path, changes: Mapping[str, Any] | None = None)
         "device": "cpu",
         "lora": {"r": 4, "lora_alpha": 8},
         "data": {"train": "train.jsonl", "eval": "eval.jsonl", "max_length": 16},
-        "train": {"rounds": 3, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+        "train": {
+            "rounds": 3,
+            "local_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 5e-3,
+        },
         "peers": {"count": 4},
         "save_every": 1,
         "output_dir": "run",
@@ -100,15 +115,22 @@ def change(tree: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Every path below ``folder`` with its bytes (None for a folder): what must be unchanged when a command refuses."""
+    """Every path below ``folder`` with its bytes (None for a folder): what must be unchanged when a
+    command refuses.
+    """
     paths = sorted(folder.rglob("*"))
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in paths
+    }
 
 
 def final_factors(run: Path, name: str = "dec-lora") -> dict[str, torch.Tensor]:
     """The stacked factors of the last of the two checkpoints that a finished run keeps."""
     *_, folder = sorted((run / "checkpoints" / name).iterdir())
-    return {key: tensor.clone() for key, tensor in load_file(folder / "factors.safetensors").items()}
+    return {
+        key: tensor.clone() for key, tensor in load_file(folder / "factors.safetensors").items()
+    }
 
 
 def assert_identical(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> None:

@@ -16,23 +16,41 @@ from dlora.data.load import load_data
 from dlora.errors import UserError
 
 
-def make_tokenizer(*, bert: bool = False, eos: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:
-    """Every character is a token. bert: [CLS] a [SEP] b [SEP] with type ids; else <s> first and </s> to append."""
+def make_tokenizer(
+    *, bert: bool = False, eos: bool = True, template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Every character is a token. bert: [CLS] a [SEP] b [SEP] with type ids; else <s> first and
+    </s> to append.
+    """
     specials = ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]"]
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     numbered = {token: index for index, token in enumerate(specials + characters)}
     backend = Tokenizer(models.WordLevel(numbered, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     if bert:
-        single, pair, used = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", [("[CLS]", 3), ("[SEP]", 4)]
+        single, pair, used = (
+            "[CLS]:0 $A:0 [SEP]:0",
+            "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+            [("[CLS]", 3), ("[SEP]", 4)],
+        )
     else:
         single, pair, used = "<s> $A", "<s> $A $B", [("<s>", 1)]
-    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
-    names = ["input_ids", "token_type_ids", "attention_mask"] if bert else ["input_ids", "attention_mask"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=used
+    )
+    names = (
+        ["input_ids", "token_type_ids", "attention_mask"]
+        if bert
+        else ["input_ids", "attention_mask"]
+    )
     given = {} if bert else {"bos_token": "<s>"}
     given |= {"eos_token": "</s>"} if eos and not bert else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", model_input_names=names, chat_template=template, **given
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        model_input_names=names,
+        chat_template=template,
+        **given,
     )
 
 
@@ -57,8 +75,13 @@ def refusal(said: str, *arguments: Any) -> None:
 def learnt(example: Example, tokenizer: Any = PLAIN) -> str:
     """The text of the tokens in the loss, the end written as </s>."""
     assert isinstance(example.labels, list) and len(example.labels) == len(example.input_ids)
-    assert all(label in (-100, token) for label, token in zip(example.labels, example.input_ids, strict=True))
-    return "".join(tokenizer.convert_ids_to_tokens([label for label in example.labels if label != -100]))
+    assert all(
+        label in (-100, token)
+        for label, token in zip(example.labels, example.input_ids, strict=True)
+    )
+    return "".join(
+        tokenizer.convert_ids_to_tokens([label for label in example.labels if label != -100])
+    )
 
 
 def whole(example: Example, tokenizer: Any = PLAIN) -> str:

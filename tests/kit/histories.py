@@ -1,4 +1,5 @@
-"""Histories of a run: random faults with one lying member among them, played in virtual time, and what must hold after.
+"""Histories of a run: random faults with one lying member among them, played in virtual time, and
+what must hold after.
 
 A search that goes on, prints the shortest history of each failure and then looks for the next:
 
@@ -33,12 +34,25 @@ from kit import virtual_clock
 from kit.virtual_federation import PATIENCE, SIZE, FaultyLedger, World, expected
 
 FASTEST_ROUND_S = 1.0  # of any peer of a world
-LIES = ("ahead", "claims", "scaled", "two faces", "flips", "promises", "decides", "keeps back", "floods", "counts")
+LIES = (
+    "ahead",
+    "claims",
+    "scaled",
+    "two faces",
+    "flips",
+    "promises",
+    "decides",
+    "keeps back",
+    "floods",
+    "counts",
+)
 
 
 @dataclass(frozen=True)
 class Stop:
-    """A peer ends at the ``place``-th thing it does: killed, or because its disk is full. It starts again."""
+    """A peer ends at the ``place``-th thing it does: killed, or because its disk is full. It starts
+    again.
+    """
 
     name: str
     place: int
@@ -58,7 +72,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class Hold:
-    """Frames wait on their way from one peer to another, which nobody notices; both ways and to all: a stopped process."""
+    """Frames wait on their way from one peer to another, which nobody notices; both ways and to
+    all: a stopped process.
+    """
 
     here: str
     there: str  # "*": everybody, both ways
@@ -85,7 +101,9 @@ class Lag:
 
 @dataclass(frozen=True)
 class Lie:
-    """What the liar does, from its ``after``-th frame on, to those neighbours whose number is in ``to``."""
+    """What the liar does, from its ``after``-th frame on, to those neighbours whose number is in
+    ``to``.
+    """
 
     kind: str
     value: float
@@ -120,7 +138,13 @@ FAULTS: st.SearchStrategy[Fault] = st.one_of(
     st.builds(Lag, NAMES, st.sampled_from([0.1, 1.5, 20.0])),
 )
 VALUES = st.sampled_from([0.0, 1.0, -1.0, -5.0, 9.0, 1e3, 1e12, 1e30])
-LIE = st.builds(Lie, st.sampled_from(LIES), VALUES, st.integers(0, 60), st.frozensets(st.integers(0, 4), min_size=1))
+LIE = st.builds(
+    Lie,
+    st.sampled_from(LIES),
+    VALUES,
+    st.integers(0, 60),
+    st.frozensets(st.integers(0, 4), min_size=1),
+)
 HISTORIES = st.builds(
     History,
     st.sampled_from(["ring", "complete", "base-k"]),
@@ -160,7 +184,9 @@ class Member:
             case "ahead", Hello(_, _, round):
                 return [replace(frame, round=round + int(min(abs(lie.value), 1000)))]
             case "claims", Status():
-                self.contents.setdefault((there, self.claimed), self._message(self.claimed, lie.value))
+                self.contents.setdefault(
+                    (there, self.claimed), self._message(self.claimed, lie.value)
+                )
                 return [frame, self._offer(there, self.claimed)]
             case "claims", Offer(name) if round_of(name) is not None:
                 return []
@@ -169,7 +195,11 @@ class Member:
             case "promises", Status(round) if there < self.name:
                 return [frame, Have(round), Have(max(0, round - 1)), Have(round + 1)]
             case "decides", Status(round) if self.name < there:
-                return [frame, Decided(round, lie.value > 0), Decided(max(0, round - 1), lie.value > 0)]
+                return [
+                    frame,
+                    Decided(round, lie.value > 0),
+                    Decided(max(0, round - 1), lie.value > 0),
+                ]
             case "keeps back", _:
                 kind = (Chunk, Have, Decided, Offer, Status)[int(abs(lie.value)) % 5]
                 return [] if isinstance(frame, kind) else [frame]
@@ -178,8 +208,14 @@ class Member:
         return [frame]
 
     def answers(self, there: str, frame: Frame) -> list[Frame]:
-        if isinstance(frame, Want) and (there, frame.name) in self.contents and self.world_own(frame.name) is None:
-            return [Chunk(frame.name, frame.offset, self.contents[there, frame.name][frame.offset :])]
+        if (
+            isinstance(frame, Want)
+            and (there, frame.name) in self.contents
+            and self.world_own(frame.name) is None
+        ):
+            return [
+                Chunk(frame.name, frame.offset, self.contents[there, frame.name][frame.offset :])
+            ]
         return []
 
     def world_own(self, name: str) -> Path | None:
@@ -197,7 +233,11 @@ class Member:
             self.contents[there, frame.name] = self._changed(there, frame.name, own)
         if isinstance(frame, Offer):
             return self._offer(there, frame.name)
-        return Chunk(frame.name, frame.offset, self.contents[there, frame.name][frame.offset :][: len(frame.data)])
+        return Chunk(
+            frame.name,
+            frame.offset,
+            self.contents[there, frame.name][frame.offset :][: len(frame.data)],
+        )
 
     def _offer(self, there: str, name: str) -> Offer:
         content = self.contents[there, name]
@@ -206,7 +246,9 @@ class Member:
     def _changed(self, there: str, name: str, own: Path) -> bytes:
         tensors = decode_tensors(own, expected(name))
         for lie in self._to(there):
-            if lie.kind == "scaled" or (lie.kind == "two faces" and self.world.names.index(there) % 2):
+            if lie.kind == "scaled" or (
+                lie.kind == "two faces" and self.world.names.index(there) % 2
+            ):
                 tensors["x"] = tensors["x"] * lie.value
             if lie.kind == "counts" and "num_peers" in tensors:
                 tensors["num_peers"] = torch.full_like(tensors["num_peers"], abs(lie.value))
@@ -226,7 +268,8 @@ class Played:
     mixed: dict[tuple[str, int, str], tuple[bytes, bytes]] = field(
         default_factory=dict
     )  # (peer, round, neighbour): own, theirs
-    jumps: list[tuple[float, str, int, int]] = field(default_factory=list)  # when, who, to which round, where others were
+    # when, who, to which round, where others were
+    jumps: list[tuple[float, str, int, int]] = field(default_factory=list)
 
 
 class HistoryWorld(World):
@@ -239,7 +282,11 @@ class HistoryWorld(World):
 
     def heard(self, name: str, event: str, fields: dict[str, Any]) -> None:
         if event == "caught-up":
-            others = [round for other, round in self.rounds_now.items() if other in self.played.honest and other != name]
+            others = [
+                round
+                for other, round in self.rounds_now.items()
+                if other in self.played.honest and other != name
+            ]
             now = asyncio.get_running_loop().time()
             self.played.jumps.append((now, name, fields["round"], max(others, default=0)))
 
@@ -248,7 +295,10 @@ class NotingLedger(FaultyLedger):
     def due(self, *args: Any, **kwargs: Any) -> Iterator[Due]:
         assert isinstance(self.world, HistoryWorld)
         for due in super().due(*args, **kwargs):
-            self.world.played.mixed[self.name, due.round, due.neighbour] = due.own.read_bytes(), due.theirs.read_bytes()
+            self.world.played.mixed[self.name, due.round, due.neighbour] = (
+                due.own.read_bytes(),
+                due.theirs.read_bytes(),
+            )
             yield due
 
 
@@ -259,9 +309,14 @@ def play(history: History, folder: Path) -> Played:
     lying = bool(history.lies) and history.liar in world.names
     if lying:
         world.liar = Member(world, history.liar, history.lies)
-    played = world.played = Played(history, world, [name for name in world.names if not (lying and name == history.liar)])
+    played = world.played = Played(
+        history, world, [name for name in world.names if not (lying and name == history.liar)]
+    )
     faults = [fault for fault in history.faults if _concerned(fault) <= {*world.names, "*"}]
-    stops = {name: [fault for fault in faults if isinstance(fault, Stop) and fault.name == name] for name in world.names}
+    stops = {
+        name: [fault for fault in faults if isinstance(fault, Stop) and fault.name == name]
+        for name in world.names
+    }
     asked = dict.fromkeys(world.names, 0)
 
     def fault(name: str, what: str) -> bool:
@@ -307,7 +362,9 @@ def _bound(history: History) -> float:
     return lost_s + waits * (PATIENCE.round_limit_s + 60.0)
 
 
-async def _first(world: World, faults: list[Fault], stops: dict[str, list[Stop]], limit_s: float) -> None:
+async def _first(
+    world: World, faults: list[Fault], stops: dict[str, list[Stop]], limit_s: float
+) -> None:
     async def live(name: str) -> None:
         """Start a peer, and again each time a fault has ended it."""
         for stop in [*sorted(stops[name], key=lambda stop: stop.place), None]:
@@ -344,7 +401,9 @@ async def _first(world: World, faults: list[Fault], stops: dict[str, list[Stop]]
                     world.hub.way(*way).set()
 
     happening = [asyncio.create_task(happen(fault)) for fault in faults]
-    await _all(world, [asyncio.create_task(live(name)) for name in world.names], world.names, limit_s)
+    await _all(
+        world, [asyncio.create_task(live(name)) for name in world.names], world.names, limit_s
+    )
     for task in happening:
         task.cancel()
     await asyncio.gather(*happening, return_exceptions=True)
@@ -360,10 +419,14 @@ async def _again(world: World, honest: list[str], limit_s: float) -> None:
     async def live(name: str) -> None:
         await world.begin(name)
 
-    await _all(world, [asyncio.create_task(live(name)) for name in world.names], world.names, limit_s)
+    await _all(
+        world, [asyncio.create_task(live(name)) for name in world.names], world.names, limit_s
+    )
 
 
-async def _all(world: World, lives: list[asyncio.Task[None]], names: tuple[str, ...], limit_s: float) -> None:
+async def _all(
+    world: World, lives: list[asyncio.Task[None]], names: tuple[str, ...], limit_s: float
+) -> None:
     """Until everybody honest has ended; the liar may go on for ever."""
     liar = world.liar.name if world.liar else None
     honest = [task for name, task in zip(names, lives, strict=True) if name != liar]
@@ -386,32 +449,50 @@ def check(played: Played) -> None:
     known = {name: world.ledger(name) for name in honest}
     doubts = dict(zip(world.names, world.doubts_with(), strict=True))
     for one, two in itertools.combinations(honest, 2):
-        both = [{round for round, other in known[end] if other == far} for end, far in ((one, two), (two, one))]
-        assert both[0] == both[1], f"{one} and {two} know other committed rounds: {sorted(both[0] ^ both[1])}"
-        assert not doubts[one].get(two) and not doubts[two].get(one), f"{one} and {two} are in doubt: {doubts}"
+        both = [
+            {round for round, other in known[end] if other == far}
+            for end, far in ((one, two), (two, one))
+        ]
+        assert both[0] == both[1], (
+            f"{one} and {two} know other committed rounds: {sorted(both[0] ^ both[1])}"
+        )
+        assert not doubts[one].get(two) and not doubts[two].get(one), (
+            f"{one} and {two} are in doubt: {doubts}"
+        )
     for when, name, to, others in played.jumps:
         if name not in honest:
             continue
         if len(world.neighbours(name)) == 1:  # that one is believed as far as the clock allows
             most = FASTER * when / FASTEST_ROUND_S + 1
-            assert to <= most, f"at {when:.1f} s {name} went to round {to}, more than its clock allows"
+            assert to <= most, (
+                f"at {when:.1f} s {name} went to round {to}, more than its clock allows"
+            )
         else:
-            assert to <= others + 1, f"{name} went to round {to}, and no honest peer was beyond {others}"
+            assert to <= others + 1, (
+                f"{name} went to round {to}, and no honest peer was beyond {others}"
+            )
     for name in honest:
         assert name in world.results, f"{name} did not come to the end"
         assert world.commits[name][0].isfinite().all(), f"the factors of {name} are not finite"
         assert world.commits[name][1].rounds_done >= rounds
         if not any(who == name for _, who, _, _ in played.jumps):
-            assert set(world.trained[name]) >= set(range(rounds)), f"{name} trained {world.trained[name]} of {rounds}"
+            assert set(world.trained[name]) >= set(range(rounds)), (
+                f"{name} trained {world.trained[name]} of {rounds}"
+            )
     for (name, round, other), (own, theirs) in played.mixed.items():
         back = played.mixed.get((other, round, name))
         if back is not None and {name, other} <= set(honest):
-            assert back == (theirs, own), f"{name} and {other} mixed other messages in round {round}"
+            assert back == (
+                theirs,
+                own,
+            ), f"{name} and {other} mixed other messages in round {round}"
     if not any(name in honest for _, name, _, _ in played.jumps):
         before = sum(world.start[name] for name in honest)
         for (name, round, other), messages in played.mixed.items():
             if name in honest and other == liar:
-                here, there = (decode_tensors(content, expected("round-000000"))["x"] for content in messages)
+                here, there = (
+                    decode_tensors(content, expected("round-000000"))["x"] for content in messages
+                )
                 row = world.topology.mixing(round)[world.names.index(name)]
                 before = before + row[world.names.index(other)] * (there - here)
         after = sum(world.commits[name][0] for name in honest)
@@ -421,11 +502,15 @@ def check(played: Played) -> None:
     if not liar:
         averages = {world.results[name][0].numpy().tobytes() for name in honest}
         counts = {world.results[name][1] for name in honest}
-        assert counts == {len(honest)}, f"all were there at the end, and the averages are of {counts}"
+        assert counts == {len(honest)}, (
+            f"all were there at the end, and the averages are of {counts}"
+        )
         assert len(averages) == 1, "the averages differ"
 
 
-def search(seconds: float, folder: Path, say: Callable[[str], None], max_examples: int = 200) -> None:
+def search(
+    seconds: float, folder: Path, say: Callable[[str], None], max_examples: int = 200
+) -> None:
     """Play new histories until ``seconds`` have gone; say the shortest of each failure."""
     began_at, count, found = time.monotonic(), 0, 0
     seen: set[str] = set()
@@ -435,7 +520,11 @@ def search(seconds: float, folder: Path, say: Callable[[str], None], max_example
 
         @hypothesis.seed(seed)
         @settings(
-            max_examples=max_examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False
+            max_examples=max_examples,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
         )
         @hypothesis.given(HISTORIES)
         def passes(history: History) -> None:
@@ -455,7 +544,10 @@ def search(seconds: float, folder: Path, say: Callable[[str], None], max_example
         except Exception as error:  # several kinds at once come as a group
             found += 1
             notes = [note for note in getattr(error, "__notes__", [])]
-            say(f"--- failure {found} after {count} examples, seed {seed}, {time.monotonic() - began_at:.0f} s")
+            say(
+                f"--- failure {found} after {count} examples, seed {seed},"
+                f" {time.monotonic() - began_at:.0f} s"
+            )
             for one in getattr(error, "exceptions", [error]):
                 say(f"{one!r}\n" + "\n".join(getattr(one, "__notes__", notes)))
         say(f"{count} examples, {time.monotonic() - began_at:.0f} s, {found} failures")

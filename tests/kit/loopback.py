@@ -17,10 +17,17 @@ from dlora.wire.peer.codec import PEERS
 
 
 class Loopback:
-    """Each end that listens takes a free port and writes it into the federation file, which the other takes up."""
+    """Each end that listens takes a free port and writes it into the federation file, which the
+    other takes up.
+    """
 
     def __init__(self, folder: Path, listening: str = "ab", names: str = "ab") -> None:
-        self.folder, self.listening, self.names, self.path = folder, listening, names, folder / "federation.yaml"
+        self.folder, self.listening, self.names, self.path = (
+            folder,
+            listening,
+            names,
+            folder / "federation.yaml",
+        )
         self.refused: list[str] = []
         members = [new_identity(name, None, "peer", folder)[1] for name in names]
         self.path.write_text(federation_text(members))

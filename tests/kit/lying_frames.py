@@ -18,7 +18,9 @@ from kit import processes
 
 
 class Altered:
-    """A link on which the ``lie`` (exchange, neighbour, frame sent) says what goes out, and contents may be others."""
+    """A link on which the ``lie`` (exchange, neighbour, frame sent) says what goes out, and
+    contents may be others.
+    """
 
     def __init__(self, exchange: Exchange, neighbour: str, link: Link, lie: Lie) -> None:
         self.exchange, self.neighbour, self.link, self.lie = exchange, neighbour, link, lie
@@ -30,7 +32,11 @@ class Altered:
     async def receive(self) -> Frame:
         frame: Frame = await self.link.receive()
         content = CONTENTS.get((self.neighbour, frame.name)) if isinstance(frame, Want) else None
-        if isinstance(frame, Want) and content is not None and self.exchange.ledger.own(frame.name) is None:
+        if (
+            isinstance(frame, Want)
+            and content is not None
+            and self.exchange.ledger.own(frame.name) is None
+        ):
             for start in range(frame.offset, len(content), 1 << 18):
                 await self.link.send(Chunk(frame.name, start, content[start : start + (1 << 18)]))
         return frame
@@ -46,14 +52,26 @@ def offer(neighbour: str, name: str) -> Offer:
 
 
 def times(content: bytes, factor: float) -> bytes:
-    return save({name: tensor if name == "num_peers" else factor * tensor for name, tensor in load(content).items()})
+    return save(
+        {
+            name: tensor if name == "num_peers" else factor * tensor
+            for name, tensor in load(content).items()
+        }
+    )
 
 
 def claims_the_last_round(exchange: Exchange, neighbour: str, frame: Frame) -> Iterator[Frame]:
-    """It is far ahead, it says, with a state of its own; what it owes it sends as everybody does."""
+    """It is far ahead, it says, with a state of its own; what it owes it sends as everybody does.
+
+    It says so at the beginning of each round, and once behind what it owes, of `FOLLOWED`: no
+    other offer takes the claim's place before the neighbour looks, however fast that one is.
+    """
     yield frame
     newest = exchange.ledger.newest_round_sent()
-    if isinstance(frame, Status) and newest is not None and frame.round < LAST_ROUND:
+    if newest is None:
+        return
+    begins = isinstance(frame, Status) and frame.round < LAST_ROUND
+    if begins or isinstance(frame, Offer) and frame.name == round_message(FOLLOWED):
         name, own = round_message(LAST_ROUND), exchange.ledger.own(round_message(newest))
         assert own is not None
         CONTENTS.setdefault((neighbour, name), times(own.path.read_bytes(), 1.5))
@@ -74,7 +92,10 @@ def turns_the_average_round(exchange: Exchange, neighbour: str, frame: Frame) ->
 
 
 LAST_ROUND = 0
-LIES: dict[str, Lie] = {lie.__name__: lie for lie in (claims_the_last_round, turns_the_average_round)}
+FOLLOWED = 1
+LIES: dict[str, Lie] = {
+    lie.__name__: lie for lie in (claims_the_last_round, turns_the_average_round)
+}
 
 
 def dlora_with(lie: str, rounds: int) -> Callable[[Sequence[str], Path, Path], None]:

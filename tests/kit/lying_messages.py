@@ -1,4 +1,6 @@
-"""Members that lie: `dlora` with a right key and messages of its own, as processes like any other."""
+"""Members that lie: `dlora` with a right key and messages of its own, as processes like any
+other.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from kit import processes
 
 
 def lie(arguments: Sequence[str], out: Path, err: Path, value: str, *rounds: int) -> None:
-    """Take part, but the messages of ``rounds`` hold ``value`` in one number of each tensor (1e30) or in all (1e3)."""
+    """Take part, but the messages of ``rounds`` hold ``value`` in one number of each tensor (1e30)
+    or in all (1e3).
+    """
     from dlora.run import real_peer
     from dlora.run.messages import encode_message as honest
 

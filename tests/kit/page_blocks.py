@@ -1,4 +1,6 @@
-"""The pages' blocks: what a reader would type or copy, taken out of Markdown and done in a folder, small."""
+"""The pages' blocks: what a reader would type or copy, taken out of Markdown and done in a folder,
+small.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SERVES = re.compile(r"dlora (cloud|peer) ")  # started beside what follows
 
 
 class Block(NamedTuple):
-    """``language``: that of the fence; "" where none is named; "shell" where the block is indented."""
+    """``language``: that of the fence; "" where none is named; "shell" where the block is
+    indented.
+    """
 
     page: str
     line: int
@@ -42,7 +46,9 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> Iterator[Block]:
-    """Every block of a page but fences without a language: outputs, trees and drawings, unless a prompt stands in them."""
+    """Every block of a page but fences without a language: outputs, trees and drawings, unless a
+    prompt stands in them.
+    """
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
     at = 0
     while at < len(lines):
@@ -57,11 +63,15 @@ def blocks(page: str) -> Iterator[Block]:
         elif lines[begin].startswith("    ") and (begin == 0 or not lines[begin - 1].strip()):
             while at < len(lines) and lines[at].startswith("    "):
                 at += 1
-            yield Block(page, begin + 1, "shell", "\n".join(line.strip() for line in lines[begin:at]))
+            yield Block(
+                page, begin + 1, "shell", "\n".join(line.strip() for line in lines[begin:at])
+            )
 
 
 class Walk(ExitStack):
-    """Does blocks in ``folder``, in which this process stands; ``instead``: words of the page -> words that serve here."""
+    """Does blocks in ``folder``, in which this process stands; ``instead``: words of the page ->
+    words that serve here.
+    """
 
     def __init__(self, page: str, folder: Path, instead: Mapping[str, str]) -> None:
         super().__init__()
@@ -102,11 +112,20 @@ class Walk(ExitStack):
             return ""
         if not line.startswith("dlora "):
             programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-            ran = subprocess.run(["bash", "-euc", line], capture_output=True, text=True, env=os.environ | {"PATH": programs})
+            ran = subprocess.run(
+                ["bash", "-euc", line],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"PATH": programs},
+            )
             assert ran.returncode == 0, f"{line}: {ran.stderr}"
             return ran.stdout
         line, _, target = line.partition(" > ")
-        words = [found for word in shlex.split(line, comments=True)[1:] for found in sorted(glob.glob(word)) or [word]]
+        words = [
+            found
+            for word in shlex.split(line, comments=True)[1:]
+            for found in sorted(glob.glob(word)) or [word]
+        ]
         outcome = call(*words)
         assert outcome.exit_code == 0, f"{line}: {outcome.err}"
         if target:

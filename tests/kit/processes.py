@@ -1,4 +1,6 @@
-"""A federation on this machine: keys, a config of tiny parts, and `dlora` processes that never outlive a test."""
+"""A federation on this machine: keys, a config of tiny parts, and `dlora` processes that never
+outlive a test.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,23 @@ from kit import tiny_models
 from kit.call_cli import Outcome, change, without_news
 
 HUB = "hub"
-NAMES = ("north", "east", "south", "west")  # in the order of the ring, which is not that of the letters
+# in the order of the ring, which is not that of the letters
+NAMES = ("north", "east", "south", "west")
 LIMIT_S = 90.0  # for anything that is waited for here
 Entry = dict[str, Any]
 Some = TypeVar("Some", bound="Processes")
 
-# Importing takes a peer seconds and running one less than that. So a server of processes imports once, and each peer is forked
-# from it: a process like any other from there on, with its own event loop, sockets and death.
+# Importing takes a peer seconds and running one less than that. So a server of processes imports
+# once, and each peer is forked from it: a process like any other from there on, with its own event
+# loop, sockets and death.
 _FORKS = multiprocessing.get_context("forkserver")
-_PROGRAMS = ["dlora.cli", "dlora.programs.peer", "dlora.programs.cloud", "dlora.programs.device", "dlora.show.report.write"]
+_PROGRAMS = [
+    "dlora.cli",
+    "dlora.programs.peer",
+    "dlora.programs.cloud",
+    "dlora.programs.device",
+    "dlora.show.report.write",
+]
 _FORKS.set_forkserver_preload([*_PROGRAMS, "transformers.models.bert.modeling_bert"])
 
 
@@ -75,20 +85,29 @@ def until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) 
 
 
 class Processes:
-    """Members on this machine, each of whom can be started and ended in every way; their runs lie in runs/NAME."""
+    """Members on this machine, each of whom can be started and ended in every way; their runs lie
+    in runs/NAME.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.processes: dict[str, Any] = {}  # multiprocessing's; its kinds of process share no public class
+        # multiprocessing's; its kinds of process share no public class
+        self.processes: dict[str, Any] = {}
         self.tries: dict[str, int] = {}
-        self.programs: dict[str, Callable[[Sequence[str], Path, Path], None]] = {}  # of members that run something else
+        # of members that run something else
+        self.programs: dict[str, Callable[[Sequence[str], Path, Path], None]] = {}
 
     def arguments(self, name: str, *more: str) -> list[str]:
         """What is typed after `dlora` to take part as ``name``."""
         raise NotImplementedError
 
     def credentials(self, name: str) -> list[str]:
-        files = ["--key", str(self.folder / f"{name}.key"), "--federation", str(self.folder / "federation.yaml")]
+        files = [
+            "--key",
+            str(self.folder / f"{name}.key"),
+            "--federation",
+            str(self.folder / "federation.yaml"),
+        ]
         return ["--name", name, *files]
 
     def run(self, name: str) -> Path:
@@ -99,11 +118,17 @@ class Processes:
         """Start ``name``."""
         self.start_as(name, self.programs.get(name, run_dlora), more=more)
 
-    def start_as(self, name: str, program: Callable[..., None], *given: Any, more: Sequence[str] = ()) -> None:
-        """Start ``name`` as another program: ``program(arguments, out, err, *given)`` in a process of its own."""
+    def start_as(
+        self, name: str, program: Callable[..., None], *given: Any, more: Sequence[str] = ()
+    ) -> None:
+        """Start ``name`` as another program: ``program(arguments, out, err, *given)`` in a process
+        of its own.
+        """
         self.tries[name] = self.tries.get(name, 0) + 1
         told = self._said(name, "out"), self._said(name, "err")
-        process = _FORKS.Process(target=program, args=(self.arguments(name, *more), *told, *given), daemon=True)
+        process = _FORKS.Process(
+            target=program, args=(self.arguments(name, *more), *told, *given), daemon=True
+        )
         process.start()
         self.processes[name] = process
 
@@ -112,14 +137,21 @@ class Processes:
         self.processes[name].join(limit_s)
         exit_code = self.processes[name].exitcode
         assert exit_code is not None, f"{name} still runs after {limit_s:g} s"
-        return Outcome(exit_code, self._said(name, "out").read_text(), without_news(self._said(name, "err").read_text()))
+        return Outcome(
+            exit_code,
+            self._said(name, "out").read_text(),
+            without_news(self._said(name, "err").read_text()),
+        )
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)
 
     def is_stopped(self, name: str) -> bool:
         """Whether SIGSTOP has taken hold: nothing runs in it any more."""
-        return Path(f"/proc/{self.processes[name].pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        return (
+            Path(f"/proc/{self.processes[name].pid}/stat").read_text().rpartition(")")[2].split()[0]
+            == "T"
+        )
 
     def kill_in(self, name: str, phase: Callable[[], bool], what: str) -> None:
         """kill -9 within a phase, however short."""
@@ -127,10 +159,14 @@ class Processes:
         self.kill(name)
 
     def freeze_in(self, name: str, phase: Callable[[], bool], what: str) -> None:
-        """SIGSTOP within a phase that may be short: stop the process, look whether the phase still is, else go on."""
+        """SIGSTOP within a phase that may be short: stop the process, look whether the phase still
+        is, else go on.
+        """
 
         def caught() -> bool:
-            assert self.processes[name].is_alive(), f"{name} ended before: {what}\n{self._said(name, 'err').read_text()}"
+            assert self.processes[name].is_alive(), (
+                f"{name} ended before: {what}\n{self._said(name, 'err').read_text()}"
+            )
             if not phase():
                 return False
             self.signal(name, signal.SIGSTOP)
@@ -154,7 +190,9 @@ class Processes:
     def events(self, name: str, kind: str) -> list[Entry]:
         """Those of the log of one kind; none before there is a log."""
         path = self.run(name) / "log.jsonl"
-        return [event for event in read_log(path) if event["event"] == kind] if path.exists() else []
+        return (
+            [event for event in read_log(path) if event["event"] == kind] if path.exists() else []
+        )
 
     def rounds_done(self, name: str) -> int:
         return max((event["round"] + 1 for event in self.events(name, "round")), default=0)
@@ -168,7 +206,9 @@ class Processes:
 
 
 class Federation(Processes):
-    """Members with keys and rows of their own in one folder: NAME.key, NAME.jsonl, federation.yaml, run.yaml, runs/NAME."""
+    """Members with keys and rows of their own in one folder: NAME.key, NAME.jsonl, federation.yaml,
+    run.yaml, runs/NAME.
+    """
 
     def __init__(
         self,
@@ -198,7 +238,12 @@ class Federation(Processes):
                 "max_length": 16,
                 "partition": {"kind": "files"},
             },
-            "train": {"rounds": 4, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+            "train": {
+                "rounds": 4,
+                "local_steps": 2,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 5e-3,
+            },
             "peers": {"members": list(self.names), "topology": {"kind": "ring"}},
             "output_dir": str(folder / "runs" / "simulation"),
         }
@@ -230,20 +275,32 @@ class Federation(Processes):
         return {(entry["round"], entry["neighbour"]): entry["event"] for entry in entries}
 
     def assert_agreed(self) -> None:
-        """All are done: one consensus adapter to the last byte, of all peers; the two ends of every edge tell one story."""
-        adapters = {(self.run(name) / "consensus" / "adapter_model.safetensors").read_bytes() for name in self.names}
+        """All are done: one consensus adapter to the last byte, of all peers; the two ends of every
+        edge tell one story.
+        """
+        adapters = {
+            (self.run(name) / "consensus" / "adapter_model.safetensors").read_bytes()
+            for name in self.names
+        }
         assert len(adapters) == 1
-        assert {self.summary(name)["runs"]["dec-lora"]["consensus_peers"] for name in self.names} == {len(self.names)}
+        assert {
+            self.summary(name)["runs"]["dec-lora"]["consensus_peers"] for name in self.names
+        } == {len(self.names)}
         ledgers = {name: self.ledger(name) for name in self.names}
         for name, ledger in ledgers.items():
             assert "promised" not in ledger.values(), f"{name} is in doubt"
             for (round, neighbour), state in ledger.items():
                 # One end may have left an edge out without an entry: it had promised nothing.
-                assert (ledgers[neighbour].get((round, name), "dropped")) == state, (round, name, neighbour)
+                assert (ledgers[neighbour].get((round, name), "dropped")) == state, (
+                    round,
+                    name,
+                    neighbour,
+                )
 
 
 class Split(Processes):
-    """A cloud called hub, and devices with rows of their own: cloud.yaml, run.yaml, and the files of a federation.
+    """A cloud called hub, and devices with rows of their own: cloud.yaml, run.yaml, and the files
+    of a federation.
 
     ``dialled`` is what the devices dial instead of the cloud's own address.
     """
@@ -266,20 +323,38 @@ class Split(Processes):
             tiny_models.write_rows(folder / f"{name}.jsonl", 16 + 2 * index, start=20 * index)
         (folder / "federation.yaml").write_text(federation_text(members))
         tiny_models.write_rows(folder / "eval.jsonl", 16, start=100)
-        tree = {"model": str(model), "device": "cpu", "listen": self.address, "metrics": self.metrics}
+        tree = {
+            "model": str(model),
+            "device": "cpu",
+            "listen": self.address,
+            "metrics": self.metrics,
+        }
         change(tree, cloud or {})
         (folder / "cloud.yaml").write_text(yaml.safe_dump(tree))
         self.changes = dict(changes or {})
 
     def config(self, name: str, changes: Mapping[str, Any] | None = None) -> Config:
         """What the device ``name`` runs."""
-        data = {"train": {name: str(self.folder / f"{name}.jsonl")}, "eval": str(self.folder / "eval.jsonl")}
+        data = {
+            "train": {name: str(self.folder / f"{name}.jsonl")},
+            "eval": str(self.folder / "eval.jsonl"),
+        }
         tree: dict[str, Any] = {
             "model": str(self.model),
             "device": "cpu",
             "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["query", "key", "value", "dense"]},
-            "data": {**data, "labels": ["0", "1"], "max_length": 16, "partition": {"kind": "files"}},
-            "train": {"rounds": 4, "local_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3},
+            "data": {
+                **data,
+                "labels": ["0", "1"],
+                "max_length": 16,
+                "partition": {"kind": "files"},
+            },
+            "train": {
+                "rounds": 4,
+                "local_steps": 2,
+                "per_device_train_batch_size": 4,
+                "learning_rate": 5e-3,
+            },
             "split": {"cloud": HUB, "wire": "float32"},
             "eval_every": 0,
             "output_dir": str(self.run(name)),
@@ -309,7 +384,10 @@ class Split(Processes):
         """The cloud's metrics now."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=LIMIT_S) as answer:
             lines = answer.read().decode().splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        }
 
     def adapter(self, name: str) -> bytes:
         """The factors that the device ended with, to the last bit."""

@@ -1,4 +1,6 @@
-"""Both halves of a split in one process over plain queues, without a wire; every frame can be watched or stopped."""
+"""Both halves of a split in one process over plain queues, without a wire; every frame can be
+watched or stopped.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,18 @@ def close_sessions() -> None:
 
 
 class QueueChannel:
-    """The device's end of a link to a session; ``seen`` hears (up, frame) and may raise ChannelDown."""
+    """The device's end of a link to a session; ``seen`` hears (up, frame) and may raise
+    ChannelDown.
+    """
 
-    def __init__(self, cloud: QueueCloud, device: str, seen: Callable[[bool, SplitFrame], None]) -> None:
+    def __init__(
+        self, cloud: QueueCloud, device: str, seen: Callable[[bool, SplitFrame], None]
+    ) -> None:
         self.down: queue.Queue[SplitFrame] = queue.Queue()
         self.seen, self.cut = seen, False
-        self.session = Session(device, cloud.body, cloud.limits, cloud.budget, self._down, cloud.tell)
+        self.session = Session(
+            device, cloud.body, cloud.limits, cloud.budget, self._down, cloud.tell
+        )
         SESSIONS.append(self.session)
 
     def _down(self, frame: SplitFrame) -> None:
@@ -88,7 +96,9 @@ class QueueCloud:
         self.told.append((event, fields))
 
     def dial(
-        self, device: str = "phone", seen: Callable[[bool, SplitFrame], None] = lambda up, frame: None
+        self,
+        device: str = "phone",
+        seen: Callable[[bool, SplitFrame], None] = lambda up, frame: None,
     ) -> Callable[[], QueueChannel]:
         """What `Half.link` takes: a new channel to a new session each time."""
 
@@ -143,7 +153,9 @@ def link(half: Half, cloud: QueueCloud, pipeline: int = 1, **dial: Any) -> Calls
     return half.link(cloud.dial(**dial), pipeline, lambda seconds: None)
 
 
-def batch(task: str = "classification", lengths: tuple[int, ...] = (5, 9, 3, 7), seed: int = 0) -> Batch:
+def batch(
+    task: str = "classification", lengths: tuple[int, ...] = (5, 9, 3, 7), seed: int = 0
+) -> Batch:
     """Rows of uneven lengths out of the tiny vocabulary."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -168,4 +180,14 @@ def factors(model: StackedModel, seed: int = 0) -> Factors:
     return made
 
 
-__all__ = ["QueueChannel", "QueueCloud", "batch", "cloud_body", "config", "device_half", "factors", "labels", "link"]
+__all__ = [
+    "QueueChannel",
+    "QueueCloud",
+    "batch",
+    "cloud_body",
+    "config",
+    "device_half",
+    "factors",
+    "labels",
+    "link",
+]

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 
 class Relay:
-    """A line between the devices and the cloud, on which a given number of bytes can be waited for."""
+    """A line between the devices and the cloud, on which a given number of bytes can be waited
+    for.
+    """
 
     def __init__(self) -> None:
         self._server = socket.create_server(("127.0.0.1", 0))
@@ -41,12 +43,17 @@ class Relay:
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                threading.Thread(target=self._join, args=self._server.accept()[:1], daemon=True).start()
+                threading.Thread(
+                    target=self._join, args=self._server.accept()[:1], daemon=True
+                ).start()
 
     def _join(self, near: socket.socket) -> None:
         host, port = self._target.split(":")
         with near, contextlib.suppress(OSError), socket.create_connection((host, int(port))) as far:
-            ways = [threading.Thread(target=self._carry, args=ends, daemon=True) for ends in ((near, far), (far, near))]
+            ways = [
+                threading.Thread(target=self._carry, args=ends, daemon=True)
+                for ends in ((near, far), (far, near))
+            ]
             for way in ways:
                 way.start()
             for way in ways:

@@ -22,10 +22,16 @@ LM, CLASSES = "causal-lm", "classification"
 MADE: dict[Any, tuple[Half, Body, Any, Any]] = {}
 
 
-def remote_and_whole(model_folder: Folder, family: str, task: str, pipeline: int = 1) -> tuple[Any, Any]:
-    """The model whose body is in a cloud, and PEFT's on the whole one; A as drawn, the same B that is not zero. Made once."""
+def remote_and_whole(
+    model_folder: Folder, family: str, task: str, pipeline: int = 1
+) -> tuple[Any, Any]:
+    """The model whose body is in a cloud, and PEFT's on the whole one; A as drawn, the same B that
+    is not zero. Made once.
+    """
     if (family, task) not in MADE:
-        own = queue_cloud.config(model_folder(family, task), task, **{"lora.target_modules": targets(family)})
+        own = queue_cloud.config(
+            model_folder(family, task), task, **{"lora.target_modules": targets(family)}
+        )
         half = queue_cloud.device_half(own)
         remote, (whole, _) = as_ordinary(half), peft_oracle(own)
         generator, there = torch.Generator().manual_seed(0), dict(whole.named_parameters())
@@ -50,7 +56,10 @@ def assert_same(remote: Any, whole: Any, given: Given, where: Any = slice(None))
     ours, theirs = remote(**given), whole(**{"use_cache": False} | given)
     assert type(ours) is type(theirs)
     if isinstance(ours, tuple):
-        ours, theirs = (transformers.utils.ModelOutput(loss=tuple_[0], logits=tuple_[1]) for tuple_ in (ours, theirs))
+        ours, theirs = (
+            transformers.utils.ModelOutput(loss=tuple_[0], logits=tuple_[1])
+            for tuple_ in (ours, theirs)
+        )
     torch.testing.assert_close(ours.logits[where], theirs.logits[where], atol=1e-5, rtol=1e-5)
     if theirs.get("loss") is None:
         return
@@ -59,9 +68,16 @@ def assert_same(remote: Any, whole: Any, given: Given, where: Any = slice(None))
     for model, output in ((remote, ours), (whole, theirs)):
         model.zero_grad()
         output.loss.backward()
-        grown = {name: value.grad for name, value in model.named_parameters() if value.grad is not None and "lora_" in name}
+        grown = {
+            name: value.grad
+            for name, value in model.named_parameters()
+            if value.grad is not None and "lora_" in name
+        }
         found.append(
-            {name.removeprefix("base_model.model.").replace(".default.weight", ""): grad for name, grad in grown.items()}
+            {
+                name.removeprefix("base_model.model.").replace(".default.weight", ""): grad
+                for name, grad in grown.items()
+            }
         )
     assert found[0].keys() == found[1].keys()
     for part in ("lora_A", "lora_B"):
@@ -70,7 +86,11 @@ def assert_same(remote: Any, whole: Any, given: Given, where: Any = slice(None))
 
 def plain(task: str) -> Given:
     rows = queue_cloud.batch(task)
-    return {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask, "labels": rows.labels}
+    return {
+        "input_ids": rows.input_ids,
+        "attention_mask": rows.attention_mask,
+        "labels": rows.labels,
+    }
 
 
 ROWS = queue_cloud.batch(LM)

@@ -45,7 +45,9 @@ class Page(HTMLParser):
             self.words.append((self.open[-1], data.replace("\u00a0", " ")))
 
     def text(self, *tags: str) -> str:
-        return " ".join(" ".join(data.split()) for tag, data in self.words if not tags or tag in tags)
+        return " ".join(
+            " ".join(data.split()) for tag, data in self.words if not tags or tag in tags
+        )
 
     def pictures(self) -> list[dict[str, str | None]]:
         return [attributes for tag, attributes in self.seen if tag == "svg"]
@@ -66,12 +68,17 @@ def make_run(
 ) -> Path:
     """A run folder of 6 rounds; with `stop_at` the first run ends there and there is no summary.
 
-    With `split` 30 MB go to the cloud and back in a round; a run named dlora is a device's, with one name.
+    With `split` 30 MB go to the cloud and back in a round; a run named dlora is a device's, with
+    one name.
     """
     names = names or [f"peer-{number}" for number in range(8)]
     count = len(names)
     peers = [
-        {"name": name, "rows": 100 + index, "labels": {label: 10 + index for label in labels} if labels else None}
+        {
+            "name": name,
+            "rows": 100 + index,
+            "labels": {label: 10 + index for label in labels} if labels else None,
+        }
         for index, name in enumerate(names)
     ]
     config = {
@@ -82,7 +89,9 @@ def make_run(
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     task = "causal-lm" if metric == "loss" else "classification"
-    edges = [[[index, (index + shift + 1) % count] for index in range(count)] for shift in range(period)]
+    edges = [
+        [[index, (index + shift + 1) % count] for index in range(count)] for shift in range(period)
+    ]
     summary: dict[str, Any] = {"seconds": 75.0, "runs": {}}
     more: dict[str, Any] = {"split": split} if split else {}
     if "dlora" in runs:
@@ -94,8 +103,10 @@ def make_run(
 
     with RunLog(folder / "log.jsonl") as log:
         # fmt: off
-        log.emit("start", version="0.1.0", model=model, task=task, metric=metric, runs=list(runs), peers=peers,
-                 edges=edges, spectral_gap=0.195, trainable_parameters=1234, message_bytes=4936, group_size=count,
+        log.emit("start", version="0.1.0", model=model, task=task, metric=metric, runs=list(runs),
+            peers=peers,
+                 edges=edges, spectral_gap=0.195, trainable_parameters=1234, message_bytes=4936,
+                 group_size=count,
                  **more)
         # fmt: on
         for run in runs:
@@ -103,7 +114,11 @@ def make_run(
             log.emit("run", run=run, rounds=6, local_steps=[5] * count, participants=count)
             for done in range(7):
                 value = FINAL[run] - 0.3 * 0.5**done
-                own = None if run == "pooled" or done % 3 else {name: scores(value - 0.02) for name in names}
+                own = (
+                    None
+                    if run == "pooled" or done % 3
+                    else {name: scores(value - 0.02) for name in names}
+                )
                 moved = {"cloud_bytes": 30_000_000 * done} if split else {}
                 log.emit("scores", run=run, rounds_done=done, consensus=scores(value), peers=own,
                          peers_mean=own and scores(value - 0.02), bytes_on_wire=sent * done,
@@ -112,15 +127,25 @@ def make_run(
                     break
                 if done == stop_at:
                     return folder
-                distance = {"dec-lora": 0.1 * 0.5**done, "local": 0.1 * (done + 1), "fedavg": 0.0, "dlora": 0.0}.get(run)
-                log.emit("round", run=run, round=done, loss=1 - value, losses=[1 - value] * count, learning_rate=1e-3,
+                distance = {
+                    "dec-lora": 0.1 * 0.5**done,
+                    "local": 0.1 * (done + 1),
+                    "fedavg": 0.0,
+                    "dlora": 0.0,
+                }.get(run)
+                log.emit("round", run=run, round=done, loss=1 - value, losses=[1 - value] * count,
+                    learning_rate=1e-3,
                          consensus_distance=distance, bytes_on_wire=sent * (done + 1),
                          **moved, seconds=2.0 * (done + 1))  # fmt: skip
             log.emit("run-done", run=run)
             summary["runs"][run] = {
                 "consensus": scores(FINAL[run]),
                 "peers_mean": None if run == "pooled" else scores(FINAL[run] - 0.01),
-                "peers": {} if run == "pooled" else {name: scores(0.5 + index / 100) for index, name in enumerate(names)},
+                "peers": (
+                    {}
+                    if run == "pooled"
+                    else {name: scores(0.5 + index / 100) for index, name in enumerate(names)}
+                ),
                 "best": {"rounds_done": 4, **scores(FINAL[run] + 0.001)},
                 "bytes_on_wire": sent * 6,
                 **({"cloud_bytes": 180_000_000} if split else {}),

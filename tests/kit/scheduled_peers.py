@@ -25,23 +25,46 @@ from kit.virtual_federation import Signer
 
 MakeConfig = Callable[..., Config]
 NAMES = ("north", "east", "south")
-KR: dict[str, Any] = {"kind": "kr", "period": 5, "warmup_steps": 6, "active_fraction": 0.35, "rewarm_steps": 2}
+KR: dict[str, Any] = {
+    "kind": "kr",
+    "period": 5,
+    "warmup_steps": 6,
+    "active_fraction": 0.35,
+    "rewarm_steps": 2,
+}
 RANDOM: dict[str, Any] = {"kind": "random", "period": 3, "active_fraction": 0.3}
 
 
-def federation(make_config: MakeConfig, schedule: dict[str, Any], num_peers: int = 3, /, **overrides: Any) -> Config:
+def federation(
+    make_config: MakeConfig, schedule: dict[str, Any], num_peers: int = 3, /, **overrides: Any
+) -> Config:
     """Peers in a line with rows of their own; four rounds of four local steps."""
     members = list(NAMES[:num_peers])
-    keys: dict[str, Any] = {"train.rounds": 4, "train.local_steps": 4, "train.learning_rate": 2e-2, "eval_every": 0}
-    keys |= {"lora.target_modules": ["query", "key", "dense"], "peers.count": None, "peers.members": members}
-    keys |= {"peers.topology": {"kind": "edges", "edges": list(itertools.pairwise(members))}, "schedule": schedule}
+    keys: dict[str, Any] = {
+        "train.rounds": 4,
+        "train.local_steps": 4,
+        "train.learning_rate": 2e-2,
+        "eval_every": 0,
+    }
+    keys |= {
+        "lora.target_modules": ["query", "key", "dense"],
+        "peers.count": None,
+        "peers.members": members,
+    }
+    keys |= {
+        "peers.topology": {"kind": "edges", "edges": list(itertools.pairwise(members))},
+        "schedule": schedule,
+    }
     config = make_config(**keys | overrides)
     folder = Path(config.output_dir).parent
     train = {
-        name: str(tiny_models.write_rows(folder / f"{name}.jsonl", 16, start=20 * index)) for index, name in enumerate(members)
+        name: str(tiny_models.write_rows(folder / f"{name}.jsonl", 16, start=20 * index))
+        for index, name in enumerate(members)
     }
     section = config.data.model_copy(update={"train": train, "labels": ("0", "1")})
-    return Config.parse(config.model_dump() | {"data": section.model_dump() | {"partition": {"kind": "files"}}})
+    return Config.parse(
+        config.model_dump() | {"data": section.model_dump() | {"partition": {"kind": "files"}}}
+    )
 
 
 class Recorded(Ledger):
@@ -71,11 +94,15 @@ class Gated(PeerRun):
 
 
 class Peers:
-    """Real peers but for the wire, which is in memory; they train, exchange and commit in one process."""
+    """Real peers but for the wire, which is in memory; they train, exchange and commit in one
+    process.
+    """
 
     def __init__(self, config: Config, folder: Path) -> None:
         members = config.peers.members or ()
-        self.configs = {name: config.model_copy(update={"output_dir": str(folder / name)}) for name in members}
+        self.configs = {
+            name: config.model_copy(update={"output_dir": str(folder / name)}) for name in members
+        }
         self.lengths: dict[str, dict[int, int]] = {name: {} for name in members}
         self.bytes: dict[str, int] = {}
         self.results: dict[str, dict[str, Any]] = {}
@@ -87,18 +114,36 @@ class Peers:
 
     async def _all(self, resume: bool) -> None:
         names = list(self.configs)
-        edges = {name: names[max(0, at - 1) : at] + names[at + 1 : at + 2] for at, name in enumerate(names)}
+        edges = {
+            name: names[max(0, at - 1) : at] + names[at + 1 : at + 2]
+            for at, name in enumerate(names)
+        }
         hub = MemoryHub(edges, PEERS, redial_s=0.01)
         lives = []
         for name, config in self.configs.items():
             prepared = prepare(config, own=name, resume=resume)
             manifest = prepared.manifest | {"rounds": config.train.rounds}
-            folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
+            folder = (
+                RunFolder.resume(config, manifest_text(manifest))
+                if resume
+                else RunFolder.create(config)
+            )
             prepared.keep_frame()
             ledger: Any = Recorded(folder.path / "exchange")
             network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
             log, latest = RunLog(folder.log_path), folder.latest(RUN)
-            peer = Gated(name, prepared, manifest, folder, log, ledger, network, Signer(name), lambda: False, latest)
+            peer = Gated(
+                name,
+                prepared,
+                manifest,
+                folder,
+                log,
+                ledger,
+                network,
+                Signer(name),
+                lambda: False,
+                latest,
+            )
             lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
         while Gated.here < len(names) and not all(life.done() for life in lives):
             await asyncio.sleep(0.01)

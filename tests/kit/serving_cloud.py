@@ -48,7 +48,9 @@ class Members:
         """The device's way to the cloud."""
         identity = Identity.load(name, self.key(name), Federation.load(self.federation))
         with LoopThread() as loop:
-            network = GrpcNetwork(identity, FederationFile(self.federation), ["hub"], None, split_kind().as_bytes)
+            network = GrpcNetwork(
+                identity, FederationFile(self.federation), ["hub"], None, split_kind().as_bytes
+            )
             dialler = Dialler(network, loop, split_kind())
             try:
                 yield dialler
@@ -65,10 +67,16 @@ class Serving:
         self.stop = threading.Event()
 
     def heard(self, kind: str, **fields: Any) -> list[Event]:
-        return [event for event in [*self.events] if event["event"] == kind and fields.items() <= event.items()]
+        return [
+            event
+            for event in [*self.events]
+            if event["event"] == kind and fields.items() <= event.items()
+        ]
 
     def wait_for(self, kind: str, **fields: Any) -> Event:
-        until(lambda: self.heard(kind, **fields) or self.done.done(), f"{kind} {fields}", PATIENCE_S)
+        until(
+            lambda: self.heard(kind, **fields) or self.done.done(), f"{kind} {fields}", PATIENCE_S
+        )
         assert self.heard(kind, **fields), self.done.result()
         return self.heard(kind, **fields)[0]
 
@@ -79,7 +87,9 @@ class Serving:
 
 
 @contextmanager
-def serving(members: Members, model: Path, changes: dict[str, Any] | None = None) -> Iterator[Serving]:
+def serving(
+    members: Members, model: Path, changes: dict[str, Any] | None = None
+) -> Iterator[Serving]:
     served, tree = Serving(), {"model": str(model), "device": "cpu"}
     change(tree, changes or {})
     config = CloudConfig.parse(tree)
@@ -87,7 +97,12 @@ def serving(members: Members, model: Path, changes: dict[str, Any] | None = None
     with ThreadPoolExecutor(1) as thread:
         served.done = thread.submit(
             lambda: cloud(
-                config, name="hub", key=key, federation=federation, listeners=[served.events.append], stop=served.stop.is_set
+                config,
+                name="hub",
+                key=key,
+                federation=federation,
+                listeners=[served.events.append],
+                stop=served.stop.is_set,
             )
         )
         try:

@@ -1,4 +1,5 @@
-"""A line of a given speed and length between two network namespaces: a thread here between two tunnel devices.
+"""A line of a given speed and length between two network namespaces: a thread here between two
+tunnel devices.
 
 So no kernel needs a traffic shaper. Root only.
 """
@@ -38,7 +39,9 @@ def command(*words: object) -> str:
 
 
 class Line(threading.Thread):
-    """A line each way between two tunnel devices: packets wait their turn, travel, or are dropped when too many wait."""
+    """A line each way between two tunnel devices: packets wait their turn, travel, or are dropped
+    when too many wait.
+    """
 
     def __init__(self, names: Sequence[str], speed: Speed) -> None:
         super().__init__(daemon=True)
@@ -52,7 +55,8 @@ class Line(threading.Thread):
     def run(self) -> None:
         """Carry packets until ``over``."""
         free_at = dict.fromkeys(self.ends, 0.0)  # when the last byte accepted has left this end
-        flying: deque[tuple[float, int, bytes]] = deque()  # (arrival, end, packet) of both directions
+        # (arrival, end, packet) of both directions
+        flying: deque[tuple[float, int, bytes]] = deque()
         other = dict(zip(self.ends, reversed(self.ends), strict=True))
         while not self.over:
             ready, _, _ = select.select(self.ends, [], [], 0.002 if flying else 0.1)
@@ -66,7 +70,8 @@ class Line(threading.Thread):
             for _ in range(len(flying)):
                 arrival, end, packet = flying.popleft()
                 if arrival > now:
-                    flying.append((arrival, end, packet))  # the order within a direction stays: all are looked at
+                    # the order within a direction stays: all are looked at
+                    flying.append((arrival, end, packet))
                 else:
                     with suppress(OSError):
                         os.write(end, packet)
@@ -82,7 +87,8 @@ class Line(threading.Thread):
 
 @contextmanager
 def namespaces(lines: Sequence[Mapping[str, str]], speed: Speed) -> Iterator[dict[str, str]]:
-    """Member -> the name of its network namespace. Each of ``lines`` gives two members an address each on a line of their own.
+    """Member -> the name of its network namespace. Each of ``lines`` gives two members an address
+    each on a line of their own.
 
     Raises OSError where this machine does not let us.
     """
@@ -101,6 +107,8 @@ def namespaces(lines: Sequence[Mapping[str, str]], speed: Speed) -> Iterator[dic
                 own = f"line{number}"
                 command("ip", "link", "set", devices[name], "netns", spaces[name], "name", own)
                 command("ip", "-n", spaces[name], "address", "add", f"{address}/24", "dev", own)
-                command("ip", "-n", spaces[name], "link", "set", own, "mtu", speed.packet_bytes, "up")
+                command(
+                    "ip", "-n", spaces[name], "link", "set", own, "mtu", speed.packet_bytes, "up"
+                )
             line.start()
         yield spaces

@@ -30,9 +30,13 @@ def cloud_of(config: Config, **arguments: Any) -> QueueCloud:
 def step_of(model: StackedModel, values: Factors, own_batch: Batch) -> tuple[torch.Tensor, Factors]:
     """Loss and gradients of one backward."""
     model.use(values)
-    loss = summed_loss(forward(model, own_batch), own_batch.labels, 1) / num_targets(own_batch.labels, 1)
+    loss = summed_loss(forward(model, own_batch), own_batch.labels, 1) / num_targets(
+        own_batch.labels, 1
+    )
     loss.sum().backward()
-    return loss.detach(), {name: value.grad.clone() for name, value in values.items() if value.grad is not None}
+    return loss.detach(), {
+        name: value.grad.clone() for name, value in values.items() if value.grad is not None
+    }
 
 
 def loss_of(half: Half, given: Batch) -> torch.Tensor:

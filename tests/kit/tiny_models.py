@@ -1,4 +1,6 @@
-"""Tiny randomly initialised models of every family, with a tokenizer, as folders `from_pretrained` loads."""
+"""Tiny randomly initialised models of every family, with a tokenizer, as folders `from_pretrained`
+loads.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ _VOCABULARY = len(SPECIAL) + len(WORDS)
 
 
 def config(family: str) -> transformers.PretrainedConfig:
-    """Two layers of width 64 (a block of nf4); dropout 0.1, so that runs must switch it off to match."""
+    """Two layers of width 64 (a block of nf4); dropout 0.1, so that runs must switch it off to
+    match.
+    """
     encoder: dict[str, Any] = {
         "vocab_size": _VOCABULARY,
         "hidden_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 128,
-        "initializer_range": 0.2,  # at the usual 0.02 nothing so small passes any signal on; updates drown in rounding
+        # at the usual 0.02 nothing so small passes any signal on; updates drown in rounding
+        "initializer_range": 0.2,
     }
     match family:
         case "bert":
@@ -33,16 +38,20 @@ def config(family: str) -> transformers.PretrainedConfig:
         case "roberta":
             return transformers.RobertaConfig(**encoder, pad_token_id=0, max_position_embeddings=64)
         case "llama":  # grouped queries: 4 heads, 2 of keys and values
-            return transformers.LlamaConfig(**encoder, num_key_value_heads=2, attention_dropout=0.1, tie_word_embeddings=False)
+            return transformers.LlamaConfig(
+                **encoder, num_key_value_heads=2, attention_dropout=0.1, tie_word_embeddings=False
+            )
         case "opt":
             return transformers.OPTConfig(
-                vocab_size=_VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
+                vocab_size=_VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                ffn_dim=128,
                 word_embed_proj_dim=64, init_std=0.2, max_position_embeddings=64,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
         case "gpt2":
             return transformers.GPT2Config(
-                vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2,
+                vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+                initializer_range=0.2,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
     raise ValueError(family)
@@ -54,16 +63,26 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(numbered, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
     )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 
 def save_model(folder: Path, family: str, task: str = "classification") -> Path:
-    """A whole checkpoint: body for classification (its head is new, as in life), everything for causal-lm."""
-    factory = transformers.AutoModel if task == "classification" else transformers.AutoModelForCausalLM
+    """A whole checkpoint: body for classification (its head is new, as in life), everything for
+    causal-lm.
+    """
+    factory = (
+        transformers.AutoModel if task == "classification" else transformers.AutoModelForCausalLM
+    )
     with torch.random.fork_rng():
         torch.manual_seed(7)
         factory.from_config(config(family)).save_pretrained(folder)
@@ -79,12 +98,18 @@ def sentence(index: int) -> tuple[str, int]:
 
 
 def write_rows(path: Path, count: int, task: str = "classification", start: int = 0) -> Path:
-    """``count`` rows as jsonl; from 64 on they are for scoring, and none of them is among those before."""
+    """``count`` rows as jsonl; from 64 on they are for scoring, and none of them is among those
+    before.
+    """
     rows = []
     for index in range(start, start + count):
         text, label = sentence(index)
         text = text.replace(" was ", " is ") if start >= 64 else text
         classification = task == "classification"
-        rows.append(f'{{"text": "{text}", "label": {label}}}' if classification else f'{{"text": "{text} {text}"}}')
+        rows.append(
+            f'{{"text": "{text}", "label": {label}}}'
+            if classification
+            else f'{{"text": "{text} {text}"}}'
+        )
     path.write_text("\n".join(rows) + "\n")
     return path

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from dlora.config.run import Config
 
 ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "opt", "gpt2")
-SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [(family, "causal-lm") for family in DECODERS]
+SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [
+    (family, "causal-lm") for family in DECODERS
+]
 UPDATE_BOUND = {"adamw": 1e-4, "sgd": 1e-5}
 LOSS_BOUND = 1e-5
 
@@ -20,11 +22,19 @@ LOSS_BOUND = 1e-5
 def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The same model and the same LoRA by PEFT alone, and its initial adapter."""
     classification = config.task == "classification"
-    factory = transformers.AutoModelForSequenceClassification if classification else transformers.AutoModelForCausalLM
+    factory = (
+        transformers.AutoModelForSequenceClassification
+        if classification
+        else transformers.AutoModelForCausalLM
+    )
     dropout = {}
     if config.train.model_dropout is not None:
         known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
-        dropout = {key: config.train.model_dropout for key in known if "dropout" in key or key.endswith("pdrop")}
+        dropout = {
+            key: config.train.model_dropout
+            for key in known
+            if "dropout" in key or key.endswith("pdrop")
+        }
     torch.manual_seed(config.seed)
     head = {"num_labels": 2} if classification else {}
     base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
@@ -38,7 +48,9 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
     )
     torch.manual_seed(config.seed)
     model = peft.get_peft_model(base, lora)
-    return model, {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+    return model, {
+        name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()
+    }
 
 
 def update_of(config: Config, adapter: Path) -> dict[str, torch.Tensor]:
@@ -49,7 +61,9 @@ def update_of(config: Config, adapter: Path) -> dict[str, torch.Tensor]:
     return {name: final[name] - initial[name] for name in final}
 
 
-def relative_difference(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], part: str) -> float:
+def relative_difference(
+    update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], part: str
+) -> float:
     """|D - D'| / |D'| over all tensors whose name holds ``part``."""
     names = [name for name in reference if part in name]
     assert names
@@ -57,7 +71,9 @@ def relative_difference(update: dict[str, torch.Tensor], reference: dict[str, to
     return float(difference / torch.cat([reference[name].flatten() for name in names]).norm())
 
 
-def assert_same(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str) -> None:
+def assert_same(
+    update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str
+) -> None:
     parts = ["lora_A", "lora_B"]
     if task == "classification":
         parts.append("classifier" if any("classifier" in name for name in update) else "score")

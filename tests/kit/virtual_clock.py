@@ -1,4 +1,6 @@
-"""An event loop whose clock jumps: what waits for an hour takes no time, and every run is the same."""
+"""An event loop whose clock jumps: what waits for an hour takes no time, and every run is the
+same.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Peers on random quadratics in one process and in virtual time, who can be killed at any write and any frame."""
+"""Peers on random quadratics in one process and in virtual time, who can be killed at any write and
+any frame.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,17 @@ def expected(message: str) -> Expected:
     if round_of(message) is None and message not in ("sum", "average"):
         return {}
     tensors: Expected = {"x": (torch.float64, (SIZE,))}
-    return {**tensors, "num_peers": (torch.float64, (1,))} if message in ("sum", "average") else tensors
+    return (
+        {**tensors, "num_peers": (torch.float64, (1,))}
+        if message in ("sum", "average")
+        else tensors
+    )
 
 
 class Signer:
-    """Signatures of equal length that nobody has to wait for; who signs in another's name is not tested with these."""
+    """Signatures of equal length that nobody has to wait for; who signs in another's name is not
+    tested with these.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -60,7 +68,14 @@ class Signer:
 class World:
     """n peers; ``rate`` 0 trains nothing, so that the sum over peers is what it was."""
 
-    def __init__(self, folder: Path, topology: str = "ring", num_peers: int = 4, rounds: int = 3, rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        topology: str = "ring",
+        num_peers: int = 4,
+        rounds: int = 3,
+        rate: float = 0.0,
+    ) -> None:
         self.folder, self.rounds, self.rate = folder, rounds, rate
         names = [chr(ord("a") + index) for index in range(num_peers)]
         section = PeersSection.model_validate({"count": num_peers, "topology": {"kind": topology}})
@@ -68,20 +83,28 @@ class World:
         self.rule = build_rule(section)
         self.hub = MemoryHub({name: self.neighbours(name) for name in names}, PEERS)
         generator = torch.Generator().manual_seed(7)
-        self.targets = {name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names}
-        self.start = {name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names}
+        self.targets = {
+            name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names
+        }
+        self.start = {
+            name: torch.randn(1, SIZE, generator=generator, dtype=torch.float64) for name in names
+        }
         self.commits: dict[str, tuple[Tensor, Progress]] = {}  # each peer's disk, beside its ledger
         self.results: dict[str, tuple[Tensor, int]] = {}
         self.rounds_now: dict[str, int] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
         self.story: list[tuple[float, str, str, dict[str, Any]]] = []
-        self.fault: Callable[[str, str], bool] = lambda name, what: False  # asked before every frame and write
-        self.on_frame: Callable[[World, str, str, Frame], None] = lambda world, here, there, frame: None  # before it is sent
+        # asked before every frame and write
+        self.fault: Callable[[str, str], bool] = lambda name, what: False
+        # before it is sent
+        self.on_frame: Callable[[World, str, str, Frame], None] = lambda *told: None
         self.liar: Liar | None = None
         self.lag_s: dict[str, float] = {}  # how much longer every frame of a peer takes
-        self.steps_s: dict[tuple[str, int], float] = {}  # how much longer a peer's local steps of a round take
+        # how much longer a peer's local steps of a round take
+        self.steps_s: dict[tuple[str, int], float] = {}
         self.trained: dict[str, list[int]] = {}
-        self.broken: list[BaseException] = []  # what ended a conversation and is no fault: a mistake in the protocol
+        # what ended a conversation and is no fault: a mistake in the protocol
+        self.broken: list[BaseException] = []
         self.manifests = dict.fromkeys(names, '{"r":8}')
         self.catch_up_after = 10
 
@@ -90,7 +113,10 @@ class World:
         return self.topology.names
 
     def neighbours(self, name: str) -> list[str]:
-        return [self.topology.names[other] for other in self.topology.all_neighbours(self.topology.names.index(name))]
+        return [
+            self.topology.names[other]
+            for other in self.topology.all_neighbours(self.topology.names.index(name))
+        ]
 
     # Starting and stopping
 
@@ -98,8 +124,12 @@ class World:
         self.tasks[name] = asyncio.create_task(self._live(name))
         return self.tasks[name]
 
-    async def run(self, plan: Callable[[World], Any] | None = None, without: str = "", limit_s: float = 1e5) -> None:
-        """Start everybody but ``without``, let ``plan`` happen, and wait until all that live are done."""
+    async def run(
+        self, plan: Callable[[World], Any] | None = None, without: str = "", limit_s: float = 1e5
+    ) -> None:
+        """Start everybody but ``without``, let ``plan`` happen, and wait until all that live are
+        done.
+        """
         for name in self.names:
             if name != without:
                 self.begin(name)
@@ -140,12 +170,15 @@ class World:
         async def train(round: int, names: frozenset[str]) -> frozenset[str]:
             self.rounds_now[name] = round
             self.trained.setdefault(name, []).append(round)
-            await asyncio.sleep(1.0 + 0.1 * self.names.index(name) + self.steps_s.pop((name, round), 0.0))
+            await asyncio.sleep(
+                1.0 + 0.1 * self.names.index(name) + self.steps_s.pop((name, round), 0.0)
+            )
             factors["x"] -= self.rate * (factors["x"] - self.targets[name])
             return names
 
         gossip = PeerGossip(
-            name, factors, self.topology, self.rule, ledger, exchange, self.rounds, self.catch_up_after,
+            name, factors, self.topology, self.rule, ledger, exchange, self.rounds,
+            self.catch_up_after,
             train, lambda: factors, self._encode, self._decode, commit, lambda rounds: None,
             asyncio.get_running_loop().time, Progress(**vars(progress)),
         )  # fmt: skip
@@ -196,7 +229,10 @@ class World:
 
     @staticmethod
     def _decode(message: str, path: Path) -> dict[str, Tensor]:
-        return {name: tensor.unsqueeze(0) for name, tensor in decode_tensors(path, expected(message)).items()}
+        return {
+            name: tensor.unsqueeze(0)
+            for name, tensor in decode_tensors(path, expected(message)).items()
+        }
 
     # What must hold
 
@@ -211,21 +247,31 @@ class World:
 
     def doubts(self) -> list[list[int]]:
         """The rounds in which each peer is in doubt."""
-        return [[round for rounds in doubts.values() for round in rounds] for doubts in self.doubts_with()]
+        return [
+            [round for rounds in doubts.values() for round in rounds]
+            for doubts in self.doubts_with()
+        ]
 
     def doubts_with(self) -> list[dict[str, list[int]]]:
         """For each peer, neighbour -> the rounds in doubt with it."""
         ledgers = [Ledger(self.folder / name) for name in self.names]
         for ledger in ledgers:
             ledger.close()
-        return [{other: rounds for other in self.names if (rounds := ledger.in_doubt(other))} for ledger in ledgers]
+        return [
+            {other: rounds for other in self.names if (rounds := ledger.in_doubt(other))}
+            for ledger in ledgers
+        ]
 
     def total(self) -> np.ndarray:
         """Of what the peers have committed; those that never did are where they started."""
-        return sum(self.commits.get(name, (self.start[name], None))[0] for name in self.names).numpy()  # type: ignore[union-attr]
+        return sum(
+            self.commits.get(name, (self.start[name], None))[0] for name in self.names
+        ).numpy()  # type: ignore[union-attr]
 
     def check_ledgers(self) -> int:
-        """Both ends of every edge know the same commits, and nothing is in doubt; returns how many there were."""
+        """Both ends of every edge know the same commits, and nothing is in doubt; returns how many
+        there were.
+        """
         known = {name: self.ledger(name) for name in self.names}
         for one, two in itertools.combinations(self.names, 2):
             here = {round for round, other in known[one] if other == two}

@@ -1,4 +1,6 @@
-"""Law 2 over the architectures of transformers: stacked participants are separate runs, or they train one at a time."""
+"""Law 2 over the architectures of transformers: stacked participants are separate runs, or they
+train one at a time.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ LEARNING_RATE = 0.1
 
 
 def updates(model: StackedModel, task: str, groups: Sequence[range]) -> Factors:
-    """What one step of SGD changes when participants go through the model in these groups, each from factors of its own."""
+    """What one step of SGD changes when participants go through the model in these groups, each
+    from factors of its own.
+    """
     num_participants = groups[-1].stop
     generator = torch.Generator().manual_seed(5)
     start = {
@@ -48,7 +52,9 @@ def updates(model: StackedModel, task: str, groups: Sequence[range]) -> Factors:
 
 
 def law_2(model: StackedModel, task: str) -> float:
-    """The largest |D - D'| / |D'| of a participant: four at once, and three and one, against one at a time."""
+    """The largest |D - D'| / |D'| of a participant: four at once, and three and one, against one at
+    a time.
+    """
     alone = updates(model, task, [range(number, number + 1) for number in range(4)])
     worst = 0.0
     for groups in ([range(4)], [range(3), range(3, 4)]):
@@ -65,7 +71,12 @@ def law_2(model: StackedModel, task: str) -> float:
 
 @pytest.mark.parametrize(
     ("family", "task"),
-    [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "classification"), ("mixtral", "causal-lm")],
+    [
+        ("bert", "classification"),
+        ("llama", "causal-lm"),
+        ("gpt2", "classification"),
+        ("mixtral", "causal-lm"),
+    ],
 )
 def test_those_that_keep_participants_apart_train_together(family: str, task: str) -> None:
     model = families.tiny_model(family, task)
@@ -76,13 +87,18 @@ def test_those_that_keep_participants_apart_train_together(family: str, task: st
 @pytest.mark.parametrize(
     ("family", "task", "reason"),
     [
-        ("deberta-v2", "classification", "cannot take the rows of several at once"),  # a table without a batch dimension
+        # a table without a batch dimension
+        ("deberta-v2", "classification", "cannot take the rows of several at once"),
         ("deberta", "classification", "cannot take the rows of several at once"),
-        ("fnet", "classification", "rows of one peer, or their length"),  # padding is mixed into the tokens
-        ("convbert", "classification", "rows of one peer, or their length"),  # the last token sees what pads it
+        # padding is mixed into the tokens
+        ("fnet", "classification", "rows of one peer, or their length"),
+        # the last token sees what pads it
+        ("convbert", "classification", "rows of one peer, or their length"),
     ],
 )
-def test_those_that_mix_participants_train_one_at_a_time(family: str, task: str, reason: str) -> None:
+def test_those_that_mix_participants_train_one_at_a_time(
+    family: str, task: str, reason: str
+) -> None:
     model = families.tiny_model(family, task)
     said = why_one_at_a_time(model, families.rows(task, 3), 0)
     assert said is not None and reason in said
@@ -107,15 +123,24 @@ def deberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_simulation_of_deberta_is_as_many_runs(make_config: Callable[..., Config], deberta: Path, tmp_path: Path) -> None:
-    """Four peers of DeBERTa: each trains by itself, and the terminal, the log and the plan say so."""
+def test_a_simulation_of_deberta_is_as_many_runs(
+    make_config: Callable[..., Config], deberta: Path, tmp_path: Path
+) -> None:
+    """Four peers of DeBERTa: each trains by itself, and the terminal, the log and the plan say
+    so.
+    """
     keys = {"model": str(deberta), "train.rounds": 1, "eval_every": 0}
     config = make_config(**keys, output_dir=str(tmp_path / "together"))
-    with pytest.warns(UserWarning, match="peers train one at a time, not 4 at once: DebertaV2ForSequenceClassification"):
+    with pytest.warns(
+        UserWarning,
+        match="peers train one at a time, not 4 at once: DebertaV2ForSequenceClassification",
+    ):
         summary = dlora.simulate(config)
     assert summary["group_size"] == 1
     events = read_log(Path(config.output_dir, "log.jsonl"))
-    assert "DebertaV2" in next(event["reason"] for event in events if event["event"] == "one-at-a-time")
+    assert "DebertaV2" in next(
+        event["reason"] for event in events if event["event"] == "one-at-a-time"
+    )
     alone = make_config(**keys, **{"peers.group_size": 1}, output_dir=str(tmp_path / "alone"))
     dlora.simulate(alone)
     file = "checkpoints/dec-lora/round-000001/factors.safetensors"
@@ -124,7 +149,9 @@ def test_a_simulation_of_deberta_is_as_many_runs(make_config: Callable[..., Conf
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_run_that_was_mixed_does_not_go_on(make_config: Callable[..., Config], deberta: Path) -> None:
+def test_a_run_that_was_mixed_does_not_go_on(
+    make_config: Callable[..., Config], deberta: Path
+) -> None:
     """A folder of an earlier version, which trained four peers of DeBERTa at once, is refused."""
     prepared = prepare(make_config(model=str(deberta)))
     with pytest.raises(RunError, match=r"trained 4 peers at once, but DebertaV2.* start anew"):
@@ -134,7 +161,17 @@ def test_a_run_that_was_mixed_does_not_go_on(make_config: Callable[..., Config],
 # What the wide test finds otherwise than "together". An entry that is wrong, or missing, fails it.
 ONE_AT_A_TIME = {
     "classification": {
-        *("canine", "convbert", "deberta", "deberta-v2", "fnet", "funnel", "longformer", "nystromformer", "t5gemma"),
+        *(
+            "canine",
+            "convbert",
+            "deberta",
+            "deberta-v2",
+            "fnet",
+            "funnel",
+            "longformer",
+            "nystromformer",
+            "t5gemma",
+        ),
         *("t5gemma2", "xlnet", "yoso"),
     },
     "causal-lm": {"cpmant", "prophetnet", "xlnet"},
@@ -146,7 +183,8 @@ REFUSED = {  # by dlora, with what its message says
     ("classification", "ibert"): "all-linear matches no module",
     ("classification", "squeezebert"): "all-linear matches no module",
 }
-NOT_SMALL = {  # not made, or not run, from defaults made small by tests/kit/families.py: they say nothing of dlora
+# not made, or not run, from defaults made small by tests/kit/families.py: they say nothing of dlora
+NOT_SMALL = {
     "classification": {
         "cohere_compass_text",
         "deepseek_v2",
@@ -194,11 +232,19 @@ NOT_SMALL = {  # not made, or not run, from defaults made small by tests/kit/fam
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "family"),
-    [(task, family) for task, known in families.NAMES.items() for family in known if family not in NOT_SMALL[task]],
+    [
+        (task, family)
+        for task, known in families.NAMES.items()
+        for family in known
+        if family not in NOT_SMALL[task]
+    ],
 )
-@pytest.mark.filterwarnings("ignore")  # an architecture's own, of what it will not have in transformers 6
+# an architecture's own, of what it will not have in transformers 6
+@pytest.mark.filterwarnings("ignore")
 def test_law_2_holds_for_every_architecture(task: str, family: str) -> None:
-    """Four together, three and one, and each alone give the same updates; or the table says why not."""
+    """Four together, three and one, and each alone give the same updates; or the table says why
+    not.
+    """
     refusal = REFUSED.get((task, family))
     if refusal is not None:
         with pytest.raises(ModelError, match=refusal):

@@ -1,6 +1,8 @@
-"""Laws 1, 2 and 3: one participant is plain PEFT, P stacked are P separate runs, complete + one SGD step is pooled SGD.
+"""Laws 1, 2 and 3: one participant is plain PEFT, P stacked are P separate runs, complete + one SGD
+step is pooled SGD.
 
-Differences are measured on the update D = factors minus initial factors, A and B apart: |D - D'| / |D|.
+Differences are measured on the update D = factors minus initial factors, A and B apart: |D - D'| /
+|D|.
 """
 
 from __future__ import annotations
@@ -20,19 +22,36 @@ from dlora.data.batches import collate
 from dlora.events.log import read_log
 from dlora.run.prepare import Prepared, prepare
 from dlora.seeds import derive_seed
-from kit.updates import LOSS_BOUND, SERVED, UPDATE_BOUND, assert_same, peft_oracle, targets, update_of
+from kit.updates import (
+    LOSS_BOUND,
+    SERVED,
+    UPDATE_BOUND,
+    assert_same,
+    peft_oracle,
+    targets,
+    update_of,
+)
 
 
-def train_with_peft(config: Config, prepared: Prepared, peers: range) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """A plain loop over the joint batches of ``peers``: one optimiser step a round. Returns losses and the update."""
+def train_with_peft(
+    config: Config, prepared: Prepared, peers: range
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain loop over the joint batches of ``peers``: one optimiser step a round. Returns losses
+    and the update.
+    """
     model, initial = peft_oracle(config)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     train = config.train
     kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    optimizer = kinds[train.optimizer](parameters, lr=train.learning_rate, weight_decay=train.weight_decay)
+    optimizer = kinds[train.optimizer](
+        parameters, lr=train.learning_rate, weight_decay=train.weight_decay
+    )
     schedule = transformers.get_scheduler(
-        train.lr_scheduler_type, optimizer, num_warmup_steps=train.warmup_steps, num_training_steps=train.rounds
+        train.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=train.warmup_steps,
+        num_training_steps=train.rounds,
     )
     rows, losses = train.per_device_train_batch_size, []
     for step in range(train.rounds):
@@ -43,7 +62,9 @@ def train_with_peft(config: Config, prepared: Prepared, peers: range) -> tuple[l
         ]
         batch = collate(examples, prepared.pad_token_id)
         torch.manual_seed(derive_seed(config.seed, "dropout", step, "peer-0"))
-        loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        loss = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss
         loss.backward()
         if train.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
@@ -57,55 +78,86 @@ def train_with_peft(config: Config, prepared: Prepared, peers: range) -> tuple[l
 
 @pytest.mark.parametrize(("family", "task"), SERVED)
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_one_participant_is_plain_peft(make_config: Callable[..., Config], family: str, task: str, optimizer: str) -> None:
+def test_one_participant_is_plain_peft(
+    make_config: Callable[..., Config], family: str, task: str, optimizer: str
+) -> None:
     config = make_config(
         family, task, **{
-            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "train.optimizer": optimizer, "eval_every": 0,
-            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1, "train.weight_decay": 0.01,
-            "train.lr_scheduler_type": "linear", "train.warmup_steps": 5, "lora.target_modules": targets(family),
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1,
+            "train.optimizer": optimizer, "eval_every": 0,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1,
+            "train.weight_decay": 0.01,
+            "train.lr_scheduler_type": "linear", "train.warmup_steps": 5,
+            "lora.target_modules": targets(family),
         },
     )  # fmt: skip
     dlora.simulate(config)
     losses, reference = train_with_peft(config, prepare(config), range(1))
-    ours = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    ours = [
+        event["loss"]
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "round"
+    ]
     assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
     assert losses[-1] < losses[0] - 0.01  # it learned something, so the update is more than noise
-    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND[optimizer], task)
+    assert_same(
+        update_of(config, Path(config.output_dir, "consensus")),
+        reference,
+        UPDATE_BOUND[optimizer],
+        task,
+    )
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_one_participant_is_plain_peft_with_dropout(make_config: Callable[..., Config], family: str) -> None:
+def test_one_participant_is_plain_peft_with_dropout(
+    make_config: Callable[..., Config], family: str
+) -> None:
     config = make_config(
         family, **{
-            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "eval_every": 0, "lora.lora_dropout": 0.1,
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "eval_every": 0,
+            "lora.lora_dropout": 0.1,
             "train.model_dropout": None, "lora.target_modules": targets(family),
         },
     )  # fmt: skip
     dlora.simulate(config)
     losses, reference = train_with_peft(config, prepare(config), range(1))
-    ours = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    ours = [
+        event["loss"]
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "round"
+    ]
     assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
     update = update_of(config, Path(config.output_dir, "consensus"))
     assert_same(update, reference, UPDATE_BOUND["adamw"], config.task)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize(("family", "task"), [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "classification")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "classification")],
+)
 def test_stacked_participants_are_separate_runs(
     make_config: Callable[..., Config], family: str, task: str, optimizer: str
 ) -> None:
-    """Four stacked participants against four PEFT runs, each over one peer's rows, each clipped by its own norm."""
+    """Four stacked participants against four PEFT runs, each over one peer's rows, each clipped by
+    its own norm.
+    """
     config = make_config(
         family, task, **{
-            "train.rounds": 50, "train.local_steps": 1, "eval_every": 0, "train.optimizer": optimizer,
-            "train.max_grad_norm": 0.1, "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1,
+            "train.rounds": 50, "train.local_steps": 1, "eval_every": 0,
+            "train.optimizer": optimizer,
+            "train.max_grad_norm": 0.1,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1,
             "lora.target_modules": targets(family),
-            "peers.topology": {"kind": "edges", "edges": [[0, 1], [1, 2], [2, 3]]}, "compare": ["local"],
+            "peers.topology": {"kind": "edges", "edges": [[0, 1], [1, 2], [2, 3]]},
+            "compare": ["local"],
         },
     )  # fmt: skip
     dlora.simulate(config)
     prepared = prepare(config)
-    stacked = load_file(Path(config.output_dir, "checkpoints/local/round-000050/factors.safetensors"))
+    stacked = load_file(
+        Path(config.output_dir, "checkpoints/local/round-000050/factors.safetensors")
+    )
     _, initial = peft_oracle(config)
     for peer in range(4):
         update = {}
@@ -122,14 +174,24 @@ def test_complete_graph_with_one_sgd_step_is_pooled_sgd(make_config: Callable[..
         "bert", **{
             # 6 rounds: later this step size is past stable, and what is rounding here grows
             "train.rounds": 6, "train.local_steps": 1, "eval_every": 0, "train.optimizer": "sgd",
-            "train.learning_rate": 0.2, "train.max_grad_norm": None, "peers.topology": {"kind": "complete"},
+            "train.learning_rate": 0.2, "train.max_grad_norm": None,
+            "peers.topology": {"kind": "complete"},
             "compare": ["pooled"], "lora.target_modules": targets("bert"),
         },
     )  # fmt: skip
     dlora.simulate(config)
     _, reference = train_with_peft(config, prepare(config), range(4))
-    assert_same(update_of(config, Path(config.output_dir, "consensus")), reference, UPDATE_BOUND["sgd"], config.task)
-    pooled = load_file(Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors"))
-    gossiped = load_file(Path(config.output_dir, "checkpoints/dec-lora/round-000006/factors.safetensors"))
+    assert_same(
+        update_of(config, Path(config.output_dir, "consensus")),
+        reference,
+        UPDATE_BOUND["sgd"],
+        config.task,
+    )
+    pooled = load_file(
+        Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors")
+    )
+    gossiped = load_file(
+        Path(config.output_dir, "checkpoints/dec-lora/round-000006/factors.safetensors")
+    )
     for name, tensor in pooled.items():
         torch.testing.assert_close(gossiped[name].mean(0), tensor[0], rtol=1e-4, atol=1e-6)

@@ -1,4 +1,6 @@
-"""What is written loads elsewhere: PEFT gives the printed loss, vLLM and SGLang find what they read."""
+"""What is written loads elsewhere: PEFT gives the printed loss, vLLM and SGLang find what they
+read.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,18 @@ MakeConfig = Callable[..., Config]
 
 
 @pytest.mark.parametrize("family", ["modernbert", "modernbert-decoder"])
-def test_a_head_with_weights_that_are_no_linears(make_config: MakeConfig, tmp_path: Path, family: str) -> None:
-    """Field case 1: ModernBERT's head has a norm; PEFT loads the folder and gives the printed loss."""
+def test_a_head_with_weights_that_are_no_linears(
+    make_config: MakeConfig, tmp_path: Path, family: str
+) -> None:
+    """Field case 1: ModernBERT's head has a norm; PEFT loads the folder and gives the printed
+    loss.
+    """
     folder = tmp_path / family
-    network = transformers.AutoModelForSequenceClassification.from_config(families.tiny_config(family))
-    torch.nn.init.uniform_(network.head.norm.weight, 0.5, 2.0)  # no value that a fresh one would have
+    network = transformers.AutoModelForSequenceClassification.from_config(
+        families.tiny_config(family)
+    )
+    # no value that a fresh one would have
+    torch.nn.init.uniform_(network.head.norm.weight, 0.5, 2.0)
     network.save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     printed, loaded = printed_and_loaded(make_config(model=str(folder), **{"peers.count": 2}))
@@ -34,36 +43,61 @@ def test_a_head_with_weights_that_are_no_linears(make_config: MakeConfig, tmp_pa
 
 
 def test_experts_out_of_reach_are_named(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Field case 3: transformers keeps experts in one tensor; all-linear says which share of the blocks it reaches."""
+    """Field case 3: transformers keeps experts in one tensor; all-linear says which share of the
+    blocks it reaches.
+    """
     folder = tmp_path / "moe"
-    transformers.AutoModelForCausalLM.from_config(families.tiny_config("qwen3_moe")).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(
+        families.tiny_config("qwen3_moe")
+    ).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
-    with pytest.warns(UserWarning, match=r"reaches \d+ % of .*: .*mlp.experts.gate_up_proj.* stay frozen"):
+    with pytest.warns(
+        UserWarning, match=r"reaches \d+ % of .*: .*mlp.experts.gate_up_proj.* stay frozen"
+    ):
         prepare(make_config("llama", "causal-lm", model=str(folder)))
-    prepare(make_config("llama", "causal-lm", model=str(folder), **{"lora.target_modules": ["q_proj"]}))  # nothing to say
+    # nothing to say
+    prepare(
+        make_config("llama", "causal-lm", model=str(folder), **{"lora.target_modules": ["q_proj"]})
+    )
 
 
 def test_linears_that_peft_takes_for_experts(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Field case 3, its sibling: PEFT would load no update of the dense layers beside experts, so none is trained."""
+    """Field case 3, its sibling: PEFT would load no update of the dense layers beside experts, so
+    none is trained.
+    """
     folder = tmp_path / "moe"
-    transformers.AutoModelForCausalLM.from_config(families.tiny_config("glm4_moe")).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(families.tiny_config("glm4_moe")).save_pretrained(
+        folder
+    )
     tiny_models.tokenizer().save_pretrained(folder)
     config = make_config("llama", "causal-lm", model=str(folder), **{"peers.count": 2})
     with pytest.warns(UserWarning, match=r"reaches \d+ % .*experts"):
         printed, loaded = printed_and_loaded(config)
     assert loaded == pytest.approx(printed, abs=1e-5)
     named = make_config(
-        "llama", "causal-lm", model=str(folder), **{"lora.target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+        "llama",
+        "causal-lm",
+        model=str(folder),
+        **{"lora.target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
     )
-    with pytest.raises(ModelError, match=r"PEFT takes .* for weights of experts.* leave down_proj, gate_proj, up_proj out"):
+    with pytest.raises(
+        ModelError,
+        match=r"PEFT takes .* for weights of experts.* leave down_proj, gate_proj, up_proj out",
+    ):
         prepare(named)
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
-def test_all_linear_leaves_out_what_peft_refuses(make_config: MakeConfig, tmp_path: Path, family: str) -> None:
-    """Field case 3, other hybrids: Mamba's out_proj is read by a kernel; the rest trains, and PEFT gives the printed loss."""
+def test_all_linear_leaves_out_what_peft_refuses(
+    make_config: MakeConfig, tmp_path: Path, family: str
+) -> None:
+    """Field case 3, other hybrids: Mamba's out_proj is read by a kernel; the rest trains, and PEFT
+    gives the printed loss.
+    """
     folder = tmp_path / family
-    transformers.AutoModelForCausalLM.from_config(families.tiny_config(family)).save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_config(families.tiny_config(family)).save_pretrained(
+        folder
+    )
     tiny_models.tokenizer().save_pretrained(folder)
     config = make_config("llama", "causal-lm", model=str(folder), **{"peers.count": 2})
     with pytest.warns(UserWarning, match=r"reaches \d+ %"):
@@ -71,7 +105,9 @@ def test_all_linear_leaves_out_what_peft_refuses(make_config: MakeConfig, tmp_pa
     assert loaded == pytest.approx(printed, abs=1e-5)
 
 
-def test_a_head_that_shares_the_embedding_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_head_that_shares_the_embedding_is_refused(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     """Field case 6: an update of lm_head would, merged, be one of the token embedding too."""
     folder = tmp_path / "tied"
     config = tiny_models.config("llama")
@@ -79,7 +115,9 @@ def test_a_head_that_shares_the_embedding_is_refused(make_config: MakeConfig, tm
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
     targets = {"lora.target_modules": ["q_proj", "lm_head"]}
-    with pytest.raises(ModelError, match=r"lm_head shares its weight with model.embed_tokens.*leave lm_head out"):
+    with pytest.raises(
+        ModelError, match=r"lm_head shares its weight with model.embed_tokens.*leave lm_head out"
+    ):
         prepare(make_config("llama", "causal-lm", model=str(folder), **targets))
     prepare(make_config("llama", "causal-lm", **targets))  # its own weight: allowed
 
@@ -87,14 +125,26 @@ def test_a_head_that_shares_the_embedding_is_refused(make_config: MakeConfig, tm
 @pytest.mark.parametrize(
     ("targets", "written"),
     [
-        ("all-linear", ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]),
-        (r".*layers\.1\..*(q|v)_proj", ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]),
+        (
+            "all-linear",
+            ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        ),
+        (
+            r".*layers\.1\..*(q|v)_proj",
+            ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"],
+        ),
         (["v_proj", "q_proj"], ["q_proj", "v_proj"]),
     ],
 )
-def test_servers_find_what_they_read(make_config: MakeConfig, targets: Any, written: list[str]) -> None:
-    """Field case 26: whole lora_alpha, modules as a sorted list, tokenizer and card beside the adapter, no path in it."""
-    config = make_config("llama", "causal-lm", **{"lora.target_modules": targets, "train.rounds": 1, "eval_every": 0})
+def test_servers_find_what_they_read(
+    make_config: MakeConfig, targets: Any, written: list[str]
+) -> None:
+    """Field case 26: whole lora_alpha, modules as a sorted list, tokenizer and card beside the
+    adapter, no path in it.
+    """
+    config = make_config(
+        "llama", "causal-lm", **{"lora.target_modules": targets, "train.rounds": 1, "eval_every": 0}
+    )
     printed, loaded = printed_and_loaded(config)
     assert loaded == pytest.approx(printed, abs=1e-5)
     folder = Path(config.output_dir, "consensus")
@@ -104,7 +154,8 @@ def test_servers_find_what_they_read(make_config: MakeConfig, targets: Any, writ
     assert '"lora_alpha": 8,' in text and said["bias"] == "none" and said["r"] == 4
     assert load_tokenizer_of(folder).get_vocab() == load_tokenizer(config.model).get_vocab()
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nbase_model: ") and "--max-lora-rank 8" in card  # the next rank above 4 that vLLM has room for
+    # the next rank above 4 that vLLM has room for
+    assert card.startswith("---\nbase_model: ") and "--max-lora-rank 8" in card
     assert str(Path(config.model).parent) not in card
     for peer in Path(config.output_dir, "peers").iterdir():
         assert json.loads((peer / "adapter_config.json").read_text())["target_modules"] == written

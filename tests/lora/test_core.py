@@ -1,4 +1,6 @@
-"""The core: laws 1 to 3 for it, an adapter that PEFT reads, a frame that is computed once and handed round."""
+"""The core: laws 1 to 3 for it, an adapter that PEFT reads, a frame that is computed once and
+handed round.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ from dlora.train import forward
 
 MakeConfig = Callable[..., Config]
 CORE = {"lora.placement": "core", "eval_every": 0}
-TARGETS = {"bert": ["query", "value", "dense"], "gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "down_proj"]}
+TARGETS = {
+    "bert": ["query", "value", "dense"],
+    "gpt2": ["c_attn", "c_fc"],
+    "llama": ["q_proj", "down_proj"],
+}
 
 
 def adapter(config: Config, which: str = "consensus") -> dict[str, Tensor]:
@@ -39,13 +45,21 @@ def adapter(config: Config, which: str = "consensus") -> dict[str, Tensor]:
 def deltas(pairs: Mapping[str, Tensor], scaling: float) -> dict[str, Tensor]:
     """scaling x B A of every module's pair."""
     modules = [name.removesuffix(".lora_A") for name in pairs if name.endswith(".lora_A")]
-    return {name: product(pairs[f"{name}.lora_A"], pairs[f"{name}.lora_B"], scaling) for name in modules}
+    return {
+        name: product(pairs[f"{name}.lora_A"], pairs[f"{name}.lora_B"], scaling) for name in modules
+    }
 
 
 def delta_weights(config: Config, which: str = "consensus") -> dict[str, Tensor]:
     """Those of a saved adapter."""
-    weights = {name.removeprefix("base_model.model.").removesuffix(".weight"): t for name, t in adapter(config, which).items()}
-    return deltas({name: tensor[None] for name, tensor in weights.items()}, config.lora.lora_alpha / config.lora.r)
+    weights = {
+        name.removeprefix("base_model.model.").removesuffix(".weight"): t
+        for name, t in adapter(config, which).items()
+    }
+    return deltas(
+        {name: tensor[None] for name, tensor in weights.items()},
+        config.lora.lora_alpha / config.lora.r,
+    )
 
 
 def off(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
@@ -56,7 +70,9 @@ def off(ours: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
 
 
 def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tensor]:
-    """One peer by itself and without our layer: W + scaling x B M A is written out as a whole matrix, M and head train."""
+    """One peer by itself and without our layer: W + scaling x B M A is written out as a whole
+    matrix, M and head train.
+    """
     model, train = prepared.model, config.train
     network = load_model(config, load_tokenizer(config.model), prepared.data.label_names).network
     trained = {name: tensor.clone().requires_grad_() for name, tensor in model.initial.items()}
@@ -72,9 +88,14 @@ def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tens
                 continue
             layer = network.get_submodule(module)
             added = model.frame[f"{module}.lora_B"] @ tensor @ model.frame[f"{module}.lora_A"]
-            added = (added.T if isinstance(layer, Conv1D) else added) * (config.lora.lora_alpha / config.lora.r)
+            added = (added.T if isinstance(layer, Conv1D) else added) * (
+                config.lora.lora_alpha / config.lora.r
+            )
             weights[f"{module}.weight"] = layer.weight.detach() + added
-        examples = [prepared.data.peers[prepared.names[peer]][row] for row in prepared.streams[peer].take(step * rows, rows)]
+        examples = [
+            prepared.data.peers[prepared.names[peer]][row]
+            for row in prepared.streams[peer].take(step * rows, rows)
+        ]
         batch = collate(examples, prepared.pad_token_id)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         logits = functional_call(network, weights, (), inputs).logits
@@ -91,47 +112,74 @@ def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tens
     [
         ("bert", "adamw"),
         ("gpt2", "sgd"),
-        *(pytest.param(*slow, marks=pytest.mark.slow) for slow in [("bert", "sgd"), ("llama", "adamw")]),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [("bert", "sgd"), ("llama", "adamw")]
+        ),
     ],
 )
-def test_stacked_cores_are_separate_runs(make_config: MakeConfig, family: str, optimizer: str) -> None:
-    """Laws 1 and 2: two stacked participants against dense weights, each by itself; only M and the head train."""
+def test_stacked_cores_are_separate_runs(
+    make_config: MakeConfig, family: str, optimizer: str
+) -> None:
+    """Laws 1 and 2: two stacked participants against dense weights, each by itself; only M and the
+    head train.
+    """
     config = make_config(
         family, **CORE, **{
-            "peers.count": 2, "peers.topology": {"kind": "edges", "edges": [[0, 1]]}, "compare": ["local"],
-            "train.rounds": 10, "train.local_steps": 1, "train.optimizer": optimizer, "train.max_grad_norm": 0.5,
-            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1, "lora.target_modules": TARGETS[family],
+            "peers.count": 2, "peers.topology": {"kind": "edges", "edges": [[0, 1]]},
+            "compare": ["local"],
+            "train.rounds": 10, "train.local_steps": 1, "train.optimizer": optimizer,
+            "train.max_grad_norm": 0.5,
+            "train.learning_rate": 5e-3 if optimizer == "adamw" else 0.1,
+            "lora.target_modules": TARGETS[family],
         },
     )  # fmt: skip
     dlora.simulate(config)
     prepared = prepare(config)
     ends = load_file(Path(config.output_dir, "checkpoints/local/round-000010/factors.safetensors"))
-    assert {name.rpartition(".")[2] for name in ends} <= {"lora_M", "weight", "bias"} and prepared.model.frame
+    assert {name.rpartition(".")[2] for name in ends} <= {
+        "lora_M",
+        "weight",
+        "bias",
+    } and prepared.model.frame
     for peer in range(2):
         reference = train_dense(config, prepared, peer)
         update = {name: ends[name][peer] - prepared.model.initial[name] for name in reference}
         cores = [name for name in reference if name.endswith("lora_M")]
-        assert all(reference[name].any() for name in cores)  # from zero every core has begun to move
+        # from zero every core has begun to move
+        assert all(reference[name].any() for name in cores)
         assert off({n: update[n] for n in cores}, {n: reference[n] for n in cores}) < 1e-4
         heads = reference.keys() - set(cores)
         assert off({n: update[n] for n in heads}, {n: reference[n] for n in heads}) < 1e-4
 
 
-def test_complete_graph_with_one_sgd_step_is_pooled_sgd_also_in_products(make_config: MakeConfig) -> None:
-    """Law 3, and what pairs do not give: the mean of the peers' delta weights is the delta weight of the mean."""
+def test_complete_graph_with_one_sgd_step_is_pooled_sgd_also_in_products(
+    make_config: MakeConfig,
+) -> None:
+    """Law 3, and what pairs do not give: the mean of the peers' delta weights is the delta weight
+    of the mean.
+    """
     keys = {
-        "eval_every": 0, "train.rounds": 6, "train.local_steps": 1, "train.optimizer": "sgd", "train.learning_rate": 0.2,
+        "eval_every": 0, "train.rounds": 6, "train.local_steps": 1, "train.optimizer": "sgd",
+        "train.learning_rate": 0.2,
         "train.max_grad_norm": None, "peers.topology": {"kind": "complete"}, "compare": ["pooled"],
         "lora.target_modules": TARGETS["bert"],
     }  # fmt: skip
     config = make_config(**keys | {"lora.placement": "core"})
     dlora.simulate(config)
-    pooled = load_file(Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors"))
-    assert off(delta_weights(config), deltas(core.pairs(pooled, prepare(config).model.frame), 2.0)) < 1e-5
+    pooled = load_file(
+        Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors")
+    )
+    assert (
+        off(delta_weights(config), deltas(core.pairs(pooled, prepare(config).model.frame), 2.0))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(("placement", "exact"), [("core", True), ("literal", False)])
-def test_the_mean_of_cores_is_the_mean_of_products(make_config: MakeConfig, placement: str, exact: bool) -> None:
+def test_the_mean_of_cores_is_the_mean_of_products(
+    make_config: MakeConfig, placement: str, exact: bool
+) -> None:
     config = make_config(**CORE | {"lora.placement": placement, "train.learning_rate": 2e-2})
     dlora.simulate(config)
     peers = [delta_weights(config, f"peers/peer-{peer}") for peer in range(4)]
@@ -142,18 +190,26 @@ def test_the_mean_of_cores_is_the_mean_of_products(make_config: MakeConfig, plac
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_the_adapter_is_an_ordinary_one(make_config: MakeConfig, family: str) -> None:
-    """PEFT reads it, and computes the logits that the cores give; `dlora eval` reads the cores back bit for bit."""
-    config = make_config(family, **CORE, **{"train.learning_rate": 2e-2, "lora.target_modules": TARGETS[family]})
+    """PEFT reads it, and computes the logits that the cores give; `dlora eval` reads the cores back
+    bit for bit.
+    """
+    config = make_config(
+        family, **CORE, **{"train.learning_rate": 2e-2, "lora.target_modules": TARGETS[family]}
+    )
     summary = dlora.simulate(config)
     prepared = prepare(config)
     batch = collate(prepared.data.evaluation[:8], prepared.pad_token_id)
-    factors = load_file(next(Path(config.output_dir).glob("checkpoints/dec-lora/*/factors.safetensors")))
+    factors = load_file(
+        next(Path(config.output_dir).glob("checkpoints/dec-lora/*/factors.safetensors"))
+    )
     prepared.model.use({name: tensor[:1] for name, tensor in factors.items()})
     base, _ = dlora.load_base(config.output_dir)
     with torch.no_grad():
         ours = forward(prepared.model, batch)
         plain = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        theirs = peft.PeftModel.from_pretrained(base, str(Path(config.output_dir, "peers/peer-0"))).eval()
+        theirs = peft.PeftModel.from_pretrained(
+            base, str(Path(config.output_dir, "peers/peer-0"))
+        ).eval()
         peft_logits = theirs(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert (ours - peft_logits).abs().max() < 1e-5 < (ours - plain).abs().max() / 100
     assert dlora.score(config.output_dir)["consensus"] == summary["runs"]["dec-lora"]["consensus"]
@@ -164,7 +220,8 @@ def test_messages_are_tiny(make_config: MakeConfig) -> None:
     prepared = prepare(config)
     modules = len(prepared.trained)
     assert modules == 12 and all(tensor.shape == (2, 2) for tensor in prepared.trained.values())
-    assert 4 * 4 * modules < prepared.message_bytes < 4 * 4 * modules + 120 * modules  # the numbers, and their names
+    # the numbers, and their names
+    assert 4 * 4 * modules < prepared.message_bytes < 4 * 4 * modules + 120 * modules
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
@@ -173,7 +230,9 @@ def test_the_frame_is_the_svd_with_signs(shape: tuple[int, int]) -> None:
     lora_A, lora_B = top_directions(weight, 4)
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     torch.testing.assert_close(lora_B @ lora_A, left[:, :4] @ right[:4])
-    torch.testing.assert_close(lora_B @ torch.diag(values[:4]) @ lora_A, left[:, :4] @ torch.diag(values[:4]) @ right[:4])
+    torch.testing.assert_close(
+        lora_B @ torch.diag(values[:4]) @ lora_A, left[:, :4] @ torch.diag(values[:4]) @ right[:4]
+    )
     torch.testing.assert_close(lora_B.T @ lora_B, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(lora_A @ lora_A.T, torch.eye(4, dtype=torch.float64))
     assert (lora_B.gather(0, lora_B.abs().argmax(dim=0, keepdim=True)) > 0).all()
@@ -185,9 +244,15 @@ def refuse_to_compute(*arguments: Any) -> None:
     raise AssertionError("the frame was computed again")
 
 
-def test_resume_reads_the_frame(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_reads_the_frame(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def config(rounds: int, folder: str) -> Config:
-        return make_config(**CORE, **{"train.rounds": rounds, "train.local_steps": 1}, output_dir=str(tmp_path / folder))
+        return make_config(
+            **CORE,
+            **{"train.rounds": rounds, "train.local_steps": 1},
+            output_dir=str(tmp_path / folder),
+        )
 
     dlora.simulate(config(2, "long"))
     dlora.simulate(config(1, "short"))
@@ -196,7 +261,8 @@ def test_resume_reads_the_frame(make_config: MakeConfig, tmp_path: Path, monkeyp
     whole, resumed = adapter(config(2, "long")), adapter(config(2, "short"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
     frame = read_frame(tmp_path / "short" / FRAME_FILE)
-    turned = {name: -tensor for name, tensor in frame.items()}  # another machine's SVD: as good, and not the same
+    # another machine's SVD: as good, and not the same
+    turned = {name: -tensor for name, tensor in frame.items()}
     write_frame(tmp_path / "short" / FRAME_FILE, turned)
     with pytest.raises(dlora.UserError, match="resume: the frame of manifest.json was"):
         dlora.simulate(config(3, "short"), resume=True)
@@ -210,11 +276,17 @@ def test_a_frame_is_made_once_and_handed_round(
     dlora.simulate(make_config(**keys, output_dir=str(tmp_path / "one")))
     monkeypatch.setattr(stacked, "compute_frame", refuse_to_compute)
     dlora.simulate(make_config(**keys, output_dir=str(tmp_path / "two")))
-    digests = {json.loads((tmp_path / run / "manifest.json").read_text())["frame"] for run in ("one", "two")}
+    digests = {
+        json.loads((tmp_path / run / "manifest.json").read_text())["frame"]
+        for run in ("one", "two")
+    }
     assert len(digests) == 1 and file.read_bytes() == (tmp_path / "two" / FRAME_FILE).read_bytes()
     frame = read_frame(file)
-    fewer = prepare(make_config(**keys | {"lora.target_modules": ["query"]})).model.frame  # a part of it is a frame too
-    assert 0 < len(fewer) < len(frame) and all(torch.equal(frame[name], tensor) for name, tensor in fewer.items())
+    # a part of it is a frame too
+    fewer = prepare(make_config(**keys | {"lora.target_modules": ["query"]})).model.frame
+    assert 0 < len(fewer) < len(frame) and all(
+        torch.equal(frame[name], tensor) for name, tensor in fewer.items()
+    )
     with pytest.raises(dlora.UserError, match=r"made for another lora\.r"):
         prepare(make_config(**keys | {"lora.r": 3}))
     write_frame(file, fewer)
@@ -243,13 +315,19 @@ def test_a_resumed_core_run_names_what_changed(make_config: MakeConfig, tmp_path
     handed = keys | {"train.rounds": 2, "lora.frame": str(file)}
     dlora.simulate(make_config(**handed), resume=True)
     write_frame(file, {name: -tensor for name, tensor in read_frame(file).items()})
-    with pytest.raises(dlora.UserError, match="handed.safetensors is another frame than .*run/frame.safetensors"):
+    with pytest.raises(
+        dlora.UserError, match="handed.safetensors is another frame than .*run/frame.safetensors"
+    ):
         dlora.simulate(make_config(**handed | {"train.rounds": 3}), resume=True)
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="/proc: where not even root can write")
-def test_a_frame_that_cannot_be_kept_where_it_should_be_costs_no_folder(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(**CORE, **{"lora.frame": "/proc/frame.safetensors", "output_dir": str(tmp_path / "run")})
+def test_a_frame_that_cannot_be_kept_where_it_should_be_costs_no_folder(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
+        **CORE, **{"lora.frame": "/proc/frame.safetensors", "output_dir": str(tmp_path / "run")}
+    )
     with pytest.raises(dlora.UserError, match="/proc/frame.safetensors cannot be written"):
         dlora.simulate(config)
     assert not Path(config.output_dir).exists()
@@ -258,8 +336,12 @@ def test_a_frame_that_cannot_be_kept_where_it_should_be_costs_no_folder(make_con
 def test_peers_whose_frames_differ_are_told_what_to_do() -> None:
     ours, theirs = ({"frame": digit * 64, "initial_factors": "0", "rounds": 3} for digit in "ab")
     said = difference("north", json.dumps(ours), "south", json.dumps(theirs))
-    assert f'frame is "{"a" * 64}" at north' in said and "the file that lora.frame names, and hand it round" in said
-    said = difference("north", json.dumps(ours), "south", json.dumps(theirs | {"rounds": 4}))  # what it may follow from
+    assert (
+        f'frame is "{"a" * 64}" at north' in said
+        and "the file that lora.frame names, and hand it round" in said
+    )
+    # what it may follow from
+    said = difference("north", json.dumps(ours), "south", json.dumps(theirs | {"rounds": 4}))
     assert "rounds is 3 at north and 4 at south; make them alike" in said
 
 
@@ -270,21 +352,35 @@ def test_of_long_values_the_part_that_differs_is_told() -> None:
     assert said == "south is in another run: lora.r is 8 at north and 4 at south; make them alike"
     theirs = {"lora": {"r": 8, "targets": [*targets[:-1], "pooler"]}}
     said = difference("north", json.dumps(ours), "south", json.dumps(theirs))
-    assert 'lora.targets (where they differ) is ["encoder.layer.39.query"] at north and ["pooler"] at south' in said
+    assert (
+        'lora.targets (where they differ) is ["encoder.layer.39.query"] at north and ["pooler"] at'
+        " south" in said
+    )
     said = difference("north", json.dumps(ours), "south", json.dumps({"lora": "none"}))
     assert 'and "none" at south' in said
 
 
 @pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("bert", "int8")])
-def test_a_quantised_base_has_a_frame_of_what_it_computes(make_config: MakeConfig, family: str, quantization: str) -> None:
+def test_a_quantised_base_has_a_frame_of_what_it_computes(
+    make_config: MakeConfig, family: str, quantization: str
+) -> None:
     pytest.importorskip("bitsandbytes")
-    config = make_config(family, **CORE, **{"quantization": quantization, "train.rounds": 15, "train.learning_rate": 5e-2})
+    config = make_config(
+        family,
+        **CORE,
+        **{"quantization": quantization, "train.rounds": 15, "train.learning_rate": 5e-2},
+    )
     dlora.simulate(config)
-    losses = [event["loss"] for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "round"]
+    losses = [
+        event["loss"]
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "round"
+    ]
     assert losses[-1] < losses[0] - 0.05
     frame, plain = read_frame(Path(config.output_dir, FRAME_FILE)), make_config(family)
     network = load_model(plain, load_tokenizer(plain.model), ["no", "yes"]).network
     for name, layer in network.named_modules():
         if f"{name}.lora_A" in frame and isinstance(layer, LINEAR):
             read = torch.nn.functional.normalize(frame[f"{name}.lora_B"].T @ layer.weight, dim=1)
-            assert 0 < (read - frame[f"{name}.lora_A"]).norm() / read.norm() < 0.15  # near the weight, and not it
+            # near the weight, and not it
+            assert 0 < (read - frame[f"{name}.lora_A"]).norm() / read.norm() < 0.15

@@ -1,4 +1,6 @@
-"""What a split device computes: the formula is torch's count, schedules keep the account, an eighth saves its share."""
+"""What a split device computes: the formula is torch's count, schedules keep the account, an eighth
+saves its share.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from device_flops import measure
 
 sys.path.pop()
 
-WIDTHS = [(384, (384, 384, 384)), (384, (384,)), (384, (1536,)), (1536, (384,))]  # of a block of MiniLM, which has six
+# of a block of MiniLM, which has six
+WIDTHS = [(384, (384, 384, 384)), (384, (384,)), (384, (1536,)), (1536, (384,))]
 MINILM = [
     Group(tuple(f"{block}.{number}.{module}" for module in range(len(outs))), ins, outs)
     for block in range(6)
@@ -45,14 +48,21 @@ EVERY = frozenset(range(len(MINILM)))
     ],
     ids=["literal", "core", "scheduled"],
 )
-def test_the_formula_is_what_a_split_device_computes(make_config: Callable[..., Config], overrides: dict[str, Any]) -> None:
-    """Over the wire in memory, scoring and the cloud's own work left out; the lowest unit's input has no gradient."""
+def test_the_formula_is_what_a_split_device_computes(
+    make_config: Callable[..., Config], overrides: dict[str, Any]
+) -> None:
+    """Over the wire in memory, scoring and the cloud's own work left out; the lowest unit's input
+    has no gradient.
+    """
     split = {"cloud": "cloud", "wire": "float32"}
-    steps = measure(make_config(**{"peers.count": 1, "split": split, "train.rounds": 2, **overrides}))
+    steps = measure(
+        make_config(**{"peers.count": 1, "split": split, "train.rounds": 2, **overrides})
+    )
     assert len(steps) == 4
     for step in steps:
         assert step.lora_flops == step.tokens * step.formula > 0
-        assert step.head_flops == 3 * 2 * 4 * 2 * 64  # forward, weight, input: 4 rows, 2 labels, width 64
+        # forward, weight, input: 4 rows, 2 labels, width 64
+        assert step.head_flops == 3 * 2 * 4 * 2 * 64
     assert (len({step.formula for step in steps}) > 1) == ("schedule" in overrides)
 
 
@@ -73,7 +83,9 @@ SCORES: dict[str, Callable[[random.Random, int, int], float]] = {
 
 @pytest.mark.parametrize("scores", SCORES)
 def test_an_eighth_saves_what_was_promised_whatever_the_scores(scores: str) -> None:
-    """87.5 % of the traffic, 82 % of the device's FLOPs after the warm-up; 80 % with it in a run of 1,000 steps."""
+    """87.5 % of the traffic, 82 % of the device's FLOPs after the warm-up; 80 % with it in a run of
+    1,000 steps.
+    """
     chance = random.Random(0)
     schedule = Schedule(ScheduleSection(kind="kr"), COSTS, LITERAL, 0)
     for step in range(1000):
@@ -85,7 +97,9 @@ def test_an_eighth_saves_what_was_promised_whatever_the_scores(scores: str) -> N
 
 
 def test_no_set_that_an_eighth_allows_costs_more_than_18_percent_of_the_flops() -> None:
-    """Every number of units of each kind that the budget holds, placed as dearly as can be: the cheapest saving lowest."""
+    """Every number of units of each kind that the budget holds, placed as dearly as can be: the
+    cheapest saving lowest.
+    """
     budget, kinds = sum(COSTS) / 8, range(4)
     worst = 0.0
 
@@ -93,16 +107,30 @@ def test_no_set_that_an_eighth_allows_costs_more_than_18_percent_of_the_flops() 
         return LITERAL({0, 4 + kind}) - LITERAL({0}) - LITERAL({4 + kind})
 
     for counts in itertools.product(range(7), repeat=4):
-        if sum(counts) > 0 and sum(count * COSTS[kind] for count, kind in zip(counts, kinds, strict=True)) <= budget:
+        if (
+            sum(counts) > 0
+            and sum(count * COSTS[kind] for count, kind in zip(counts, kinds, strict=True))
+            <= budget
+        ):
             lowest = min((kind for kind in kinds if counts[kind]), key=saved)
-            units = {lowest} | {4 * (5 - place) + kind for kind in kinds for place in range(counts[kind] - (kind == lowest))}
+            units = {lowest} | {
+                4 * (5 - place) + kind
+                for kind in kinds
+                for place in range(counts[kind] - (kind == lowest))
+            }
             assert len(units) == sum(counts)
             worst = max(worst, LITERAL(units) / LITERAL(EVERY))
     assert 0.15 < worst <= 0.18
 
 
-@given(st.sampled_from(["kr", "probe", "random"]), st.lists(st.integers(0, 9), min_size=30, max_size=30), st.integers(0, 30))
-def test_a_resumed_schedule_keeps_the_account(kind: Any, drawn: list[int], stopped_after: int) -> None:
+@given(
+    st.sampled_from(["kr", "probe", "random"]),
+    st.lists(st.integers(0, 9), min_size=30, max_size=30),
+    st.integers(0, 30),
+)
+def test_a_resumed_schedule_keeps_the_account(
+    kind: Any, drawn: list[int], stopped_after: int
+) -> None:
     """Of every step what its active set costs; in the warm-up and behind it."""
     section = ScheduleSection(kind=kind, period=2, warmup_steps=8, active_fraction=0.2)
     schedule, sets = Schedule(section, COSTS, LITERAL, 0), []
@@ -116,4 +144,6 @@ def test_a_resumed_schedule_keeps_the_account(kind: Any, drawn: list[int], stopp
     spent = [LITERAL(active) / LITERAL(EVERY) for active in sets]
     assert schedule.flops_fraction == pytest.approx(sum(spent) / 30)
     behind = spent[schedule.warmup_steps :]
-    assert schedule.after_warmup is not None and schedule.after_warmup[1] == pytest.approx(sum(behind) / len(behind))
+    assert schedule.after_warmup is not None and schedule.after_warmup[1] == pytest.approx(
+        sum(behind) / len(behind)
+    )

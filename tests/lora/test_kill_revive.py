@@ -1,4 +1,6 @@
-"""Kill and Revive: the schedule by itself (budget, no starvation, same again), and what it does to training (law 7)."""
+"""Kill and Revive: the schedule by itself (budget, no starvation, same again), and what it does to
+training (law 7).
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ SECTIONS = st.builds(
 
 
 def drive(schedule: Schedule, steps: int, seed: int) -> list[frozenset[int]]:
-    """``steps`` local steps with scores of chance (a function of seed and step); the active set of each."""
+    """``steps`` local steps with scores of chance (a function of seed and step); the active set of
+    each.
+    """
     sets = []
     for step in range(schedule.steps_done, schedule.steps_done + steps):
         sets.append(schedule.active)
@@ -52,7 +56,9 @@ def drive(schedule: Schedule, steps: int, seed: int) -> list[frozenset[int]]:
 
 
 @given(SECTIONS, COSTS, st.integers(0, 9))
-def test_the_active_set_never_costs_more_than_its_fraction(section: ScheduleSection, costs: list[int], seed: int) -> None:
+def test_the_active_set_never_costs_more_than_its_fraction(
+    section: ScheduleSection, costs: list[int], seed: int
+) -> None:
     schedule = Schedule(section, costs, len, seed)
     sets = drive(schedule, 80, seed)
     budget = max(section.active_fraction * sum(costs), max(costs))
@@ -62,11 +68,15 @@ def test_the_active_set_never_costs_more_than_its_fraction(section: ScheduleSect
     for active in sets[:probed]:
         assert active == frozenset(range(len(costs)))
     assert schedule.numbers == sum(costs[unit] for active in sets for unit in active)
-    assert schedule.epoch == sum(one != other for one, other in zip(sets, [*sets[1:], schedule.active], strict=True))
+    assert schedule.epoch == sum(
+        one != other for one, other in zip(sets, [*sets[1:], schedule.active], strict=True)
+    )
 
 
 @given(SECTIONS.filter(lambda section: section.kind == "kr"), COSTS, st.integers(0, 9))
-def test_no_unit_starves_and_each_trains_early(section: ScheduleSection, costs: list[int], seed: int) -> None:
+def test_no_unit_starves_and_each_trains_early(
+    section: ScheduleSection, costs: list[int], seed: int
+) -> None:
     schedule = Schedule(section, costs, len, seed)
     sets = drive(schedule, schedule.warmup_steps + 2 * schedule.longest_rest, seed)
     assert frozenset().union(*sets[: schedule.warmup_steps]) == frozenset(range(len(costs)))
@@ -91,7 +101,9 @@ def test_same_seed_and_scores_same_sets_and_resuming_is_exact(
 
 
 def test_kr_revives_the_longest_idle_on_trial_and_keeps_it_if_it_is_worth_more() -> None:
-    """Twelve equal units, two active; those from 7 on have gradients ten times as large; 5 is worth more from step 40 on."""
+    """Twelve equal units, two active; those from 7 on have gradients ten times as large; 5 is worth
+    more from step 40 on.
+    """
     section = ScheduleSection(kind="kr", active_fraction=0.17, period=10, warmup_steps=6)
     schedule = Schedule(section, [10] * 12, len, seed=0)
     sets = []
@@ -102,19 +114,23 @@ def test_kr_revives_the_longest_idle_on_trial_and_keeps_it_if_it_is_worth_more()
         worth[5] = 90.0 if step >= 40 else 1.0
         schedule.observe({unit: worth[unit] for unit in schedule.active})
     assert sorted(unit for active in sets[:6] for unit in active) == [*range(12)]  # the rotation
-    assert {*sets[6:16]} == {frozenset({2, 9})}  # 2 is worth more than its neighbours, if less than 7 to 11
+    # 2 is worth more than its neighbours, if less than 7 to 11
+    assert {*sets[6:16]} == {frozenset({2, 9})}
     idle = [unit for active in sets[:6] for unit in sorted(active) if unit not in (2, 9)]
     before = idle.index(5)
     assert before >= 3  # so that its trial is behind the 40th step
     for turn, revived in enumerate(idle[: before + 1]):
         start = 16 + 10 * turn
-        assert {*sets[start : start + 2]} == {frozenset({9, revived})}  # instead of 2, the lower one
+        # instead of 2, the lower one
+        assert {*sets[start : start + 2]} == {frozenset({9, revived})}
         assert {*sets[start + 2 : start + 10]} == {frozenset({9, 5} if revived == 5 else {9, 2})}
 
 
 @pytest.mark.parametrize("kind", ["kr", "random"])
 def test_an_eighth_saves_seven_eighths_warm_up_included(kind: str) -> None:
-    """MiniLM's 24 units: 6 blocks of query, key, value; output; up; down. The rotation through all takes eight turns."""
+    """MiniLM's 24 units: 6 blocks of query, key, value; output; up; down. The rotation through all
+    takes eight turns.
+    """
     widths = [(384, 3 * 384), (384, 384), (384, 1536), (1536, 384)]
     costs = [2 * (in_features + out) for _ in range(6) for in_features, out in widths]
     schedule = Schedule(ScheduleSection(kind=kind), costs, len, 0)
@@ -148,20 +164,40 @@ def test_a_seed_of_its_own_is_a_draw_of_its_own() -> None:
 
 def scheduled(make_config: MakeConfig, kind: str = "kr", /, **overrides: Any) -> Config:
     """One participant of twelve local steps in three rounds."""
-    keys: dict[str, Any] = {"kind": kind, "period": 2, "warmup_steps": 5, "active_fraction": 0.3, "rewarm_steps": 2}
-    keys |= {key.removeprefix("schedule."): value for key, value in overrides.items() if key.startswith("schedule.")}
+    keys: dict[str, Any] = {
+        "kind": kind,
+        "period": 2,
+        "warmup_steps": 5,
+        "active_fraction": 0.3,
+        "rewarm_steps": 2,
+    }
+    keys |= {
+        key.removeprefix("schedule."): value
+        for key, value in overrides.items()
+        if key.startswith("schedule.")
+    }
     others = {key: value for key, value in overrides.items() if not key.startswith("schedule.")}
-    return make_config(**{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "schedule": keys, **others})
+    return make_config(
+        **{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "schedule": keys, **others}
+    )
 
 
 def active_events(config: Config) -> list[dict[str, Any]]:
-    return [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "active"]
+    return [
+        event
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "active"
+    ]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
-def test_everything_active_is_no_schedule_bit_for_bit(make_config: MakeConfig, tmp_path: Path, optimizer: str) -> None:
+def test_everything_active_is_no_schedule_bit_for_bit(
+    make_config: MakeConfig, tmp_path: Path, optimizer: str
+) -> None:
     """Law 7, through all of the schedule's machinery and not round it."""
-    plain = make_config(**{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "train.optimizer": optimizer})
+    plain = make_config(
+        **{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "train.optimizer": optimizer}
+    )
     dlora.simulate(plain)
     for kind in ("all", "kr"):
         whole = scheduled(
@@ -177,27 +213,53 @@ def test_everything_active_is_no_schedule_bit_for_bit(make_config: MakeConfig, t
 
 
 def test_killed_units_rest_and_the_log_tells_who_was_active(make_config: MakeConfig) -> None:
-    config = scheduled(make_config, "static", **{"schedule.units": ["layer.1.attention.self.query", "layer.0.output.dense"]})
+    config = scheduled(
+        make_config,
+        "static",
+        **{"schedule.units": ["layer.1.attention.self.query", "layer.0.output.dense"]},
+    )
     result = dlora.simulate(config)["runs"]["dec-lora"]
     initial = prepare(config).model.initial
-    trained = {name for name, tensor in factors_of(config).items() if not torch.equal(tensor[0], initial[name])}
+    trained = {
+        name
+        for name, tensor in factors_of(config).items()
+        if not torch.equal(tensor[0], initial[name])
+    }
     block = "bert.encoder.layer"
-    modules = [f"{block}.1.attention.self.{name}" for name in ("query", "key", "value")] + [f"{block}.0.output.dense"]
+    modules = [f"{block}.1.attention.self.{name}" for name in ("query", "key", "value")] + [
+        f"{block}.0.output.dense"
+    ]
     expected = {f"{module}.lora_{factor}" for module in modules for factor in "AB"}
     assert expected <= trained <= expected | {"classifier.weight", "classifier.bias"}
     assert {path.split("/")[1].partition("@")[0] for path in optimizer_of(config)} == trained
-    [units] = [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "units"]
+    [units] = [
+        event
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "units"
+    ]
     [first] = active_events(config)
-    assert {name for unit in first["units"] for name in units["units"][unit]["modules"]} == set(modules)
+    assert {name for unit in first["units"] for name in units["units"][unit]["modules"]} == set(
+        modules
+    )
     costs = [unit["cost"] for unit in units["units"]]
-    assert sum(costs) == 2 * 2 * (4 * 64 + 2 * 64 + (64 + 128) + (128 + 64))  # 2 (d_in + sum d_out) of qkv, o, up, down
+    # 2 (d_in + sum d_out) of qkv, o, up, down
+    assert sum(costs) == 2 * 2 * (4 * 64 + 2 * 64 + (64 + 128) + (128 + 64))
     assert result["adapter_fraction"] == sum(costs[unit] for unit in first["units"]) / sum(costs)
 
 
-@pytest.mark.parametrize(("on_kill", "placement"), [("hand-off", "literal"), ("drop", "literal"), ("drop", "core")])
-def test_what_is_exported_is_what_was_evaluated(make_config: MakeConfig, on_kill: str, placement: str) -> None:
-    """PEFT with the adapter on disk gives the last evaluation's loss; dropped units are zero in it, handed-off ones stay."""
-    config = scheduled(make_config, **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2, "lora.placement": placement})
+@pytest.mark.parametrize(
+    ("on_kill", "placement"), [("hand-off", "literal"), ("drop", "literal"), ("drop", "core")]
+)
+def test_what_is_exported_is_what_was_evaluated(
+    make_config: MakeConfig, on_kill: str, placement: str
+) -> None:
+    """PEFT with the adapter on disk gives the last evaluation's loss; dropped units are zero in it,
+    handed-off ones stay.
+    """
+    config = scheduled(
+        make_config,
+        **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2, "lora.placement": placement},
+    )
     result = dlora.simulate(config)["runs"]["dec-lora"]
     last = active_events(config)[-1]
     units = prepare(config).units
@@ -207,7 +269,9 @@ def test_what_is_exported_is_what_was_evaluated(make_config: MakeConfig, on_kill
             is_zero = not saved[f"base_model.model.{module}.lora_B.weight"].any()
             assert is_zero == (on_kill == "drop" and number not in last["units"]), module
     torch.manual_seed(config.seed)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=2, pad_token_id=0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        config.model, num_labels=2, pad_token_id=0
+    )
     model = peft.PeftModel.from_pretrained(base, str(Path(config.output_dir, "consensus"))).eval()
     rows = prepare(config).data.evaluation
     losses = []
@@ -221,15 +285,25 @@ def test_where_cores_train_a_unit_costs_its_modules_ranks(make_config: MakeConfi
     """r numbers a token and module: down, up, and the same again for the gradients."""
     prepared = prepare(scheduled(make_config, **{"lora.placement": "core", "lora.r": 3}))
     assert {len(unit.modules): unit.cost for unit in prepared.units} == {1: 4 * 3, 3: 4 * 3 * 3}
-    [schedule] = schedule_units(prepared.config.schedule, prepared.units, prepared.config.lora, 0, ["one"]).schedules
+    [schedule] = schedule_units(
+        prepared.config.schedule, prepared.units, prepared.config.lora, 0, ["one"]
+    ).schedules
     assert schedule.costs == tuple(unit.cost for unit in prepared.units)
 
 
 def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
     factors, groups = one_layer_each(num_units=2, num_participants=1)
     expected = {name: tensor.clone() for name, tensor in factors.items()}
-    section = ScheduleSection(kind="kr", active_fraction=0.5, on_kill="drop", period=1, warmup_steps=2, rewarm_steps=1)
-    training = Training(factors, 0, 1, TrainSection(optimizer="sgd"), schedule_units(section, groups, LoraSection(), 0, ["p"]))
+    section = ScheduleSection(
+        kind="kr", active_fraction=0.5, on_kill="drop", period=1, warmup_steps=2, rewarm_steps=1
+    )
+    training = Training(
+        factors,
+        0,
+        1,
+        TrainSection(optimizer="sgd"),
+        schedule_units(section, groups, LoraSection(), 0, ["p"]),
+    )
     assert training.units is not None
     training.train_only(frozenset(factors))
     changes = 0
@@ -248,7 +322,9 @@ def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
             module, _, factor = name.rpartition(".")
             rests = module != "head" and module not in active
             assert training.parameters[name].requires_grad != rests
-            torch.testing.assert_close(tensor, 0 * tensor if rests and factor == "lora_B" else expected[name])
+            torch.testing.assert_close(
+                tensor, 0 * tensor if rests and factor == "lora_B" else expected[name]
+            )
             if not rests:
                 training.parameters[name].grad = torch.ones_like(tensor)
                 expected[name] -= 0.1
@@ -257,15 +333,22 @@ def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
         if step % 4 == 3:
             training.units.put_back()
     assert changes >= 3
-    assert training.units.took_part(0) == frozenset(factors)  # each unit had its turn in the last four steps
+    # each unit had its turn in the last four steps
+    assert training.units.took_part(0) == frozenset(factors)
 
 
 def test_a_revived_unit_has_its_second_moment_and_warms_up() -> None:
-    """AdamW: as long as it rests its moments do; revived, the first is zero, and the rate rises over rewarm_steps."""
+    """AdamW: as long as it rests its moments do; revived, the first is zero, and the rate rises
+    over rewarm_steps.
+    """
     factors, groups = one_layer_each(num_units=2, num_participants=1)
-    section = ScheduleSection(kind="kr", active_fraction=0.5, period=4, warmup_steps=8, rewarm_steps=4)
+    section = ScheduleSection(
+        kind="kr", active_fraction=0.5, period=4, warmup_steps=8, rewarm_steps=4
+    )
     scheduled = schedule_units(section, groups, LoraSection(), 0, ["p"])
-    training = Training(factors, 0, 1, TrainSection(optimizer="adamw", max_grad_norm=1e-3), scheduled)
+    training = Training(
+        factors, 0, 1, TrainSection(optimizer="adamw", max_grad_norm=1e-3), scheduled
+    )
     assert training.units is not None
     training.train_only(frozenset(factors))
     seen: set[str | int | None] = set()
@@ -281,22 +364,28 @@ def test_a_revived_unit_has_its_second_moment_and_warms_up() -> None:
         for name, tensor in factors.items():
             if training.parameters[name].requires_grad:
                 training.parameters[name].grad = torch.full_like(tensor, 3.0)
-        assert training.units.scores() == [{active: 2 * 3.0}]  # B alone: two numbers, before clipping
+        # B alone: two numbers, before clipping
+        assert training.units.scores() == [{active: 2 * 3.0}]
         training.step(0.1, 1e-3)
         rates = {group["unit"]: group["lr"] for group in training.optimizer.param_groups}
         assert rates[None] == 0.1
-        assert rates[active] == pytest.approx(0.1 * (1.0 if age is None else min(1.0, (age + 1) / 4)))
+        assert rates[active] == pytest.approx(
+            0.1 * (1.0 if age is None else min(1.0, (age + 1) / 4))
+        )
         seen.add(age)
     assert {"revived", None, 0, 1, 2, 3} <= seen
 
 
 def test_a_utility_is_of_the_latest_turn_and_of_a_number_on_the_wire() -> None:
-    """Three units of costs 10, 20 and 30, one active: what counts is the score over the cost, as it was last seen."""
+    """Three units of costs 10, 20 and 30, one active: what counts is the score over the cost, as it
+    was last seen.
+    """
     section = ScheduleSection(kind="kr", active_fraction=0.5, period=10, warmup_steps=3)
     schedule = Schedule(section, [10, 20, 30], len, seed=0)
     while schedule.steps_done < schedule.warmup_steps:
         schedule.observe({unit: 60.0 for unit in schedule.active})
-    assert schedule.utility == [6.0, 3.0, 2.0] and schedule.active == {0, 1}  # they cost half of all
+    # they cost half of all
+    assert schedule.utility == [6.0, 3.0, 2.0] and schedule.active == {0, 1}
     for _ in range(10):
         schedule.observe({0: 1.0, 1: 60.0})
     assert schedule.utility == [0.1, 3.0, 2.0]  # the rotation's score is not in it
@@ -311,7 +400,9 @@ def test_a_utility_is_of_the_latest_turn_and_of_a_number_on_the_wire() -> None:
     assert schedule.utility == [0.1, 0.05, 1.0] and schedule.active == {2}  # it stays
 
 
-def one_layer_each(num_units: int, num_participants: int) -> tuple[dict[str, torch.Tensor], list[Group]]:
+def one_layer_each(
+    num_units: int, num_participants: int
+) -> tuple[dict[str, torch.Tensor], list[Group]]:
     """Units of one module, 3 in, 2 out, rank 1, with a head beside them."""
     torch.manual_seed(0)
     factors = {"head.weight": torch.randn(num_participants, 2, 2)}
@@ -326,7 +417,12 @@ def one_layer_each(num_units: int, num_participants: int) -> tuple[dict[str, tor
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
     make_config: MakeConfig, tmp_path: Path, kind: str, on_kill: str
 ) -> None:
-    settings = {"save_every": 1, "schedule.on_kill": on_kill, "schedule.period": 3, "schedule.warmup_steps": 3}
+    settings = {
+        "save_every": 1,
+        "schedule.on_kill": on_kill,
+        "schedule.period": 3,
+        "schedule.warmup_steps": 3,
+    }
     whole = scheduled(make_config, kind, output_dir=str(tmp_path / "whole"), **settings)
     dlora.simulate(whole)
     broken = scheduled(make_config, kind, output_dir=str(tmp_path / "broken"), **settings)
@@ -341,15 +437,29 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("on_kill", ["hand-off", "drop"])
-def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer: str, on_kill: str) -> None:
-    """Three participants, each with its own scores: after every step each is what it would be alone."""
-    keys: dict[str, Any] = {"active_fraction": 0.3, "period": 2, "warmup_steps": 3, "on_kill": on_kill, "rewarm_steps": 3}
+def test_stacked_participants_with_sets_of_their_own_are_separate_runs(
+    optimizer: str, on_kill: str
+) -> None:
+    """Three participants, each with its own scores: after every step each is what it would be
+    alone.
+    """
+    keys: dict[str, Any] = {
+        "active_fraction": 0.3,
+        "period": 2,
+        "warmup_steps": 3,
+        "on_kill": on_kill,
+        "rewarm_steps": 3,
+    }
     section = ScheduleSection(kind="kr", **keys)
     train = TrainSection(optimizer=optimizer, weight_decay=0.1, max_grad_norm=0.5)
     names = ["p", "q", "r"]
     factors, groups = one_layer_each(6, 3)
-    alone = [{name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)]
-    together = Training(factors, 0, 3, train, schedule_units(section, groups, LoraSection(), 0, names))
+    alone = [
+        {name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)
+    ]
+    together = Training(
+        factors, 0, 3, train, schedule_units(section, groups, LoraSection(), 0, names)
+    )
     single = [
         Training(alone[i], 0, 1, train, schedule_units(section, groups, LoraSection(), 0, [name]))
         for i, name in enumerate(names)
@@ -363,9 +473,14 @@ def test_stacked_participants_with_sets_of_their_own_are_separate_runs(optimizer
     sets = set()
     for _ in range(12):
         sets.add(tuple(schedule.active for schedule in together.units.schedules))
-        gradients = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in factors.items()}
+        gradients = {
+            name: torch.randn(tensor.shape, generator=generator) for name, tensor in factors.items()
+        }
         for name, gradient in gradients.items():
-            for one, value in [(together, gradient), *((single[i], gradient[i : i + 1]) for i in range(3))]:
+            for one, value in [
+                (together, gradient),
+                *((single[i], gradient[i : i + 1]) for i in range(3)),
+            ]:
                 parameter = one.parameters[name]
                 parameter.grad = value.clone() if parameter.requires_grad else None
         for one in (together, *single):
@@ -386,21 +501,34 @@ def test_a_dry_run_says_what_the_first_step_trains(make_config: MakeConfig, kind
     active = active_events(config)[0]["units"]
     costs = [unit.cost for unit in prepare(config).units]
     fraction = sum(costs[unit] for unit in active) / sum(costs)
-    assert said == {"kind": kind, "units": len(costs), "active": len(active), "adapter_fraction": fraction}
+    assert said == {
+        "kind": kind,
+        "units": len(costs),
+        "active": len(active),
+        "adapter_fraction": fraction,
+    }
 
 
 @pytest.mark.parametrize("kind", ["kr", "probe"])
-def test_a_run_that_is_over_before_anything_is_chosen_says_so(make_config: MakeConfig, kind: str) -> None:
+def test_a_run_that_is_over_before_anything_is_chosen_says_so(
+    make_config: MakeConfig, kind: str
+) -> None:
     config = scheduled(make_config, kind, **{"schedule.warmup_steps": 40})
     for start in (dry_run, dlora.simulate):
-        with pytest.warns(UserWarning, match=r"chooses after a warm-up of 4\d local steps, and this run has 12; lower"):
+        with pytest.warns(
+            UserWarning,
+            match=r"chooses after a warm-up of 4\d local steps, and this run has 12; lower",
+        ):
             start(config)
 
 
 def test_a_unit_that_is_not_there_is_named(make_config: MakeConfig) -> None:
     config = scheduled(make_config, "static", **{"schedule.units": ["layer.9.output.dense"]})
     for start in (dlora.simulate, dry_run):
-        with pytest.raises(ConfigError, match=r"layer.9.output.dense is no adapted module; .* bert.encoder.layer.\*.attention"):
+        with pytest.raises(
+            ConfigError,
+            match=r"layer.9.output.dense is no adapted module; .* bert.encoder.layer.\*.attention",
+        ):
             start(config)
     assert not Path(config.output_dir).exists()
 
@@ -412,9 +540,15 @@ def test_a_unit_that_is_not_there_is_named(make_config: MakeConfig) -> None:
         ("gpt2", "causal-lm", {"c_attn"}),
     ],
 )
-def test_units_are_found_in_every_family(make_config: MakeConfig, family: str, task: str, together: set[str]) -> None:
+def test_units_are_found_in_every_family(
+    make_config: MakeConfig, family: str, task: str, together: set[str]
+) -> None:
     """Every adapted module is in one unit, beside those that read the same input."""
     prepared = prepare(scheduled(make_config, family=family, task=task))
     modules = [module for unit in prepared.units for module in unit.modules]
-    assert sorted(modules) == sorted({name.rpartition(".")[0] for name in prepared.model.initial if ".lora_" in name})
-    assert [{module.rpartition(".")[2] for module in unit.modules} for unit in prepared.units].count(together) == 2
+    assert sorted(modules) == sorted(
+        {name.rpartition(".")[0] for name in prepared.model.initial if ".lora_" in name}
+    )
+    assert [
+        {module.rpartition(".")[2] for module in unit.modules} for unit in prepared.units
+    ].count(together) == 2

@@ -1,4 +1,6 @@
-"""A model folder that cannot be trained is refused before anything is written, and nothing in it makes Python run."""
+"""A model folder that cannot be trained is refused before anything is written, and nothing in it
+makes Python run.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +58,14 @@ def never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_code(folder: Path) -> None:
     """Python that a folder brings: whoever runs it leaves a file."""
     (folder / "own.py").write_text(
-        f"open({str(folder / 'it-ran')!r}, 'w').close()\nclass C: pass\nclass M: pass\nclass T: pass\n"
+        f"open({str(folder / 'it-ran')!r}, 'w').close()\nclass C: pass\nclass M: pass\nclass T:"
+        " pass\n"
     )
 
 
 AUTO_MAP = {
-    "AutoConfig": "own.C", "AutoModel": "own.M", "AutoModelForSequenceClassification": "own.M", "AutoTokenizer": ["own.T", None]
+    "AutoConfig": "own.C", "AutoModel": "own.M", "AutoModelForSequenceClassification": "own.M",
+    "AutoTokenizer": ["own.T", None]
 }  # fmt: skip
 
 
@@ -69,9 +73,14 @@ def test_code_of_an_unknown_architecture_never_runs(
     make_config: MakeConfig, model_folder: Callable[..., Path], tmp_path: Path, never_asks: None
 ) -> None:
     """Field case 31: auto_map with a model_type that transformers has no class of."""
-    folder = edited(tmp_path / "m", model_folder("bert"), {"model_type": "own", "auto_map": AUTO_MAP})
+    folder = edited(
+        tmp_path / "m", model_folder("bert"), {"model_type": "own", "auto_map": AUTO_MAP}
+    )
     own_code(folder)
-    with pytest.raises(ModelError, match=r"architecture own is Python code of its own \(auto_map\).*take an architecture"):
+    with pytest.raises(
+        ModelError,
+        match=r"architecture own is Python code of its own \(auto_map\).*take an architecture",
+    ):
         prepare(make_config(model=str(folder)))
     with pytest.raises(ModelError, match="auto_map"):
         load_body_network(CloudConfig.parse({"model": str(folder)}))
@@ -81,12 +90,16 @@ def test_code_of_an_unknown_architecture_never_runs(
 def test_code_beside_a_known_architecture_never_runs(
     make_config: MakeConfig, model_folder: Callable[..., Path], tmp_path: Path, never_asks: None
 ) -> None:
-    """Field case 31: the class is transformers' own, whatever else auto_map names; the tokenizer's likewise."""
+    """Field case 31: the class is transformers' own, whatever else auto_map names; the tokenizer's
+    likewise.
+    """
     folder = edited(tmp_path / "m", model_folder("bert"), {"auto_map": AUTO_MAP})
     own_code(folder)
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": AUTO_MAP}))
-    assert type(prepare(make_config(model=str(folder))).model.network).__module__.startswith("transformers.models.bert")
+    assert type(prepare(make_config(model=str(folder))).model.network).__module__.startswith(
+        "transformers.models.bert"
+    )
     load_tokenizer(str(folder))
     assert not (folder / "it-ran").exists()
 
@@ -106,13 +119,17 @@ def test_kernels_of_the_hub_are_refused(
 ) -> None:
     """Field case 31: a config that names code for attention which would be fetched."""
     folder = edited(tmp_path / "m", model_folder("bert"), keys)
-    with pytest.raises(ModelError, match=r"config.json asks for .*implementation somebody/kernel.*remove that key"):
+    with pytest.raises(
+        ModelError, match=r"config.json asks for .*implementation somebody/kernel.*remove that key"
+    ):
         prepare(make_config(model=str(folder)))
     with pytest.raises(ModelError, match="somebody/kernel"):
         load_body_network(CloudConfig.parse({"model": str(folder)}))
 
 
-def test_pickled_weights_are_refused(make_config: MakeConfig, model_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(
+    make_config: MakeConfig, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     """Field case 31: weights in pytorch_model.bin, alone or named by an index of safetensors."""
     folder = shutil.copytree(model_folder("bert"), tmp_path / "m")
     weights = transformers.AutoModel.from_pretrained(folder).state_dict()
@@ -123,17 +140,25 @@ def test_pickled_weights_are_refused(make_config: MakeConfig, model_folder: Call
         lambda: prepare(make_config(model=str(folder))),
         lambda: load_body_network(CloudConfig.parse({"model": str(folder)})),
     ):
-        with pytest.raises(ModelError, match=r"pytorch_model.bin is no safetensors file.*save_pretrained"):
+        with pytest.raises(
+            ModelError, match=r"pytorch_model.bin is no safetensors file.*save_pretrained"
+        ):
             load()
     (tmp_path / "aside").rename(folder / "other.safetensors")
     index = {"weight_map": dict.fromkeys(weights, "pytorch_model.bin")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelError, match=r"index.json names pytorch_model.bin; expected safetensors"):
+    with pytest.raises(
+        ModelError, match=r"index.json names pytorch_model.bin; expected safetensors"
+    ):
         prepare(make_config(model=str(folder)))
 
 
-def test_an_adapter_is_no_model(make_config: MakeConfig, model_folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Field case 24: transformers would load another folder's model and put this adapter under ours, unsaid."""
+def test_an_adapter_is_no_model(
+    make_config: MakeConfig, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Field case 24: transformers would load another folder's model and put this adapter under
+    ours, unsaid.
+    """
     folder = shutil.copytree(model_folder("bert"), tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="it is an adapter; give the model that it belongs to"):
@@ -143,7 +168,9 @@ def test_an_adapter_is_no_model(make_config: MakeConfig, model_folder: Callable[
 def test_more_tokens_than_rows_is_found_by_a_dry_run(
     model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Field case 4: exit 2 with both numbers, nothing written; fewer tokens than rows stay allowed."""
+    """Field case 4: exit 2 with both numbers, nothing written; fewer tokens than rows stay
+    allowed.
+    """
     furnish(tmp_path / "work", model_folder("bert"))
     monkeypatch.chdir(tmp_path / "work")
     grown = tiny_models.tokenizer()
@@ -161,7 +188,9 @@ def test_more_tokens_than_rows_is_found_by_a_dry_run(
 
 
 def test_t5_as_a_classifier_trains_as_with_peft(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Field case 5: T5 looks at a linear's weight before it calls it; PEFT gives the printed loss."""
+    """Field case 5: T5 looks at a linear's weight before it calls it; PEFT gives the printed
+    loss.
+    """
     folder = family_folder(tmp_path / "t5", "t5")
     config = make_config(model=str(folder), **{"peers.count": 2, "peers.group_size": 1})
     printed, loaded = printed_and_loaded(config)
@@ -173,27 +202,48 @@ def test_t5_as_a_language_model_is_refused(make_config: MakeConfig, tmp_path: Pa
     folder = family_folder(tmp_path / "t5", "t5")
     with pytest.raises(ModelError) as refusal:
         prepare(make_config("llama", "causal-lm", model=str(folder)))
-    assert "task causal-lm wants a decoder" in str(refusal.value) and "architecture t5" in str(refusal.value)
+    assert "task causal-lm wants a decoder" in str(refusal.value) and "architecture t5" in str(
+        refusal.value
+    )
     assert "folder" not in str(refusal.value)
 
 
-def test_an_architecture_whose_forward_fails_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Field case 5, its kind: the mean over T5's tokens, which its forward cannot give without a second text."""
+def test_an_architecture_whose_forward_fails_is_refused(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Field case 5, its kind: the mean over T5's tokens, which its forward cannot give without a
+    second text.
+    """
     folder = family_folder(tmp_path / "t5", "t5")
-    with pytest.raises(ModelError, match=r"forward of MeanPooledClassifier fails on the first rows .*task or pooling"):
+    with pytest.raises(
+        ModelError,
+        match=r"forward of MeanPooledClassifier fails on the first rows .*task or pooling",
+    ):
         prepare(make_config(model=str(folder), pooling="mean"))
 
 
-def test_an_update_that_would_be_passed_by_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Field case 5, its kind: Mamba multiplies by dt_proj's weight itself, so that its update would never count."""
+def test_an_update_that_would_be_passed_by_is_refused(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Field case 5, its kind: Mamba multiplies by dt_proj's weight itself, so that its update would
+    never count.
+    """
     folder = family_folder(tmp_path / "mamba", "mamba", transformers.AutoModelForCausalLM)
-    config = make_config("llama", "causal-lm", model=str(folder), **{"lora.target_modules": ["dt_proj", "in_proj"]})
-    with pytest.raises(ModelError, match=r"reads the weight of dt_proj itself.*lora.target_modules: \[in_proj\]"):
+    config = make_config(
+        "llama", "causal-lm", model=str(folder), **{"lora.target_modules": ["dt_proj", "in_proj"]}
+    )
+    with pytest.raises(
+        ModelError, match=r"reads the weight of dt_proj itself.*lora.target_modules: \[in_proj\]"
+    ):
         prepare(config)
 
 
-def test_a_model_that_changes_its_weights_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Field case 5, its kind: RWKV divides weights while it scores, and would not divide their updates."""
+def test_a_model_that_changes_its_weights_is_refused(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Field case 5, its kind: RWKV divides weights while it scores, and would not divide their
+    updates.
+    """
     folder = family_folder(tmp_path / "rwkv", "rwkv", transformers.AutoModelForCausalLM)
     with pytest.raises(ModelError, match="changes its weights while it runs"):
         prepare(make_config("llama", "causal-lm", model=str(folder)))
@@ -212,7 +262,11 @@ def test_a_model_that_changes_its_weights_is_refused(make_config: MakeConfig, tm
         ("adapter", "other/adapter", "adapter: dlora does not go on from an adapter yet; merge it"),
     ],
 )
-def test_what_peft_has_and_dlora_not_yet(make_config: MakeConfig, key: str, value: Any, says: str) -> None:
-    """Field cases 24 and 25: the line says so and what to do instead, not merely that the key is unknown."""
+def test_what_peft_has_and_dlora_not_yet(
+    make_config: MakeConfig, key: str, value: Any, says: str
+) -> None:
+    """Field cases 24 and 25: the line says so and what to do instead, not merely that the key is
+    unknown.
+    """
     with pytest.raises(ConfigError, match=f"^lora: {says}"):
         make_config(**{f"lora.{key}": value})

@@ -1,4 +1,6 @@
-"""Attacks on a listening peer: each is turned away, and a good neighbour is served before, meanwhile and afterwards."""
+"""Attacks on a listening peer: each is turned away, and a good neighbour is served before,
+meanwhile and afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,18 @@ from dlora.wire.frame import Link
 from dlora.wire.peer import peer_pb2
 from dlora.wire.peer.codec import MAX_FRAME_BYTES, encode_frame
 from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Status
-from kit.attackers import MIB, PREFACE, Target, announced, channel, connected, forged_by, h2, open_stream, tls
+from kit.attackers import (
+    MIB,
+    PREFACE,
+    Target,
+    announced,
+    channel,
+    connected,
+    forged_by,
+    h2,
+    open_stream,
+    tls,
+)
 from kit.loopback import run, running
 
 
@@ -30,7 +43,9 @@ def target(tmp_path: Path) -> Target:
 
 
 async def answered(port: int, certificate: Path | None) -> bool:
-    """Whether one byte of HTTP/2 comes back. With TLS 1.3 a client's handshake is over before the listener has judged."""
+    """Whether one byte of HTTP/2 comes back. With TLS 1.3 a client's handshake is over before the
+    listener has judged.
+    """
     with contextlib.suppress(ssl.SSLError, ConnectionError):
         async with connected(port, tls(certificate)) as raw:
             await raw.say(open_stream())
@@ -38,8 +53,12 @@ async def answered(port: int, certificate: Path | None) -> bool:
     return False
 
 
-@pytest.mark.parametrize("who", ["nobody", "a stranger", "a stranger called b", "a stranger called a", "c signed by b"])
-def test_without_a_listed_certificate_there_is_no_stream(target: Target, who: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "who", ["nobody", "a stranger", "a stranger called b", "a stranger called a", "c signed by b"]
+)
+def test_without_a_listed_certificate_there_is_no_stream(
+    target: Target, who: str, tmp_path: Path
+) -> None:
     """Turned away below Python, in the handshake."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -57,7 +76,9 @@ def test_without_a_listed_certificate_there_is_no_stream(target: Target, who: st
     run(main())
 
 
-def test_a_certificate_of_an_older_file_is_no_good_at_once(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_of_an_older_file_is_no_good_at_once(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the handler, while TLS still lets it through."""
     monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 1000)
 
@@ -66,13 +87,18 @@ def test_a_certificate_of_an_older_file_is_no_good_at_once(target: Target, monke
             target.renew_b(port)
             async with connected(port, tls(target.key("b"))) as raw:
                 await raw.say(open_stream())
-                assert "not a certificate that a's federation file lists for b" in await target.refused.get()
+                assert (
+                    "not a certificate that a's federation file lists for b"
+                    in await target.refused.get()
+                )
             assert target.linked == ["c"]
 
     run(main())
 
 
-def test_a_certificate_of_an_older_file_is_no_good_for_tls_either(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_of_an_older_file_is_no_good_for_tls_either(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Soon after, without a restart; the new one is good, and a link that was up stays up."""
     monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 0.01)
 
@@ -87,7 +113,10 @@ def test_a_certificate_of_an_older_file_is_no_good_for_tls_either(target: Target
             stays.clear()
             await link.receive()
 
-        async with target.listening() as port, running(target.net.network("c", neighbours=["a"]).serve(talk)):
+        async with (
+            target.listening() as port,
+            running(target.net.network("c", neighbours=["a"]).serve(talk)),
+        ):
             while target.heard["c"].count(Status(1)) == 0:
                 await asyncio.sleep(0.01)
             new = target.renew_b(port)
@@ -102,7 +131,9 @@ def test_a_certificate_of_an_older_file_is_no_good_for_tls_either(target: Target
 
 
 def test_the_listed_certificate_gets_a_stream(target: Target) -> None:
-    """The attacker's tools work: what the tests around this one see is refusal, not a slip of theirs."""
+    """The attacker's tools work: what the tests around this one see is refusal, not a slip of
+    theirs.
+    """
 
     async def main() -> None:
         async with target.listening() as port, connected(port, tls(target.key("b"))) as raw:
@@ -123,10 +154,15 @@ def test_a_member_struck_off_loses_its_link(target: Target, tmp_path: Path) -> N
             await raw.say(open_stream() + h2(0, 0, 1, announced(len(data)) + data))
             while not target.heard["b"]:
                 await raw.reader.read(MIB)
-            target.net.path.write_text(federation_text([tmp_path / f"{name}.member.yaml" for name in "ac"]))
+            target.net.path.write_text(
+                federation_text([tmp_path / f"{name}.member.yaml" for name in "ac"])
+            )
             target.net.address("a", f"127.0.0.1:{port}")
             await raw.say(h2(0, 0, 1, announced(len(data)) + data))
-            assert await target.refused.get() == "b: its certificates in the federation file have changed"
+            assert (
+                await target.refused.get()
+                == "b: its certificates in the federation file have changed"
+            )
             assert target.heard["b"] == [Status(5)]
 
     run(main())
@@ -134,7 +170,10 @@ def test_a_member_struck_off_loses_its_link(target: Target, tmp_path: Path) -> N
 
 def test_tls_1_2_is_refused(target: Target) -> None:
     async def main() -> None:
-        async with target.listening() as port, connected(port, tls(target.key("b"), ssl.TLSVersion.TLSv1_2)) as raw:
+        async with (
+            target.listening() as port,
+            connected(port, tls(target.key("b"), ssl.TLSVersion.TLSv1_2)) as raw,
+        ):
             await raw.say(open_stream())
             assert "TLSv1.2 instead of TLSv1.3" in await target.refused.get()
             assert not target.b_linked()
@@ -150,8 +189,16 @@ def test_tls_1_2_is_refused(target: Target) -> None:
     [
         (b"", "a frame of no known kind"),
         (b"\x80" * 100, "100 bytes that are no frame"),
-        (peer_pb2.Frame(want=peer_pb2.Want(name="../b.key")).SerializeToString(), "the message name '../b.key'"),
-        (peer_pb2.Frame(chunk=peer_pb2.Chunk(name="a", data=bytes(MAX_CHUNK_BYTES + 1))).SerializeToString(), "bytes of data"),
+        (
+            peer_pb2.Frame(want=peer_pb2.Want(name="../b.key")).SerializeToString(),
+            "the message name '../b.key'",
+        ),
+        (
+            peer_pb2.Frame(
+                chunk=peer_pb2.Chunk(name="a", data=bytes(MAX_CHUNK_BYTES + 1))
+            ).SerializeToString(),
+            "bytes of data",
+        ),
     ],
     ids=["empty", "garbage", "a path", "too much data"],
 )
@@ -180,8 +227,12 @@ def test_an_oversized_message_ends_the_link(target: Target) -> None:
 
 
 def test_a_gigabyte_of_garbage(tmp_path: Path) -> None:
-    """On every layer; in a process of its own, for what other tests left in this one moves its memory too."""
-    process = multiprocessing.get_context("spawn").Process(target=pour_garbage_on_every_layer, args=(tmp_path,))
+    """On every layer; in a process of its own, for what other tests left in this one moves its
+    memory too.
+    """
+    process = multiprocessing.get_context("spawn").Process(
+        target=pour_garbage_on_every_layer, args=(tmp_path,)
+    )
     process.start()
     process.join(60)
     assert process.exitcode == 0  # its own words are among what was printed
@@ -229,7 +280,9 @@ def pour_garbage(target: Target, layer: str) -> None:
     run(main())
 
 
-def test_a_slow_drip_holds_nothing_but_its_own_link(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_drip_holds_nothing_but_its_own_link(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dlora.net.grpc.FIRST_FRAME_S", 0.5)
 
     async def main() -> None:
@@ -258,9 +311,11 @@ def test_200_connections_at_once(target: Target, kind: str) -> None:
 
     async def main() -> None:
         async with target.listening() as port, contextlib.AsyncExitStack() as stack:
-            context = {"TCP": None, "TLS without a certificate": tls(None), "TLS with a certificate": tls(target.key("b"))}[
-                kind
-            ]
+            context = {
+                "TCP": None,
+                "TLS without a certificate": tls(None),
+                "TLS with a certificate": tls(target.key("b")),
+            }[kind]
 
             async def connect() -> None:
                 with contextlib.suppress(ssl.SSLError, ConnectionError):
@@ -273,7 +328,9 @@ def test_200_connections_at_once(target: Target, kind: str) -> None:
 
 
 def test_more_connections_than_there_is_room_for(target: Target) -> None:
-    """Those beyond are closed at once; a link that is up goes on; with room again, new ones come up."""
+    """Those beyond are closed at once; a link that is up goes on; with room again, new ones come
+    up.
+    """
 
     async def main() -> None:
         async with target.listening() as port, channel(target, port) as call:

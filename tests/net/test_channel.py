@@ -36,13 +36,17 @@ LIMIT_S = 10  # for what must happen at once; nothing waits that long
 
 
 class Cloud:
-    """What a cloud does with a link: keeps its channel, and hands what it hears to the test or back."""
+    """What a cloud does with a link: keeps its channel, and hands what it hears to the test or
+    back.
+    """
 
     def __init__(self, max_frame_bytes: int = 1 << 24) -> None:
         self.kind = split_kind(max_bytes=max_frame_bytes)
         self.channels: queue.Queue[tuple[str, Channel]] = queue.Queue()
         self.heard: queue.Queue[tuple[str, SplitFrame]] = queue.Queue()
-        self.on_frame: Callable[[str, SplitFrame], object] = lambda name, frame: self.heard.put((name, frame))
+        self.on_frame: Callable[[str, SplitFrame], object] = lambda name, frame: self.heard.put(
+            (name, frame)
+        )
         self.refused: list[str] = []
 
     async def talk(self, name: str, link: Link) -> None:
@@ -68,7 +72,9 @@ def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() ->
     unheard: list[dict[str, Any]] = []
 
     async def main() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: unheard.append(context))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda loop, context: unheard.append(context)
+        )
         channel = Channel(Stuck(), split_kind())
         channel.send(Drop(1))
         carrying = asyncio.create_task(channel.carry())
@@ -87,7 +93,9 @@ def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() ->
 class InMemory:
     def __init__(self, folder: Path, loop: LoopThread) -> None:
         self.loop, self.cloud = loop, Cloud()
-        self.hub = MemoryHub({"box": ["phone"], "phone": ["box"]}, redial_s=0.01, kind=self.cloud.kind.as_bytes)
+        self.hub = MemoryHub(
+            {"box": ["phone"], "phone": ["box"]}, redial_s=0.01, kind=self.cloud.kind.as_bytes
+        )
         self.start()
 
     def start(self) -> None:
@@ -98,11 +106,18 @@ class InMemory:
 
 
 class Loopback:
-    """A cloud, two devices and a peer; the federation file lists those named and says where the cloud is."""
+    """A cloud, two devices and a peer; the federation file lists those named and says where the
+    cloud is.
+    """
 
     def __init__(self, folder: Path, loop: LoopThread, listed: str = "box phone") -> None:
         self.folder, self.loop, self.cloud, self.listed = folder, loop, Cloud(), listed.split()
-        roles: dict[str, Any] = {"box": "cloud", "phone": "device", "tablet": "device", "friend": "peer"}
+        roles: dict[str, Any] = {
+            "box": "cloud",
+            "phone": "device",
+            "tablet": "device",
+            "friend": "peer",
+        }
         for name, role in roles.items():
             new_identity(name, None, role, folder)
         self.path, self.address = folder / "federation.yaml", "127.0.0.1:1"
@@ -114,14 +129,19 @@ class Loopback:
         federation = FederationFile(self.path)
         identity = Identity.load("box", self.folder / "box.key", federation.current)
         kind = self.cloud.kind.as_bytes
-        network = GrpcNetwork(identity, federation, None, "127.0.0.1:0", kind, self.cloud.refused.append)
+        network = GrpcNetwork(
+            identity, federation, None, "127.0.0.1:0", kind, self.cloud.refused.append
+        )
         self.serving = self.loop.start(network.serve(self.cloud.talk))
         self.loop.start(network.bound.wait()).result(LIMIT_S)  # type: ignore[arg-type]
         self.address = f"127.0.0.1:{network.port}"
         self.write()
 
     def write(self, **roles: str) -> None:
-        members = [yaml.safe_load((self.folder / f"{name}.member.yaml").read_text()) for name in self.listed]
+        members = [
+            yaml.safe_load((self.folder / f"{name}.member.yaml").read_text())
+            for name in self.listed
+        ]
         for member in members:
             member["role"] = roles.get(member["name"], member["role"])
             member["address"] = self.address if member["role"] == "cloud" else None
@@ -132,7 +152,9 @@ class Loopback:
     def network(self, name: str) -> GrpcNetwork:
         """A device's. A stranger's own federation file lists it; the cloud's does not."""
         own = self.folder / f"{name}-federation.yaml"
-        own.write_text(federation_text([self.folder / f"{member}.member.yaml" for member in ("box", name)]))
+        own.write_text(
+            federation_text([self.folder / f"{member}.member.yaml" for member in ("box", name)])
+        )
         tree = yaml.safe_load(own.read_text())
         for member in tree["members"]:
             member["address"] = self.address if member["name"] == "box" else None
@@ -180,7 +202,8 @@ def give_up_after(limit_s: float) -> Callable[[], bool]:
 
 
 def test_frames_go_both_ways_in_order_and_are_counted(net: InMemory | Loopback) -> None:
-    big = Values("input", 1, 0, 0, torch.arange(1 << 20).view(1024, 1024).float())  # decoded in a thread
+    # decoded in a thread
+    big = Values("input", 1, 0, 0, torch.arange(1 << 20).view(1024, 1024).float())
     frames: list[SplitFrame] = [Open("{}"), Drop(1), big, Drop(2), big, Done(1, 0), Drop(3)]
     with dialling(net) as dialler:
         channel, back = dialler.dial(), net.cloud.channel()
@@ -246,7 +269,9 @@ def test_the_end_of_the_link_wakes_whoever_waits(net: InMemory | Loopback) -> No
 
 
 def test_a_device_that_takes_nothing_loses_its_link(net: InMemory | Loopback) -> None:
-    """Else its parts would stay in the cloud for ever: the link itself is alive, only nobody reads."""
+    """Else its parts would stay in the cloud for ever: the link itself is alive, only nobody
+    reads.
+    """
     big = Values("input", 1, 0, 0, torch.ones(1024, 1024))
     with dialling(net) as dialler:
         channel, back = dialler.dial(), net.cloud.channel()
@@ -254,7 +279,8 @@ def test_a_device_that_takes_nothing_loses_its_link(net: InMemory | Loopback) ->
             for _ in range(100):
                 back.send(big, 0.3)
         assert back.is_down
-        with pytest.raises(ChannelDown):  # the device hears of it once it has read what was under way
+        # the device hears of it once it has read what was under way
+        with pytest.raises(ChannelDown):
             for _ in range(100):
                 channel.receive(LIMIT_S)
         dialler.dial().send(Drop(7))  # and may come again
@@ -299,7 +325,9 @@ def test_what_a_conversation_refuses_ends_its_link(net: InMemory | Loopback) -> 
         with pytest.raises(ChannelDown):
             channel.receive(LIMIT_S)
     if isinstance(net, Loopback):
-        assert net.cloud.refused == ["phone: the conversation failed: ValueError: a frame out of turn"]
+        assert net.cloud.refused == [
+            "phone: the conversation failed: ValueError: a frame out of turn"
+        ]
 
 
 def test_rubbish_is_a_frame_error_at_either_end(net: InMemory | Loopback) -> None:
@@ -320,7 +348,10 @@ def test_rubbish_is_a_frame_error_at_either_end(net: InMemory | Loopback) -> Non
 def test_a_frame_over_the_limit_is_not_sent(net: InMemory | Loopback) -> None:
     with dialling(net) as dialler:
         channel = dialler.dial()
-        with pytest.raises(FrameError, match="a Values frame of 16777.* bytes; at most 16777216 are allowed, so fewer tokens"):
+        with pytest.raises(
+            FrameError,
+            match="a Values frame of 16777.* bytes; at most 16777216 are allowed, so fewer tokens",
+        ):
             channel.send(Values("input", 0, 0, 0, torch.zeros(4096, 1024)))
         channel.send(Drop(1))
         assert net.cloud.heard.get(timeout=LIMIT_S) == ("phone", Drop(1))
@@ -380,7 +411,9 @@ def test_a_failure_of_the_network_is_heard_by_whoever_dials(loop: LoopThread) ->
 # Who is let in
 
 
-def test_a_device_that_is_listed_later_is_let_in(tmp_path: Path, loop: LoopThread, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_listed_later_is_let_in(
+    tmp_path: Path, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 0.01)
     net = Loopback(tmp_path, loop)
     with dialling(net, "tablet") as dialler:
@@ -392,9 +425,15 @@ def test_a_device_that_is_listed_later_is_let_in(tmp_path: Path, loop: LoopThrea
         assert net.cloud.heard.get(timeout=LIMIT_S) == ("tablet", Drop(1))
 
 
-def test_two_devices_have_a_link_each_and_a_newer_one_replaces(tmp_path: Path, loop: LoopThread) -> None:
+def test_two_devices_have_a_link_each_and_a_newer_one_replaces(
+    tmp_path: Path, loop: LoopThread
+) -> None:
     net = Loopback(tmp_path, loop, "box phone tablet")
-    with dialling(net, "phone") as phone, dialling(net, "tablet") as tablet, dialling(net, "phone") as other:
+    with (
+        dialling(net, "phone") as phone,
+        dialling(net, "tablet") as tablet,
+        dialling(net, "phone") as other,
+    ):
         one, two = phone.dial(), tablet.dial()
         one.send(Drop(1))
         two.send(Drop(2))
@@ -437,25 +476,38 @@ def test_a_device_that_becomes_a_peer_is_let_in_no_more(
 def test_who_has_another_role_is_named(grpc_net: Loopback) -> None:
     federation = Federation.load(grpc_net.path)
     assert member_of_role(federation, "box", "cloud").name == "box"
-    with pytest.raises(IdentityError, match=r"phone is a device in .*, not a cloud; name one .* role is cloud: box"):
+    with pytest.raises(
+        IdentityError, match=r"phone is a device in .*, not a cloud; name one .* role is cloud: box"
+    ):
         member_of_role(federation, "phone", "cloud")
     with pytest.raises(IdentityError, match="role is peer: none"):
         member_of_role(federation, "box", "peer")
 
 
-@pytest.mark.parametrize(("name", "lets_in"), [("phone", True), ("tablet", False), ("friend", False)])
-def test_a_health_check_is_answered_to_devices_only(grpc_net: Loopback, name: str, lets_in: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "lets_in"), [("phone", True), ("tablet", False), ("friend", False)]
+)
+def test_a_health_check_is_answered_to_devices_only(
+    grpc_net: Loopback, name: str, lets_in: bool
+) -> None:
     async def check() -> int:
-        key, box = (grpc_net.folder / f"{name}.key").read_bytes(), Federation.load(grpc_net.path).trusted(["box"])
+        key, box = (
+            (grpc_net.folder / f"{name}.key").read_bytes(),
+            Federation.load(grpc_net.path).trusted(["box"]),
+        )
         certificate = Federation.load(grpc_net.folder / "all.yaml").trusted([name])
         options = [("grpc.ssl_target_name_override", "box")]
         credentials = grpc.ssl_channel_credentials(box, key, certificate)
         async with grpc.aio.secure_channel(grpc_net.address, credentials, options) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            answer = await stub.Check(health_pb2.HealthCheckRequest(service="dlora.split.Cloud"), timeout=LIMIT_S)
+            answer = await stub.Check(
+                health_pb2.HealthCheckRequest(service="dlora.split.Cloud"), timeout=LIMIT_S
+            )
             return int(answer.status)
 
-    members = [grpc_net.folder / f"{member}.member.yaml" for member in ("box", "phone", "tablet", "friend")]
+    members = [
+        grpc_net.folder / f"{member}.member.yaml" for member in ("box", "phone", "tablet", "friend")
+    ]
     (grpc_net.folder / "all.yaml").write_text(federation_text(members))
     if lets_in:
         assert asyncio.run(check()) == health_pb2.HealthCheckResponse.SERVING

@@ -1,4 +1,6 @@
-"""Members and strangers who come too often, too many or too fast: they are slowed, and the others are served meanwhile."""
+"""Members and strangers who come too often, too many or too fast: they are slowed, and the others
+are served meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +47,14 @@ def test_a_member_struck_off_that_stays_silent_loses_its_link(
         async with target.listening() as port, channel(target, port) as call:
             await call.write(encode_frame(Status(5)))
             assert await call.read() == encode_frame(Status(5))
-            target.net.path.write_text(federation_text([tmp_path / f"{name}.member.yaml" for name in "ac"]))
+            target.net.path.write_text(
+                federation_text([tmp_path / f"{name}.member.yaml" for name in "ac"])
+            )
             target.net.address("a", f"127.0.0.1:{port}")
-            assert await target.refused.get() == "b: its certificates in the federation file have changed"
+            assert (
+                await target.refused.get()
+                == "b: its certificates in the federation file have changed"
+            )
             with contextlib.suppress(grpc.RpcError):
                 assert await call.read() is grpc.aio.EOF
             assert call.done()
@@ -55,17 +62,28 @@ def test_a_member_struck_off_that_stays_silent_loses_its_link(
     run(main())
 
 
-def test_a_device_struck_off_gives_its_place_to_another(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
-    """Field case 37: of a cloud that takes one device, and the silent one that held the place is in the file no more."""
+def test_a_device_struck_off_gives_its_place_to_another(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    """Field case 37: of a cloud that takes one device, and the silent one that held the place is in
+    the file no more.
+    """
     members, bert = Members(tmp_path), model_folder("bert")
     manifest = manifest_of(queue_cloud.device_half(queue_cloud.config(bert)))
-    with serving(members, bert, {"limits.max_devices": 1}) as served, members.dialler("phone") as phone:
+    with (
+        serving(members, bert, {"limits.max_devices": 1}) as served,
+        members.dialler("phone") as phone,
+    ):
         held, _ = opened(phone, manifest)
         left = [tmp_path / f"{name}.member.yaml" for name in ("hub", "tablet", "north", "attic")]
         members.federation.write_text(federation_text(left))
         with pytest.raises(ChannelDown):
             held.receive(PATIENCE_S)
-        until(lambda: served.heard("closed", device="phone"), "the phone's place to be free", PATIENCE_S)
+        until(
+            lambda: served.heard("closed", device="phone"),
+            "the phone's place to be free",
+            PATIENCE_S,
+        )
         with members.dialler("tablet") as tablet:
             opened(tablet, manifest)
 
@@ -73,12 +91,17 @@ def test_a_device_struck_off_gives_its_place_to_another(tmp_path: Path, model_fo
 # Too fast, too often
 
 
-def test_a_flood_of_status_is_read_at_a_pace(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Field case 40: what came of it in two seconds is what the budget of one member allows; others are served at once.
+def test_a_flood_of_status_is_read_at_a_pace(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Field case 40: what came of it in two seconds is what the budget of one member allows; others
+    are served at once.
 
     With a tenth of the real budget: a flood from this very process is slow itself.
     """
-    slow = replace(PEERS, frames_per_s=PEERS.frames_per_s / 10, frames_at_once=PEERS.frames_at_once // 10)
+    slow = replace(
+        PEERS, frames_per_s=PEERS.frames_per_s / 10, frames_at_once=PEERS.frames_at_once // 10
+    )
     monkeypatch.setattr(target.net, "network", partial(target.net.network, kind=slow))
 
     async def main() -> None:
@@ -101,7 +124,10 @@ def test_a_flood_of_status_is_read_at_a_pace(target: Target, monkeypatch: pytest
             while loop.time() < began_at + 2:
                 await asyncio.sleep(0.01)
             assert len(target.heard["b"]) > slow.frames_at_once  # it is slowed, not ended
-            assert len(target.heard["b"]) <= slow.frames_at_once + slow.frames_per_s * (loop.time() - began_at) + 2
+            assert (
+                len(target.heard["b"])
+                <= slow.frames_at_once + slow.frames_per_s * (loop.time() - began_at) + 2
+            )
             for task in (pouring, draining):
                 task.cancel()
             await asyncio.wait({pouring, draining})
@@ -110,7 +136,9 @@ def test_a_flood_of_status_is_read_at_a_pace(target: Target, monkeypatch: pytest
 
 
 def test_a_member_that_links_again_and_again_is_slowed(target: Target) -> None:
-    """Field case 40: 16 of them at once, who come back as soon as they were let in; the good neighbour comes in meanwhile."""
+    """Field case 40: 16 of them at once, who come back as soon as they were let in; the good
+    neighbour comes in meanwhile.
+    """
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -123,7 +151,9 @@ def test_a_member_that_links_again_and_again_is_slowed(target: Target) -> None:
                         async with connected(port, tls(target.key("b"))) as raw:
                             await raw.say(open_stream())
                             async with asyncio.timeout(10):
-                                while b"accepted" not in (data := await raw.reader.read(MIB)) and data:
+                                while (
+                                    b"accepted" not in (data := await raw.reader.read(MIB)) and data
+                                ):
                                     pass
 
             comers = [asyncio.ensure_future(come_and_go()) for _ in range(16)]
@@ -156,7 +186,9 @@ def test_a_rate_makes_up_for_what_was_taken() -> None:
 
 @contextlib.asynccontextmanager
 async def held_open(port: int, count: int) -> AsyncIterator[list[int]]:
-    """Connections of strangers who say nothing and come back at once when they are hung up on; how often that was."""
+    """Connections of strangers who say nothing and come back at once when they are hung up on; how
+    often that was.
+    """
     hung_up = [0]
 
     async def hold() -> None:
@@ -177,8 +209,8 @@ async def held_open(port: int, count: int) -> AsyncIterator[list[int]]:
 
 
 def test_strangers_who_fill_the_room_do_not_keep_a_member_out(target: Target) -> None:
-    """Field case 40: more connections than there is room for, renewed for as long as it lasts; members come in six times,
-    and a link that was up before stays.
+    """Field case 40: more connections than there is room for, renewed for as long as it lasts;
+    members come in six times, and a link that was up before stays.
     """
 
     async def main() -> None:
@@ -189,7 +221,8 @@ def test_strangers_who_fill_the_room_do_not_keep_a_member_out(target: Target) ->
                 while hung_up[0] < MAX_CONNECTIONS:
                     await asyncio.sleep(0.01)
                 for _ in range(6):
-                    await target.serves_the_good_one(within_s=20)  # it dials again where a stranger was faster
+                    # it dials again where a stranger was faster
+                    await target.serves_the_good_one(within_s=20)
             await call.write(encode_frame(Status(2)))
             assert await call.read() == encode_frame(Status(2))
 
@@ -225,7 +258,8 @@ def test_the_doorman_hangs_up_on_the_oldest_and_on_no_member() -> None:
                 return False
 
         assert sum(map(ended, first)) == 10 and not any(map(ended, [*second, member]))
-        assert door.look(port) <= 10 < MAX_STRANGERS  # those hung up on are still open files of this test's
+        # those hung up on are still open files of this test's
+        assert door.look(port) <= 10 < MAX_STRANGERS
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,17 @@ from dlora.net.memory import MemoryHub
 from dlora.net.transport import LinkDown, Network, Traffic
 from dlora.wire.frame import Link
 from dlora.wire.peer.codec import PEERS, encode_frame
-from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+from dlora.wire.peer.frames import (
+    MAX_CHUNK_BYTES,
+    Chunk,
+    Decided,
+    Frame,
+    Have,
+    Hello,
+    Offer,
+    Status,
+    Want,
+)
 from kit.loopback import Loopback, run, running
 
 FRAMES: list[Frame] = [
@@ -82,7 +92,9 @@ Talks = Callable[[str, Link], Coroutine[Any, Any, None]]
 
 
 def scripted(*parts: Talks) -> tuple[Talks, asyncio.Event]:
-    """A talk that plays one part on each new link, and the event of the last part's end; later links end at once."""
+    """A talk that plays one part on each new link, and the event of the last part's end; later
+    links end at once.
+    """
     left, done = list(parts), asyncio.Event()
 
     async def talk(name: str, link: Link) -> None:
@@ -262,7 +274,9 @@ def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
             nonlocal sent
             await link.send(Status(0))
             for offset in range(NUM_CHUNKS):
-                sending = asyncio.ensure_future(link.send(Chunk("x", offset, bytes(MAX_CHUNK_BYTES))))
+                sending = asyncio.ensure_future(
+                    link.send(Chunk("x", offset, bytes(MAX_CHUNK_BYTES)))
+                )
                 done, _pending = await asyncio.wait({sending}, timeout=0.5)
                 if not done:
                     stuck.set()
@@ -274,7 +288,9 @@ def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
             await link.receive()
             await stuck.wait()
             got = await take(link, NUM_CHUNKS)
-            assert [frame.offset for frame in got if isinstance(frame, Chunk)] == list(range(NUM_CHUNKS))
+            assert [frame.offset for frame in got if isinstance(frame, Chunk)] == list(
+                range(NUM_CHUNKS)
+            )
             await met.wait()
 
         await both(pair, writes, reads)
@@ -337,7 +353,9 @@ def test_an_address_in_use_is_one_line(tmp_path: Path) -> None:
         pair = Loopback(tmp_path)
         talk, _ = scripted()
         async with pair.serve("a", talk) as a:
-            with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{a.port}: another program does"):
+            with pytest.raises(
+                ConfigError, match=f"cannot listen on 127.0.0.1:{a.port}: another program does"
+            ):
                 await pair.network("b", listen=f"127.0.0.1:{a.port}").serve(talk)
 
     run(main())

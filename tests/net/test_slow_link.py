@@ -1,4 +1,5 @@
-"""A slow, long line between two peers: 4 Mbit/s each way, 200 ms there and back, between namespaces made for it.
+"""A slow, long line between two peers: 4 Mbit/s each way, 200 ms there and back, between namespaces
+made for it.
 
 The line is that of line.py.
 """
@@ -45,23 +46,33 @@ pytestmark = [
 
 def peak_bytes() -> int:
     """The most memory that this process ever had."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) * 1024
 
 
 def node(name: str, folder: Path) -> None:
-    """One end: a round's exchange of a message of random bytes, without training. Prints what it came to."""
+    """One end: a round's exchange of a message of random bytes, without training. Prints what it
+    came to.
+    """
     [other] = set(ADDRESSES) - {name}
     path = folder / "federation.yaml"
     identity = Identity.load(name, folder / f"{name}.key", Federation.load(path))
-    network = GrpcNetwork(identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}", PEERS)
+    network = GrpcNetwork(
+        identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}", PEERS
+    )
     ledger, story = Ledger(folder / name), []
 
     async def live() -> float:
         exchange = Exchange(
             name, "{}", "0" * 64, ledger, [other], Patience(60.0, 600.0),
-            lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message, path: None,
-            lambda event, **fields: story.append([event, fields]), MemberSignatures(identity, network.federation),
+            lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message,
+            path: None,
+            lambda event, **fields: story.append([event, fields]),
+            MemberSignatures(identity, network.federation),
         )  # fmt: skip
         serving = asyncio.create_task(network.serve(exchange.talk))
         exchange.enter(0)
@@ -92,14 +103,19 @@ def node(name: str, folder: Path) -> None:
 
 def on_the_line(space: str) -> tuple[int, int]:
     """Bytes and packets that left this end of the line, by the system's counters."""
-    [line] = json.loads(command("ip", "-n", space, "-json", "-statistics", "link", "show", "dev", "line0"))
+    [line] = json.loads(
+        command("ip", "-n", space, "-json", "-statistics", "link", "show", "dev", "line0")
+    )
     sent = line["stats64"]["tx"]
     return sent["bytes"], sent["packets"]
 
 
 @pytest.mark.timeout(400)
 def test_an_adapter_of_20_mb_crosses_a_slow_line(tmp_path: Path) -> None:
-    members = [new_identity(name, f"{address}:{PORT}", "peer", tmp_path)[1] for name, address in ADDRESSES.items()]
+    members = [
+        new_identity(name, f"{address}:{PORT}", "peer", tmp_path)[1]
+        for name, address in ADDRESSES.items()
+    ]
     (tmp_path / "federation.yaml").write_text(federation_text(members))
     results: dict[str, dict[str, Any]] = {}
     try:
@@ -128,12 +144,15 @@ def test_an_adapter_of_20_mb_crosses_a_slow_line(tmp_path: Path) -> None:
         after = {name: on_the_line(space) for name, space in spaces.items()}
     ideal_s = MESSAGE_BYTES / LINE_BYTES_S
     for name, result in results.items():
-        num_bytes, packets = (late - early for late, early in zip(after[name], before[name], strict=True))
+        num_bytes, packets = (
+            late - early for late, early in zip(after[name], before[name], strict=True)
+        )
         frames, payload = result["sent_bytes"], num_bytes - HEADER_BYTES * packets
         print(
-            f"{name}: {result['seconds']:.1f} s (the bytes alone: {ideal_s:.0f} s); frames {frames}, with TLS and HTTP/2"
-            f" {payload} ({100 * (payload / frames - 1):+.2f} %), with {packets} packets' headers {num_bytes}"
-            f" ({100 * (num_bytes / frames - 1):+.2f} %); memory grew by {result['grown_bytes'] / 1e6:.1f} MB"
+            f"{name}: {result['seconds']:.1f} s (the bytes alone: {ideal_s:.0f} s); frames"
+            f" {frames}, with TLS and HTTP/2 {payload} ({100 * (payload / frames - 1):+.2f} %),"
+            f" with {packets} packets' headers {num_bytes} ({100 * (num_bytes / frames - 1):+.2f}"
+            f" %); memory grew by {result['grown_bytes'] / 1e6:.1f} MB"
         )
         assert result["state"] == "committed", result["story"]
         assert result["links"] == 1, result["story"]  # it never broke

@@ -1,4 +1,6 @@
-"""Both systems at once: devices that lean on a cloud for the frozen model and agree with their neighbours without it."""
+"""Both systems at once: devices that lean on a cloud for the frozen model and agree with their
+neighbours without it.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ ATTIC = "attic"  # another cloud
 
 
 class Both(Split):
-    """Devices that are each other's neighbours, the first of them with an address; hub is there for all."""
+    """Devices that are each other's neighbours, the first of them with an address; hub is there for
+    all.
+    """
 
-    def __init__(self, folder: Path, model: Path, changes: Mapping[str, Any] | None = None, **more: Any) -> None:
+    def __init__(
+        self, folder: Path, model: Path, changes: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
         super().__init__(folder, model, changes, devices=DEVICES, **more)
         members = [folder / f"{name}.member.yaml" for name in (HUB, *DEVICES)]
         port, self.attic = free_ports(4)[2:]  # the first two are the hub's
@@ -49,13 +55,24 @@ class Both(Split):
 
     def config(self, name: str, changes: Mapping[str, Any] | None = None) -> Config:
         files = {each: str(self.folder / f"{each}.jsonl") for each in DEVICES}
-        shared = {"data.train": files, "peers.members": list(DEVICES), "peers.weights": "laplacian", "eval_every": 2}
+        shared = {
+            "data.train": files,
+            "peers.members": list(DEVICES),
+            "peers.weights": "laplacian",
+            "eval_every": 2,
+        }
         return super().config(name, {**shared, **self.changes, **(changes or {})})
 
     def arguments(self, name: str, *more: str) -> list[str]:
         if name == ATTIC:
             listen = ["--set", f"listen=127.0.0.1:{self.attic}", "--set", "metrics=null"]
-            return ["cloud", str(self.folder / "cloud.yaml"), *self.credentials(name), *listen, *more]
+            return [
+                "cloud",
+                str(self.folder / "cloud.yaml"),
+                *self.credentials(name),
+                *listen,
+                *more,
+            ]
         return super().arguments(name, *more)
 
     def start_all(self, *more: str) -> None:
@@ -80,7 +97,9 @@ class Undisturbed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Iterator[Undisturbed]:
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
+) -> Iterator[Undisturbed]:
     both = Both(tmp_path_factory.mktemp("both"), model_folder("bert"))
     with running(both):
         both.start_hub()
@@ -97,12 +116,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFol
 def test_devices_with_neighbours_end_where_their_simulation_ends(undisturbed: Undisturbed) -> None:
     """Law 5 for both axes: each device's own factors and the average, A, B and the head apart."""
     both, config = undisturbed.both, undisturbed.both.config("phone")
-    assert {name: (said.exit_code, said.err) for name, said in undisturbed.outcomes.items()} == dict.fromkeys(DEVICES, (0, ""))
+    assert {
+        name: (said.exit_code, said.err) for name, said in undisturbed.outcomes.items()
+    } == dict.fromkeys(DEVICES, (0, ""))
     for name in DEVICES:
         for adapter in (f"peers/{name}", "consensus"):
-            update, reference = (update_of(config, run / adapter) for run in (both.run(name), undisturbed.simulated))
-            parts = {part: relative_difference(update, reference, part) for part in ("lora_A", "lora_B", "classifier")}
-            print(f"{name} {adapter}: " + ", ".join(f"{part} {off:.1e}" for part, off in parts.items()))
+            update, reference = (
+                update_of(config, run / adapter) for run in (both.run(name), undisturbed.simulated)
+            )
+            parts = {
+                part: relative_difference(update, reference, part)
+                for part in ("lora_A", "lora_B", "classifier")
+            }
+            print(
+                f"{name} {adapter}: "
+                + ", ".join(f"{part} {off:.1e}" for part, off in parts.items())
+            )
             assert_same(update, reference, UPDATE_BOUND["adamw"], "classification")
     phone, tablet = (update_of(config, undisturbed.simulated / "peers" / name) for name in DEVICES)
     with pytest.raises(AssertionError):  # they differ by more than that, so it can fail
@@ -110,7 +139,9 @@ def test_devices_with_neighbours_end_where_their_simulation_ends(undisturbed: Un
     assert both.adapter("phone") == both.adapter("tablet")
     for name in DEVICES:
         assert both.result(name)["consensus_peers"] == 2
-        assert list(both.result(name)["edges"].values()) == [{"mixed": 4, "left_out": 0, "in_doubt": 0}]
+        assert list(both.result(name)["edges"].values()) == [
+            {"mixed": 4, "left_out": 0, "in_doubt": 0}
+        ]
 
 
 def test_the_bytes_of_both_axes_are_those_of_the_plan(undisturbed: Undisturbed) -> None:
@@ -118,8 +149,16 @@ def test_the_bytes_of_both_axes_are_those_of_the_plan(undisturbed: Undisturbed) 
     for name, said in undisturbed.plans.items():
         assert (said.exit_code, said.err) == (0, ""), said
         plan, counted = json.loads(said.out), undisturbed.both.result(name)
-        shares = counted["bytes_on_wire"] / plan["bytes_on_wire"], counted["cloud_bytes"] / plan["cloud"]["cloud_bytes"]
-        print(name, counted["bytes_on_wire"], counted["cloud_bytes"], *(f"{100 * (share - 1):+.2f} %" for share in shares))
+        shares = (
+            counted["bytes_on_wire"] / plan["bytes_on_wire"],
+            counted["cloud_bytes"] / plan["cloud"]["cloud_bytes"],
+        )
+        print(
+            name,
+            counted["bytes_on_wire"],
+            counted["cloud_bytes"],
+            *(f"{100 * (share - 1):+.2f} %" for share in shares),
+        )
         assert shares == pytest.approx((1, 1), rel=0.02)
         table = call("plan", undisturbed.both.folder / f"{name}.yaml", "--name", name).out
         assert "phone - tablet" in table and "with the cloud, float32" in table
@@ -151,7 +190,10 @@ def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
 ) -> None:
     """The other device and the run wait for both: silence_s is longer than they are away."""
     whole = sum(undisturbed.both.result(name)["cloud_bytes"] for name in DEVICES)
-    with Relay() as relay, running(Both(tmp_path, model_folder("bert"), dialled=relay.address)) as both:
+    with (
+        Relay() as relay,
+        running(Both(tmp_path, model_folder("bert"), dialled=relay.address)) as both,
+    ):
         relay.to(both.address)
         both.start_hub()
         relay.at(int(0.3 * whole), lambda: both.kill("phone"))
@@ -162,7 +204,9 @@ def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
         until(lambda: relay.has_acted, "the cloud to be killed")
         both.start_hub()
         outcomes = both.finish_all()
-    assert {name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()} == dict.fromkeys(DEVICES, (0, ""))
+    assert {
+        name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()
+    } == dict.fromkeys(DEVICES, (0, ""))
     lost = [event for name in DEVICES for event in both.events(name, "cloud-lost")]
     assert lost and len(lost) == sum(len(both.events(name, "cloud-back")) for name in DEVICES)
     for name in DEVICES:
@@ -174,9 +218,18 @@ def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
 
 
 @pytest.mark.slow  # 10 s of waiting for what is away
-def test_neighbours_go_on_without_a_device_whose_cloud_is_away(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """Each device has a cloud of its own, and a wire; the run waits silence_s for the one that is stuck, once."""
-    changes = {"train.rounds": 40, "peers.silence_s": 1.0, "peers.catch_up_after": 3, "eval_every": 0}
+def test_neighbours_go_on_without_a_device_whose_cloud_is_away(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """Each device has a cloud of its own, and a wire; the run waits silence_s for the one that is
+    stuck, once.
+    """
+    changes = {
+        "train.rounds": 40,
+        "peers.silence_s": 1.0,
+        "peers.catch_up_after": 3,
+        "eval_every": 0,
+    }
     both = Both(tmp_path, model_folder("bert"), changes)
     with running(both):
         both.start_hub()
@@ -191,17 +244,26 @@ def test_neighbours_go_on_without_a_device_whose_cloud_is_away(tmp_path: Path, m
         assert both.rounds_done("tablet") == stuck_at
         both.start(ATTIC)
         outcomes = both.finish_all()
-    assert {name: outcome.exit_code for name, outcome in outcomes.items()} == dict.fromkeys(DEVICES, 0)
+    assert {name: outcome.exit_code for name, outcome in outcomes.items()} == dict.fromkeys(
+        DEVICES, 0
+    )
     assert outcomes["phone"].err == ""
-    assert outcomes["tablet"].err.startswith("warning: tablet: it was far behind, and took the state of phone to go from round")
+    assert outcomes["tablet"].err.startswith(
+        "warning: tablet: it was far behind, and took the state of phone to go from round"
+    )
     left_out = [event["reason"] for event in both.events("phone", "edge") if not event["committed"]]
     assert left_out[0] == "nothing came for 1 s" and set(left_out[1:5]) == {"it is away"}
     assert [event["was"] < event["round"] for event in both.events("tablet", "caught-up")] == [True]
-    assert both.adapter("phone") == both.adapter("tablet") and both.result("phone")["consensus_peers"] == 2
+    assert (
+        both.adapter("phone") == both.adapter("tablet")
+        and both.result("phone")["consensus_peers"] == 2
+    )
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
     both = Both(tmp_path, model_folder("bert"), {"train.rounds": 8, "peers.silence_s": 1.0})
     with running(both):
         both.start_all()  # no cloud yet
@@ -210,18 +272,26 @@ def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(tmp_path: P
             both.signal(name, signal.SIGINT)
         for name, outcome in both.finish_all().items():
             assert (outcome.exit_code, outcome.out) == (4, ""), outcome
-            assert f"{name} stopped while its cloud was away; what was saved stands; go on with: dlora device" in outcome.err
+            assert (
+                f"{name} stopped while its cloud was away; what was saved stands; go on with: dlora"
+                " device" in outcome.err
+            )
         both.start_hub()
         both.start_all("--resume")
         until(lambda: min(map(both.rounds_done, DEVICES)) >= 1, "a round")
         both.kill(HUB)
-        until(lambda: any(both.events(name, "cloud-lost") for name in DEVICES), "a device to miss its cloud")
+        until(
+            lambda: any(both.events(name, "cloud-lost") for name in DEVICES),
+            "a device to miss its cloud",
+        )
         for name in DEVICES:
             both.signal(name, signal.SIGINT)
         assert {outcome.exit_code for outcome in both.finish_all().values()} == {4}
         both.start_hub()
         both.start_all("--resume")
-        assert {name: (said.exit_code, said.err) for name, said in both.finish_all().items()} == dict.fromkeys(DEVICES, (0, ""))
+        assert {
+            name: (said.exit_code, said.err) for name, said in both.finish_all().items()
+        } == dict.fromkeys(DEVICES, (0, ""))
     assert both.adapter("phone") == both.adapter("tablet")
     for name in DEVICES:
         assert [event["round"] for event in both.events(name, "round")] == list(range(8))
@@ -232,9 +302,16 @@ def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(tmp_path: P
 
 @pytest.fixture(scope="module")
 def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with keys of a cloud, two devices that listen and a peer, and their federation file."""
+    """A folder with keys of a cloud, two devices that listen and a peer, and their federation
+    file.
+    """
     folder, ports = tmp_path_factory.mktemp("members"), free_ports(4)
-    roles: dict[str, Role] = {"hub": "cloud", "phone": "device", "tablet": "device", "north": "peer"}
+    roles: dict[str, Role] = {
+        "hub": "cloud",
+        "phone": "device",
+        "tablet": "device",
+        "north": "peer",
+    }
     files = [
         new_identity(name, f"127.0.0.1:{port}", role, folder)[1]
         for (name, role), port in zip(roles.items(), ports, strict=True)
@@ -243,19 +320,28 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OWN_FILE = {"data.train": {"north": __file__, "phone": __file__}}  # what has none is told of that first
+# what has none is told of that first
+OWN_FILE = {"data.train": {"north": __file__, "phone": __file__}}
 # Program; who; changes to the config; what is said.
 MISTAKES: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "cloud-as-neighbour": ("device", "phone", {"peers.members": ["phone", "hub"]}, "peers.members: hub is a cloud in"),
-    "peer-beside-device": ("device", "phone", {"peers.members": ["phone", "north"]}, "with split all members are devices"),
+    "cloud-as-neighbour": ("device", "phone", {"peers.members": ["phone", "hub"]},
+        "peers.members: hub is a cloud in"),
+    "peer-beside-device": ("device", "phone", {"peers.members": ["phone", "north"]},
+        "with split all members are devices"),
     "device-beside-peer": (
-        "peer", "north", {"peers.members": ["north", "phone"], "split": None} | OWN_FILE, "without split all members are peers",
+        "peer", "north", {"peers.members": ["north", "phone"], "split": None} | OWN_FILE,
+        "without split all members are peers",
     ),
-    "device-is-the-cloud": ("device", "phone", {"split.cloud": "tablet"}, "split.cloud tablet is a device in"),
-    "peer-with-a-cloud": ("peer", "north", {"peers.members": ["north", "phone"]} | OWN_FILE, "north is a peer in"),
-    "device-without-split": ("device", "phone", {"split": None}, "split is missing; a device needs the name of its cloud"),
-    "not-a-member": ("device", "phone", {"peers.members": ["tablet"]}, "--name phone is not in peers.members (tablet)"),
-    "nobody-to-listen-for": ("device --listen 127.0.0.1:7000", "phone", {"peers": {}}, "--listen is for neighbours to dial"),
+    "device-is-the-cloud": ("device", "phone", {"split.cloud": "tablet"},
+        "split.cloud tablet is a device in"),
+    "peer-with-a-cloud": ("peer", "north", {"peers.members": ["north", "phone"]} | OWN_FILE,
+        "north is a peer in"),
+    "device-without-split": ("device", "phone", {"split": None},
+        "split is missing; a device needs the name of its cloud"),
+    "not-a-member": ("device", "phone", {"peers.members": ["tablet"]},
+        "--name phone is not in peers.members (tablet)"),
+    "nobody-to-listen-for": ("device --listen 127.0.0.1:7000", "phone", {"peers": {}},
+        "--listen is for neighbours to dial"),
     "no-labels": ("device", "phone", {"data.labels": None}, "data.labels is missing"),
 }  # fmt: skip
 
@@ -271,7 +357,14 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     tree["data"]["train"].setdefault(name, tree["data"]["train"]["phone"])
     change(tree, changes)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    credentials = ["--name", name, "--key", str(members / f"{name}.key"), "--federation", str(members / "federation.yaml")]
+    credentials = [
+        "--name",
+        name,
+        "--key",
+        str(members / f"{name}.key"),
+        "--federation",
+        str(members / "federation.yaml"),
+    ]
     before = contents(tmp_path)
     outcome = call(program, tmp_path / "run.yaml", *credentials, *more)
     assert (outcome.exit_code, outcome.out) == (2, ""), outcome
@@ -292,11 +385,17 @@ DIALS: dict[str, tuple[str, str, FrameKind, bool]] = {
 
 
 @pytest.mark.parametrize("dial", DIALS)
-def test_no_certificate_serves_in_anothers_place(dial: str, members: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device phone listens for its neighbour tablet, hub for devices, each on its own protocol."""
+def test_no_certificate_serves_in_anothers_place(
+    dial: str, members: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device phone listens for its neighbour tablet, hub for devices, each on its own
+    protocol.
+    """
     who, whom, kind, links = DIALS[dial]
 
-    def network(name: str, neighbours: list[str] | None, listen: str | None, kind: FrameKind) -> GrpcNetwork:
+    def network(
+        name: str, neighbours: list[str] | None, listen: str | None, kind: FrameKind
+    ) -> GrpcNetwork:
         federation = FederationFile(members / "federation.yaml")
         identity = Identity.load(name, members / f"{name}.key", federation.current)
         return GrpcNetwork(identity, federation, neighbours, listen, kind, refused.append)
@@ -310,7 +409,10 @@ def test_no_certificate_serves_in_anothers_place(dial: str, members: Path, monke
 
         address = Federation.load(members / "federation.yaml").member(whom).address
         listener = network(
-            whom, None if whom == "hub" else ["tablet"], address, split_kind().as_bytes if whom == "hub" else PEERS
+            whom,
+            None if whom == "hub" else ["tablet"],
+            address,
+            split_kind().as_bytes if whom == "hub" else PEERS,
         )
         dialler = network(who, [whom], None, kind)
         attempt = dialler._dial

@@ -1,4 +1,6 @@
-"""Law 5 of the split: a real device through a real cloud over TLS ends where `simulate` ends; and what is refused before."""
+"""Law 5 of the split: a real device through a real cloud over TLS ends where `simulate` ends; and
+what is refused before.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ FRAME = "frame.safetensors"
 DEVICES: dict[str, dict[str, Any]] = {
     "phone": {},
     "tablet": {
-        "split.wire": "bfloat16", "seed": 1, "lora.target_modules": ["query", "value"], "train.local_steps": 3,
+        "split.wire": "bfloat16", "seed": 1, "lora.target_modules": ["query", "value"],
+        "train.local_steps": 3,
         "lora.lora_dropout": 0.1, "train.model_dropout": 0.1,
     },
     "watch": {
@@ -49,7 +52,9 @@ class Devices(Split):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Iterator[Devices]:
+def together(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
+) -> Iterator[Devices]:
     """All devices at once, through one cloud, which makes the frame for the one with cores."""
     folder = tmp_path_factory.mktemp("together")
     frame = {"core": {"r": 4, "frame": str(folder / FRAME)}}
@@ -66,7 +71,9 @@ def together(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
 
 def simulated(devices: Split, name: str, **changes: Any) -> Path:
     """The folder of `simulate` with the device's config."""
-    config = devices.config(name, {"output_dir": str(devices.folder / f"{name}-{len(changes)}"), **changes})
+    config = devices.config(
+        name, {"output_dir": str(devices.folder / f"{name}-{len(changes)}"), **changes}
+    )
     dlora.simulate(config)
     return Path(config.output_dir)
 
@@ -74,14 +81,22 @@ def simulated(devices: Split, name: str, **changes: Any) -> Path:
 def test_a_device_ends_where_a_run_without_any_cloud_ends(together: Devices) -> None:
     alone = simulated(together, "phone", split=None)
     config = together.config("phone")
-    update, reference = (update_of(config, run / "consensus") for run in (together.run("phone"), alone))
-    parts = {part: relative_difference(update, reference, part) for part in ("lora_A", "lora_B", "classifier")}
+    update, reference = (
+        update_of(config, run / "consensus") for run in (together.run("phone"), alone)
+    )
+    parts = {
+        part: relative_difference(update, reference, part)
+        for part in ("lora_A", "lora_B", "classifier")
+    }
     print(", ".join(f"{part} {off:.1e}" for part, off in parts.items()))
     assert_same(update, reference, UPDATE_BOUND["adamw"], "classification")
 
 
 def test_a_device_of_cores_exports_pairs_in_the_clouds_frame(together: Devices) -> None:
-    frame, pairs = load_file(together.folder / FRAME), load_file(together.run("ring") / "consensus/adapter_model.safetensors")
+    frame, pairs = (
+        load_file(together.folder / FRAME),
+        load_file(together.run("ring") / "consensus/adapter_model.safetensors"),
+    )
     for name, tensor in pairs.items():
         if name.endswith("lora_A.weight"):
             assert torch.equal(tensor, frame[name.split("bert.", 1)[1].removesuffix(".weight")])
@@ -95,10 +110,14 @@ def test_a_scheduled_device_says_what_it_saved(together: Devices) -> None:
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_a_device_ends_where_its_simulation_with_both_halves_ends(together: Devices, name: str) -> None:
+def test_a_device_ends_where_its_simulation_with_both_halves_ends(
+    together: Devices, name: str
+) -> None:
     """Whoever else the cloud serves."""
     file = "consensus/adapter_model.safetensors"
-    ours, theirs = (load_file(run / file) for run in (together.run(name), simulated(together, name)))
+    ours, theirs = (
+        load_file(run / file) for run in (together.run(name), simulated(together, name))
+    )
     assert ours.keys() == theirs.keys()
     off = {part: relative_difference(ours, theirs, part) for part in ("lora_A", "lora_B")}
     print(name, off)
@@ -113,7 +132,9 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Members:
     return Members(tmp_path_factory.mktemp("members"))
 
 
-def typed(members: Members, folder: Path, model: Path, name: str, changes: Mapping[str, Any]) -> list[str]:
+def typed(
+    members: Members, folder: Path, model: Path, name: str, changes: Mapping[str, Any]
+) -> list[str]:
     """A run in ``folder``, and what is typed to start it."""
     tree: dict[str, Any] = {
         "model": str(model),
@@ -130,30 +151,63 @@ def typed(members: Members, folder: Path, model: Path, name: str, changes: Mappi
     change(tree, changes)
     (folder / "run.yaml").write_text(yaml.safe_dump(tree))
     key = members.key(name) if members.key(name).exists() else members.key("phone")
-    return ["device", str(folder / "run.yaml"), "--name", name, "--key", str(key), "--federation", str(members.federation)]
+    return [
+        "device",
+        str(folder / "run.yaml"),
+        "--name",
+        name,
+        "--key",
+        str(key),
+        "--federation",
+        str(members.federation),
+    ]
 
 
 # Who; changes to the config; what is said.
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "cloud-misspelt": ("phone", {"split.cloud": "hbu"}, "split.cloud hbu is not in .*; did you mean hub"),
+    "cloud-misspelt": (
+        "phone",
+        {"split.cloud": "hbu"},
+        "split.cloud hbu is not in .*; did you mean hub",
+    ),
     "cloud-unknown": (
         "phone",
         {"split.cloud": "zzz"},
         "split.cloud zzz is not in .*; it lists attic, hub, north, phone, tablet",
     ),
-    "cloud-is-a-peer": ("phone", {"split.cloud": "north"}, "split.cloud north is a peer in .*; name a cloud"),
-    "cloud-without-address": ("phone", {"split.cloud": "attic"}, "split.cloud attic is a cloud without an address in .*"),
+    "cloud-is-a-peer": (
+        "phone",
+        {"split.cloud": "north"},
+        "split.cloud north is a peer in .*; name a cloud",
+    ),
+    "cloud-without-address": (
+        "phone",
+        {"split.cloud": "attic"},
+        "split.cloud attic is a cloud without an address in .*",
+    ),
     "no-split": ("phone", {"split": None}, "split is missing; .* such as split: {cloud: hub}"),
-    "no-device": ("north", {}, "north is a peer in .*; a device needs its own name: dlora identity new NAME"),
+    "no-device": (
+        "north",
+        {},
+        "north is a peer in .*; a device needs its own name: dlora identity new NAME",
+    ),
     "misspelt": ("phnoe", {}, "phnoe is not a member in .*did you mean phone"),
     "key-of-another": ("tablet", {}, ".*tablet.*phone.*"),
-    "compares": ("phone", {"compare": ["local"]}, "compare needs everybody's data in one place; remove it"),
+    "compares": (
+        "phone",
+        {"compare": ["local"]},
+        "compare needs everybody's data in one place; remove it",
+    ),
     "members": (
         "phone",
         {"peers": {"members": ["phone", "tablet"]}},
         "phone and tablet are neighbours but neither has an address",
     ),
-    "no-target": ("phone", {"lora": {"target_modules": ["qeury"]}}, "lora.target_modules: qeury matches no module"),
+    "no-target": (
+        "phone",
+        {"lora": {"target_modules": ["qeury"]}},
+        "lora.target_modules: qeury matches no module",
+    ),
     "no-file": ("phone", {"data.train": "no-such.jsonl"}, ".*no-such.jsonl"),
 }
 
@@ -194,17 +248,25 @@ class Models(NamedTuple):
         return self.folder / name
 
 
-# The device's model; changes to its config; what is said. The cloud runs a tiny BERT and takes 8 tokens at once.
+# The device's model; changes to its config; what is said. The cloud runs a tiny BERT and takes 8
+# tokens at once.
 REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "family": ({"family": "roberta"}, {}, "the cloud refuses this device: model: the device has roberta, the cloud bert"),
-    "width": ({"hidden_size": 32}, {}, "the cloud refuses this device: hidden_size: the device has 32, the cloud 64"),
-    "vocabulary": ({"vocab_size": 24}, {}, "the cloud refuses this device: vocabulary: the device has 24, the cloud 20"),
-    "weights": ({"seed": 8}, {}, "the cloud refuses this device: embedding: the device has .*, the cloud "),
+    "family": ({"family": "roberta"}, {},
+        "the cloud refuses this device: model: the device has roberta, the cloud bert"),
+    "width": ({"hidden_size": 32}, {},
+        "the cloud refuses this device: hidden_size: the device has 32, the cloud 64"),
+    "vocabulary": ({"vocab_size": 24}, {},
+        "the cloud refuses this device: vocabulary: the device has 24, the cloud 20"),
+    "weights": ({"seed": 8}, {},
+        "the cloud refuses this device: embedding: the device has .*, the cloud "),
     "more-layers": (
         {"num_hidden_layers": 3}, {"lora": {"target_modules": "all-linear"}},
         "the cloud refuses this device: .*layer.2.attention",
     ),
-    "long-text": ({}, {}, "a text of 9 tokens is more than the cloud takes, 8: lower data.max_length, or raise limits.max"),
+    "long-text": (
+        {}, {},
+        "a text of 9 tokens is more than the cloud takes, 8: lower data.max_length, or raise",
+    ),
 }  # fmt: skip
 
 
@@ -220,7 +282,11 @@ def test_a_refused_device_says_why_and_leaves_nothing(
 ) -> None:
     shape, changes, says = REFUSALS[refusal]
     (tmp_path / "models").mkdir()
-    model = Models(tmp_path / "models", model_folder("bert")).other(refusal, **shape) if shape else model_folder("bert")
+    model = (
+        Models(tmp_path / "models", model_folder("bert")).other(refusal, **shape)
+        if shape
+        else model_folder("bert")
+    )
     arguments = typed(members, tmp_path, model, "phone", changes)
     before = contents(tmp_path)
     outcome = call(*arguments)

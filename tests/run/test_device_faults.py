@@ -1,4 +1,6 @@
-"""Cloud and device killed, frozen, interrupted at any byte of a step: the run ends with the very same factors."""
+"""Cloud and device killed, frozen, interrupted at any byte of a step: the run ends with the very
+same factors.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,12 @@ def assert_undisturbed(split: Split, undisturbed: Undisturbed) -> None:
     ]
 
 
-def cloud_killed_at(share: float, folder: Path, model: Path, relay: Relay, undisturbed: Undisturbed) -> Split:
-    """Killed when that share of the bytes has passed, and started again; nobody touches the device."""
+def cloud_killed_at(
+    share: float, folder: Path, model: Path, relay: Relay, undisturbed: Undisturbed
+) -> Split:
+    """Killed when that share of the bytes has passed, and started again; nobody touches the
+    device.
+    """
     with running(split_over(relay, folder, model)) as split:
         split.start_hub()
         relay.at(int(share * undisturbed.passed), lambda: split.kill(HUB))
@@ -83,11 +89,14 @@ def test_a_cloud_killed_in_a_step_and_started_again(
     [lost] = split.events("phone", "cloud-lost")
     assert lost["reason"] == "the link has ended; what was under way is done again"
     rounds = [event["time"] < lost["time"] for event in split.events("phone", "round")]
-    assert rounds == sorted(rounds, reverse=True) and 0 < sum(rounds) < len(rounds)  # within the training
+    # within the training
+    assert rounds == sorted(rounds, reverse=True) and 0 < sum(rounds) < len(rounds)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.002, 0.02, 0.05, 0.2, 0.3, 0.37, 0.43, 0.55, 0.6, 0.7, 0.8, 0.9, 0.97])
+@pytest.mark.parametrize(
+    "share", [0.002, 0.02, 0.05, 0.2, 0.3, 0.37, 0.43, 0.55, 0.6, 0.7, 0.8, 0.9, 0.97]
+)
 def test_a_cloud_killed_at_any_moment(
     tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed, share: float
 ) -> None:
@@ -103,7 +112,10 @@ def test_a_device_that_waits_is_interrupted_killed_and_goes_on(
         split.signal("phone", signal.SIGINT)
         outcome = split.finish("phone")
         assert (outcome.exit_code, outcome.out) == (4, "")
-        assert "phone stopped while its cloud was away; what was saved stands; go on with: dlora device" in outcome.err
+        assert (
+            "phone stopped while its cloud was away; what was saved stands; go on with: dlora"
+            " device" in outcome.err
+        )
 
         split.start("phone", "--resume")
         relay.at(int(0.4 * undisturbed.passed), lambda: split.kill("phone"))
@@ -111,10 +123,15 @@ def test_a_device_that_waits_is_interrupted_killed_and_goes_on(
         until(lambda: relay.has_acted, "the device to be killed")
         assert 0 < split.rounds_done("phone") < 4
 
-        relay.at(relay.passed + int(0.2 * undisturbed.passed), lambda: split.signal("phone", signal.SIGINT))
+        relay.at(
+            relay.passed + int(0.2 * undisturbed.passed),
+            lambda: split.signal("phone", signal.SIGINT),
+        )
         split.start("phone", "--resume")
         outcome = split.finish("phone")
-        assert outcome.exit_code == 4 and "finished and saved; go on with: dlora device" in outcome.err, outcome
+        assert (
+            outcome.exit_code == 4 and "finished and saved; go on with: dlora device" in outcome.err
+        ), outcome
         assert 0 < split.rounds_done("phone") < 4
 
         split.start("phone", "--resume")
@@ -131,17 +148,23 @@ def test_a_device_that_waits_is_interrupted_killed_and_goes_on(
 def test_a_frozen_device_frees_the_cloud_and_holds_up_nobody(
     tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
 ) -> None:
-    """SIGSTOP in a step for longer than limits.idle_s, while another device runs from start to end."""
+    """SIGSTOP in a step for longer than limits.idle_s, while another device runs from start to
+    end.
+    """
     more = {"devices": ("phone", "tablet"), "cloud": {"limits.idle_s": 2.0}}
     with running(split_over(relay, tmp_path, model_folder("bert"), **more)) as split:
         split.start_hub()
         split.start("phone")
         in_flight, frozen = 'dlora_tokens_in_flight{device="phone"}', False
         while not frozen:  # else it was after a step's last answer
-            relay.at(relay.passed + undisturbed.passed // 3, partial(split.signal, "phone", signal.SIGSTOP))
+            relay.at(
+                relay.passed + undisturbed.passed // 3,
+                partial(split.signal, "phone", signal.SIGSTOP),
+            )
             until(lambda: relay.has_acted and split.is_stopped("phone"), "the device to stop")
             since = time.monotonic()
-            until(lambda since=since: time.monotonic() - since > 2 * LOOK_S, "the cloud to look twice")  # type: ignore[misc]
+            looked = partial(lambda since: time.monotonic() - since > 2 * LOOK_S, since)
+            until(looked, "the cloud to look twice")
             frozen = split.scraped()[in_flight] > 0
             if not frozen:
                 split.signal("phone", signal.SIGCONT)
@@ -158,9 +181,14 @@ def test_a_frozen_device_frees_the_cloud_and_holds_up_nobody(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frozen_s", [3.0, 45.0])  # of shorter and longer than gRPC waits for a sign of life
+# of shorter and longer than gRPC waits for a sign of life
+@pytest.mark.parametrize("frozen_s", [3.0, 45.0])
 def test_a_frozen_cloud_is_waited_for(
-    tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed, frozen_s: float
+    tmp_path: Path,
+    model_folder: ModelFolder,
+    relay: Relay,
+    undisturbed: Undisturbed,
+    frozen_s: float,
 ) -> None:
     with running(split_over(relay, tmp_path, model_folder("bert"))) as split:
         split.start_hub()
@@ -189,7 +217,10 @@ def test_a_cloud_that_comes_back_with_another_model(
         until(lambda: relay.has_acted, "the moment")
         split.start_hub("--set", f"model={model_folder('roberta')}")
         outcome = split.finish("phone")
-        said = "error: the cloud refuses this device: model: the device has bert, the cloud roberta; both need the same model\n"
+        said = (
+            "error: the cloud refuses this device: model: the device has bert, the cloud roberta;"
+            " both need the same model\n"
+        )
         assert outcome == (3, "", said)
         done = split.rounds_done("phone")
         assert 0 < done < 4  # what was trained stays

@@ -1,8 +1,10 @@
-"""Runs that an earlier version began go on: folders and ledgers that it wrote are kept beside the tests.
+"""Runs that an earlier version began go on: folders and ledgers that it wrote are kept beside the
+tests.
 
-`kept/runs-of-0.1.0.tar.gz` holds a simulation that was stopped after two of four rounds, its factors as that version ended
-it without a stop, and the folders of three real peers that were all killed in round 2 while `north` was in doubt about an edge.
-Paths in them are written @FOLDER@ and @MODEL@. A change that cannot read them loses its users' runs.
+`kept/runs-of-0.1.0.tar.gz` holds a simulation that was stopped after two of four rounds, its
+factors as that version ended it without a stop, and the folders of three real peers that were all
+killed in round 2 while `north` was in doubt about an edge. Paths in them are written @FOLDER@ and
+@MODEL@. A change that cannot read them loses its users' runs.
 """
 
 from __future__ import annotations
@@ -49,22 +51,31 @@ def test_a_simulation_of_an_earlier_version_goes_on(
     assert outcome.exit_code == 0, outcome.err
     dlora.simulate(dlora.Config.load("run.yaml", ["output_dir=uninterrupted"]))
     assert_identical(final_factors(Path("run")), final_factors(Path("uninterrupted")))  # law 10
-    for name, tensor in load_file(kept / "simulation-whole.safetensors").items():  # another processor rounds otherwise
+    # another processor rounds otherwise
+    for name, tensor in load_file(kept / "simulation-whole.safetensors").items():
         torch.testing.assert_close(final_factors(Path("run"))[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_peers_that_ran_an_earlier_version_go_on(version: str, tmp_path: Path, model_folder: Callable[..., Path]) -> None:
-    """The edge in doubt is settled, every round is mixed once, and the end is that of an undisturbed run (law 5)."""
+def test_peers_that_ran_an_earlier_version_go_on(
+    version: str, tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
+    """The edge in doubt is settled, every round is mixed once, and the end is that of an
+    undisturbed run (law 5).
+    """
     changes = {"lora": LORA, "train.rounds": 6, "eval_every": 0}
     peers = Federation(tmp_path, model_folder("bert"), changes, names=("north", "east", "south"))
-    kept = unpack(version, tmp_path / "kept", {"@FOLDER@": tmp_path, "@MODEL@": model_folder("bert")})
+    kept = unpack(
+        version, tmp_path / "kept", {"@FOLDER@": tmp_path, "@MODEL@": model_folder("bert")}
+    )
     (kept / "peers").rename(tmp_path / "runs")
     assert "promised" in peers.ledger("north").values()  # the doubt is there, so this can fail
     with running(peers):
         for name in peers.names:
             peers.start(name, "--resume")
         outcomes = peers.finish_all()
-    assert {name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()} == dict.fromkeys(peers.names, (0, ""))
+    assert {
+        name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()
+    } == dict.fromkeys(peers.names, (0, ""))
     peers.assert_agreed()
     assert_as_simulated(peers)

@@ -1,4 +1,6 @@
-"""Real peers whose folder is an older copy, whose key runs twice, or whose newest checkpoint is damaged."""
+"""Real peers whose folder is an older copy, whose key runs twice, or whose newest checkpoint is
+damaged.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ NAMES = ("north", "east", "south")
 
 def members(folder: Path, model: Path, silence_s: float) -> Federation:
     changes = {
-        "train.rounds": 14, "train.local_steps": 8, "train.learning_rate": 5e-4, "peers.silence_s": silence_s, "eval_every": 0,
+        "train.rounds": 14, "train.local_steps": 8, "train.learning_rate": 5e-4,
+        "peers.silence_s": silence_s, "eval_every": 0,
     }  # fmt: skip
     return Federation(folder, model, changes, names=NAMES, dial_only=["south"])
 
@@ -35,7 +38,9 @@ def after(peers: Federation, name: str, rounds: int) -> None:
     until(lambda: peers.rounds_done(name) >= rounds, f"{name} to have done {rounds} rounds")
 
 
-def test_a_folder_that_is_copied_back_from_a_backup(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_a_folder_that_is_copied_back_from_a_backup(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     """Field case 42: the peer ends with exit code 2 and one line; the others end well."""
     peers = members(tmp_path, model_folder("bert"), 3.0)
     with running(peers):
@@ -49,8 +54,14 @@ def test_a_folder_that_is_copied_back_from_a_backup(tmp_path: Path, model_folder
         peers.start("south", "--resume")
         outcome = peers.finish("south")
         assert (outcome.exit_code, outcome.err.count("\n")) == (2, 1), outcome
-        assert f"{peers.run('south')} is an older copy, or the key of south is used on another machine too" in outcome.err
-        assert "has south's signature for round " in outcome.err and "restore the newest copy" in outcome.err
+        assert (
+            f"{peers.run('south')} is an older copy, or the key of south is used on another"
+            " machine too" in outcome.err
+        )
+        assert (
+            "has south's signature for round " in outcome.err
+            and "restore the newest copy" in outcome.err
+        )
         others = {name: peers.finish(name) for name in ("north", "east")}
     assert {outcome.exit_code for outcome in others.values()} == {0}, others
     assert any(peers.events(name, "lacks") for name in others)
@@ -70,14 +81,19 @@ def test_one_key_on_two_machines(tmp_path: Path, model_folder: Callable[..., Pat
         outcome = peers.finish("south")
         peers.processes["south"] = first
         assert (outcome.exit_code, outcome.err.count("\n")) == (2, 1), outcome
-        assert f"{other} is an older copy, or the key of south is used on another machine too" in outcome.err
+        assert (
+            f"{other} is an older copy, or the key of south is used on another machine too"
+            in outcome.err
+        )
         first.join(LIMIT_S)
         assert first.exitcode == 0
         assert {peers.finish(name).exit_code for name in ("north", "east")} == {0}
 
 
 def test_back_to_the_checkpoint_before(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
-    """Field case 36: the newest checkpoint is damaged; the ledger is whole, so nothing is called a lack and all agree."""
+    """Field case 36: the newest checkpoint is damaged; the ledger is whole, so nothing is called a
+    lack and all agree.
+    """
     peers = members(tmp_path, model_folder("bert"), 60.0)
     with running(peers):
         peers.start_all()

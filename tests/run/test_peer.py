@@ -1,4 +1,6 @@
-"""Law 5 over TLS: four real peers end where their simulation ends; law 8 on their wire; and what is refused before a run."""
+"""Law 5 over TLS: four real peers end where their simulation ends; law 8 on their wire; and what is
+refused before a run.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,13 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def finished(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[..., Path],
 ) -> Finished:
-    """Four peers over TLS on loopback, one of which can only dial; and `simulate` with the same config."""
+    """Four peers over TLS on loopback, one of which can only dial; and `simulate` with the same
+    config.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     peers = Federation(
         folder,
@@ -69,11 +75,22 @@ def test_peers_end_where_their_simulation_ends(finished: Finished) -> None:
     config = finished.peers.config
     for name in NAMES:
         for adapter in (f"peers/{name}", "consensus"):
-            update, reference = (update_of(config, run / adapter) for run in (finished.peers.run(name), finished.simulated))
+            update, reference = (
+                update_of(config, run / adapter)
+                for run in (finished.peers.run(name), finished.simulated)
+            )
             assert_same(update, reference, UPDATE_BOUND["adamw"], "classification")
-            parts = {part: relative_difference(update, reference, part) for part in ("lora_A", "lora_B", "classifier")}
-            print(f"{name} {adapter}: " + ", ".join(f"{part} {off:.1e}" for part, off in parts.items()))
-    north, east = (update_of(config, finished.simulated / "peers" / name) for name in ("north", "east"))
+            parts = {
+                part: relative_difference(update, reference, part)
+                for part in ("lora_A", "lora_B", "classifier")
+            }
+            print(
+                f"{name} {adapter}: "
+                + ", ".join(f"{part} {off:.1e}" for part, off in parts.items())
+            )
+    north, east = (
+        update_of(config, finished.simulated / "peers" / name) for name in ("north", "east")
+    )
     with pytest.raises(AssertionError):  # peers differ by more than that, so it can fail
         assert_same(north, east, UPDATE_BOUND["adamw"], "classification")
 
@@ -82,7 +99,11 @@ def test_all_peers_hold_one_consensus_adapter_and_one_story(finished: Finished) 
     finished.peers.assert_agreed()
     topology = prepare(finished.peers.config).topology
     for index, name in enumerate(NAMES):
-        due = {(round, NAMES[other]) for round in range(4) for other in topology.neighbours(index, round)}
+        due = {
+            (round, NAMES[other])
+            for round in range(4)
+            for other in topology.neighbours(index, round)
+        }
         assert finished.peers.ledger(name) == dict.fromkeys(due, "committed")
 
 
@@ -90,13 +111,18 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(finished: Finish
     prepared = prepare(finished.peers.config)
     batch = collate(prepared.data.evaluation, prepared.pad_token_id)
     result = finished.peers.summary("south")["runs"]["dec-lora"]
-    for adapter, expected in {"consensus": result["consensus"], "peers/south": result["peers"]["south"]}.items():
+    for adapter, expected in {
+        "consensus": result["consensus"],
+        "peers/south": result["peers"]["south"],
+    }.items():
         base, _ = dlora.load_base(str(finished.peers.run("south")))
         model = peft.PeftModel.from_pretrained(base, finished.peers.run("south") / adapter).eval()
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         assert (logits.argmax(-1) == batch.labels).double().mean().item() == expected["accuracy"]
-        assert torch.nn.functional.cross_entropy(logits, batch.labels).item() == pytest.approx(expected["loss"], abs=1e-5)
+        assert torch.nn.functional.cross_entropy(logits, batch.labels).item() == pytest.approx(
+            expected["loss"], abs=1e-5
+        )
 
 
 def test_the_bytes_on_the_wire_are_those_of_the_plan(finished: Finished) -> None:
@@ -106,7 +132,10 @@ def test_the_bytes_on_the_wire_are_those_of_the_plan(finished: Finished) -> None
     for name in NAMES:
         planned = sum(count for edge, count in edges.items() if name in edge.split(" - "))
         counted = finished.peers.summary(name)["runs"]["dec-lora"]["bytes_on_wire"]
-        print(f"{name}: {counted} bytes on the wire, {100 * (counted / planned - 1):+.2f} % of the plan")
+        print(
+            f"{name}: {counted} bytes on the wire, {100 * (counted / planned - 1):+.2f} % of the"
+            " plan"
+        )
         assert counted == pytest.approx(planned, rel=0.02)
 
 
@@ -114,13 +143,18 @@ def test_a_peer_leaves_a_run_folder_without_its_key(finished: Finished) -> None:
     for name in NAMES:
         run = finished.peers.run(name)
         assert {path.name for path in run.iterdir()} == {
-            "config.yaml", "manifest.json", "log.jsonl", "summary.json", "report.html", "consensus", "peers", "checkpoints",
+            "config.yaml", "manifest.json", "log.jsonl", "summary.json", "report.html", "consensus",
+            "peers", "checkpoints",
             "exchange",
         }  # fmt: skip
         key = (finished.peers.folder / f"{name}.key").read_text()
         secret = key.split("-----")[2].split("\n")[1].encode()
         assert len(secret) == 64
-        held = [path for path, content in contents(run).items() if content and (secret in content or b"PRIVATE KEY" in content)]
+        held = [
+            path
+            for path, content in contents(run).items()
+            if content and (secret in content or b"PRIVATE KEY" in content)
+        ]
         assert held == []
         assert [event["round"] for event in finished.peers.events(name, "round")] == [0, 1, 2, 3]
         assert [event["rounds_done"] for event in finished.peers.events(name, "scores")] == [2, 4]
@@ -131,13 +165,17 @@ def test_a_peer_leaves_a_run_folder_without_its_key(finished: Finished) -> None:
 
 
 @pytest.fixture(scope="module")
-def lonely(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Federation:
+def lonely(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]
+) -> Federation:
     """Members of which none is started."""
     return Federation(tmp_path_factory.mktemp("lonely"), model_folder("bert"))
 
 
 def refused(federation: Federation, *arguments: str) -> str:
-    """Start a peer here; it must refuse with one line and leave everything as it was. Returns the line."""
+    """Start a peer here; it must refuse with one line and leave everything as it was. Returns the
+    line.
+    """
     before = contents(federation.folder)
     outcome = call(*arguments)
     assert (outcome.exit_code, outcome.out) == (2, "")
@@ -148,13 +186,20 @@ def refused(federation: Federation, *arguments: str) -> str:
 
 def test_a_name_that_is_no_member_is_refused(lonely: Federation) -> None:
     line = refused(lonely, *lonely.arguments("nort"))
-    assert "--name nort is not in peers.members (north, east, south, west); did you mean north?" in line
+    assert (
+        "--name nort is not in peers.members (north, east, south, west); did you mean north?"
+        in line
+    )
 
 
 def test_a_config_must_name_members_and_labels(lonely: Federation) -> None:
-    line = refused(lonely, *lonely.arguments("north", "--set", "peers.members=null", "--set", "peers.count=4"))
+    line = refused(
+        lonely, *lonely.arguments("north", "--set", "peers.members=null", "--set", "peers.count=4")
+    )
     assert "peers.members is missing" in line
-    assert "data.labels is missing" in refused(lonely, *lonely.arguments("north", "--set", "data.labels=null"))
+    assert "data.labels is missing" in refused(
+        lonely, *lonely.arguments("north", "--set", "data.labels=null")
+    )
 
 
 def test_anothers_key_is_refused_by_its_owners_name(lonely: Federation) -> None:
@@ -163,7 +208,9 @@ def test_anothers_key_is_refused_by_its_owners_name(lonely: Federation) -> None:
     assert "wrong key for the name: " in line and "is the key of east, not of north" in line
 
 
-def test_a_federation_file_that_lacks_a_member_is_refused(lonely: Federation, tmp_path: Path) -> None:
+def test_a_federation_file_that_lacks_a_member_is_refused(
+    lonely: Federation, tmp_path: Path
+) -> None:
     listed = [lonely.folder / f"{name}.member.yaml" for name in ("north", "south", "west")]
     (tmp_path / "federation.yaml").write_text(federation_text(listed))
     shorter = {str(lonely.folder / "federation.yaml"): str(tmp_path / "federation.yaml")}
@@ -171,9 +218,13 @@ def test_a_federation_file_that_lacks_a_member_is_refused(lonely: Federation, tm
     assert "east is not a member in" in refused(lonely, *arguments)
 
 
-def test_two_neighbours_without_an_address_are_refused(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_two_neighbours_without_an_address_are_refused(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     peers = Federation(tmp_path, model_folder("bert"), dial_only=["east", "south"])
-    assert "east and south are neighbours but neither has an address" in refused(peers, *peers.arguments("north"))
+    assert "east and south are neighbours but neither has an address" in refused(
+        peers, *peers.arguments("north")
+    )
 
 
 def test_an_address_in_use_is_refused(lonely: Federation) -> None:
@@ -181,18 +232,32 @@ def test_an_address_in_use_is_refused(lonely: Federation) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        line = refused(lonely, *lonely.arguments("north", "--listen", f"127.0.0.1:{taken.getsockname()[1]}"))
+        line = refused(
+            lonely, *lonely.arguments("north", "--listen", f"127.0.0.1:{taken.getsockname()[1]}")
+        )
         assert str(taken.getsockname()[1]) in line and "listen" in line
 
 
 @pytest.mark.parametrize(
-    "listen", ["7000", ":7000", "127.0.0.1:99999", "127.0.0.1:http", "no-such-host.invalid:7000", "192.0.2.1:7000"]
+    "listen",
+    [
+        "7000",
+        ":7000",
+        "127.0.0.1:99999",
+        "127.0.0.1:http",
+        "no-such-host.invalid:7000",
+        "192.0.2.1:7000",
+    ],
 )
 def test_a_place_where_nobody_can_listen_is_refused(lonely: Federation, listen: str) -> None:
-    assert f"listen {listen}" in refused(lonely, *lonely.arguments("north", "--listen", listen)).replace("listen on", "listen")
+    assert f"listen {listen}" in refused(
+        lonely, *lonely.arguments("north", "--listen", listen)
+    ).replace("listen on", "listen")
 
 
-def test_a_certificate_that_is_not_yet_valid_is_refused(lonely: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_that_is_not_yet_valid_is_refused(
+    lonely: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock of this machine is a day slow."""
 
     class SlowClock(datetime):
@@ -233,7 +298,9 @@ def test_without_a_run_there_is_nothing_to_resume(lonely: Federation) -> None:
     assert "holds no run" in refused(lonely, *lonely.arguments("north", "--resume"))
 
 
-def test_peers_in_different_runs_name_the_key_and_both_values(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+def test_peers_in_different_runs_name_the_key_and_both_values(
+    tmp_path: Path, model_folder: Callable[..., Path]
+) -> None:
     peers = Federation(tmp_path, model_folder("bert"), names=("north", "east"))
     with running(peers):
         peers.start("north")
@@ -243,7 +310,10 @@ def test_peers_in_different_runs_name_the_key_and_both_values(tmp_path: Path, mo
         assert (outcome.exit_code, outcome.out) == (3, ""), outcome
         assert outcome.err.count("\n") == 1
         values = {"north": 4, "east": 2}
-        said = f"{other} is in another run: lora.r is {values[name]} at {name} and {values[other]} at {other}; make them alike"
+        said = (
+            f"{other} is in another run: lora.r is {values[name]} at {name} and {values[other]} at"
+            f" {other}; make them alike"
+        )
         assert said in outcome.err
         assert peers.rounds_done(name) == 0
 
@@ -252,7 +322,9 @@ def test_peers_in_different_runs_name_the_key_and_both_values(tmp_path: Path, mo
 def test_a_key_that_the_others_do_not_know_is_said_and_nobody_is_done(
     tmp_path: Path, model_folder: Callable[..., Path]
 ) -> None:
-    """One organisation made a new key and did not send it: a person must not find that in a log only."""
+    """One organisation made a new key and did not send it: a person must not find that in a log
+    only.
+    """
     patience = {"peers.silence_s": 1, "peers.round_limit_s": 2, "train.rounds": 2}
     pair = Federation(tmp_path, model_folder("bert"), patience, names=("north", "south"))
     listed = federation_file.Federation.load(tmp_path / "federation.yaml")

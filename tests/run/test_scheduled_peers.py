@@ -1,4 +1,6 @@
-"""Schedules with neighbours: laws 5 and 8 for peers that have different units active, and what is mixed, kept and exported."""
+"""Schedules with neighbours: laws 5 and 8 for peers that have different units active, and what is
+mixed, kept and exported.
+"""
 
 from __future__ import annotations
 
@@ -56,28 +58,59 @@ def test_peers_are_their_simulation_and_send_what_it_counts(
         own = factors_of(peers.configs[name])
         for part in ("lora_A", "lora_B", "lora_M", "classifier"):
             tensors = [key for key in own if part in key]
-            moved = [(together[key][index] - prepared.model.initial[key]).flatten() for key in tensors]
+            moved = [
+                (together[key][index] - prepared.model.initial[key]).flatten() for key in tensors
+            ]
             off = [(together[key][index] - own[key][0]).flatten() for key in tensors]
-            assert not tensors or torch.cat(off).norm() <= 1e-4 * torch.cat(moved).norm(), (name, part)
-        events = [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "active"]
-        assert peers.active(name) == [(event["step"], event["units"]) for event in events if event["peer"] == name]
+            assert not tensors or torch.cat(off).norm() <= 1e-4 * torch.cat(moved).norm(), (
+                name,
+                part,
+            )
+        events = [
+            event
+            for event in read_log(Path(config.output_dir, "log.jsonl"))
+            if event["event"] == "active"
+        ]
+        assert peers.active(name) == [
+            (event["step"], event["units"]) for event in events if event["peer"] == name
+        ]
         assert len(peers.active(name)) > 3
         for which in ("consensus", f"peers/{name}"):
             simulated = load_file(Path(config.output_dir, which, "adapter_model.safetensors"))
             written = peers.adapter(name, which)
-            assert {key for key in written if not written[key].any()} == {key for key in simulated if not simulated[key].any()}
-            off = [(tensor - simulated[key]).flatten() for key, tensor in written.items() if ".lora_A." not in key]
-            assert torch.cat(off).norm() <= 1e-4 * torch.cat([simulated[key].flatten() for key in written]).norm()
+            assert {key for key in written if not written[key].any()} == {
+                key for key in simulated if not simulated[key].any()
+            }
+            off = [
+                (tensor - simulated[key]).flatten()
+                for key, tensor in written.items()
+                if ".lora_A." not in key
+            ]
+            assert (
+                torch.cat(off).norm()
+                <= 1e-4 * torch.cat([simulated[key].flatten() for key in written]).norm()
+            )
         assert peers.results[name]["adapter_fraction"] < 0.4
     degree = {"north": 1, "east": 2, "south": 1}
-    counted = {name: degree[name] * sum(lengths.values()) for name, lengths in peers.lengths.items()}
+    counted = {
+        name: degree[name] * sum(lengths.values()) for name, lengths in peers.lengths.items()
+    }
     assert result["bytes_on_wire"] == sum(counted.values())
     full = message_bytes(prepared, "round-000000")
-    assert sum(counted.values()) < 0.75 * 4 * 4 * full  # the head, and changes within a round, go on top of the fraction
+    # the head, and changes within a round, go on top of the fraction
+    assert sum(counted.values()) < 0.75 * 4 * 4 * full
     messages = partial(message_bytes, prepared, "round-000000")
     names = sent_names(prepared, messages)
-    most = sum(degree[name] * messages(sent) for name, rounds in zip(NAMES, names, strict=True) for sent in rounds)
-    assert result["bytes_on_wire"] == most if schedule["kind"] == "random" else result["bytes_on_wire"] <= most < 16 * full
+    most = sum(
+        degree[name] * messages(sent)
+        for name, rounds in zip(NAMES, names, strict=True)
+        for sent in rounds
+    )
+    assert (
+        result["bytes_on_wire"] == most
+        if schedule["kind"] == "random"
+        else result["bytes_on_wire"] <= most < 16 * full
+    )
     planned = edge_bytes(prepared)
     for index, name in enumerate(NAMES):
         bound = sum(count for edge, count in planned.items() if index in edge)
@@ -88,7 +121,9 @@ def test_peers_are_their_simulation_and_send_what_it_counts(
 def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """kr by each one's scores: one mix moves nobody's tensors but the senders', and the mean over all stays where it was."""
+    """kr by each one's scores: one mix moves nobody's tensors but the senders', and the mean over
+    all stays where it was.
+    """
     config = federation(make_config, {**KR, "on_kill": "drop"})
     prepared = prepare(config)
     seen: list[Any] = []
@@ -98,7 +133,8 @@ def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
         before = {name: tensor.clone() for name, tensor in factors.items()}
         original(factors, sent, matrix, committed, names)
         for name, tensor in factors.items():
-            torch.testing.assert_close(tensor.mean(0), before[name].mean(0), rtol=0, atol=3e-7)  # float32
+            # float32
+            torch.testing.assert_close(tensor.mean(0), before[name].mean(0), rtol=0, atol=3e-7)
             for peer in range(len(NAMES)):
                 assert name in names[peer] or torch.equal(tensor[peer], before[name][peer])
         seen.append(names)
@@ -106,16 +142,26 @@ def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
     monkeypatch.setattr(gossip, "mix", watched)
     dlora.simulate(config)
     assert len(seen) == 4
-    assert any(len({*map(frozenset, names)}) > 1 for names in seen)  # neighbours with different sets
+    # neighbours with different sets
+    assert any(len({*map(frozenset, names)}) > 1 for names in seen)
     assert all("classifier.weight" in held for names in seen for held in names)
-    events = [event for event in read_log(Path(config.output_dir, "log.jsonl")) if event["event"] == "active"]
+    events = [
+        event
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "active"
+    ]
     last = {event["peer"]: event["units"] for event in events}
-    kept, mean = factors_of(config), load_file(Path(config.output_dir, "consensus/adapter_model.safetensors"))
+    kept, mean = (
+        factors_of(config),
+        load_file(Path(config.output_dir, "consensus/adapter_model.safetensors")),
+    )
     for number, unit in enumerate(prepared.units):
         for module in unit.modules:
             stands = torch.tensor([number in last[name] for name in NAMES])
             function = kept[f"{module}.lora_B"] * stands.view(-1, 1, 1)
-            torch.testing.assert_close(mean[f"base_model.model.{module}.lora_B.weight"], function.mean(0))
+            torch.testing.assert_close(
+                mean[f"base_model.model.{module}.lora_B.weight"], function.mean(0)
+            )
             for index, name in enumerate(NAMES):
                 own = load_file(Path(config.output_dir, "peers", name, "adapter_model.safetensors"))
                 assert torch.equal(own[f"base_model.model.{module}.lora_B.weight"], function[index])
@@ -127,9 +173,14 @@ def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
     )  # what is left out is kept, not lost
 
 
-def test_a_resumed_simulation_is_the_uninterrupted_one(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_resumed_simulation_is_the_uninterrupted_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
     config = federation(make_config, {**KR, "on_kill": "drop"}, save_every=1)
-    whole, broken = (config.model_copy(update={"output_dir": str(tmp_path / kind)}) for kind in ("whole", "broken"))
+    whole, broken = (
+        config.model_copy(update={"output_dir": str(tmp_path / kind)})
+        for kind in ("whole", "broken")
+    )
     dlora.simulate(whole)
     with pytest.raises(dlora.Interrupted):
         dlora.simulate(broken, stop=stop_after(2))
@@ -139,8 +190,12 @@ def test_a_resumed_simulation_is_the_uninterrupted_one(make_config: MakeConfig, 
     assert story(broken) == story(whole)
 
 
-def test_peers_that_stop_and_go_on_end_as_if_they_had_not(make_config: MakeConfig, tmp_path: Path) -> None:
-    """Two of them: with more neighbours the order in which edges are decided, and so the rounding, is chance."""
+def test_peers_that_stop_and_go_on_end_as_if_they_had_not(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Two of them: with more neighbours the order in which edges are decided, and so the rounding,
+    is chance.
+    """
     config = federation(make_config, {**KR, "on_kill": "drop"}, 2)
     whole, broken = Peers(config, tmp_path / "whole"), Peers(config, tmp_path / "broken")
     whole.run()
@@ -155,15 +210,30 @@ def test_peers_that_stop_and_go_on_end_as_if_they_had_not(make_config: MakeConfi
     assert broken.lengths == whole.lengths
 
 
-def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = federation(make_config, {**KR, "kind": "random"}).model_copy(update={"output_dir": str(tmp_path / "here")})
+def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = federation(make_config, {**KR, "kind": "random"}).model_copy(
+        update={"output_dir": str(tmp_path / "here")}
+    )
     prepared = prepare(config, own="north")
     made: list[PeerRun] = []
     opened: list[Any] = []
     for folder in ("late", "there"):
         log, ledger = RunLog(tmp_path / f"{folder}.jsonl"), Ledger(tmp_path / folder)
         opened += [log, ledger]
-        arguments: Any = ("north", prepared, {}, RunFolder(tmp_path / folder), log, ledger, None, None, lambda: False, None)
+        arguments: Any = (
+            "north",
+            prepared,
+            {},
+            RunFolder(tmp_path / folder),
+            log,
+            ledger,
+            None,
+            None,
+            lambda: False,
+            None,
+        )
         made.append(PeerRun(*arguments))
     late, there = made
     late.training.round(0, frozenset(late.training.trained))
@@ -173,7 +243,10 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(make_co
     for number in range(4):
         there.training.round(number, frozenset(there.training.trained))
     assert late.schedules.each[0].active == there.schedules.each[0].active
-    assert late.schedules.each[0].utility == utility and not late.training.participants.optimizer_state()
+    assert (
+        late.schedules.each[0].utility == utility
+        and not late.training.participants.optimizer_state()
+    )
     late.training.round(4, frozenset(late.training.trained))
     assert late.training.participants.optimizer_state()
     for file in opened:
@@ -183,13 +256,19 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(make_co
 def test_peers_must_agree_on_the_schedule_and_sizes_are_bounded(make_config: MakeConfig) -> None:
     config = federation(make_config, KR)
     prepared = prepare(config)
-    assert prepared.manifest["schedule"] == json.loads(config.schedule.model_dump_json(exclude_none=True))
-    plain = dataclasses.replace(prepared, config=config.model_copy(update={"schedule": type(config.schedule)()}))
+    assert prepared.manifest["schedule"] == json.loads(
+        config.schedule.model_dump_json(exclude_none=True)
+    )
+    plain = dataclasses.replace(
+        prepared, config=config.model_copy(update={"schedule": type(config.schedule)()})
+    )
     full = message_bytes(prepared, "round-000003")
     assert message_sizes(plain, "round-000003") == range(full, full + 1)
     assert message_sizes(prepared, "round-000003") == range(1, full + 1)
     for kind in (plain, prepared):
-        assert message_sizes(kind, "sum") == range(message_bytes(kind, "sum"), message_bytes(kind, "sum") + 1)
+        assert message_sizes(kind, "sum") == range(
+            message_bytes(kind, "sum"), message_bytes(kind, "sum") + 1
+        )
         assert not message_sizes(kind, "round-000004") and not message_sizes(kind, "weights")
 
 

@@ -27,11 +27,46 @@ SERVING: Event = {
 STORY: list[Event] = [
     {"event": "linked", "device": "[i]phone"},
     {"event": "opened", "device": "[i]phone", "wire": "bfloat16", "groups": 4},
-    {"event": "load", "device": "[i]phone", "parts": 2, "tokens": 60, "sent_bytes": 1000, "received_bytes": 500},
-    {"event": "part", "device": "[i]phone", "tokens": 30, "keep": True, "seconds": 0.3, "waited_s": 0.2},
-    {"event": "part", "device": "[i]phone", "tokens": 30, "keep": False, "seconds": 9.0, "waited_s": 0.2},
-    {"event": "part", "device": "[i]phone", "tokens": 30, "keep": True, "seconds": 0.1, "waited_s": 0.05},
-    {"event": "load", "device": "[i]phone", "parts": 1, "tokens": 30, "sent_bytes": 3000, "received_bytes": 2500},
+    {
+        "event": "load",
+        "device": "[i]phone",
+        "parts": 2,
+        "tokens": 60,
+        "sent_bytes": 1000,
+        "received_bytes": 500,
+    },
+    {
+        "event": "part",
+        "device": "[i]phone",
+        "tokens": 30,
+        "keep": True,
+        "seconds": 0.3,
+        "waited_s": 0.2,
+    },
+    {
+        "event": "part",
+        "device": "[i]phone",
+        "tokens": 30,
+        "keep": False,
+        "seconds": 9.0,
+        "waited_s": 0.2,
+    },
+    {
+        "event": "part",
+        "device": "[i]phone",
+        "tokens": 30,
+        "keep": True,
+        "seconds": 0.1,
+        "waited_s": 0.05,
+    },
+    {
+        "event": "load",
+        "device": "[i]phone",
+        "parts": 1,
+        "tokens": 30,
+        "sent_bytes": 3000,
+        "received_bytes": 2500,
+    },
     {"event": "linked", "device": "tablet"},
     {"event": "refused", "device": "tablet", "reason": "vocabulary: the device has 8, the cloud 9"},
     {"event": "closed", "device": "tablet"},
@@ -62,7 +97,18 @@ def test_a_table_of_who_is_here_and_what_went_wrong() -> None:
         assert "idle" in drawn(view)
         tell(view, *STORY[2:])
         lines = drawn(view).splitlines()
-    assert lines[0].split() == ["device", "here", "since", "wire", "tokens", "down", "up", "a", "step", "now"]
+    assert lines[0].split() == [
+        "device",
+        "here",
+        "since",
+        "wire",
+        "tokens",
+        "down",
+        "up",
+        "a",
+        "step",
+        "now",
+    ]
     for part in ("[i]phone", "bfloat16", "90", "3.0 kB", "2.5 kB", "200 ms", "1 part"):
         assert part in lines[1], part
     assert [line.split(maxsplit=1)[1].strip() for line in lines[2:]] == [
@@ -80,7 +126,10 @@ def test_a_line_each_where_there_is_no_terminal(quiet: bool) -> None:
     begins, *said = file.getvalue().splitlines() or [""]
     assert ("starting" in begins) == (not quiet)
     lines = [
-        "serving [b]model on [::]:7000 for devices of federation.yaml; metrics on 127.0.0.1:9100; Ctrl-C stops",
+        (
+            "serving [b]model on [::]:7000 for devices of federation.yaml; metrics on"
+            " 127.0.0.1:9100; Ctrl-C stops"
+        ),
         "[i]phone is here",
         "tablet is here",
         "tablet refused: vocabulary: the device has 8, the cloud 9",
@@ -124,10 +173,22 @@ def test_prometheus_reads_the_figures(tmp_path: Path) -> None:
 
 def test_the_record_adds_up_over_links() -> None:
     record = CloudRecord()
-    tell(record, *STORY, {"event": "closed", "device": "[i]phone"}, {"event": "linked", "device": "[i]phone"})
+    tell(
+        record,
+        *STORY,
+        {"event": "closed", "device": "[i]phone"},
+        {"event": "linked", "device": "[i]phone"},
+    )
     phone = record.devices["[i]phone"]
     assert (phone.since, phone.wire, phone.parts_here) == (NOW, None, 0)
-    summary = {"links": 2, "tokens": 90, "parts": 3, "steps": 2, "sent_bytes": 3000, "received_bytes": 2500}
+    summary = {
+        "links": 2,
+        "tokens": 90,
+        "parts": 3,
+        "steps": 2,
+        "sent_bytes": 3000,
+        "received_bytes": 2500,
+    }
     assert phone.summary() == {
         **summary,
         "step_s": pytest.approx(0.4),
@@ -141,5 +202,11 @@ def test_the_record_adds_up_over_links() -> None:
         served_table({"model": "m", "seconds": 61.0, "refused_links": 2, "devices": devices})
     )
     shown = file.getvalue().replace("\u00a0", " ")
-    for part in ("served m for 1 min 1 s, 2 links refused", "[i]phone", "3.0 kB", "memory 1", "tablet"):
+    for part in (
+        "served m for 1 min 1 s, 2 links refused",
+        "[i]phone",
+        "3.0 kB",
+        "memory 1",
+        "tablet",
+    ):
         assert part in shown

@@ -16,7 +16,13 @@ STORY: list[Event] = [
     {"event": "step", "run": "dec-lora", "done": 5, "total": 10},
     {"event": "round", "run": "dec-lora", "round": 0, "loss": 0.6934, "bytes_on_wire": 1_400_000},
     {"event": "evaluating", "run": "dec-lora", "what": "[b]peer", "done": 1, "total": 3},
-    {"event": "scores", "run": "dec-lora", "rounds_done": 1, "consensus": {"accuracy": 0.8434}, "peers_mean": None},
+    {
+        "event": "scores",
+        "run": "dec-lora",
+        "rounds_done": 1,
+        "consensus": {"accuracy": 0.8434},
+        "peers_mean": None,
+    },
 ]
 END: list[Event] = [
     {"event": "run-done", "run": "dec-lora"},
@@ -81,13 +87,26 @@ def test_a_real_peer_shows_who_is_here() -> None:
 
 
 def test_a_device_shows_what_goes_to_its_cloud_and_back() -> None:
-    scores: Event = {"event": "scores", "run": "dlora", "rounds_done": 1, "consensus": {"accuracy": 0.62}, "peers_mean": None}
+    scores: Event = {
+        "event": "scores",
+        "run": "dlora",
+        "rounds_done": 1,
+        "consensus": {"accuracy": 0.62},
+        "peers_mean": None,
+    }
     story: list[Event] = [
         STORY[1],
         {"event": "phase", "text": "waiting for the cloud hub: [b]hub is not who it should be"},
         {"event": "run", "run": "dlora", "rounds": 2, "local_steps": [5], "participants": 1},
         {"event": "step", "run": "dlora", "done": 5, "total": 10},
-        {"event": "round", "run": "dlora", "round": 0, "loss": 0.6934, "bytes_on_wire": 0, "cloud_bytes": 50_900_000},
+        {
+            "event": "round",
+            "run": "dlora",
+            "round": 0,
+            "loss": 0.6934,
+            "bytes_on_wire": 0,
+            "cloud_bytes": 50_900_000,
+        },
     ]
     with Progress(terminal()) as progress:
         for event in story[:2]:
@@ -98,7 +117,8 @@ def test_a_device_shows_what_goes_to_its_cloud_and_back() -> None:
         shown = drawn(progress)
         assert "waiting" not in shown and "DLoRA" in shown and "1/2 rounds" in shown
         assert "loss 0.693, 50.9 MB with the cloud" in shown
-        progress(scores | {"bytes_on_wire": 0, "cloud_bytes": 108_000_000})  # scoring goes through the cloud too
+        # scoring goes through the cloud too
+        progress(scores | {"bytes_on_wire": 0, "cloud_bytes": 108_000_000})
         assert "loss 0.693, accuracy 62.0 %, 108 MB with the cloud" in drawn(progress)
         progress({"event": "phase", "text": "waiting for the cloud hub"})
         assert "waiting for the cloud hub" in drawn(progress)
@@ -146,7 +166,14 @@ def test_quiet_prints_nothing() -> None:
 
 def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:
     so_far = {"adapter_fraction": 1.0, "device_flops_fraction": 1.0, "device_flops": 8}
-    active: Event = {"event": "active", "run": "dec-lora", "peer": "solo", "step": 0, "units": [0], **so_far}
+    active: Event = {
+        "event": "active",
+        "run": "dec-lora",
+        "peer": "solo",
+        "step": 0,
+        "units": [0],
+        **so_far,
+    }
     units = [{"modules": ["a"], "cost": cost} for cost in (10, 30)]
     told: Event = {"event": "units", "run": "dec-lora", "units": units, "device_flops": 40}
     with Progress(terminal()) as progress:
@@ -154,12 +181,16 @@ def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:
             progress(event)
         assert "units" not in drawn(progress)  # no step yet, nothing spent
         progress(STORY[3] | {"done": 3})
-        assert "1 of 2 units, saved 75 % of adapter traffic, 80 % of device FLOPs" in drawn(progress)
+        assert "1 of 2 units, saved 75 % of adapter traffic, 80 % of device FLOPs" in drawn(
+            progress
+        )
         spent = {"adapter_fraction": 0.25, "device_flops_fraction": 0.2, "device_flops": 40}
         progress(active | {"step": 4, "units": [0, 1], **spent})
         progress(STORY[3] | {"done": 6})  # 4 steps of a quarter, 2 of all
         progress(STORY[4])
-        note = "loss 0.693, 2 of 2 units, saved 50 % of adapter traffic, 53 % of device FLOPs, 1.4 MB"
+        note = (
+            "loss 0.693, 2 of 2 units, saved 50 % of adapter traffic, 53 % of device FLOPs, 1.4 MB"
+        )
         assert note in " ".join(drawn(progress).split())
 
 
@@ -177,7 +208,12 @@ def test_on_a_narrow_terminal_notes_stand_below_whole_and_the_bar_stays_whole() 
 
 
 def test_a_score_of_an_earlier_round_says_so() -> None:
-    scores = {"event": "scores", "run": "dec-lora", "peers_mean": None, "consensus": {"accuracy": 0.178}}
+    scores = {
+        "event": "scores",
+        "run": "dec-lora",
+        "peers_mean": None,
+        "consensus": {"accuracy": 0.178},
+    }
     with Progress(terminal()) as progress:
         for event in (*STORY[1:3], scores | {"rounds_done": 0}, STORY[4]):
             progress(event)
@@ -186,5 +222,6 @@ def test_a_score_of_an_earlier_round_says_so() -> None:
         assert "accuracy 17.8 %, 1.4 MB" in drawn(progress)
         progress(STORY[4] | {"round": 1})
         assert "accuracy 17.8 % after round 1" in drawn(progress)
-        progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})  # it has finished, as this peer has
+        # it has finished, as this peer has
+        progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})
         assert "west gone" in drawn(progress)

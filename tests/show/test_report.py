@@ -30,13 +30,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_a_finished_run_in_words_and_numbers(finished: Page) -> None:
     page = finished
-    sentence = ("8 peers on a ring reached 84.3 % accuracy together; training on the pooled data 84.9 %; "
-                "FedAvg 84.5 %; alone they reached 65.0 %.")  # fmt: skip
+    sentence = (
+        "8 peers on a ring reached 84.3 % accuracy together; training on the pooled data 84.9 %; "
+        "FedAvg 84.5 %; alone they reached 65.0 %."
+    )
     assert sentence in page.text("p")
     assert "+19.3 points" in page.text("b") and "−0.6 points" in page.text("b")
     assert "84.4 % after 4 rounds" in page.text("td")  # the best, from the summary
-    assert "474 kB" in page.text("td") and "12.0 s" in page.text("td")  # 6 rounds x 8 peers x 2 neighbours x 4936 bytes
-    assert "negative 12, positive 12" in page.text("td") and "52.0 %" in page.text("td")  # the third peer
+    # 6 rounds x 8 peers x 2 neighbours x 4936 bytes
+    assert "474 kB" in page.text("td") and "12.0 s" in page.text("td")
+    # the third peer
+    assert "negative 12, positive 12" in page.text("td") and "52.0 %" in page.text("td")
     assert "not finished" not in page.text()
     assert len(page.pictures()) == 7
 
@@ -81,31 +85,49 @@ def test_rows_that_were_cut_are_told(tmp_path: Path) -> None:
     assert "max_length" not in Page(write_report(folder)).text("dt")
     start, *rest = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     facts = {"data": {"train": {"rows": 1000, "cut_rows": 250, "cut_share": 0.125}}}
-    (folder / "log.jsonl").write_text("".join([json.dumps(json.loads(start) | facts) + "\n", *rest]))
-    assert "250 of 1,000 training rows; 12.5 % of what is learned is gone" in Page(write_report(folder)).text("dd")
+    (folder / "log.jsonl").write_text(
+        "".join([json.dumps(json.loads(start) | facts) + "\n", *rest])
+    )
+    assert "250 of 1,000 training rows; 12.5 % of what is learned is gone" in Page(
+        write_report(folder)
+    ).text("dd")
 
 
 def test_what_is_doubtful_of_the_data_stands_under_the_headline(tmp_path: Path) -> None:
     folder = make_run(tmp_path, runs=("dec-lora",))
     assert "Warning" not in Page(write_report(folder)).text("b")
     start, *rest = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    facts = {"warnings": ["9 % of the <b>rows</b> are in training"], "data": {"eval": {"rows": 1045}}}
-    (folder / "log.jsonl").write_text("".join([json.dumps(json.loads(start) | facts) + "\n", *rest]))
+    facts = {
+        "warnings": ["9 % of the <b>rows</b> are in training"],
+        "data": {"eval": {"rows": 1045}},
+    }
+    (folder / "log.jsonl").write_text(
+        "".join([json.dumps(json.loads(start) | facts) + "\n", *rest])
+    )
     page = Page(write_report(folder))
-    assert "Warning:" in page.text("b") and "9 % of the <b>rows</b> are in training." in page.text("p")
+    assert "Warning:" in page.text("b") and "9 % of the <b>rows</b> are in training." in page.text(
+        "p"
+    )
     assert "of the averaged adapter on 1,045 rows" in page.text("li")
 
 
 def test_scores_before_training_are_no_best_ones(tmp_path: Path) -> None:
-    """A run that only lost by training names the best of what it trained, not what it began with."""
+    """A run that only lost by training names the best of what it trained, not what it began
+    with.
+    """
     folder = make_run(tmp_path, runs=("dec-lora",))
-    change_summary(folder, run={"best": {"rounds_done": 0, "accuracy": 0.99, "f1": 0.99, "loss": 0.01}})
+    change_summary(
+        folder, run={"best": {"rounds_done": 0, "accuracy": 0.99, "f1": 0.99, "loss": 0.01}}
+    )
     assert "99.0 %" not in Page(write_report(folder)).text("td")
 
 
 def test_every_picture_is_described_and_captioned(finished: Page) -> None:
     page = finished
-    assert all(picture["role"] == "img" and len(picture["aria-label"] or "") > 30 for picture in page.pictures())
+    assert all(
+        picture["role"] == "img" and len(picture["aria-label"] or "") > 30
+        for picture in page.pictures()
+    )
     captions = [data for tag, data in page.words if tag == "figcaption"]
     assert len(captions) == len(page.pictures()) == 7
     assert all(caption.strip().endswith(".") for caption in captions)
@@ -113,9 +135,21 @@ def test_every_picture_is_described_and_captioned(finished: Page) -> None:
 
 def test_one_file_without_network_or_scripts_in_the_pages_colours(finished: Page) -> None:
     page = finished
-    assert not {tag for tag, _ in page.seen} & {"script", "link", "img", "iframe", "object", "image"}
+    assert not {tag for tag, _ in page.seen} & {
+        "script",
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "image",
+    }
     # Markers in a picture are used by the name they have in the same page; nothing else is fetched.
-    links = [value or "" for _, attributes in page.seen for key, value in attributes.items() if key in ("href", "src")]
+    links = [
+        value or ""
+        for _, attributes in page.seen
+        for key, value in attributes.items()
+        if key in ("href", "src")
+    ]
     ids = [attributes["id"] for _, attributes in page.seen if "id" in attributes]
     assert links and all(link.startswith("#") and link[1:] in ids for link in links)
     assert len(ids) == len(set(ids))
@@ -130,7 +164,10 @@ def test_one_file_without_network_or_scripts_in_the_pages_colours(finished: Page
 
 def test_an_unfinished_run_shows_how_far_it_came(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, stop_at=4, runs=("dec-lora", "pooled"))))
-    assert "So far, after 4 of 6 rounds: 8 peers on a ring reached 82.4 % accuracy together." in page.text("p")
+    assert (
+        "So far, after 4 of 6 rounds: 8 peers on a ring reached 82.4 % accuracy together."
+        in page.text("p")
+    )
     assert "This run has not finished." in page.text("b")
     assert "(4 of 6 rounds)" in page.text("span") and "(not started)" in page.text("span")
     assert len(page.pictures()) == 7
@@ -161,17 +198,38 @@ def test_causal_lm_speaks_of_perplexity_and_lower_is_better(tmp_path: Path) -> N
 def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>&'
     names = [evil, "$x^2$", "_hidden", "a'b"]
-    page = Page(write_report(make_run(tmp_path, runs=("dec-lora",), names=names, labels=[evil, "_under", "$y$"], model=evil)))
+    page = Page(
+        write_report(
+            make_run(
+                tmp_path,
+                runs=("dec-lora",),
+                names=names,
+                labels=[evil, "_under", "$y$"],
+                model=evil,
+            )
+        )
+    )
     assert "<script" not in page.source
     assert "script" not in {tag for tag, _ in page.seen}
     assert [name for name in names if name in page.text("th")] == names
-    assert "$x^2$" in page.text("text") and "_under" in page.text("text") and "$y$" in page.text("text")
+    assert (
+        "$x^2$" in page.text("text")
+        and "_under" in page.text("text")
+        and "$y$" in page.text("text")
+    )
     assert "<b>train</b>.tsv" in page.text("code")
 
 
 def test_how_to_load_the_adapter_is_python(tmp_path: Path) -> None:
     page = Page(
-        write_report(make_run(tmp_path, runs=("dec-lora",), labels=["a", "b", "c"], model="pkg://some_package/sub/model"))
+        write_report(
+            make_run(
+                tmp_path,
+                runs=("dec-lora",),
+                labels=["a", "b", "c"],
+                model="pkg://some_package/sub/model",
+            )
+        )
     )
     code = html.unescape(re.findall(r"<pre><code>(.*?)</code>", page.source, re.S)[0])
     compile(code, "loading", "exec")
@@ -182,7 +240,13 @@ def test_how_to_load_the_adapter_is_python(tmp_path: Path) -> None:
 def test_many_peers_and_labels_are_shortened(tmp_path: Path) -> None:
     names = [f"peer-{number:02d}" for number in range(60)]
     labels = [f"label {number}" for number in range(12)]
-    page = Page(write_report(make_run(tmp_path, names=names, labels=labels, kind="base-k", period=9, runs=("dec-lora",))))
+    page = Page(
+        write_report(
+            make_run(
+                tmp_path, names=names, labels=labels, kind="base-k", period=9, runs=("dec-lora",)
+            )
+        )
+    )
     text = page.text("text")
     assert "peer-38" in text and "peer-39" not in text and "21 more, mean" in text
     assert "5 other labels" in text and "round 8" in text
@@ -214,25 +278,44 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize("period", [1, 3, 8])
 def test_a_graph_that_stands_alone(period: int) -> None:
     edges = [[(0, 1), (1, 2)]] * period
-    svg = ElementTree.fromstring(graph(edges, ["a<b", "b&c", "a very long name of a peer"], label='a "graph"', standalone=True))
+    svg = ElementTree.fromstring(
+        graph(
+            edges, ["a<b", "b&c", "a very long name of a peer"], label='a "graph"', standalone=True
+        )
+    )
     assert svg.tag.endswith("}svg") and svg.get("aria-label") == 'a "graph"'
     whole = ElementTree.tostring(svg, encoding="unicode")
-    assert "var(" not in whole and "currentColor" not in whole and "#0000ff" not in whole  # colours of its own
+    # colours of its own
+    assert "var(" not in whole and "currentColor" not in whole and "#0000ff" not in whole
     assert PALETTE[0] in whole
-    texts = ["".join(element.itertext()) for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    texts = [
+        "".join(element.itertext()) for element in svg.iter("{http://www.w3.org/2000/svg}text")
+    ]
     assert ("a<b" in texts and "a very long…" in texts) if period != 3 else texts.count("0") == 3
 
 
 def test_one_edge_is_one_line() -> None:
     def lines(edges: list[tuple[int, int]]) -> int:
-        return len(re.findall(r"M [\d.]+ [\d.]+ \nL [\d.]+ [\d.]+ \n\"", graph([edges], ["a", "b", "c"], label="graph")))
+        return len(
+            re.findall(
+                r"M [\d.]+ [\d.]+ \nL [\d.]+ [\d.]+ \n\"",
+                graph([edges], ["a", "b", "c"], label="graph"),
+            )
+        )
 
     assert lines([(0, 1), (1, 2), (2, 0)]) - lines([(0, 1)]) == 2
 
 
 def test_curves_leave_gaps_and_draw_lines_of_reference() -> None:
     series = Series(name="one", x=[0, 1, 2, 3], y=[1.0, None, 100.0, 1000.0], main=True)
-    picture = curves([series], "rounds", "loss", label="l", log_y=True, reference_lines=[Line(name="Pooled", y=10, colour=1)])
+    picture = curves(
+        [series],
+        "rounds",
+        "loss",
+        label="l",
+        log_y=True,
+        reference_lines=[Line(name="Pooled", y=10, colour=1)],
+    )
     assert "Pooled" in picture and "var(--c1)" in picture
     assert len(re.findall(r"<use [^>]*var\(--c0\)", picture)) == 4  # three points and the legend's
     assert re.search(r">1000</text>", picture)
@@ -240,14 +323,20 @@ def test_curves_leave_gaps_and_draw_lines_of_reference() -> None:
 
 def test_bars_as_long_as_their_rows() -> None:
     picture = stacked_bars({"a": {"x": 30.0, "y": 10.0}, "b": {"y": 20.0}}, "rows", label="l")
-    shapes = re.findall(r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*"[^>]*fill: var\(--c(\d)\)', picture)
+    shapes = re.findall(
+        r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*"[^>]*fill: var\(--c(\d)\)', picture
+    )
     widths = {(colour, round(float(right) - float(left))) for left, right, colour in shapes}
     unit = max(width for colour, width in widths if colour == "0") / 30
-    assert {round(width / unit) for colour, width in widths if colour == "1" and width > 5 * unit} >= {10, 20}
+    assert {
+        round(width / unit) for colour, width in widths if colour == "1" and width > 5 * unit
+    } >= {10, 20}
 
 
 def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path: Path) -> None:
-    folder = make_run(tmp_path, runs=("dec-lora",), names=["north", "south", "west"], labels=["no", "yes"])
+    folder = make_run(
+        tmp_path, runs=("dec-lora",), names=["north", "south", "west"], labels=["no", "yes"]
+    )
     lines = (folder / "log.jsonl").read_text().splitlines()
     start = json.loads(lines[0]) | {"own": "south"}
     for peer in start["peers"]:
@@ -271,7 +360,10 @@ def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path:
 def test_an_average_of_some_is_not_the_result_of_all(tmp_path: Path) -> None:
     folder = make_run(tmp_path, runs=("dec-lora",), names=["north", "south", "west"])
     summary = json.loads((folder / "summary.json").read_text())
-    summary["runs"]["dec-lora"] |= {"consensus_peers": 1, "warnings": ["the average is of 1 of 3 peers"]}
+    summary["runs"]["dec-lora"] |= {
+        "consensus_peers": 1,
+        "warnings": ["the average is of 1 of 3 peers"],
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     text = Page(write_report(folder)).text("p")
     assert "The average of 1 of the 3 peers on a ring reached 84.3 % accuracy." in text
@@ -279,36 +371,70 @@ def test_an_average_of_some_is_not_the_result_of_all(tmp_path: Path) -> None:
 
 
 def test_a_device_has_a_cloud_and_no_peers(tmp_path: Path) -> None:
-    page = Page(write_report(make_run(tmp_path, runs=("dlora",), names=["phone"], labels=["no", "yes"], split=CLOUD)))
-    assert "phone with its frozen model in the cloud <hub> reached 84.3 % accuracy." in page.text("p")
-    assert page.text("thead", "th") == "Run Accuracy Best With the cloud Time Steps/s Tokens/s DLoRA"
-    assert page.text("td") == "84.3 % 84.4 % after 4 rounds 180 MB 12.0 s 20 –"  # written before tokens were counted
+    page = Page(
+        write_report(
+            make_run(tmp_path, runs=("dlora",), names=["phone"], labels=["no", "yes"], split=CLOUD)
+        )
+    )
+    assert "phone with its frozen model in the cloud <hub> reached 84.3 % accuracy." in page.text(
+        "p"
+    )
+    assert (
+        page.text("thead", "th") == "Run Accuracy Best With the cloud Time Steps/s Tokens/s DLoRA"
+    )
+    # written before tokens were counted
+    assert page.text("td") == "84.3 % 84.4 % after 4 rounds 180 MB 12.0 s 20 –"
     assert "180 MB" in page.text("b") and "474 kB" not in page.text()
     assert "docs/privacy.md" in page.text("li")
-    assert "int8" in page.text("dd") and "4" in page.text("dd").split() and "100 (no: 10, yes: 10)" in page.text("dd")
+    assert (
+        "int8" in page.text("dd")
+        and "4" in page.text("dd").split()
+        and "100 (no: 10, yes: 10)" in page.text("dd")
+    )
     assert len(page.pictures()) == 4  # the score over rounds, bytes and time, and the loss
     assert "with the cloud, both ways (MB)" in page.text("text")
     words = page.text("h1", "h2", "p", "li", "b", "th", "dt", "figcaption", "text").lower()
-    for foreign in ("peer", "together", "average", "neighbour", "graph", "consensus", "diamond", "one message"):
+    for foreign in (
+        "peer",
+        "together",
+        "average",
+        "neighbour",
+        "graph",
+        "consensus",
+        "diamond",
+        "one message",
+    ):
         assert foreign not in words.replace("peft", ""), foreign
 
 
-@pytest.mark.parametrize(("stop_at", "said"), [(0, "reached 54.3 %"), (3, "So far, after 3 of 6 rounds: phone with")])
+@pytest.mark.parametrize(
+    ("stop_at", "said"), [(0, "reached 54.3 %"), (3, "So far, after 3 of 6 rounds: phone with")]
+)
 def test_a_device_under_way(tmp_path: Path, stop_at: int, said: str) -> None:
-    page = Page(write_report(make_run(tmp_path, runs=("dlora",), names=["phone"], split=CLOUD, stop_at=stop_at)))
+    page = Page(
+        write_report(
+            make_run(tmp_path, runs=("dlora",), names=["phone"], split=CLOUD, stop_at=stop_at)
+        )
+    )
     assert said in page.text("p")
     assert ("90.0 MB" in page.text("td")) == (stop_at == 3)
 
 
 def test_peers_with_a_cloud_show_both_wires(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, runs=("dec-lora", "local"), split=CLOUD)))
-    assert "8 peers on a ring with their frozen model in a cloud reached 84.3 % accuracy together" in page.text("p")
+    assert (
+        "8 peers on a ring with their frozen model in a cloud reached 84.3 % accuracy together"
+        in page.text("p")
+    )
     assert page.text("th").startswith(
-        "Run Average of all Peers' own, mean Best average Sent With the cloud Time Steps/s Tokens/s Dec-LoRA"
+        "Run Average of all Peers' own, mean Best average Sent With the cloud Time Steps/s Tokens/s"
+        " Dec-LoRA"
     )
     assert page.text("td").startswith("84.3 % 83.3 % 84.4 % after 4 rounds 474 kB 180 MB 12.0 s 20")
     assert "474 kB" in page.text("b") and "180 MB" in page.text("b")
-    assert "sent by all peers (kB)" in page.text("text") and "with the cloud, both ways (MB)" in page.text("text")
+    assert "sent by all peers (kB)" in page.text(
+        "text"
+    ) and "with the cloud, both ways (MB)" in page.text("text")
     assert len(page.pictures()) == 8
 
 
@@ -321,9 +447,23 @@ def test_one_participant_is_said_to_be_one_and_on_no_graph(tmp_path: Path) -> No
     assert page.text("h1") == "One participant"
     assert "So far, after 4 of 6 rounds: one participant reached 82.4 % accuracy." in page.text("p")
     words = page.text("h1", "h2", "p", "li", "b", "figcaption", "th").lower()
-    strange = ("ring", "talks", "sent", "spectral", "together", "averaged", "dec-lora", "peer", "peers", "neighbours")
+    strange = (
+        "ring",
+        "talks",
+        "sent",
+        "spectral",
+        "together",
+        "averaged",
+        "dec-lora",
+        "peer",
+        "peers",
+        "neighbours",
+    )
     assert not [word for word in strange if word in words.replace(",", " ").split()]
     other = tmp_path / "cloud"
     other.mkdir()
     cloud = Page(write_report(make_run(other, runs=("dec-lora",), names=["solo"], split=CLOUD)))
-    assert "One participant with its frozen model in a cloud reached 84.3 % accuracy." in cloud.text("p")
+    assert (
+        "One participant with its frozen model in a cloud reached 84.3 % accuracy."
+        in cloud.text("p")
+    )

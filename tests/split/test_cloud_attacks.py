@@ -1,4 +1,6 @@
-"""Attacks on a cloud's port: each is turned away, and a good device is served before, meanwhile and afterwards."""
+"""Attacks on a cloud's port: each is turned away, and a good device is served before, meanwhile and
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,17 @@ from dlora.wire.frame import ChannelDown
 from dlora.wire.split.codec import encode_split, split_kind
 from dlora.wire.split.frames import Begin, Done, Drop, Failed, Open, Opened, SplitFrame, Values
 from kit import queue_cloud
-from kit.attackers import MIB, PREFACE, announced, connected, forged_by, h2, open_stream, resident_bytes, tls
+from kit.attackers import (
+    MIB,
+    PREFACE,
+    announced,
+    connected,
+    forged_by,
+    h2,
+    open_stream,
+    resident_bytes,
+    tls,
+)
 from kit.processes import until
 from kit.serving_cloud import PATIENCE_S, Members, Serving, manifest_of, opened, serving
 
@@ -56,11 +68,21 @@ class Target:
             self.half.model.use(factors)
             forward(self.half.model, queue_cloud.batch()).sum().backward()
             assert all(factor.grad is not None for factor in factors.values())
-        until(lambda: len(self.served.heard("closed", device="tablet")) > before, "its link to end", PATIENCE_S)
+        until(
+            lambda: len(self.served.heard("closed", device="tablet")) > before,
+            "its link to end",
+            PATIENCE_S,
+        )
 
     def refused(self, words: str) -> None:
         """Wait until the cloud tells of it."""
-        until(lambda: any(words in event["reason"] for event in self.served.heard("connection-refused")), words, PATIENCE_S)
+        until(
+            lambda: any(
+                words in event["reason"] for event in self.served.heard("connection-refused")
+            ),
+            words,
+            PATIENCE_S,
+        )
 
     @property
     def opened(self) -> set[str]:
@@ -70,7 +92,9 @@ class Target:
 @pytest.fixture(scope="module")
 def running(members: Members, model_folder: Callable[..., Path]) -> Iterator[Target]:
     bert = model_folder("bert")
-    with serving(members, bert, {"limits.max_tokens": 256, "limits.max_parts": 4, "limits.idle_s": 3.0}) as served:
+    with serving(
+        members, bert, {"limits.max_tokens": 256, "limits.max_parts": 4, "limits.idle_s": 3.0}
+    ) as served:
         target = Target(members, served, queue_cloud.config(bert))
         target.serves_the_good_one()
         yield target
@@ -99,7 +123,14 @@ async def answered(port: int, certificate: Path | None) -> bool:
     return False
 
 
-STRANGERS = ("nobody", "a stranger", "a stranger called phone", "a stranger called hub", "tablet signed by phone", "a peer")
+STRANGERS = (
+    "nobody",
+    "a stranger",
+    "a stranger called phone",
+    "a stranger called hub",
+    "tablet signed by phone",
+    "a peer",
+)
 
 
 @pytest.mark.parametrize("who", STRANGERS)
@@ -120,15 +151,20 @@ def test_the_listed_certificate_gets_one(target: Target) -> None:
     assert asyncio.run(answered(target.port, target.members.key("phone")))
 
 
-def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Target, tmp_path: Path) -> None:
+def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(
+    target: Target, tmp_path: Path
+) -> None:
     """Whoever holds a member's key, listening where the federation file says the cloud is."""
     federation = tmp_path / "federation.yaml"
     impostor = new_identity("hub", None, "cloud", tmp_path)  # the name, but not the key
-    others = [target.members.folder / f"{name}.member.yaml" for name in ("phone", "north", "tablet")]
+    others = [
+        target.members.folder / f"{name}.member.yaml" for name in ("phone", "north", "tablet")
+    ]
     federation.write_text(federation_text([impostor[1], *others]))
     told: list[str] = []
     for name, key in {"hub": impostor[0], "north": target.members.key("north")}.items():
-        false = GrpcNetwork(Identity.load(name, key, Federation.load(federation)), FederationFile(federation), None,
+        false = GrpcNetwork(Identity.load(name, key, Federation.load(federation)),
+            FederationFile(federation), None,
                             "127.0.0.1:0", kind=split_kind().as_bytes)  # fmt: skip
         elsewhere = tmp_path / name
         elsewhere.mkdir()
@@ -141,17 +177,23 @@ def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Ta
             serving_it = loop.start(false.serve(talk))
             until(lambda false=false: false.port is not None, "it to listen", PATIENCE_S)  # type: ignore[misc]
             true = Federation.load(target.members.federation)
-            moved = target.members.federation.read_text().replace(target.members.address, f"127.0.0.1:{false.port}")
+            moved = target.members.federation.read_text().replace(
+                target.members.address, f"127.0.0.1:{false.port}"
+            )
             (elsewhere / "federation.yaml").write_text(moved)
             network = GrpcNetwork(Identity.load("phone", target.members.key("phone"), true),
-                                  FederationFile(elsewhere / "federation.yaml"), ["hub"], None, split_kind().as_bytes,
+                                  FederationFile(elsewhere / "federation.yaml"), ["hub"], None,
+                                  split_kind().as_bytes,
                                   told.append)  # fmt: skip
             dialler = Dialler(network, loop, split_kind())
             with pytest.raises(ChannelDown):
                 dialler.dial(lambda: bool(told))
             dialler.close()
             serving_it.cancel()
-        assert heard == [] and "hub shows a certificate that the federation file here does not list" in told.pop()
+        assert (
+            heard == []
+            and "hub shows a certificate that the federation file here does not list" in told.pop()
+        )
 
 
 # A device with a good certificate and bad intentions
@@ -159,7 +201,9 @@ def test_a_device_does_not_talk_to_another_member_in_the_clouds_place(target: Ta
 
 def begin(call: int = 1, part: int = 0, tokens: int = 4, width: int = 64) -> Begin:
     mask = np.packbits(np.ones(tokens, dtype=bool)).tobytes()
-    return Begin(call, part, 1, tokens, mask, b"", True, None, b"", (), (), torch.zeros(tokens, width))
+    return Begin(
+        call, part, 1, tokens, mask, b"", True, None, b"", (), (), torch.zeros(tokens, width)
+    )
 
 
 def update(call: int = 1, group: int = 0, shape: tuple[int, int] = (4, 192)) -> Values:
@@ -172,9 +216,15 @@ MISBEHAVIOUR: dict[str, tuple[list[SplitFrame], str]] = {
     "drop before open": ([Drop(1)], "Drop before Open"),
     "a cloud's word": ([Opened(1, 1)], "Opened"),
     "done": ([Open(""), Done(1, 0)], "Done"),
-    "another width": ([Open(""), begin(width=32)], "embedded tokens of width 32; the body takes 64"),
+    "another width": (
+        [Open(""), begin(width=32)],
+        "embedded tokens of width 32; the body takes 64",
+    ),
     "a part twice": ([Open(""), begin(), begin()], "part 0 of call 1 was begun already"),
-    "input from a device": ([Open(""), begin(), Values("input", 1, 0, 0, torch.zeros(4, 64))], "Values from a device"),
+    "input from a device": (
+        [Open(""), begin(), Values("input", 1, 0, 0, torch.zeros(4, 64))],
+        "Values from a device",
+    ),
 }
 
 
@@ -189,7 +239,11 @@ def test_a_frame_out_of_place_ends_the_link(target: Target, case: str) -> None:
             while True:
                 channel.receive(PATIENCE_S)
     target.refused(says)
-    until(lambda: target.served.heard("load", device="phone", tokens=0), "its memory to be free", PATIENCE_S)
+    until(
+        lambda: target.served.heard("load", device="phone", tokens=0),
+        "its memory to be free",
+        PATIENCE_S,
+    )
 
 
 def test_a_hoarder_holds_no_more_than_its_limits_and_not_for_long(target: Target) -> None:
@@ -202,7 +256,11 @@ def test_a_hoarder_holds_no_more_than_its_limits_and_not_for_long(target: Target
                 assert isinstance(said, Values)  # of those that are here
         assert len(target.served.heard("failed", why="tokens")) == 16
         target.serves_the_good_one()
-        until(lambda: len(target.served.heard("failed", why="expired")) == 4, "the others to expire", PATIENCE_S)
+        until(
+            lambda: len(target.served.heard("failed", why="expired")) == 4,
+            "the others to expire",
+            PATIENCE_S,
+        )
         assert len(target.served.heard("failed", device="phone")) == 20
         channel.send(begin(99))
         assert not channel.is_down
@@ -239,7 +297,9 @@ async def stream(target: Target) -> Any:
     """A stream of gRPC's own, as phone, with nothing of dlora on its side."""
     federation = Federation.load(target.members.federation)
     identity = Identity.load("phone", target.members.key("phone"), federation)
-    credentials = grpc.ssl_channel_credentials(federation.trusted(["hub"]), identity.key_pem, identity.certificate_pem)
+    credentials = grpc.ssl_channel_credentials(
+        federation.trusted(["hub"]), identity.key_pem, identity.certificate_pem
+    )
     options = [("grpc.ssl_target_name_override", "hub")]
     async with grpc.aio.secure_channel(f"127.0.0.1:{target.port}", credentials, options) as channel:
         yield channel.stream_stream(TALK)()
@@ -256,7 +316,9 @@ def test_a_flood_of_garbage(target: Target, layer: str) -> None:
     piece = h2(0, 0, 1, garbage[:16384]) * 64 if layer == "gRPC message" else garbage
     taken = 0
     with socket.create_connection(("127.0.0.1", target.port), timeout=2) as plain:
-        connection = plain if layer == "TLS record" else tls(target.members.key("phone")).wrap_socket(plain)
+        connection = (
+            plain if layer == "TLS record" else tls(target.members.key("phone")).wrap_socket(plain)
+        )
         with connection, contextlib.suppress(OSError):
             connection.sendall(opening)
             for taken in range(1024):  # noqa: B007
@@ -265,7 +327,9 @@ def test_a_flood_of_garbage(target: Target, layer: str) -> None:
     assert target.opened == set()
 
 
-def test_a_slow_drip_holds_nothing_but_its_own_link(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_drip_holds_nothing_but_its_own_link(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("dlora.net.grpc.FIRST_FRAME_S", 0.5)
 
     async def main() -> None:

@@ -1,4 +1,6 @@
-"""A cloud that many share: turns to compute, memory, readers of its metrics; and a cloud that asks too much."""
+"""A cloud that many share: turns to compute, memory, readers of its metrics; and a cloud that asks
+too much.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +42,18 @@ def half(bert: Path) -> Half:
     return queue_cloud.device_half(queue_cloud.config(bert))
 
 
-def begin(call: int, tokens: int, part: int = 0, keep: bool = True, seed: int | None = None, width: int = 64) -> Begin:
+def begin(
+    call: int,
+    tokens: int,
+    part: int = 0,
+    keep: bool = True,
+    seed: int | None = None,
+    width: int = 64,
+) -> Begin:
     mask = np.packbits(np.ones(tokens, dtype=bool)).tobytes()
-    return Begin(call, part, 1, tokens, mask, b"", keep, seed, b"", (), (), torch.zeros(tokens, width))
+    return Begin(
+        call, part, 1, tokens, mask, b"", keep, seed, b"", (), (), torch.zeros(tokens, width)
+    )
 
 
 # Turns
@@ -77,7 +88,9 @@ def test_as_many_parts_compute_as_there_is_room_for_and_no_more() -> None:
 
 
 def test_the_next_turn_is_of_whoever_had_least() -> None:
-    """Field case 41: one device with twenty parts, one with a single one; each gets half of the turns while both want them."""
+    """Field case 41: one device with twenty parts, one with a single one; each gets half of the
+    turns while both want them.
+    """
     turns, order = Turns(), list[str]()
     start, stop = threading.Barrier(22), threading.Event()
 
@@ -106,7 +119,9 @@ def test_the_next_turn_is_of_whoever_had_least() -> None:
 
 
 def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path) -> None:
-    """Field case 41: while the honest device does its forwards, the thief's 60 parts do not fill the cloud."""
+    """Field case 41: while the honest device does its forwards, the thief's 60 parts do not fill
+    the cloud.
+    """
     cloud = queue_cloud.QueueCloud(queue_cloud.cloud_body(bert), Limits(16384, 64, 20.0))
     manifest = manifest_of(half)
     thief = cloud.dial("thief")()
@@ -143,7 +158,8 @@ def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path)
     finally:
         stop.set()
         thread.join()
-    # Without turns 312 of the thief's came through, with them 126 on a busy machine: it computes shorter parts.
+    # Without turns 312 of the thief's came through, with them 126 on a busy machine: it computes
+    # shorter parts.
     assert stolen <= 20 * 10, f"{stolen} of the thief's while 20 of the honest one's were through"
 
 
@@ -162,7 +178,9 @@ def through(cloud: queue_cloud.QueueCloud, tokens: int) -> int:
 
 
 def test_a_share_is_kept_for_who_asks_late() -> None:
-    """Field case 41: the arithmetic. One device alone may have everything; then half is the other's due."""
+    """Field case 41: the arithmetic. One device alone may have everything; then half is the other's
+    due.
+    """
     budget = Budget(100)
     assert budget.take("hoarder", 90) is True
     assert budget.take("hoarder", 20) is False
@@ -185,13 +203,18 @@ def test_a_share_is_kept_for_who_asks_late() -> None:
 def test_a_hoarder_within_its_limits_ends_no_honest_device(
     bert: Path, tmp_path: Path, half: Half, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Field case 41: all memory is taken by parts that are never answered, and taken again whenever some is free."""
+    """Field case 41: all memory is taken by parts that are never answered, and taken again whenever
+    some is free.
+    """
     monkeypatch.setattr("dlora.split.cloud.session.PATIENCE_S", 0.2)
     members = Members(tmp_path)
     manifest = manifest_of(half)
     body = queue_cloud.cloud_body(bert)
     memory_bytes = 8 * 32 * body.bytes_a_token
-    with serving(members, bert, {"limits.memory_bytes": memory_bytes}) as served, members.dialler("tablet") as tablet:
+    with (
+        serving(members, bert, {"limits.memory_bytes": memory_bytes}) as served,
+        members.dialler("tablet") as tablet,
+    ):
         hoarder, _ = opened(tablet, manifest)
         stop, held = threading.Event(), set[int]()
 
@@ -210,7 +233,11 @@ def test_a_hoarder_within_its_limits_ends_no_honest_device(
         thread = threading.Thread(target=hoard)
         thread.start()
         try:
-            until(lambda: served.heard("failed", device="tablet", why="memory"), "all memory to be taken", PATIENCE_S)
+            until(
+                lambda: served.heard("failed", device="tablet", why="memory"),
+                "all memory to be taken",
+                PATIENCE_S,
+            )
             with members.dialler("phone") as phone:
                 half.link(phone.dial, 1, lambda seconds: None)
                 half.model.use(queue_cloud.factors(half.model))
@@ -229,7 +256,9 @@ LONG = 1500  # tokens
 
 @pytest.mark.slow
 def test_attention_that_is_written_out_counts(model_folder: Callable[..., Path]) -> None:
-    """Field case 32: what one long text takes with dropout is about what is counted for it; in a process of its own."""
+    """Field case 32: what one long text takes with dropout is about what is counted for it; in a
+    process of its own.
+    """
     folder = model_folder("llama", "causal-lm")
     process = multiprocessing.get_context("spawn").Process(target=_measure, args=(folder,))
     process.start()
@@ -256,16 +285,24 @@ def _through_alone(body: Any, tokens: int, width: int, drops: bool) -> None:
     from dlora.split.cloud.dropout import SeededDropout
 
     embedded = torch.zeros(1, tokens, width).requires_grad_()
-    seeded = SeededDropout(torch.Generator().manual_seed(0), 0.1) if drops else contextlib.nullcontext()
+    seeded = (
+        SeededDropout(torch.Generator().manual_seed(0), 0.1) if drops else contextlib.nullcontext()
+    )
     with seeded:
-        outputs = (body._training if drops else body.network)(inputs_embeds=embedded, use_cache=False)
+        outputs = (body._training if drops else body.network)(
+            inputs_embeds=embedded, use_cache=False
+        )
     outputs.last_hidden_state.sum().backward()
 
 
 def test_a_text_whose_attention_finds_no_room_is_refused(model_folder: Callable[..., Path]) -> None:
-    """Field case 32: before it is computed, with the numbers; without dropout the same text goes through."""
+    """Field case 32: before it is computed, with the numbers; without dropout the same text goes
+    through.
+    """
     folder = model_folder("llama", "causal-lm")
-    half = queue_cloud.device_half(queue_cloud.config(folder, "causal-lm", **{"train.model_dropout": 0.1}))
+    half = queue_cloud.device_half(
+        queue_cloud.config(folder, "causal-lm", **{"train.model_dropout": 0.1})
+    )
     body = queue_cloud.cloud_body(folder)
     room = 2 * body.memory(LONG, False)
     assert room < body.memory(LONG, True)
@@ -277,7 +314,10 @@ def test_a_text_whose_attention_finds_no_room_is_refused(model_folder: Callable[
     channel.send(begin(1, LONG, keep=False, seed=7, width=width))
     said = channel.receive()
     assert isinstance(said, Failed) and said.why == "memory"
-    assert f"tokens in rows of {LONG}, its attention written out for dropout; limits.memory_bytes is" in said.text
+    assert (
+        f"tokens in rows of {LONG}, its attention written out for dropout; limits.memory_bytes is"
+        in said.text
+    )
     channel.send(begin(2, LONG, keep=False, width=width))
     assert isinstance(channel.receive(), Values)
 
@@ -287,7 +327,9 @@ def test_a_text_whose_attention_finds_no_room_is_refused(model_folder: Callable[
 
 def test_a_device_answers_a_question_once(half: Half, bert: Path) -> None:
     """Field case 41: a cloud that asks the same group again, in a forward that is not kept."""
-    calls = half.link(queue_cloud.QueueCloud(queue_cloud.cloud_body(bert)).dial(), 1, lambda seconds: None)
+    calls = half.link(
+        queue_cloud.QueueCloud(queue_cloud.cloud_body(bert)).dial(), 1, lambda seconds: None
+    )
     half.model.use(queue_cloud.factors(half.model))
     from dlora.split.device.adapter import Call
 
@@ -323,12 +365,20 @@ def test_a_flood_that_changes_nothing_ends_the_link(half: Half, bert: Path) -> N
 def test_idle_readers_of_the_metrics_hold_a_few_files_and_not_for_long(
     bert: Path, tmp_path: Path, half: Half, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Field case 41: a crowd at the metrics' port that says nothing; a device links meanwhile, the metrics are read after."""
+    """Field case 41: a crowd at the metrics' port that says nothing; a device links meanwhile, the
+    metrics are read after.
+    """
     monkeypatch.setattr("dlora.show.cloud.metrics._Reader.timeout", 1.0)
     members = Members(tmp_path)
-    with serving(members, bert, {"metrics": "127.0.0.1:0"}) as served, contextlib.ExitStack() as stack:
+    with (
+        serving(members, bert, {"metrics": "127.0.0.1:0"}) as served,
+        contextlib.ExitStack() as stack,
+    ):
         host, _, port = served.heard("serving")[0]["metrics"].rpartition(":")
-        crowd = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(5 * MAX_READERS)]
+        crowd = [
+            stack.enter_context(socket.create_connection((host, int(port))))
+            for _ in range(5 * MAX_READERS)
+        ]
         closed = 0
         for one in crowd:
             one.settimeout(0.2)

@@ -1,4 +1,6 @@
-"""A cloud that hangs while its link lives: the device says so, is away for its neighbours, and stops when it is told to."""
+"""A cloud that hangs while its link lives: the device says so, is away for its neighbours, and
+stops when it is told to.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ PROMPT_S = 15.0  # for a process to end after it has been told to, on a machine 
 def test_a_cloud_that_hangs_is_told_of_and_a_stop_is_answered(
     tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Field case 33: its event loop lives and no part goes on; then it goes on, then it hangs for good and SIGTERM comes."""
+    """Field case 33: its event loop lives and no part goes on; then it goes on, then it hangs for
+    good and SIGTERM comes.
+    """
     hangs, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
     goes_on.set()
     compute = Body.forward
@@ -39,10 +43,15 @@ def test_a_cloud_that_hangs_is_told_of_and_a_stop_is_answered(
 
     monkeypatch.setattr(Body, "forward", forward)
     changes = {"split.silence_s": 1.0, "train.rounds": 2000}
-    with running(Split(tmp_path, model_folder("bert"), changes=changes)) as split, ThreadPoolExecutor(1) as thread:
+    with (
+        running(Split(tmp_path, model_folder("bert"), changes=changes)) as split,
+        ThreadPoolExecutor(1) as thread,
+    ):
         key, federation = tmp_path / f"{HUB}.key", tmp_path / "federation.yaml"
         config = CloudConfig.load(tmp_path / "cloud.yaml")
-        served = thread.submit(lambda: cloud(config, name=HUB, key=key, federation=federation, stop=ended.is_set))
+        served = thread.submit(
+            lambda: cloud(config, name=HUB, key=key, federation=federation, stop=ended.is_set)
+        )
         try:
             split.start("phone")
             until(lambda: split.events("phone", "round"), "the first round")
@@ -50,23 +59,37 @@ def test_a_cloud_that_hangs_is_told_of_and_a_stop_is_answered(
 
             goes_on.clear()
             hangs.set()
-            until(lambda: split.events("phone", "cloud-silent"), "the device to say that the cloud is silent")
+            until(
+                lambda: split.events("phone", "cloud-silent"),
+                "the device to say that the cloud is silent",
+            )
             done = split.rounds_done("phone")
             hangs.clear()
             goes_on.set()
             until(lambda: split.rounds_done("phone") > done, "the device to go on")
-            [silent], [back] = split.events("phone", "cloud-silent"), split.events("phone", "cloud-back")
-            assert silent["reason"] == "the link lives, but no answer came for 1 s; it is waited for"
+            [silent], [back] = (
+                split.events("phone", "cloud-silent"),
+                split.events("phone", "cloud-back"),
+            )
+            assert (
+                silent["reason"] == "the link lives, but no answer came for 1 s; it is waited for"
+            )
             assert back["reason"] == "it answers again"
 
             goes_on.clear()
             hangs.set()
-            until(lambda: len(split.events("phone", "cloud-silent")) == 2, "the device to say it again")
+            until(
+                lambda: len(split.events("phone", "cloud-silent")) == 2,
+                "the device to say it again",
+            )
             told_at = time.monotonic()
             split.signal("phone", signal.SIGTERM)
             outcome = split.finish("phone")
             assert time.monotonic() - told_at < GIVE_UP_S + PROMPT_S
-            assert outcome.exit_code == 4 and "phone stopped while its cloud was away; what was saved stands" in outcome.err
+            assert (
+                outcome.exit_code == 4
+                and "phone stopped while its cloud was away; what was saved stands" in outcome.err
+            )
         finally:
             ended.set()
             hangs.clear()
@@ -75,11 +98,15 @@ def test_a_cloud_that_hangs_is_told_of_and_a_stop_is_answered(
 
 
 def test_a_device_whose_cloud_hangs_is_away_for_its_neighbours() -> None:
-    """Field case 33: as where the link is lost, which `tests/run/test_both.py` shows with real neighbours."""
+    """Field case 33: as where the link is lost, which `tests/run/test_both.py` shows with real
+    neighbours.
+    """
     run: Any = PeerRun.__new__(PeerRun)
     said: list[str] = []
     run.prepared = SimpleNamespace(config=SimpleNamespace(split=SimpleNamespace(cloud="hub")))
-    run.log = SimpleNamespace(emit=lambda event, **fields: said.append(event), tick=lambda event, **fields: None)
+    run.log = SimpleNamespace(
+        emit=lambda event, **fields: said.append(event), tick=lambda event, **fields: None
+    )
     run.cloud_is_away = False
     away = []
     for event in ("cloud-silent", "cloud-back", "cloud-lost", "connection-refused", "cloud-back"):

@@ -1,4 +1,6 @@
-"""`dlora.connect`: an ordinary Hugging Face model whose body is in a cloud, for anybody's training loop and for a Trainer."""
+"""`dlora.connect`: an ordinary Hugging Face model whose body is in a cloud, for anybody's training
+loop and for a Trainer.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,15 @@ from kit.updates import LOSS_BOUND, UPDATE_BOUND, assert_same, peft_oracle
 
 ModelFolder = Callable[..., Path]
 STEPS = 10
-TARGETS = {"bert": ["query", "key", "value", "dense"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}
+TARGETS = {
+    "bert": ["query", "key", "value", "dense"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
+}
 TASKS = {"bert": "classification", "llama": "causal-lm"}
-CLASSES = {"bert": transformers.BertForSequenceClassification, "llama": transformers.LlamaForCausalLM}
+CLASSES = {
+    "bert": transformers.BertForSequenceClassification,
+    "llama": transformers.LlamaForCausalLM,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,9 @@ def cloud(members: Members, folder: Path) -> Iterator[None]:
 def config(folder: Path, family: str, **changes: Any) -> Config:
     labels = {"data.labels": ["no", "yes"]} if TASKS[family] == "classification" else {}
     return queue_cloud.config(
-        folder, TASKS[family], **{"split.cloud": "hub", "lora.target_modules": TARGETS[family], **labels, **changes}
+        folder,
+        TASKS[family],
+        **{"split.cloud": "hub", "lora.target_modules": TARGETS[family], **labels, **changes},
     )
 
 
@@ -85,7 +95,13 @@ def batches(family: str, count: int = STEPS) -> list[dict[str, torch.Tensor]]:
     made = []
     for seed in range(count):
         batch = queue_cloud.batch(TASKS[family], lengths=(5, 9, 3, 7), seed=seed)
-        made.append({"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels})
+        made.append(
+            {
+                "input_ids": batch.input_ids,
+                "attention_mask": batch.attention_mask,
+                "labels": batch.labels,
+            }
+        )
     return made
 
 
@@ -122,15 +138,17 @@ def test_anybodys_training_loop_is_that_of_peft(
     with connected(members, settings) as model:
         assert isinstance(model, CLASSES[family])
         model.save_pretrained(tmp_path / "before")
-        assert {name: value.tolist() for name, value in weights_of(tmp_path / "before").items()} == {
-            name: value.tolist() for name, value in initial.items()
-        }
+        assert {
+            name: value.tolist() for name, value in weights_of(tmp_path / "before").items()
+        } == {name: value.tolist() for name, value in initial.items()}
         losses = train(model, family, accumulate)
         assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < LOSS_BOUND
         assert losses[-1] != losses[0]
         model.save_pretrained(tmp_path / "after")
         after = weights_of(tmp_path / "after")
-        update, reference = ({name: end[name] - initial[name] for name in initial} for end in (after, final))
+        update, reference = (
+            {name: end[name] - initial[name] for name in initial} for end in (after, final)
+        )
         assert_same(update, reference, UPDATE_BOUND["adamw"], TASKS[family])
 
         base, _ = fresh_base(settings)
@@ -139,7 +157,9 @@ def test_anybodys_training_loop_is_that_of_peft(
 
 
 def assert_same_logits(model: Any, loaded: Any, family: str) -> None:
-    """Of every real token, and of those the loss looks at when there are labels: the others do not travel then."""
+    """Of every real token, and of those the loss looks at when there are labels: the others do not
+    travel then.
+    """
     [batch] = batches(family, 1)
     model.eval()
     with torch.no_grad():
@@ -155,44 +175,76 @@ def fresh_base(settings: Config) -> tuple[Any, None]:
     """The whole model, as a user of the folder would load it."""
     if settings.task == "causal-lm":
         return transformers.AutoModelForCausalLM.from_pretrained(settings.model), None
-    return transformers.AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=2, pad_token_id=0), None
+    return (
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            settings.model, num_labels=2, pad_token_id=0
+        ),
+        None,
+    )
 
 
 @pytest.mark.usefixtures("cloud")
 @pytest.mark.parametrize("train_head", [True, False])
-def test_its_parameters_are_the_factors_and_the_head(members: Members, folder: Path, family: str, train_head: bool) -> None:
+def test_its_parameters_are_the_factors_and_the_head(
+    members: Members, folder: Path, family: str, train_head: bool
+) -> None:
     settings = config(folder, family, **{"lora.train_head": train_head})
     oracle: Any = peft_oracle(settings)[0]
     with connected(members, settings) as model:
-        trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trainable = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
         expected = {
-            name.removeprefix("base_model.model.").replace("modules_to_save.default.", "").replace(".default.weight", "")
+            name.removeprefix("base_model.model.")
+            .replace("modules_to_save.default.", "")
+            .replace(".default.weight", "")
             for name, parameter in oracle.named_parameters()
             if parameter.requires_grad and (train_head or "lora_" in name)
         }
         assert set(trainable) == expected
         assert all(parameter.dim() == 2 for name, parameter in trainable.items() if "lora_" in name)
-        body = sum(parameter.numel() for parameter in oracle.base_model.model.base_model.parameters())
-        assert sum(parameter.numel() for parameter in model.parameters()) < body / 2  # the frozen weights are elsewhere
+        body = sum(
+            parameter.numel() for parameter in oracle.base_model.model.base_model.parameters()
+        )
+        # the frozen weights are elsewhere
+        assert sum(parameter.numel() for parameter in model.parameters()) < body / 2
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         train(model, family)
-        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        changed = {
+            name
+            for name, parameter in model.named_parameters()
+            if not torch.equal(parameter, before[name])
+        }
         assert changed == expected
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_trainer_trains_evaluates_and_saves_it(members: Members, folder: Path, family: str, tmp_path: Path) -> None:
+def test_a_trainer_trains_evaluates_and_saves_it(
+    members: Members, folder: Path, family: str, tmp_path: Path
+) -> None:
     settings = config(folder, family)
-    rows = [{key: value[row] for key, value in batch.items()} for batch in batches(family) for row in range(4)]
+    rows = [
+        {key: value[row] for key, value in batch.items()}
+        for batch in batches(family)
+        for row in range(4)
+    ]
     arguments: dict[str, Any] = {
-        "output_dir": str(tmp_path / "trainer"), "max_steps": 5, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
-        "logging_steps": 1, "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4, "learning_rate": 5e-3,
-        "gradient_accumulation_steps": 2, "disable_tqdm": True, "seed": 0, "dataloader_pin_memory": False,
+        "output_dir": str(tmp_path / "trainer"), "max_steps": 5, "save_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 2,
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "gradient_accumulation_steps": 2, "disable_tqdm": True, "seed": 0,
+        "dataloader_pin_memory": False,
     }  # fmt: skip
 
     def trained(model: Any) -> tuple[transformers.Trainer, list[float]]:
         trainer = transformers.Trainer(
-            model, transformers.TrainingArguments(**arguments), train_dataset=padded(rows), eval_dataset=padded(rows[:8])
+            model,
+            transformers.TrainingArguments(**arguments),
+            train_dataset=padded(rows),
+            eval_dataset=padded(rows[:8]),
         )
         trainer.train()
         return trainer, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -206,16 +258,21 @@ def test_a_trainer_trains_evaluates_and_saves_it(members: Members, folder: Path,
         assert any("eval_loss" in entry for entry in trainer.state.log_history)
         trainer.save_model(str(tmp_path / "saved"))
         for saved in (tmp_path / "saved", tmp_path / "trainer" / "checkpoint-4"):
-            assert sorted(path.name for path in saved.iterdir() if path.name.startswith("adapter")) == [
-                "adapter_config.json", "adapter_model.safetensors",
-            ]  # fmt: skip
+            files = sorted(path.name for path in saved.glob("adapter*"))
+            assert files == ["adapter_config.json", "adapter_model.safetensors"]
             trained_only = load_file(saved / "model.safetensors")  # what a Trainer reads to go on
-            assert len(trained_only) == len(weights_of(saved)) and trained_only.keys() <= model.state_dict().keys()
+            assert (
+                len(trained_only) == len(weights_of(saved))
+                and trained_only.keys() <= model.state_dict().keys()
+            )
         loaded = peft.PeftModel.from_pretrained(fresh_base(settings)[0], tmp_path / "saved").eval()
         assert_same_logits(model, loaded, family)
         arguments["gradient_checkpointing"] = True
         with pytest.raises(
-            ConfigError, match="gradient_checkpointing: .* write gradient_checkpointing=False in TrainingArguments"
+            ConfigError,
+            match=(
+                "gradient_checkpointing: .* write gradient_checkpointing=False in TrainingArguments"
+            ),
         ):
             trained(model)
 
@@ -228,7 +285,11 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]
         missing = longest - len(row["input_ids"])
         fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
         return {
-            key: torch.nn.functional.pad(value, (0, missing), value=fill[key]) if value.dim() else value
+            key: (
+                torch.nn.functional.pad(value, (0, missing), value=fill[key])
+                if value.dim()
+                else value
+            )
             for key, value in row.items()
         }
 
@@ -236,33 +297,50 @@ def padded(rows: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]
 
 
 @pytest.mark.usefixtures("cloud")
-def test_it_writes_texts_without_a_cache_and_says_so_with_one(members: Members, folder: Path, family: str) -> None:
+def test_it_writes_texts_without_a_cache_and_says_so_with_one(
+    members: Members, folder: Path, family: str
+) -> None:
     if family != "llama":
         pytest.skip("classifies")
     settings = config(folder, family)
     whole = fresh_base(settings)[0].eval()  # B is zero: the adapter changes nothing yet
     prompt = torch.tensor([[1, 5, 9, 12]])
-    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    options = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     with connected(members, settings) as model:
         model.eval()
         written = model.generate(prompt, use_cache=False, **options)
         assert torch.equal(written, whole.generate(prompt, use_cache=False, **options))
         assert torch.equal(model.generate(prompt, **options), written)
-        with pytest.raises(ConfigError, match="keeps no key-value cache; call generate.*use_cache=False"):
+        with pytest.raises(
+            ConfigError, match="keeps no key-value cache; call generate.*use_cache=False"
+        ):
             model.generate(prompt, use_cache=True, **options)
-        logits = [model(input_ids=prompt, labels=prompt, **more).loss.item() for more in ({}, {"num_items_in_batch": 3})]
+        logits = [
+            model(input_ids=prompt, labels=prompt, **more).loss.item()
+            for more in ({}, {"num_items_in_batch": 3})
+        ]
         assert logits == [
-            whole(input_ids=prompt, labels=prompt, **more).loss.item() for more in ({}, {"num_items_in_batch": 3})
+            whole(input_ids=prompt, labels=prompt, **more).loss.item()
+            for more in ({}, {"num_items_in_batch": 3})
         ]
 
 
-def test_a_schedule_is_said_to_have_no_part_in_it(members: Members, folder: Path, family: str) -> None:
+def test_a_schedule_is_said_to_have_no_part_in_it(
+    members: Members, folder: Path, family: str
+) -> None:
     with pytest.warns(UserWarning, match="connect trains all units"):
         connect(members, config(folder, family, schedule={"kind": "kr"})).disconnect()
 
 
 @pytest.mark.usefixtures("cloud")
-def test_a_disconnected_or_forgotten_model_leaves_no_thread(members: Members, folder: Path, family: str) -> None:
+def test_a_disconnected_or_forgotten_model_leaves_no_thread(
+    members: Members, folder: Path, family: str
+) -> None:
     def wires() -> int:
         return sum(thread.name == "dlora-wire" for thread in threading.enumerate())
 
@@ -296,7 +374,8 @@ folder, key, federation, task = sys.argv[1:]
 settings = queue_cloud.config(folder, **{"split.cloud": "hub", "data.labels": ["no", "yes"]})
 model = dlora.connect(settings, name="phone", key=key, federation=federation)
 batch = queue_cloud.batch()
-loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+loss = model(**inputs, labels=batch.labels).loss
 if task == "backward":
     loss.backward()
 print("done", flush=True)
@@ -305,14 +384,23 @@ print("done", flush=True)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["forward", "backward"])
-def test_a_program_that_just_ends_ends_at_once(tmp_path: Path, model_folder: ModelFolder, task: str) -> None:
-    """Without disconnect(), even with a graph that waits for its backward; the cloud has nothing of it any more."""
+def test_a_program_that_just_ends_ends_at_once(
+    tmp_path: Path, model_folder: ModelFolder, task: str
+) -> None:
+    """Without disconnect(), even with a graph that waits for its backward; the cloud has nothing of
+    it any more.
+    """
     members, bert = Members(tmp_path), model_folder("bert")
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT]
     with serving(members, bert) as served:
         program = subprocess.Popen(
             [*command, str(bert), str(members.key("phone")), str(members.federation), task],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "HF_HUB_OFFLINE": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -348,7 +436,9 @@ def test_ctrl_c_while_the_cloud_is_away_gets_out(tmp_path: Path, model_folder: M
 
 def functions_of(thread: int) -> list[str]:
     """Their names, on the thread's stack."""
-    return [frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[thread])]
+    return [
+        frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[thread])
+    ]
 
 
 @pytest.mark.slow
@@ -356,19 +446,33 @@ def functions_of(thread: int) -> list[str]:
 def test_a_trainer_goes_on_from_a_checkpoint_and_takes_the_best(
     members: Members, folder: Path, family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Interrupted and gone on with in a new process's model, the factors are those of one run, to the last bit."""
+    """Interrupted and gone on with in a new process's model, the factors are those of one run, to
+    the last bit.
+    """
     settings = config(folder, family)
-    rows = padded([{key: value[row] for key, value in batch.items()} for batch in batches(family) for row in range(4)])
+    rows = padded(
+        [
+            {key: value[row] for key, value in batch.items()}
+            for batch in batches(family)
+            for row in range(4)
+        ]
+    )
 
     def trained(model: Any, output: str, steps: int, **more: Any) -> transformers.Trainer:
         arguments = transformers.TrainingArguments(
-            str(tmp_path / output), max_steps=steps, save_steps=2, report_to="none", use_cpu=True, learning_rate=5e-3,
-            per_device_train_batch_size=4, disable_tqdm=True, lr_scheduler_type="constant", seed=0, **more,
+            str(tmp_path / output), max_steps=steps, save_steps=2, report_to="none", use_cpu=True,
+            learning_rate=5e-3,
+            per_device_train_batch_size=4, disable_tqdm=True, lr_scheduler_type="constant", seed=0,
+            **more,
         )  # fmt: skip
         return transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8])
 
     def factors(model: Any) -> dict[str, torch.Tensor]:
-        return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+        return {
+            name: value.detach().clone()
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
 
     with connected(members, settings) as model:
         trained(model, "whole", 4).train()
@@ -383,18 +487,29 @@ def test_a_trainer_goes_on_from_a_checkpoint_and_takes_the_best(
         assert trainer.state.global_step == 4
         for name, value in factors(model).items():
             assert torch.equal(value, whole[name]), name
-        loaded = peft.PeftModel.from_pretrained(fresh_base(settings)[0], tmp_path / "cut" / "checkpoint-4").eval()
+        loaded = peft.PeftModel.from_pretrained(
+            fresh_base(settings)[0], tmp_path / "cut" / "checkpoint-4"
+        ).eval()
         assert_same_logits(model, loaded, family)
-    if family == "llama":  # transformers reads the folder as an adapter too, not as a model of few weights
+    # transformers reads the folder as an adapter too, not as a model of few weights
+    if family == "llama":
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "cut" / "checkpoint-4")
         assert sum("lora_" in name for name, _ in found.named_parameters()) == len(whole)
     with connected(members, settings) as model:
         best = trained(
-            model, "best", 6, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="loss"
+            model,
+            "best",
+            6,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
         )
         best.train()
         assert best.state.best_model_checkpoint is not None
-        for name, value in load_file(Path(best.state.best_model_checkpoint) / "model.safetensors").items():
+        for name, value in load_file(
+            Path(best.state.best_model_checkpoint) / "model.safetensors"
+        ).items():
             assert torch.equal(value, model.state_dict()[name]), name
 
 
@@ -409,12 +524,19 @@ def test_with_ends_the_link(members: Members, folder: Path, family: str) -> None
         model(**batch)
 
 
-def test_a_wait_for_the_cloud_is_said(tmp_path: Path, model_folder: ModelFolder, caplog: pytest.LogCaptureFixture) -> None:
-    """Within two seconds: which cloud, where, since when, how to stop it; once more later, and not five times a second."""
+def test_a_wait_for_the_cloud_is_said(
+    tmp_path: Path, model_folder: ModelFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within two seconds: which cloud, where, since when, how to stop it; once more later, and not
+    five times a second.
+    """
     members, [batch] = Members(tmp_path), batches("bert", 1)
     began_at = time.monotonic()
     said_at: list[float] = []
-    with connected(members, config(model_folder("bert"), "bert")) as model, ThreadPoolExecutor(1) as pool:
+    with (
+        connected(members, config(model_folder("bert"), "bert")) as model,
+        ThreadPoolExecutor(1) as pool,
+    ):
         forward = pool.submit(lambda: model(**batch))
         until(lambda: len(caplog.messages) > 0, "the first word")
         said_at.append(time.monotonic() - began_at)
@@ -426,7 +548,8 @@ def test_a_wait_for_the_cloud_is_said(tmp_path: Path, model_folder: ModelFolder,
     assert said_at[0] >= 1 and said_at[1] - said_at[0] > 2
     for message in caplog.messages:
         assert re.fullmatch(
-            rf"cloud away: no link to hub at {re.escape(members.address)} since \d\d:\d\d:\d\d; start dlora cloud there,"
+            rf"cloud away: no link to hub at {re.escape(members.address)} since \d\d:\d\d:\d\d;"
+            r" start dlora cloud there,"
             " or stop the wait with Ctrl-C",
             message,
         )

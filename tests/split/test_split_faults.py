@@ -1,4 +1,6 @@
-"""What goes wrong between the halves: lost links, full clouds, silence, nonsense; a repeated step is the same step."""
+"""What goes wrong between the halves: lost links, full clouds, silence, nonsense; a repeated step
+is the same step.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,17 @@ from dlora.split.cloud.session import Session
 from dlora.split.device.calls import MAX_TRIES, Calls
 from dlora.split.device.half import Half
 from dlora.wire.frame import ChannelDown, Misbehaviour
-from dlora.wire.split.frames import Begin, Done, Drop, Failed, Open, Opened, Refused, SplitFrame, Values
+from dlora.wire.split.frames import (
+    Begin,
+    Done,
+    Drop,
+    Failed,
+    Open,
+    Opened,
+    Refused,
+    SplitFrame,
+    Values,
+)
 from kit.queue_cloud import LIMITS, QueueCloud, batch, config, device_half, factors, link
 from kit.split_steps import cloud_of, loss_of, step_of
 
@@ -40,9 +52,16 @@ def half(model_folder: Folder) -> Half:
 
 def small_half(model_folder: Folder, family: str = "bert", /, **overrides: Any) -> Half:
     """Three groups in a tiny model, so that a step has few frames."""
-    targets = {"bert": r".*(query|value)$|.*1\.output\.dense", "llama": r".*(q_proj|v_proj)|.*1.*down_proj"}[family]
+    targets = {
+        "bert": r".*(query|value)$|.*1\.output\.dense",
+        "llama": r".*(q_proj|v_proj)|.*1.*down_proj",
+    }[family]
     made = device_half(
-        config(model_folder(family, "classification"), pooling="mean", **{"lora.target_modules": targets} | overrides)
+        config(
+            model_folder(family, "classification"),
+            pooling="mean",
+            **{"lora.target_modules": targets} | overrides,
+        )
     )
     made.own_config = config(model_folder(family, "classification"))  # type: ignore[attr-defined]
     return made
@@ -76,7 +95,9 @@ def assert_empty(cloud: QueueCloud) -> None:
     sessions = [channel.session for channel in cloud.channels]
 
     def held() -> bool:
-        return cloud.budget.free_bytes != cloud.budget.num_bytes or any(one.num_parts or one.num_tokens for one in sessions)
+        return cloud.budget.free_bytes != cloud.budget.num_bytes or any(
+            one.num_parts or one.num_tokens for one in sessions
+        )
 
     while held() and time.monotonic() < deadline:
         threading.Event().wait(0.001)
@@ -107,17 +128,32 @@ def cut_at(place: int, times: int = 1) -> Callable[[bool, SplitFrame], None]:
 
 @pytest.mark.parametrize(
     ("pipeline", "dropout"),
-    [(1, 0.0), (2, None), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, None), (2, 0.0), (1, 0.3), (2, 0.3)))],
+    [
+        (1, 0.0),
+        (2, None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, None), (2, 0.0), (1, 0.3), (2, 0.3))
+        ),
+    ],
 )
-def test_a_link_lost_at_any_frame_changes_nothing(model_folder: Folder, pipeline: int, dropout: float | None) -> None:
-    half = small_half(model_folder, **{"train.model_dropout": dropout, "lora.lora_dropout": 0.3 if dropout is None else 0.0})
+def test_a_link_lost_at_any_frame_changes_nothing(
+    model_folder: Folder, pipeline: int, dropout: float | None
+) -> None:
+    half = small_half(
+        model_folder,
+        **{"train.model_dropout": dropout, "lora.lora_dropout": 0.3 if dropout is None else 0.0},
+    )
     cloud = cloud_for(half)
     num_frames = count_frames(half, cloud, pipeline)
     reference = step(half)
     for place in range(num_frames):
         calls = link(half, cloud, pipeline, seen=cut_at(place, times=1 + place % 2))
         assert_equal(step(half), reference)
-        assert len({id(channel.session) for channel in cloud.channels if channel.cut}) >= 1 and calls.repeated <= 2
+        assert (
+            len({id(channel.session) for channel in cloud.channels if channel.cut}) >= 1
+            and calls.repeated <= 2
+        )
     for channel in cloud.channels:
         channel.session.close()
     assert_empty(cloud)
@@ -151,10 +187,27 @@ def test_no_new_link_ends_the_step(half: Half) -> None:
 
 
 class Failing:
-    """Between the halves: the first ``times`` frames of kind ``on`` are answered with a failure instead."""
+    """Between the halves: the first ``times`` frames of kind ``on`` are answered with a failure
+    instead.
+    """
 
-    def __init__(self, half: Half, cloud: QueueCloud, why: Any, on: type, times: int = 1, what: str | None = None) -> None:
-        self.half, self.cloud, self.why, self.on, self.left, self.what = half, cloud, why, on, times, what
+    def __init__(
+        self,
+        half: Half,
+        cloud: QueueCloud,
+        why: Any,
+        on: type,
+        times: int = 1,
+        what: str | None = None,
+    ) -> None:
+        self.half, self.cloud, self.why, self.on, self.left, self.what = (
+            half,
+            cloud,
+            why,
+            on,
+            times,
+            what,
+        )
         self.seen: Callable[[bool, SplitFrame], None] = lambda up, frame: None
         self.pauses: list[float] = []
 
@@ -166,7 +219,11 @@ class Failing:
         plain = channel.send
 
         def send(frame: SplitFrame) -> None:
-            if self.left and isinstance(frame, self.on) and self.what in (None, getattr(frame, "what", None)):
+            if (
+                self.left
+                and isinstance(frame, self.on)
+                and self.what in (None, getattr(frame, "what", None))
+            ):
                 self.left -= 1
                 if self.on is not Begin:
                     channel.session.hear(Drop(frame.call))  # type: ignore[union-attr]
@@ -181,7 +238,9 @@ class Failing:
 @pytest.mark.parametrize("why", ["memory", "tokens", "expired"])
 @pytest.mark.parametrize("what", [None, "update", "hidden-gradient", "input-gradient"])
 @pytest.mark.parametrize("pipeline", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_part_that_failed_goes_through_again(half: Half, why: str, what: str | None, pipeline: int) -> None:
+def test_a_part_that_failed_goes_through_again(
+    half: Half, why: str, what: str | None, pipeline: int
+) -> None:
     cloud = cloud_for(half)
     link(half, cloud, pipeline)
     reference = step(half)
@@ -193,7 +252,9 @@ def test_a_part_that_failed_goes_through_again(half: Half, why: str, what: str |
 
 
 def test_a_failure_of_another_call_is_not_lost(half: Half) -> None:
-    """Two forwards are open and the first one expires while the second goes through: its backward repeats it."""
+    """Two forwards are open and the first one expires while the second goes through: its backward
+    repeats it.
+    """
     cloud, frames = cloud_for(half), 0
     calls = link(half, cloud)
     half.model.use(factors(half.model))
@@ -217,7 +278,11 @@ def test_a_failure_of_another_call_is_not_lost(half: Half) -> None:
 
 def gradients(half: Half) -> Factors:
     pairs = zip(half.body.calls.adapter.tensors, half.body.calls.adapter.factors(), strict=True)  # type: ignore[union-attr]
-    return {f"{name}.{factor}": tensor.grad.clone() for (name, factor), tensor in pairs if tensor.grad is not None}
+    return {
+        f"{name}.{factor}": tensor.grad.clone()
+        for (name, factor), tensor in pairs
+        if tensor.grad is not None
+    }
 
 
 # Dropout
@@ -225,7 +290,9 @@ def gradients(half: Half) -> Factors:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_dropout_is_drawn_anew_each_forward_and_never_in_evaluation(model_folder: Folder, family: str, attention: str) -> None:
+def test_dropout_is_drawn_anew_each_forward_and_never_in_evaluation(
+    model_folder: Folder, family: str, attention: str
+) -> None:
     half = small_half(model_folder, family, **{"train.model_dropout": 0.3})
     cloud = cloud_for(half)
     body = cloud.body
@@ -254,7 +321,8 @@ def test_seeded_dropout_has_torchs_rate_and_mean() -> None:
         assert torch.equal(F.dropout(x, 0.3, training=False), x)
     assert abs((dropped == 0).float().mean() - 0.3) < 0.01 and abs(dropped.mean() - 1) < 0.02
     with SeededDropout(torch.Generator().manual_seed(0), 0.5):
-        assert abs((torch.nn.Dropout(0.1)(x) == 0).float().mean() - 0.5) < 0.01  # the device's rate, not the model's
+        # the device's rate, not the model's
+        assert abs((torch.nn.Dropout(0.1)(x) == 0).float().mean() - 0.5) < 0.01
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -266,22 +334,35 @@ def test_seeded_attention_is_torchs(causal: bool) -> None:
     arguments: dict[str, Any] = {"is_causal": True} if causal else {"attn_mask": seen}
     plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **arguments)
     with SeededDropout(torch.Generator().manual_seed(0), None):
-        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **arguments), plain)
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **arguments), plain
+        )
         draws = [
-            F.scaled_dot_product_attention(query, key, value, enable_gqa=True, dropout_p=0.3, **arguments) for _ in range(2000)
+            F.scaled_dot_product_attention(
+                query, key, value, enable_gqa=True, dropout_p=0.3, **arguments
+            )
+            for _ in range(2000)
         ]
     mean = torch.stack(draws).mean(0)
     assert not torch.equal(draws[0], draws[1]) and (mean - plain).abs().max() < 0.15
     blind = torch.zeros(2, 1, 5, 5, dtype=torch.bool)  # padding on the left sees nothing at all
     with SeededDropout(torch.Generator().manual_seed(0), None):
-        assert F.scaled_dot_product_attention(query, key, value, attn_mask=blind, enable_gqa=True).isfinite().all()
+        assert (
+            F.scaled_dot_product_attention(query, key, value, attn_mask=blind, enable_gqa=True)
+            .isfinite()
+            .all()
+        )
 
 
 # Limits
 
 
-@pytest.mark.parametrize(("max_tokens", "max_parts", "pipeline"), [(10, 64, 1), (14, 64, 1), (4096, 1, 3), (4096, 2, 3)])
-def test_a_batch_over_the_limits_goes_part_after_part(half: Half, max_tokens: int, max_parts: int, pipeline: int) -> None:
+@pytest.mark.parametrize(
+    ("max_tokens", "max_parts", "pipeline"), [(10, 64, 1), (14, 64, 1), (4096, 1, 3), (4096, 2, 3)]
+)
+def test_a_batch_over_the_limits_goes_part_after_part(
+    half: Half, max_tokens: int, max_parts: int, pipeline: int
+) -> None:
     link(half, cloud_for(half))
     reference = step(half)
     cloud = cloud_for(half, limits=replace(LIMITS, max_tokens=max_tokens, max_parts=max_parts))
@@ -312,7 +393,9 @@ def test_parts_go_through_again_with_their_own_dropout(model_folder: Folder) -> 
             torch.manual_seed(0)
             values = factors(half.model)
             half.model.use(values)
-            loss = F.cross_entropy(half.model.network(batch().input_ids, batch().attention_mask).logits, batch().labels)
+            loss = F.cross_entropy(
+                half.model.network(batch().input_ids, batch().attention_mask).logits, batch().labels
+            )
             channels[0].cut = True
             channels[0].session.close()
             loss.backward()
@@ -326,7 +409,11 @@ def test_two_open_calls_that_the_cloud_cannot_hold_together(half: Half) -> None:
     half.model.use(factors(half.model))
     (loss_of(half, batch(seed=1)) + loss_of(half, batch(seed=2))).backward()
     reference = gradients(half)
-    for limits in (replace(LIMITS, max_tokens=30), replace(LIMITS, max_parts=1), replace(LIMITS, max_tokens=20)):
+    for limits in (
+        replace(LIMITS, max_tokens=30),
+        replace(LIMITS, max_parts=1),
+        replace(LIMITS, max_tokens=20),
+    ):
         cloud = cloud_for(half, limits=limits)
         calls = link(half, cloud)
         half.model.use(factors(half.model))
@@ -338,7 +425,9 @@ def test_two_open_calls_that_the_cloud_cannot_hold_together(half: Half) -> None:
 
 def test_one_text_over_the_limit_is_named(half: Half) -> None:
     link(half, cloud_for(half, limits=replace(LIMITS, max_tokens=8)))
-    with pytest.raises(CloudError, match="a text of 9 tokens; the cloud takes 8 .* data.max_length"):
+    with pytest.raises(
+        CloudError, match="a text of 9 tokens; the cloud takes 8 .* data.max_length"
+    ):
         step(half)
 
 
@@ -360,7 +449,10 @@ def test_memory_for_less_than_the_batch_halves_it(half: Half) -> None:
 def test_no_memory_for_one_text_ends_in_an_error(half: Half) -> None:
     pauses: list[float] = []
     half.link(cloud_for(half, memory_bytes=1000).dial(), 1, pauses.append)
-    with pytest.raises(CloudError, match="no room for one text of 9 tokens .*is 0.001 MB, 0.001 MB are free.* data.max_length"):
+    with pytest.raises(
+        CloudError,
+        match="no room for one text of 9 tokens .*is 0.001 MB, 0.001 MB are free.* data.max_length",
+    ):
         step(half)
     assert len(pauses) == MAX_TRIES and pauses == sorted(pauses) and max(pauses) == 8.0
 
@@ -374,18 +466,25 @@ def test_out_of_memory_inside_the_body_is_said(half: Half, monkeypatch: pytest.M
         hidden = plain(self, part, dropout)
         if left[0]:
             left[0] -= 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore lines")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB\nmore lines"
+            )
         return hidden
 
     monkeypatch.setattr(type(cloud.body), "forward", forward)
     calls = link(half, cloud)
     assert_close(step(half), reference)
     assert calls.repeated == 2
-    assert [fields["why"] for event, fields in cloud.told if event == "failed"] == ["memory", "memory"]
+    assert [fields["why"] for event, fields in cloud.told if event == "failed"] == [
+        "memory",
+        "memory",
+    ]
     assert_empty(cloud)
 
 
-def test_a_body_that_breaks_is_an_error_at_once(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_that_breaks_is_an_error_at_once(
+    half: Half, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cloud = cloud_for(half)
     link(half, cloud)
 
@@ -407,7 +506,12 @@ def test_a_silent_device_frees_its_memory_and_repeats_the_step(half: Half) -> No
     silent = iter([True])
 
     def seen(up: bool, frame: SplitFrame) -> None:
-        if up and isinstance(frame, Values) and frame.what == "hidden-gradient" and next(silent, False):
+        if (
+            up
+            and isinstance(frame, Values)
+            and frame.what == "hidden-gradient"
+            and next(silent, False)
+        ):
             assert cloud.budget.free_bytes < cloud.budget.num_bytes
             assert_empty(cloud)  # waits until the cloud has given up
 
@@ -429,7 +533,10 @@ def test_what_is_thrown_away_is_freed(half: Half) -> None:
     link(half, cloud)
     half.model.use(factors(half.model))
     loss = loss_of(half, batch())
-    assert cloud.channels[0].session.num_parts == 1 and cloud.budget.free_bytes < cloud.budget.num_bytes
+    assert (
+        cloud.channels[0].session.num_parts == 1
+        and cloud.budget.free_bytes < cloud.budget.num_bytes
+    )
     del loss  # no backward
     assert_empty(cloud)
 
@@ -603,7 +710,11 @@ def test_a_wrong_answer_ends_its_own_part_only(open_session: Any, half: Half, fa
         failed = next(frame for frame in said if isinstance(frame, Failed))
         assert (failed.call, failed.why) == (200, "broken") and "was due" in failed.text
     session.hear(replace(right, call=201))
-    until(lambda: any(isinstance(frame, Values) and frame.call == 201 and frame.group == 1 for frame in said))
+    until(
+        lambda: any(
+            isinstance(frame, Values) and frame.call == 201 and frame.group == 1 for frame in said
+        )
+    )
     session.hear(Drop(200))
     session.hear(Drop(201))
     session.hear(replace(right, call=201))  # crossed with the end of its part
@@ -663,17 +774,29 @@ class Liar:
     ("truth", "lie", "message"),
     [
         ("input", lambda frame: replace(frame, group=7), "asks for group 7 of 3"),
-        ("input", lambda frame: replace(frame, tensor=frame.tensor[:, 1:]), r"input of shape \(24, 63\)"),
+        (
+            "input",
+            lambda frame: replace(frame, tensor=frame.tensor[:, 1:]),
+            r"input of shape \(24, 63\)",
+        ),
         ("input", lambda frame: replace(frame, tensor=frame.tensor[1:]), "input of shape"),
         ("input", lambda frame: replace(frame, part=3), "part 3 of 1"),
-        ("input", lambda frame: replace(frame, what="update-gradient"), "update-gradient in a forward"),
+        (
+            "input",
+            lambda frame: replace(frame, what="update-gradient"),
+            "update-gradient in a forward",
+        ),
         ("input", lambda frame: Refused("later"), "Refused in a step"),
         ("input", lambda frame: Done(frame.call, 0), "Done in a forward"),
         ("input", lambda frame: ValueError("Values frame: not finite"), "not finite"),
         ("hidden", lambda frame: replace(frame, tensor=frame.tensor[1:]), "hidden of shape"),
         ("update-gradient", lambda frame: Done(frame.call, 0), "without the gradient of group 0"),
         ("update-gradient", lambda frame: replace(frame, group=5), "never asked for"),
-        ("update-gradient", lambda frame: replace(frame, tensor=frame.tensor[1:]), "update-gradient of shape"),
+        (
+            "update-gradient",
+            lambda frame: replace(frame, tensor=frame.tensor[1:]),
+            "update-gradient of shape",
+        ),
         ("update-gradient", lambda frame: replace(frame, what="hidden"), "hidden in a backward"),
     ],
 )
@@ -712,7 +835,9 @@ def test_a_cloud_that_lies_ends_in_an_error(half: Half, truth: str, lie: Any, me
         ("dropout", 1.5, "dropout 1.5"),
     ],
 )
-def test_halves_that_do_not_fit_are_told_why(half: Half, key: str, value: Any, message: str) -> None:
+def test_halves_that_do_not_fit_are_told_why(
+    half: Half, key: str, value: Any, message: str
+) -> None:
     cloud = cloud_for(half)
     calls = link(half, cloud)
     calls.manifest = json.dumps(json.loads(calls.manifest) | {key: value})
@@ -721,7 +846,10 @@ def test_halves_that_do_not_fit_are_told_why(half: Half, key: str, value: Any, m
     assert [event for event, _ in cloud.told] == ["refused"]
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", "null", '{"protocol": 1, "wire": [], "dropout": null, "groups": 7}'])
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "[]", "{}", "null", '{"protocol": 1, "wire": [], "dropout": null, "groups": 7}'],
+)
 def test_a_manifest_that_is_none_is_refused(half: Half, manifest: str) -> None:
     cloud = cloud_for(half)
     link(half, cloud).manifest = manifest

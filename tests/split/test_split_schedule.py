@@ -1,4 +1,6 @@
-"""Laws 6 and 7 for every schedule and placement: the halves do what the whole model does, killed units cost nothing."""
+"""Laws 6 and 7 for every schedule and placement: the halves do what the whole model does, killed
+units cost nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,27 @@ from dlora.wire.frame import ChannelDown, Misbehaviour
 from dlora.wire.split.codec import split_num_bytes
 from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, Failed, HandOff, SplitFrame, Values
 from kit import updates
-from kit.queue_cloud import QueueCloud, batch, cloud_body, config, device_half, factors, link, whole_model
+from kit.queue_cloud import (
+    QueueCloud,
+    batch,
+    cloud_body,
+    config,
+    device_half,
+    factors,
+    link,
+    whole_model,
+)
 
 Folder = Callable[[str, str], Path]
 SCHEDULES: dict[str, dict[str, Any]] = {
     "kr": {"kind": "kr", "active_fraction": 0.4, "period": 5, "warmup_steps": 6},
-    "kr-drop": {"kind": "kr", "active_fraction": 0.4, "period": 5, "warmup_steps": 6, "on_kill": "drop"},
+    "kr-drop": {
+        "kind": "kr",
+        "active_fraction": 0.4,
+        "period": 5,
+        "warmup_steps": 6,
+        "on_kill": "drop",
+    },
     "random": {"kind": "random", "active_fraction": 0.4, "period": 4},
     "static": {"kind": "static", "units": ["layer.1.attention.self.query"]},
     "probe": {"kind": "probe", "active_fraction": 0.4, "warmup_steps": 4},
@@ -62,7 +79,10 @@ class Both:
 
 
 def train(
-    model: StackedModel, steps: list[list[Batch]], scheduled: Scheduled | None, optimizer: str = "adamw"
+    model: StackedModel,
+    steps: list[list[Batch]],
+    scheduled: Scheduled | None,
+    optimizer: str = "adamw",
 ) -> tuple[Tensor, Factors]:
     """Losses, and what the steps changed."""
     rate = {"adamw": 5e-3, "sgd": 0.1}[optimizer]
@@ -71,7 +91,9 @@ def train(
     before = {name: value.detach().clone() for name, value in values.items()}
     group = Group(values, 0, 1, section, scheduled)
     group.train_only(frozenset(values))
-    losses = local_steps(model, group, steps, [rate * (1 - step / len(steps)) for step in range(len(steps))], section)
+    losses = local_steps(
+        model, group, steps, [rate * (1 - step / len(steps)) for step in range(len(steps))], section
+    )
     return losses, {name: group.parameters[name].detach() - before[name] for name in values}
 
 
@@ -79,12 +101,17 @@ def some_steps(count: int, task: str = "classification") -> list[list[Batch]]:
     return [[batch(task, seed=100 * step % 700)] for step in range(count)]
 
 
-def assert_same(split: tuple[Tensor, Factors], whole: tuple[Tensor, Factors], optimizer: str = "adamw") -> None:
+def assert_same(
+    split: tuple[Tensor, Factors], whole: tuple[Tensor, Factors], optimizer: str = "adamw"
+) -> None:
     assert (split[0] - whole[0]).abs().max() < updates.LOSS_BOUND
     assert (whole[0][-1] - whole[0][0]).abs() > 1e-3  # it moved
     for part in ("lora_A", "lora_B", "lora_M", "classifier"):
         if any(part in name for name in whole[1]):
-            assert updates.relative_difference(split[1], whole[1], part) < updates.UPDATE_BOUND[optimizer], part
+            assert (
+                updates.relative_difference(split[1], whole[1], part)
+                < updates.UPDATE_BOUND[optimizer]
+            ), part
 
 
 @pytest.mark.parametrize(
@@ -99,7 +126,9 @@ def assert_same(split: tuple[Tensor, Factors], whole: tuple[Tensor, Factors], op
         pytest.param("probe", {}, "adamw", marks=pytest.mark.slow),
     ],
 )
-def test_split_is_unsplit(model_folder: Folder, schedule: str | None, placement: dict[str, Any], optimizer: str) -> None:
+def test_split_is_unsplit(
+    model_folder: Folder, schedule: str | None, placement: dict[str, Any], optimizer: str
+) -> None:
     """Law 6: losses and updates of 20 steps, and who was active in each of them."""
     section = {"schedule": SCHEDULES[schedule]} if schedule else {}
     both = Both(model_folder("bert", "classification"), **section, **placement)
@@ -115,11 +144,15 @@ def test_split_is_unsplit(model_folder: Folder, schedule: str | None, placement:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("section", [{"schedule": SCHEDULES["kr"]}, CORE], ids=["kr", "core"])
 @pytest.mark.slow
-def test_split_is_unsplit_for_language_models(model_folder: Folder, family: str, section: dict[str, Any]) -> None:
+def test_split_is_unsplit_for_language_models(
+    model_folder: Folder, family: str, section: dict[str, Any]
+) -> None:
     both = Both(model_folder(family, "causal-lm"), "causal-lm", **section)
     link(both.half, both.cloud, 3)
     steps = some_steps(12, "causal-lm")
-    assert_same(train(both.half.model, steps, both.scheduled()), train(both.whole, steps, both.scheduled()))
+    assert_same(
+        train(both.half.model, steps, both.scheduled()), train(both.whole, steps, both.scheduled())
+    )
 
 
 # Law 7
@@ -154,9 +187,12 @@ def test_a_killed_unit_moves_no_byte(model_folder: Folder, kind: str) -> None:
         killed_once |= {number for number, unit in enumerate(units) if unit != ACTIVE}
     assert len(killed_once) == len(both.half.agreement.groups)  # each had its turn to rest
     hand_offs = [frame for frame in watched.frames if isinstance(frame, HandOff)]
-    assert len({(frame.group, frame.version) for frame in hand_offs}) == len(hand_offs)  # once a kill
+    # once a kill
+    assert len({(frame.group, frame.version) for frame in hand_offs}) == len(hand_offs)
     if kind == "kr-drop":
-        assert not hand_offs and all(set(units) <= {ACTIVE, LEFT_OUT} for units in watched.units.values())
+        assert not hand_offs and all(
+            set(units) <= {ACTIVE, LEFT_OUT} for units in watched.units.values()
+        )
     else:
         assert hand_offs
 
@@ -165,7 +201,10 @@ def test_everything_active_is_no_kill_and_revive(model_folder: Folder) -> None:
     """The same frames, to the byte, and the same factors, to the bit."""
     plain, full = (
         Both(model_folder("bert", "classification"), **section)
-        for section in ({}, {"schedule": {"kind": "kr", "active_fraction": 1.0, "period": 3, "warmup_steps": 1}})
+        for section in (
+            {},
+            {"schedule": {"kind": "kr", "active_fraction": 1.0, "period": 3, "warmup_steps": 1}},
+        )
     )
     watched = Watched(plain), Watched(full)
     results = [train(both.half.model, some_steps(8), both.scheduled()) for both in (plain, full)]
@@ -178,13 +217,17 @@ def test_everything_active_is_no_kill_and_revive(model_folder: Folder) -> None:
 
 def one_step(both: Both, units: dict[str, Any] | None = None) -> tuple[Tensor, Factors]:
     """Loss and gradients of one batch under the killed units that are set."""
-    both.half.model.use(values := factors(both.half.model), frozenset((units or {}).get("killed", ())))
+    both.half.model.use(
+        values := factors(both.half.model), frozenset((units or {}).get("killed", ()))
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = batch()
         loss = torch.nn.functional.cross_entropy(forward(both.half.model, made), made.labels)
         loss.backward()
-    return loss.detach(), {name: tensor.grad for name, tensor in values.items() if tensor.grad is not None}
+    return loss.detach(), {
+        name: tensor.grad for name, tensor in values.items() if tensor.grad is not None
+    }
 
 
 def cut_at(place: int) -> Callable[[bool, SplitFrame], None]:
@@ -198,7 +241,9 @@ def cut_at(place: int) -> Callable[[bool, SplitFrame], None]:
 
 
 @pytest.mark.parametrize("section", [{}, CORE], ids=["literal", "core"])
-def test_a_link_lost_at_any_frame_hands_off_again(model_folder: Folder, section: dict[str, Any]) -> None:
+def test_a_link_lost_at_any_frame_hands_off_again(
+    model_folder: Folder, section: dict[str, Any]
+) -> None:
     both = Both(model_folder("bert", "classification"), **section)
     killed, frames = {"killed": [0, 2, 5]}, []
     link(both.half, both.cloud, 2, seen=lambda up, frame: frames.append(frame))
@@ -235,20 +280,42 @@ def test_a_cloud_without_room_for_a_hand_off_is_asked_again(model_folder: Folder
 
 
 def session_of(both: Both, sent: list[SplitFrame], memory_bytes: int = 10**8) -> Session:
-    session = Session("phone", both.cloud.body, Limits(4096, 8, 20.0), Budget(memory_bytes), sent.append)
-    agreed = agree(proposal_text(both.half.facts, both.half.agreement), both.cloud.body.facts, both.cloud.body.groups, {})
+    session = Session(
+        "phone", both.cloud.body, Limits(4096, 8, 20.0), Budget(memory_bytes), sent.append
+    )
+    agreed = agree(
+        proposal_text(both.half.facts, both.half.agreement),
+        both.cloud.body.facts,
+        both.cloud.body.groups,
+        {},
+    )
     assert not isinstance(agreed, str)
     session.agreement = agreed
     return session
 
 
 def test_versions_that_parts_still_use_are_counted(model_folder: Folder) -> None:
-    """Each part under way keeps the version that it began with; the budget knows of all of them until the parts end."""
+    """Each part under way keeps the version that it began with; the budget knows of all of them
+    until the parts end.
+    """
     both = Both(model_folder("bert", "classification"))
     session = session_of(both, [])
     groups = both.half.agreement.groups
     size = sum(4 * (groups[0].in_features + out) for out in groups[0].out_features)
-    begin = Begin(1, 0, 1, 2, b"\xc0", b"\x80", True, None, b"", (), (ACTIVE,) * len(groups), torch.zeros(2, 64))
+    begin = Begin(
+        1,
+        0,
+        1,
+        2,
+        b"\xc0",
+        b"\x80",
+        True,
+        None,
+        b"",
+        (),
+        (ACTIVE,) * len(groups),
+        torch.zeros(2, 64),
+    )
     for number in range(6):
         session.hear(HandOff(0, 2 + number, torch.ones(1, size)))
         units = (2 + number, *begin.units[1:])
@@ -309,7 +376,8 @@ def test_what_is_handed_off_is_what_was_trained(model_folder: Folder) -> None:
     for name, (lora_A, lora_B) in zip(group.modules, handed, strict=True):
         named = both.half.body.prefix + name
         torch.testing.assert_close(lora_A, values[f"{named}.lora_A"][0], rtol=0, atol=0)
-        torch.testing.assert_close(lora_B, 2 * values[f"{named}.lora_B"][0], rtol=0, atol=0)  # alpha / r
+        # alpha / r
+        torch.testing.assert_close(lora_B, 2 * values[f"{named}.lora_B"][0], rtol=0, atol=0)
     assert as_factors(torch.zeros(1, 5), group, 4, core=False) is None
 
 
@@ -335,7 +403,9 @@ def test_halves_with_different_frames_do_not_agree(model_folder: Folder) -> None
 
     assert answer(body.frame) == both.half.agreement
     assert "this cloud has no frame" in str(answer({}))
-    assert "the device has 4, the cloud's frame 3" in str(answer({name: tensor[:3] for name, tensor in body.frame.items()}))
+    assert "the device has 4, the cloud's frame 3" in str(
+        answer({name: tensor[:3] for name, tensor in body.frame.items()})
+    )
     name = next(iter(body.frame))
     other = body.frame | {name: body.frame[name] * 1.0001}
     assert "the device's is not the cloud's; copy the cloud's file" in str(answer(other))
@@ -346,7 +416,9 @@ def test_halves_with_different_frames_do_not_agree(model_folder: Folder) -> None
 def test_dropout_with_what_the_cloud_computes_is_refused(model_folder: Folder) -> None:
     folder = model_folder("bert", "classification")
     for section in (CORE, {"schedule": SCHEDULES["kr"]}):
-        with pytest.raises(dlora.UserError, match="the cloud reads the inputs itself|the cloud reads inputs itself"):
+        with pytest.raises(
+            dlora.UserError, match="the cloud reads the inputs itself|the cloud reads inputs itself"
+        ):
             config(folder, **section | {"lora.lora_dropout": 0.1})
     config(folder, **{"schedule": SCHEDULES["kr-drop"], "lora.lora_dropout": 0.1})
 
@@ -358,7 +430,9 @@ class Replayed:
     """Who was active in each step of a run, by its log."""
 
     def __init__(self, log: Path, peer: str) -> None:
-        events = [event for event in read_log(log) if event["event"] == "active" and event["peer"] == peer]
+        events = [
+            event for event in read_log(log) if event["event"] == "active" and event["peer"] == peer
+        ]
         self.sets = {event["step"]: frozenset(event["units"]) for event in events}
         self.steps_done = 0
 
@@ -370,9 +444,17 @@ class Replayed:
         self.steps_done += 1
 
 
-WIRED: dict[str, Any] = {"peers.count": 1, "train.rounds": 4, "train.local_steps": 5, "eval_every": 2}
+WIRED: dict[str, Any] = {
+    "peers.count": 1,
+    "train.rounds": 4,
+    "train.local_steps": 5,
+    "eval_every": 2,
+}
 RUNS: dict[str, dict[str, Any]] = {
-    "kr": {"schedule": SCHEDULES["kr"], "split": {"cloud": "cloud", "wire": "bfloat16", "pipeline": 2}},
+    "kr": {
+        "schedule": SCHEDULES["kr"],
+        "split": {"cloud": "cloud", "wire": "bfloat16", "pipeline": 2},
+    },
     "drop": {"schedule": SCHEDULES["kr-drop"], "split": {"cloud": "cloud", "wire": "int8"}},
     "random": {"schedule": SCHEDULES["random"], "split": {"cloud": "cloud", "wire": "int8"}},
     "static": {"schedule": SCHEDULES["static"], "split": {"cloud": "cloud", "wire": "float32"}},
@@ -382,9 +464,15 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [*((name, 1) for name in RUNS), ("kr", 3), *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("drop", "random"))],
+    [
+        *((name, 1) for name in RUNS),
+        ("kr", 3),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("drop", "random")),
+    ],
 )
-def test_the_plan_is_what_is_counted(make_config: Callable[..., Config], name: str, count: int) -> None:
+def test_the_plan_is_what_is_counted(
+    make_config: Callable[..., Config], name: str, count: int
+) -> None:
     """Law 8; for kr the plan is that of the active sets that the run has found."""
     made = make_config("bert", **{**WIRED, "peers.count": count}, **RUNS[name])
     before = plan(made)["cloud"]
@@ -393,23 +481,31 @@ def test_the_plan_is_what_is_counted(make_config: Callable[..., Config], name: s
         again = made.model_copy(update={"output_dir": made.output_dir + "-plan"})
         log = Path(made.output_dir, "log.jsonl")
         prepared = prepare(again)
-        costs = with_cloud.split_costs(prepared, None, [Replayed(log, peer) for peer in prepared.names])
+        costs = with_cloud.split_costs(
+            prepared, None, [Replayed(log, peer) for peer in prepared.names]
+        )
         assert counted == pytest.approx(costs["cloud_bytes"], rel=0.002)
     if name not in ("kr", "drop"):
         assert counted == pytest.approx(before["cloud_bytes"], rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["kr", "drop", "core"])
-def test_a_run_over_the_wire_is_the_run_without(make_config: Callable[..., Config], tmp_path: Path, name: str) -> None:
+def test_a_run_over_the_wire_is_the_run_without(
+    make_config: Callable[..., Config], tmp_path: Path, name: str
+) -> None:
     section = {**WIRED, **RUNS[name], "split.wire": "float32"}
     wired = dlora.simulate(make_config("bert", **section))["runs"]["dec-lora"]
     section.pop("split"), section.pop("split.wire")
-    local = dlora.simulate(make_config("bert", **section, output_dir=str(tmp_path / "local")))["runs"]["dec-lora"]
+    local = dlora.simulate(make_config("bert", **section, output_dir=str(tmp_path / "local")))[
+        "runs"
+    ]["dec-lora"]
     assert wired["consensus"]["loss"] == pytest.approx(local["consensus"]["loss"], abs=1e-5)
     assert wired.get("adapter_fraction") == local.get("adapter_fraction")
 
 
-def test_a_resumed_run_over_the_wire_is_the_uninterrupted_one(make_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_resumed_run_over_the_wire_is_the_uninterrupted_one(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
     section = {**WIRED, **RUNS["kr"], "save_every": 1}
     whole = make_config("bert", **section)
     dlora.simulate(whole)
@@ -418,7 +514,10 @@ def test_a_resumed_run_over_the_wire_is_the_uninterrupted_one(make_config: Calla
     with pytest.raises(dlora.Interrupted):
         dlora.simulate(parted, stop=lambda: next(rounds))
     dlora.simulate(parted, resume=True)
-    adapters = [Path(one.output_dir, "consensus", "adapter_model.safetensors").read_bytes() for one in (whole, parted)]
+    adapters = [
+        Path(one.output_dir, "consensus", "adapter_model.safetensors").read_bytes()
+        for one in (whole, parted)
+    ]
     assert adapters[0] == adapters[1]
 
 
@@ -428,6 +527,10 @@ def test_a_frame_is_found_by_its_names_in_the_body_or_around_it(model_folder: Fo
     names = sorted({name.rpartition(".")[0] for name in both.whole.frame})
     linears = {name: layers[name].base_layer for name in names}
     within = {name.partition(".")[2]: tensor for name, tensor in both.whole.frame.items()}
-    for given in (both.whole.frame, within, {f"model.{name}": tensor for name, tensor in within.items()}):
+    for given in (
+        both.whole.frame,
+        within,
+        {f"model.{name}": tensor for name, tensor in within.items()},
+    ):
         found = frame_of(given, linears, 4)
         assert found.keys() == both.whole.frame.keys()

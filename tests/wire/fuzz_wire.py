@@ -1,4 +1,6 @@
-"""Fuzz what reads bytes from the network: python tests/wire/fuzz_wire.py -max_total_time=120  (options are libFuzzer's)."""
+"""Fuzz what reads bytes from the network: python tests/wire/fuzz_wire.py -max_total_time=120
+(options are libFuzzer's).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ import atheris
 import torch
 
 with atheris.instrument_imports(
-    include=["dlora.wire.frame", "dlora.wire.tensors", "dlora.wire.peer.codec", "dlora.wire.split.codec", "json"]
+    include=[
+        "dlora.wire.frame",
+        "dlora.wire.tensors",
+        "dlora.wire.peer.codec",
+        "dlora.wire.split.codec",
+        "json",
+    ]
 ):
     from dlora.wire.frame import FrameError
     from dlora.wire.peer import codec
@@ -37,16 +45,28 @@ def one_input(data: bytes) -> None:
     except MessageError:
         pass
     else:
-        assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == EXPECTED
+        assert {
+            name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
+        } == EXPECTED
     for wire in WIRES:
         try:
             split = split_codec.decode_split(data, wire)
         except FrameError:
             continue
-        tensor = split.embedded if isinstance(split, Begin) else split.tensor if isinstance(split, Values) else None
-        assert tensor is None or (tensor.dtype == torch.float32 and tensor.dim() == 2 and bool(tensor.isfinite().all()))
+        tensor = (
+            split.embedded
+            if isinstance(split, Begin)
+            else split.tensor
+            if isinstance(split, Values)
+            else None
+        )
+        assert tensor is None or (
+            tensor.dtype == torch.float32 and tensor.dim() == 2 and bool(tensor.isfinite().all())
+        )
         if wire != "int8":  # whose largest values, once rounded, are too large to be sent
-            assert len(split_codec.encode_split(split, wire)) == split_codec.split_num_bytes(split, wire)
+            assert len(split_codec.encode_split(split, wire)) == split_codec.split_num_bytes(
+                split, wire
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Bytes from outside: what is not exactly a frame or the expected tensors is refused in one line, in bounded memory."""
+"""Bytes from outside: what is not exactly a frame or the expected tensors is refused in one line,
+in bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,18 @@ from torch import Tensor
 from dlora.wire.frame import MAX_MANIFEST_BYTES, FrameError
 from dlora.wire.peer import peer_pb2
 from dlora.wire.peer.codec import MAX_FRAME_BYTES, decode_frame, encode_frame
-from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
+from dlora.wire.peer.frames import (
+    MAX_CHUNK_BYTES,
+    Chunk,
+    Decided,
+    Frame,
+    Have,
+    Hello,
+    Offer,
+    Shown,
+    Status,
+    Want,
+)
 from dlora.wire.tensors import MessageError, decode_tensors, encode, held, message_num_bytes
 
 numbers = st.integers(0, 2**53 - 1)
@@ -30,7 +43,9 @@ names = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=64
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
 signatures = st.just(b"") | st.binary(min_size=64, max_size=64)
 frames: st.SearchStrategy[Frame] = st.one_of(
-    st.builds(Hello, hashes, st.text(st.characters(codec="utf-8")), numbers, hashes, numbers, numbers),
+    st.builds(
+        Hello, hashes, st.text(st.characters(codec="utf-8")), numbers, hashes, numbers, numbers
+    ),
     st.builds(Status, numbers),
     st.builds(Offer, names, numbers, hashes),
     st.builds(Want, names, numbers),
@@ -69,16 +84,34 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "a name and a line": ({"want": peer_pb2.Want(name="a\n")}, "message name"),
     "capital hash": ({"offer": peer_pb2.Offer(name="a", sha256="A" * 64)}, "sha256"),
     "short hash": ({"hello": peer_pb2.Hello(run="a" * 63)}, "run"),
-    "short signature": ({"have": peer_pb2.Have(round=1, signature=bytes(63))}, "a signature of 63 bytes"),
-    "long signature": ({"decided": peer_pb2.Decided(round=1, signature=bytes(65))}, "a signature of 65 bytes"),
-    "hash of another length": ({"shown": peer_pb2.Shown(round=1, ledger="a" * 64, own="a" * 65)}, "own"),
+    "short signature": (
+        {"have": peer_pb2.Have(round=1, signature=bytes(63))},
+        "a signature of 63 bytes",
+    ),
+    "long signature": (
+        {"decided": peer_pb2.Decided(round=1, signature=bytes(65))},
+        "a signature of 65 bytes",
+    ),
+    "hash of another length": (
+        {"shown": peer_pb2.Shown(round=1, ledger="a" * 64, own="a" * 65)},
+        "own",
+    ),
     "no ledger": ({"hello": peer_pb2.Hello(run="a" * 64)}, "ledger"),
     "round": ({"have": peer_pb2.Have(round=2**53)}, "round 9007199254740992"),
-    "length": ({"offer": peer_pb2.Offer(name="a", sha256="a" * 64, num_bytes=2**64 - 1)}, "num_bytes"),
+    "length": (
+        {"offer": peer_pb2.Offer(name="a", sha256="a" * 64, num_bytes=2**64 - 1)},
+        "num_bytes",
+    ),
     "offset": ({"chunk": peer_pb2.Chunk(name="a", offset=2**63, data=b"x")}, "offset"),
     "no data": ({"chunk": peer_pb2.Chunk(name="a")}, "0 bytes of data"),
-    "too much data": ({"chunk": peer_pb2.Chunk(name="a", data=bytes(MAX_CHUNK_BYTES + 1))}, "bytes of data"),
-    "manifest": ({"hello": peer_pb2.Hello(run="a" * 64, manifest="é" * (MAX_MANIFEST_BYTES // 2 + 1))}, "manifest"),
+    "too much data": (
+        {"chunk": peer_pb2.Chunk(name="a", data=bytes(MAX_CHUNK_BYTES + 1))},
+        "bytes of data",
+    ),
+    "manifest": (
+        {"hello": peer_pb2.Hello(run="a" * 64, manifest="é" * (MAX_MANIFEST_BYTES // 2 + 1))},
+        "manifest",
+    ),
 }
 
 
@@ -125,7 +158,10 @@ edits = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size
 cuts = st.none() | st.integers(0, 400)
 
 
-@given(st.binary(max_size=300) | st.builds(lambda f, e, c: mutated(encode_frame(f), e, c), frames, edits, cuts))
+@given(
+    st.binary(max_size=300)
+    | st.builds(lambda f, e, c: mutated(encode_frame(f), e, c), frames, edits, cuts)
+)
 def test_anything_is_a_frame_or_a_frame_error(data: bytes) -> None:
     try:
         frame = decode_frame(data)
@@ -136,8 +172,15 @@ def test_anything_is_a_frame_or_a_frame_error(data: bytes) -> None:
 
 # Tensors
 
-EXPECTED = {"b.x": (torch.float32, (3, 4)), "a": (torch.float32, (5,)), "ü": (torch.float32, (2, 1, 2))}
-TENSORS = {name: torch.arange(math.prod(shape), dtype=dtype).view(shape) - 2 for name, (dtype, shape) in EXPECTED.items()}
+EXPECTED = {
+    "b.x": (torch.float32, (3, 4)),
+    "a": (torch.float32, (5,)),
+    "ü": (torch.float32, (2, 1, 2)),
+}
+TENSORS = {
+    name: torch.arange(math.prod(shape), dtype=dtype).view(shape) - 2
+    for name, (dtype, shape) in EXPECTED.items()
+}
 MESSAGE = encode(TENSORS, torch.float32)
 
 
@@ -150,18 +193,28 @@ def header_of(message: bytes) -> dict[str, Any]:
 def with_header(header: Any, message: bytes = MESSAGE) -> bytes:
     """The same message with another header, padded to the same length where that is possible."""
     size = int.from_bytes(message[:8], "little")
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode() if not isinstance(header, bytes) else header
+    text = (
+        json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if not isinstance(header, bytes)
+        else header
+    )
     return len(text.ljust(size)).to_bytes(8, "little") + text.ljust(size) + message[8 + size :]
 
 
 @given(
-    st.dictionaries(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=20)
+    st.dictionaries(st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1,
+        max_size=20)
                     .filter(lambda name: name != "__metadata__"),
                     st.lists(st.integers(1, 5), max_size=3), min_size=1, max_size=5),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
 )  # fmt: skip
-def test_a_message_comes_back_and_has_the_foretold_length(shapes: dict[str, list[int]], wire: torch.dtype) -> None:
-    sent = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+def test_a_message_comes_back_and_has_the_foretold_length(
+    shapes: dict[str, list[int]], wire: torch.dtype
+) -> None:
+    sent = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for name, shape in shapes.items()
+    }
     expected = {name: (wire, tuple(shape)) for name, shape in shapes.items()}
     message = encode(sent, wire)
     assert len(message) == message_num_bytes(expected)
@@ -173,7 +226,11 @@ def test_a_message_comes_back_and_has_the_foretold_length(shapes: dict[str, list
 def test_mixed_dtypes_too() -> None:
     from safetensors.torch import save
 
-    sent = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.float64)}
+    sent = {
+        "a": torch.ones(3, dtype=torch.bfloat16),
+        "b": torch.ones(2),
+        "c": torch.ones(1, dtype=torch.float64),
+    }
     expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in sent.items()}
     assert len(save(sent)) == message_num_bytes(expected)
     assert decode_tensors(save(sent), expected).keys() == sent.keys()
@@ -210,9 +267,15 @@ BAD_HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "one offset": (changed("a", data_offsets=[0]), "a: data_offsets"),
     "more keys": (lambda header: header | {"a": {**header["a"], "x": 1}}, "a: its header"),
     "no entry": (lambda header: header | {"a": 1}, "a: its header"),
-    "another name": (lambda header: {("c" if name == "a" else name): entry for name, entry in header.items()}, '"a", "c"'),
+    "another name": (
+        lambda header: {("c" if name == "a" else name): entry for name, entry in header.items()},
+        '"a", "c"',
+    ),
     "a name of two lines": (lambda header: header | {"x\ny": 1}, r'"x\\ny"'),
-    "one missing": (lambda header: {name: entry for name, entry in header.items() if name != "a"}, "exactly the expected"),
+    "one missing": (
+        lambda header: {name: entry for name, entry in header.items() if name != "a"},
+        "exactly the expected",
+    ),
     "a list": (lambda header: [], "exactly the expected"),
     "no JSON": (lambda header: b"{", "not JSON"),
     "not UTF-8": (lambda header: b"\xff", "not JSON"),
@@ -281,7 +344,10 @@ def test_a_pickle_is_not_read() -> None:
         decode_tensors(data[: len(MESSAGE)], EXPECTED)
 
 
-@given(st.builds(lambda e: mutated(MESSAGE, e, None), edits) | st.binary(min_size=len(MESSAGE), max_size=len(MESSAGE)))
+@given(
+    st.builds(lambda e: mutated(MESSAGE, e, None), edits)
+    | st.binary(min_size=len(MESSAGE), max_size=len(MESSAGE))
+)
 def test_anything_is_a_message_or_a_message_error(data: bytes) -> None:
     try:
         got = decode_tensors(data, EXPECTED)
@@ -304,7 +370,9 @@ def test_a_part_of_the_known_tensors_is_a_message(tmp_path: Path) -> None:
     path = tmp_path / "message"
     path.write_bytes(PART)
     for got in (decoded(PART), decode_tensors(path, held(path, EXPECTED))):
-        assert got.keys() == {"a", "ü"} and all(torch.equal(tensor, TENSORS[name]) for name, tensor in got.items())
+        assert got.keys() == {"a", "ü"} and all(
+            torch.equal(tensor, TENSORS[name]) for name, tensor in got.items()
+        )
     assert decoded(MESSAGE).keys() == EXPECTED.keys()
 
 
@@ -313,7 +381,10 @@ def test_a_part_of_the_known_tensors_is_a_message(tmp_path: Path) -> None:
     [
         (b"", "announces 0 bytes; it should be at most"),
         (PART[:40], "announces"),
-        (struct.pack("<Q", 2**63) + PART[8:], "announces 9223372036854775808 bytes; it should be at most"),
+        (
+            struct.pack("<Q", 2**63) + PART[8:],
+            "announces 9223372036854775808 bytes; it should be at most",
+        ),
         (with_header({}, PART), "no names"),
         (with_header([], PART), "no names"),
         (with_header(b"{", PART), "not JSON"),
@@ -338,12 +409,19 @@ def test_anything_is_a_part_or_a_message_error(data: bytes) -> None:
         got = decoded(data)
     except MessageError:
         return
-    assert got and {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in got.items()}.items() <= EXPECTED.items()
+    assert (
+        got
+        and {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in got.items()}.items()
+        <= EXPECTED.items()
+    )
 
 
 json_values: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets"]), inner)
+    ),
     max_leaves=8,
 )
 
@@ -361,15 +439,35 @@ def test_any_json_is_a_header_or_a_message_error(entries: dict[str, Any]) -> Non
 @pytest.mark.timeout(240)
 def test_two_minutes_of_fuzzing_find_nothing(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
-    told = Hello("0" * 64, "{}", 1, "1" * 64), Offer("sum", 9, "a" * 64), Chunk("sum", 0, b"xyz"), Have(2, bytes(64))
+    told = (
+        Hello("0" * 64, "{}", 1, "1" * 64),
+        Offer("sum", 9, "a" * 64),
+        Chunk("sum", 0, b"xyz"),
+        Have(2, bytes(64)),
+    )
     seeds = [encode_frame(frame) for frame in told]
-    seeds.append(encode({"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2), "bias": torch.ones(4)}, torch.float32))
+    seeds.append(
+        encode(
+            {"a.lora_A": torch.ones(2, 3), "a.lora_B": torch.ones(3, 2), "bias": torch.ones(4)},
+            torch.float32,
+        )
+    )
     for number, seed in enumerate(seeds):
         (tmp_path / str(number)).write_bytes(seed)
     fuzzer = Path(__file__).with_name("fuzz_wire.py")
     options = ["-max_total_time=120", "-print_final_stats=1", f"-artifact_prefix={tmp_path}/"]
-    # Through a shell that forks: a process that is started directly begins with the peak memory of this one, and has a limit.
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, str(fuzzer), *options, str(tmp_path)]
+    # Through a shell that forks: a process that is started directly begins with the peak memory of
+    # this one, and has a limit.
+    command = [
+        "sh",
+        "-c",
+        '"$@"; exit $?',
+        "sh",
+        sys.executable,
+        str(fuzzer),
+        *options,
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     print([line for line in done.stderr.splitlines() if line.startswith("stat::")])

@@ -1,4 +1,6 @@
-"""The frames of the split conversation as bytes: they come back, int8 is as near as it says, and nothing odd gets in."""
+"""The frames of the split conversation as bytes: they come back, int8 is as near as it says, and
+nothing odd gets in.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,14 @@ from torch import Tensor
 
 from dlora.wire.frame import MAX_MANIFEST_BYTES, FrameError
 from dlora.wire.split import split_pb2 as pb
-from dlora.wire.split.codec import MAX_FACTORS, MAX_SIDE, MAX_UNITS, decode_split, encode_split, split_num_bytes
+from dlora.wire.split.codec import (
+    MAX_FACTORS,
+    MAX_SIDE,
+    MAX_UNITS,
+    decode_split,
+    encode_split,
+    split_num_bytes,
+)
 from dlora.wire.split.frames import (
     FIRST_VERSION,
     WHATS,
@@ -44,7 +53,11 @@ wires: st.SearchStrategy[Wire] = st.sampled_from(WIRES)
 def tensors(draw: st.DrawFn, rows: int | None = None) -> Tensor:
     """Random values of all magnitudes, zero rows and views among them."""
     rows = draw(st.integers(1, 9)) if rows is None else rows
-    made = torch.randn(rows, draw(st.integers(1, 17)), generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
+    made = torch.randn(
+        rows,
+        draw(st.integers(1, 17)),
+        generator=torch.Generator().manual_seed(draw(st.integers(0, 999))),
+    )
     made *= 10.0 ** draw(st.integers(-42, 36)) * torch.randint(0, 2, (rows, 1))
     return made.t().contiguous().t() if draw(st.booleans()) else made
 
@@ -57,7 +70,9 @@ def begins(draw: st.DrawFn) -> Begin:
     bits = [True] * (rows * columns) if packed else draw(some)
     num_tokens = sum(bits)
     needed = draw(st.none() | st.lists(st.booleans(), min_size=num_tokens, max_size=num_tokens))
-    positions = st.lists(st.integers(0, 2**31 - 1), min_size=num_tokens, max_size=num_tokens).map(tuple)
+    positions = st.lists(st.integers(0, 2**31 - 1), min_size=num_tokens, max_size=num_tokens).map(
+        tuple
+    )
     return Begin(
         call=draw(numbers),
         part=draw(numbers),
@@ -90,12 +105,21 @@ frames: st.SearchStrategy[SplitFrame] = st.one_of(
 
 def plain(frame: SplitFrame) -> tuple[object, ...]:
     """What can be compared: everything but the tensor's values."""
-    fields = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in vars(frame).items()}
+    fields = {
+        name: tuple(value.shape) if isinstance(value, Tensor) else value
+        for name, value in vars(frame).items()
+    }
     return type(frame), fields
 
 
 def tensor_of(frame: SplitFrame) -> Tensor | None:
-    return frame.embedded if isinstance(frame, Begin) else frame.tensor if isinstance(frame, Values | HandOff) else None
+    return (
+        frame.embedded
+        if isinstance(frame, Begin)
+        else frame.tensor
+        if isinstance(frame, Values | HandOff)
+        else None
+    )
 
 
 @given(frames, wires)
@@ -155,9 +179,15 @@ def test_what_is_decoded_is_its_own(wire: Wire) -> None:
 
 
 def test_a_tensor_of_another_dtype_or_with_a_gradient_is_sent() -> None:
-    for tensor in (torch.ones(2, 2, dtype=torch.float16), torch.ones(2, 2, requires_grad=True), torch.ones(4, 4)[::2, ::2]):
+    for tensor in (
+        torch.ones(2, 2, dtype=torch.float16),
+        torch.ones(2, 2, requires_grad=True),
+        torch.ones(4, 4)[::2, ::2],
+    ):
         for wire in WIRES:
-            got = tensor_of(decode_split(encode_split(Values("update", 0, 0, 0, tensor), wire), wire))
+            got = tensor_of(
+                decode_split(encode_split(Values("update", 0, 0, 0, tensor), wire), wire)
+            )
             assert got is not None and got.tolist() == [[1.0, 1.0], [1.0, 1.0]]
 
 
@@ -192,7 +222,10 @@ def values(**changes: Any) -> dict[str, Any]:
 BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "no kind": ({}, "no frame"),
     "a tensor only": ({"payload": bytes(12)}, "no known kind"),
-    "manifest": ({"open": pb.Open(manifest="é" * (MAX_MANIFEST_BYTES // 2 + 1))}, "manifest has 1048578 bytes"),
+    "manifest": (
+        {"open": pb.Open(manifest="é" * (MAX_MANIFEST_BYTES // 2 + 1))},
+        "manifest has 1048578 bytes",
+    ),
     "reason": ({"refused": pb.Refused(reason="x" * 2001)}, "reason has 2001 bytes"),
     "text": ({"failed": pb.Failed(why="memory", text="x" * 2001)}, "text has 2001 bytes"),
     "two lines": ({"failed": pb.Failed(why="memory", text="x\ny")}, "several lines"),
@@ -208,29 +241,65 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "no width": ({**values(width=0)}, "width 0"),
     "many rows": ({**values(rows=MAX_SIDE + 1)}, "rows 1048577"),
     "wide": ({**values(width=2**63)}, "width 9223372036854775808"),
-    "a lie about rows": ({**values(rows=MAX_SIDE, width=MAX_SIDE), "payload": bytes(12)}, "12 bytes of a tensor"),
+    "a lie about rows": (
+        {**values(rows=MAX_SIDE, width=MAX_SIDE), "payload": bytes(12)},
+        "12 bytes of a tensor",
+    ),
     "no payload": (values(), "0 bytes of a tensor"),
     "too long": ({**values(), "payload": bytes(13)}, "13 bytes of a tensor"),
     "too short": ({**values(), "payload": bytes(11)}, "11 bytes of a tensor"),
     "a tensor where none is": ({"drop": pb.Drop(call=1), "payload": bytes(12)}, "it has none"),
     "rows of none": ({**begin(rows=0), "payload": bytes(12)}, "rows 0"),
-    "padded area": ({**begin(rows=MAX_SIDE, columns=2), "payload": bytes(12)}, "at most 1048576 tokens"),
-    "long mask": ({**begin(mask=b"\xd0\x00"), "payload": bytes(12)}, "mask has 2 bytes; 4 bits take 1"),
+    "padded area": (
+        {**begin(rows=MAX_SIDE, columns=2), "payload": bytes(12)},
+        "at most 1048576 tokens",
+    ),
+    "long mask": (
+        {**begin(mask=b"\xd0\x00"), "payload": bytes(12)},
+        "mask has 2 bytes; 4 bits take 1",
+    ),
     "no mask": ({**begin(mask=b""), "payload": bytes(12)}, "mask has 0 bytes"),
-    "mask padding": ({**begin(mask=b"\xd1"), "payload": bytes(12)}, "mask has bits set beyond its 4"),
+    "mask padding": (
+        {**begin(mask=b"\xd1"), "payload": bytes(12)},
+        "mask has bits set beyond its 4",
+    ),
     "empty mask": ({**begin(mask=b"\x00"), "payload": b""}, "no tokens"),
     "more tokens": ({**begin(mask=b"\xf0"), "payload": bytes(12)}, "(4, 1) in float32 takes 16"),
     "long needed": ({**begin(needed=b"\x80\x00"), "payload": bytes(12)}, "needed has 2 bytes"),
-    "needed padding": ({**begin(needed=b"\x10"), "payload": bytes(12)}, "needed has bits set beyond its 3"),
-    "types": ({**begin(token_types=b"\x00\x00"), "payload": bytes(12)}, "2 token_types for 3 tokens"),
-    "positions": ({**begin(positions=[0, 1, 2, 3]), "payload": bytes(12)}, "4 positions for 3 tokens"),
-    "packed without positions": ({**begin(packed=True, mask=b"\xf0"), "payload": bytes(16)}, "packed texts without a position"),
-    "packed with padding": ({**begin(packed=True, positions=[0, 1, 0]), "payload": bytes(12)}, "or with padding"),
-    "far position": ({**begin(positions=[0, 2**31, 2]), "payload": bytes(12)}, "positions 2147483648"),
+    "needed padding": (
+        {**begin(needed=b"\x10"), "payload": bytes(12)},
+        "needed has bits set beyond its 3",
+    ),
+    "types": (
+        {**begin(token_types=b"\x00\x00"), "payload": bytes(12)},
+        "2 token_types for 3 tokens",
+    ),
+    "positions": (
+        {**begin(positions=[0, 1, 2, 3]), "payload": bytes(12)},
+        "4 positions for 3 tokens",
+    ),
+    "packed without positions": (
+        {**begin(packed=True, mask=b"\xf0"), "payload": bytes(16)},
+        "packed texts without a position",
+    ),
+    "packed with padding": (
+        {**begin(packed=True, positions=[0, 1, 0]), "payload": bytes(12)},
+        "or with padding",
+    ),
+    "far position": (
+        {**begin(positions=[0, 2**31, 2]), "payload": bytes(12)},
+        "positions 2147483648",
+    ),
     "units": ({**begin(units=[0] * (MAX_UNITS + 1)), "payload": bytes(12)}, "65537 units"),
-    "version": ({"handoff": pb.HandOff(version=1, width=3), "payload": bytes(12)}, "version 1 is not between 2 and"),
+    "version": (
+        {"handoff": pb.HandOff(version=1, width=3), "payload": bytes(12)},
+        "version 1 is not between 2 and",
+    ),
     "many factors": ({"handoff": pb.HandOff(version=2, width=MAX_FACTORS + 1)}, "width 16777217"),
-    "no factors": ({"handoff": pb.HandOff(version=2, width=4), "payload": bytes(12)}, "(1, 4) in float32 takes 16"),
+    "no factors": (
+        {"handoff": pb.HandOff(version=2, width=4), "payload": bytes(12)},
+        "(1, 4) in float32 takes 16",
+    ),
     "seed": ({**begin(seed=2**63), "payload": bytes(12)}, "seed 9223372036854775808"),
 }
 
@@ -258,7 +327,10 @@ GOOD = encode_split(Values("input", 1, 0, 2, torch.ones(3, 1)), "float32")
         (GOOD + b"\x00", "cut off"),
         (GOOD + GOOD, "cut off"),
         (pb.Frame(drop=pb.Drop(call=1)).SerializeToString() * 2, "unknown fields"),
-        (pb.Frame(payload=bytes(12)).SerializeToString() + GOOD[:20], "no known kind|no frame|unknown|cut off"),
+        (
+            pb.Frame(payload=bytes(12)).SerializeToString() + GOOD[:20],
+            "no known kind|no frame|unknown|cut off",
+        ),
         (b"\x42\x04\x08\x01\x10\x01", "unknown fields"),  # field 2 of a drop
         (b"\x52\x02\x08\x01", "no known kind"),  # field 10 of the frame
         (b"\x1a\x03\x0a\x01\xff", "no frame"),  # a reason that is not UTF-8
@@ -274,7 +346,9 @@ def test_bytes_that_are_no_frame(data: bytes, words: str) -> None:
 
 
 def test_a_tensor_is_refused_before_memory_is_taken() -> None:
-    data = pb.Frame(values=pb.Values(what="input", rows=MAX_SIDE, width=MAX_SIDE), payload=bytes(16 << 20)).SerializeToString()
+    data = pb.Frame(
+        values=pb.Values(what="input", rows=MAX_SIDE, width=MAX_SIDE), payload=bytes(16 << 20)
+    ).SerializeToString()
     tracemalloc.start()
     with pytest.raises(FrameError, match="16777216 bytes of a tensor"):
         decode_split(data, "bfloat16")

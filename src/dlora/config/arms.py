@@ -19,27 +19,37 @@ class Arm:
     against: str = ""  # what the main arm's difference from this one is called
     talks: Literal["as configured", "with all", "with nobody"] = "with nobody"
     pooled: bool = False  # all data belong to one participant
-    counts: Literal["consensus", "peers_mean"] = "consensus"  # the average's score, or the mean of the peers' own
-    baseline: bool = True  # plain LoRA: neither a schedule nor the configured rule, and its adapters are not written
+    # the average's score, or the mean of the peers' own
+    counts: Literal["consensus", "peers_mean"] = "consensus"
+    # plain LoRA: neither a schedule nor the configured rule, and its adapters are not written
+    baseline: bool = True
 
 
 DEC_LORA = Arm(
     name="dec-lora",
     title="Dec-LoRA",
-    meaning="each peer trains on its own data and averages its adapter with its neighbours' after every round.",
+    meaning=(
+        "each peer trains on its own data and averages its adapter with its neighbours' after every"
+        " round."
+    ),
     talks="as configured",
     baseline=False,
 )
 DLORA = Arm(
     name="dlora",
     title="DLoRA",
-    meaning="data, labels, adapter and optimiser stay on the device; the layers of the frozen model run in its cloud.",
+    meaning=(
+        "data, labels, adapter and optimiser stay on the device; the layers of the frozen model run"
+        " in its cloud."
+    ),
     baseline=False,
 )
 POOLED = Arm(
     name="pooled",
     title="Pooled",
-    meaning="all data in one place, one adapter: what peers would reach if they could share their rows.",
+    meaning=(
+        "all data in one place, one adapter: what peers would reach if they could share their rows."
+    ),
     result="training on the pooled data {}",
     against="against pooling all data",
     pooled=True,
@@ -47,7 +57,10 @@ POOLED = Arm(
 LOCAL = Arm(
     name="local",
     title="Alone",
-    meaning="each peer by itself; here the peers' own mean counts, not the average of adapters that never met.",
+    meaning=(
+        "each peer by itself; here the peers' own mean counts, not the average of adapters that"
+        " never met."
+    ),
     result="alone they reached {}",
     against="against each peer alone",
     counts="peers_mean",

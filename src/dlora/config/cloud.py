@@ -15,11 +15,20 @@ class LimitsSection(Section):
 
     max_devices: int = Field(64, ge=1, description="linked at once; the next one is refused")
     max_tokens: int = Field(16384, ge=1, description="of one device, in the cloud at once")
-    max_parts: int = Field(64, ge=1, description="micro-batches of one device, in the cloud at once")
-    memory_bytes: int | None = Field(
-        None, ge=1, description="for what all devices have on their way; null: 60 % of what is free once the model is loaded"
+    max_parts: int = Field(
+        64, ge=1, description="micro-batches of one device, in the cloud at once"
     )
-    idle_s: float = Field(120, gt=0, description="work of a device that is silent for so long is dropped")
+    memory_bytes: int | None = Field(
+        None,
+        ge=1,
+        description=(
+            "for what all devices have on their way; null: 60 % of what is free once the model is"
+            " loaded"
+        ),
+    )
+    idle_s: float = Field(
+        120, gt=0, description="work of a device that is silent for so long is dropped"
+    )
 
 
 class CoreSection(Section):
@@ -27,27 +36,47 @@ class CoreSection(Section):
 
     r: int = Field(ge=1, description="rank of the frame; that of the devices' lora.r")
     frame: Text = Field(
-        min_length=1, description="its file; read, or written if it is not there; devices need a copy (lora.frame)"
+        min_length=1,
+        description=(
+            "its file; read, or written if it is not there; devices need a copy (lora.frame)"
+        ),
     )
 
 
 class CloudConfig(Document):
-    """One cloud: the frozen model and what it gives. `CloudConfig.load` reads it from YAML; only `model` must be given."""
+    """One cloud: the frozen model and what it gives. `CloudConfig.load` reads it from YAML; only
+    `model` must be given.
+    """
 
-    model: Text = Field(description="a hub name, a folder, or pkg://package/folder inside an installed package")
-    quantization: Quantization = Field("none", description="of the frozen weights; needs dlora[4bit]")
+    model: Text = Field(
+        description="a hub name, a folder, or pkg://package/folder inside an installed package"
+    )
+    quantization: Quantization = Field(
+        "none", description="of the frozen weights; needs dlora[4bit]"
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     device_map: Text | dict[Text, int | Text] | None = Field(
-        None, description="null, or a word or {module: device} as in transformers: the model over several devices"
+        None,
+        description=(
+            "null, or a word or {module: device} as in transformers: the model over several devices"
+        ),
     )
-    core: CoreSection | None = Field(None, description="for devices with lora.placement core; null: none are served")
+    core: CoreSection | None = Field(
+        None, description="for devices with lora.placement core; null: none are served"
+    )
     limits: LimitsSection = LimitsSection()
-    listen: Text | None = Field(None, description="HOST:PORT; null: all interfaces at the port of this member's address")
-    metrics: Text | None = Field(None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere")
+    listen: Text | None = Field(
+        None, description="HOST:PORT; null: all interfaces at the port of this member's address"
+    )
+    metrics: Text | None = Field(
+        None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere"
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> CloudConfig:
         if self.device_map is not None and self.device != "auto":
-            raise ValueError("device and device_map are two ways to say where the model is; keep one")
+            raise ValueError(
+                "device and device_map are two ways to say where the model is; keep one"
+            )
         return self

@@ -29,9 +29,8 @@ def example(document: type[Config | CloudConfig]) -> str:
     run = document is Config
     head = "a run (dlora simulate, peer, device)" if run else "a cloud (dlora cloud)"
     lines = [f"# Every key of {head} with its default; what has one can be left out."]
-    lines.append(
-        f"# {'To begin, model, data.train, data.eval and peers.count are enough' if run else 'To begin, model is enough'}."
-    )
+    enough = "model, data.train, data.eval and peers.count are" if run else "model is"
+    lines.append(f"# To begin, {enough} enough.")
     return "\n".join([*lines, *_block(document, "")]) + "\n"
 
 

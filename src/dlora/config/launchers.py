@@ -24,6 +24,6 @@ def refuse_ranks(environment: Mapping[str, str]) -> None:
         if size == "SLURM_NTASKS" and int(number) == 0:
             continue  # the batch script itself
         raise ConfigError(
-            f"{launcher} started {count} processes ({rank}={number}, {size}={count}), and dlora simulate is one that holds all"
-            " peers: start it once, or remove these variables"
+            f"{launcher} started {count} processes ({rank}={number}, {size}={count}), and dlora"
+            " simulate is one that holds all peers: start it once, or remove these variables"
         )

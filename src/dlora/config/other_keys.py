@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-# A key as TRL, PEFT, transformers or Axolotl know it -> what to write instead. Keys of this config stand in backticks.
+# A key as TRL, PEFT, transformers or Axolotl know it -> what to write instead. Keys of this config
+# stand in backticks.
 ADVICE = {
     "max_steps": "a run has `train.rounds` times `train.local_steps` steps; set these",
-    "num_train_epochs": "passes are counted between two exchanges: set `train.local_epochs` and `train.rounds`",
-    "epochs": "passes are counted between two exchanges: set `train.local_epochs` and `train.rounds`",
-    "num_epochs": "passes are counted between two exchanges: set `train.local_epochs` and `train.rounds`",
-    "attn_implementation": "there is no such choice: attention is what the model's own config and the device give; remove it",
+    "num_train_epochs": (
+        "passes are counted between two exchanges: set `train.local_epochs` and `train.rounds`"
+    ),
+    "epochs": (
+        "passes are counted between two exchanges: set `train.local_epochs` and `train.rounds`"
+    ),
+    "num_epochs": (
+        "passes are counted between two exchanges: set `train.local_epochs` and `train.rounds`"
+    ),
+    "attn_implementation": (
+        "there is no such choice: attention is what the model's own config and the device give;"
+        " remove it"
+    ),
     "packing": "rows are never packed together; `data.max_length` bounds one row; remove it",
     "sample_packing": "rows are never packed together; `data.max_length` bounds one row; remove it",
     "completion_only_loss": "the loss is always on the answers only; remove it",
@@ -36,7 +46,9 @@ ADVICE = {
     "alpha": "it is called `lora.lora_alpha`",
     "dropout": "it is called `lora.lora_dropout`; the frozen model's is `train.model_dropout`",
     "lora_target_modules": "it is called `lora.target_modules`",
-    "modules_to_save": "a classifier's new head trains with `lora.train_head`; other modules stay frozen",
+    "modules_to_save": (
+        "a classifier's new head trains with `lora.train_head`; other modules stay frozen"
+    ),
     "bf16": "set `dtype` to bfloat16",
     "fp16": "float16 does not exist here; set `dtype` to bfloat16",
     "torch_dtype": "it is called `dtype`: float32 or bfloat16",
@@ -47,7 +59,10 @@ ADVICE = {
     "save_steps": "it is counted in rounds: `save_every`",
     "save_strategy": "it is counted in rounds: `save_every`",
     "logging_steps": "every round is logged; remove it",
-    "report_to": "the log is `output_dir`/log.jsonl, the report beside it; nothing is sent anywhere; remove it",
+    "report_to": (
+        "the log is `output_dir`/log.jsonl, the report beside it; nothing is sent anywhere;"
+        " remove it"
+    ),
     "push_to_hub": "nothing is sent anywhere; upload the adapter folder in `output_dir` yourself",
     "resume_from_checkpoint": "give --resume on the command line",
     "fsdp": "a run has one device a process; remove it",
@@ -59,7 +74,19 @@ ADVICE = {
 
 # Keys that only one of the two kinds of config has, for people who give a program the other kind.
 OF_A_RUN = frozenset(
-    {"task", "pooling", "lora", "data", "train", "peers", "schedule", "split", "eval_every", "eval_peers", "eval_peers_every"}
+    {
+        "task",
+        "pooling",
+        "lora",
+        "data",
+        "train",
+        "peers",
+        "schedule",
+        "split",
+        "eval_every",
+        "eval_peers",
+        "eval_peers_every",
+    }
     | {"per_device_eval_batch_size", "save_every", "compare", "seed", "output_dir"}
 )
 OF_A_CLOUD = frozenset({"device_map", "core", "limits", "listen", "metrics"})

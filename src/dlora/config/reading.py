@@ -1,4 +1,6 @@
-"""How a config is read: YAML, overrides, ${NAME}, and every mistake in it as one line in the user's spelling."""
+"""How a config is read: YAML, overrides, ${NAME}, and every mistake in it as one line in the user's
+spelling.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ def _as_written(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_as_written)]  # a name or a label, which may be a whole number
+# a name or a label, which may be a whole number
+Text = Annotated[str, BeforeValidator(_as_written)]
 
 
 class Section(BaseModel):
     """One block of the YAML: immutable, and every key in it is a known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -45,7 +50,8 @@ class Document(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:
-        """Read a YAML file, apply ``key.sub=value`` overrides, fill in ``${NAME}`` from the environment.
+        """Read a YAML file, apply ``key.sub=value`` overrides, fill in ``${NAME}`` from the
+        environment.
 
         Raises ConfigError naming the key, what came and what was expected.
         """
@@ -54,15 +60,23 @@ class Document(Section):
                 text = file.read(MAX_CHARACTERS + 1)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
-            reason = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else reason
-            raise ConfigError(f"config {_short(path)} cannot be read ({reason}); give the path of a YAML file") from error
+            reason = (
+                f"not UTF-8 at byte {error.start}"
+                if isinstance(error, UnicodeDecodeError)
+                else reason
+            )
+            raise ConfigError(
+                f"config {_short(path)} cannot be read ({reason}); give the path of a YAML file"
+            ) from error
         try:
             tree = read_yaml(text, ConfigLoader)
         except ValueError as error:
             raise ConfigError(f"config {path} is not YAML: {error}") from error
         if not isinstance(tree, dict):
             found = "nothing" if tree is None else f"a {type(tree).__name__}"
-            needed = " and ".join(key for key, field in cls.model_fields.items() if field.is_required())
+            needed = " and ".join(
+                key for key, field in cls.model_fields.items() if field.is_required()
+            )
             raise ConfigError(f"config {path} holds {found}, expected keys such as {needed}")
         for override in overrides:
             _apply_override(tree, override)
@@ -70,11 +84,16 @@ class Document(Section):
 
     @classmethod
     def given(cls, config: Self | str | Path) -> Self:
-        """A config as it is, or the one in a YAML of that path. Raises ConfigError for anything else."""
+        """A config as it is, or the one in a YAML of that path. Raises ConfigError for anything
+        else.
+        """
         if isinstance(config, str | Path):
             return cls.load(config)
         if not isinstance(config, cls):
-            raise ConfigError(f"config: expected a dlora.{cls.__name__} or the path of its YAML, got a {type(config).__name__}")
+            raise ConfigError(
+                f"config: expected a dlora.{cls.__name__} or the path of its YAML, got a"
+                f" {type(config).__name__}"
+            )
         return config
 
     @classmethod
@@ -84,7 +103,9 @@ class Document(Section):
 
     def dump(self) -> str:
         """The resolved YAML: every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
+        )
 
 
 def parse_section(section: type[S], tree: dict[str, Any]) -> S:
@@ -94,14 +115,23 @@ def parse_section(section: type[S], tree: dict[str, Any]) -> S:
     except ValidationError as error:
         mistakes = error.errors()
         if len(other := sorted(_of_another_kind(section).intersection(tree))) > 2:
-            kind, right = ("a run", "a cloud") if "limits" in section.model_fields else ("a cloud", "a run")
+            kind, right = (
+                ("a run", "a cloud") if "limits" in section.model_fields else ("a cloud", "a run")
+            )
             raise ConfigError(
-                f"this is the config of {kind} ({', '.join(other[:4])}, ...), and it is read as that of {right}; give that, or"
-                " write one with: dlora config" + (" --cloud" if right == "a cloud" else "")
+                f"this is the config of {kind} ({', '.join(other[:4])}, ...), and it is read as"
+                f" that of {right}; give that, or write one with: dlora config"
+                + (" --cloud" if right == "a cloud" else "")
             ) from error
-        lines = [*dict.fromkeys(" ".join(_explain(one, section, tree).split()) for one in mistakes[:_MAX_LINES])]
+        lines = [
+            *dict.fromkeys(
+                " ".join(_explain(one, section, tree).split()) for one in mistakes[:_MAX_LINES]
+            )
+        ]
         more = len(mistakes) - _MAX_LINES
-        raise ConfigError("\n".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])) from error
+        raise ConfigError(
+            "\n".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])
+        ) from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -123,7 +153,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _substitute(value: Any, key: str = "") -> Any:
     """Replace every ``${NAME}`` by the environment's value; an unset one is an error."""
     if isinstance(value, dict):
-        return {name: _substitute(inner, f"{key}.{name}".strip(".")) for name, inner in value.items()}
+        return {
+            name: _substitute(inner, f"{key}.{name}".strip(".")) for name, inner in value.items()
+        }
     if isinstance(value, list):
         return [_substitute(inner, key) for inner in value]
     if not isinstance(value, str):
@@ -132,7 +164,9 @@ def _substitute(value: Any, key: str = "") -> Any:
     def look_up(match: re.Match[str]) -> str:
         name = match[1]
         if name not in os.environ:
-            raise ConfigError(f"{key} uses ${{{name}}}, which is not set in the environment; export {name}=...")
+            raise ConfigError(
+                f"{key} uses ${{{name}}}, which is not set in the environment; export {name}=..."
+            )
         return os.environ[name]
 
     return re.sub(r"\$\{(\w+)\}", look_up, value)
@@ -146,17 +180,30 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
     depth = 0
     while depth < len(path) - 1 and (inner := section_of(section, path[depth])):
         section, depth = inner, depth + 1
-    form = next((at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None)
-    if form is not None:  # a key with several forms: pydantic names the form, and each of them complains
+    form = next(
+        (at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None
+    )
+    # a key with several forms: pydantic names the form, and each of them complains
+    if form is not None:
         for part in mistake["loc"][:form]:
             tree = tree[part]
-        return f"{'.'.join(path[:form])}: expected {section.model_fields[path[depth]].description}; got {_short(repr(tree))}"
+        return (
+            f"{'.'.join(path[:form])}: expected {section.model_fields[path[depth]].description};"
+            f" got {_short(repr(tree))}"
+        )
     if mistake["type"] == "extra_forbidden":
         return f"{key} is not a key; {_advice(path[-1], section, root)}"
     if mistake["type"] == "missing":
-        return f"{key} is missing: {section.model_fields[path[depth]].description or 'the config must have it'}"
+        return (
+            f"{key} is missing:"
+            f" {section.model_fields[path[depth]].description or 'the config must have it'}"
+        )
     message = mistake["msg"].removeprefix("Value error, ").replace(" after validation", "")
-    message = re.sub(r"valid dictionary or instance of \w+", "block of keys", re.sub(r"[Tt]uple", "list", message))
+    message = re.sub(
+        r"valid dictionary or instance of \w+",
+        "block of keys",
+        re.sub(r"[Tt]uple", "list", message),
+    )
     if isinstance(mistake["input"], dict):
         return f"{key}: {message}".removeprefix(": ")
     message = message if message.startswith("YAML") else f"{message[0].lower()}{message[1:]}"
@@ -165,7 +212,13 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
 
 def _of_another_kind(root: type[Section]) -> frozenset[str]:
     """Keys that only the other kind of config has."""
-    return OF_A_RUN if "limits" in root.model_fields else OF_A_CLOUD if "train" in root.model_fields else frozenset()
+    return (
+        OF_A_RUN
+        if "limits" in root.model_fields
+        else OF_A_CLOUD
+        if "train" in root.model_fields
+        else frozenset()
+    )
 
 
 def _advice(key: str, section: type[Section], root: type[Section]) -> str:

@@ -38,8 +38,14 @@ class _Bounded(Composer):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                where = f"in line {line}" if lines[key.value] == line else f"in line {lines[key.value]} and in line {line}"
-                raise yaml.MarkedYAMLError(problem=f"a key stands twice: {key.value[:80]}, {where}; keep one of them")
+                where = (
+                    f"in line {line}"
+                    if lines[key.value] == line
+                    else f"in line {lines[key.value]} and in line {line}"
+                )
+                raise yaml.MarkedYAMLError(
+                    problem=f"a key stands twice: {key.value[:80]}, {where}; keep one of them"
+                )
             lines[key.value] = line
         return node
 
@@ -55,17 +61,29 @@ def _count(node: yaml.Node, counted: dict[int, tuple[int, int]]) -> tuple[int, i
     """The values in a node and how deep they lie, an alias counted as what it stands for."""
     if id(node) in counted:
         if counted[id(node)] == (0, 0):
-            raise yaml.MarkedYAMLError(problem="an alias stands for a block that holds it", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="an alias stands for a block that holds it", problem_mark=node.start_mark
+            )
         return counted[id(node)]
     counted[id(node)] = 0, 0  # under way
     total, depth = 1, 1
     if isinstance(node, yaml.CollectionNode):
-        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        parts = (
+            [part for pair in node.value for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
         for inner_total, inner_depth in [_count(part, counted) for part in parts]:
             total, depth = total + inner_total, max(depth, 1 + inner_depth)
     if total > _MAX_VALUES or depth > _MAX_DEPTH:
-        what = f"more than {_MAX_VALUES:,} values" if total > _MAX_VALUES else f"blocks more than {_MAX_DEPTH} deep"
-        raise yaml.MarkedYAMLError(problem=f"with its aliases it stands for {what}", problem_mark=node.start_mark)
+        what = (
+            f"more than {_MAX_VALUES:,} values"
+            if total > _MAX_VALUES
+            else f"blocks more than {_MAX_DEPTH} deep"
+        )
+        raise yaml.MarkedYAMLError(
+            problem=f"with its aliases it stands for {what}", problem_mark=node.start_mark
+        )
     counted[id(node)] = total, depth
     return total, depth
 
@@ -77,7 +95,8 @@ class TextLoader(_Bounded, yaml.BaseLoader):
 class ConfigLoader(_Bounded, yaml.SafeLoader):
     """Numbers, true, false and null; all else is text.
 
-    YAML 1.1, which PyYAML reads, takes no and off for false, 010 for 8, 1_0 for 10, 1:30 for 90, and 1e-3 for text.
+    YAML 1.1, which PyYAML reads, takes no and off for false, 010 for 8, 1_0 for 10, 1:30 for 90,
+    and 1e-3 for text.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
@@ -99,7 +118,9 @@ for _tag, _pattern, _first in (
     ("null", r"(?:~|null|Null|NULL|)\Z", ["~", "n", "N", ""]),
     ("merge", r"<<\Z", "<"),
 ):
-    ConfigLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+    ConfigLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first)
+    )
 ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.whole_number)
 
 
@@ -110,4 +131,6 @@ def read_yaml(text: str, loader: type[TextLoader | ConfigLoader]) -> Any:
     try:
         return yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ValueError(" ".join(str(error).replace('in "<unicode string>",', "at").split())) from error
+        raise ValueError(
+            " ".join(str(error).replace('in "<unicode string>",', "at").split())
+        ) from error

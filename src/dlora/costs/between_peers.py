@@ -14,7 +14,18 @@ from dlora.run.manifest import manifest_text
 from dlora.run.messages import REDUCTION, message_bytes
 from dlora.run.prepare import Prepared
 from dlora.wire.peer.codec import encode_frame
-from dlora.wire.peer.frames import MAX_CHUNK_BYTES, SIGNATURE_BYTES, Chunk, Decided, Frame, Have, Hello, Offer, Status, Want
+from dlora.wire.peer.frames import (
+    MAX_CHUNK_BYTES,
+    SIGNATURE_BYTES,
+    Chunk,
+    Decided,
+    Frame,
+    Have,
+    Hello,
+    Offer,
+    Status,
+    Want,
+)
 
 _HASH = "0" * 64
 _SIGNATURE = bytes(SIGNATURE_BYTES)
@@ -30,7 +41,8 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
     hello = Hello(_HASH, manifest_text(prepared.manifest | {"rounds": rounds}), 0, _HASH)
     pairs = {edge for round in range(topology.period) for edge in topology.edges(round)}
     for edge in pairs:
-        statuses = [Status(round) for round in (0, *range(rounds), rounds, rounds + 1)]  # one when the link comes up
+        # one when the link comes up
+        statuses = [Status(round) for round in (0, *range(rounds), rounds, rounds + 1)]
         count[edge] += 2 * _bytes([hello, *statuses])
     names = sent_names(prepared, partial(message_bytes, prepared, round_message(0)))
     kinds: dict[frozenset[str], int] = {}  # messages that hold the same tensors cost the same
@@ -40,7 +52,12 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
             for end in edge:
                 sent = frozenset(name for name in names[end][round] if rule.sends(name, round))
                 if sent not in kinds:
-                    kinds[sent] = _bytes(transfer(round_message(round), message_bytes(prepared, round_message(round), sent)))
+                    kinds[sent] = _bytes(
+                        transfer(
+                            round_message(round),
+                            message_bytes(prepared, round_message(round), sent),
+                        )
+                    )
                 count[edge] += kinds[sent]
     for edge in tree_edges(topology):
         for message in REDUCTION:
@@ -59,7 +76,11 @@ def transfer(message: str, num_bytes: int) -> Iterator[Frame]:
 def tree_edges(topology: Topology) -> list[tuple[int, int]]:
     """The edges of the final reduction."""
     parents = {peer: topology.tree(peer)[0] for peer in range(topology.num_peers)}
-    return [(min(peer, parent), max(peer, parent)) for peer, parent in parents.items() if parent is not None]
+    return [
+        (min(peer, parent), max(peer, parent))
+        for peer, parent in parents.items()
+        if parent is not None
+    ]
 
 
 def _bytes(frames: Iterable[Frame]) -> int:

@@ -1,4 +1,6 @@
-"""What a schedule lets each peer send in a round, before it runs: the tensors, or the most that they can be."""
+"""What a schedule lets each peer send in a round, before it runs: the tensors, or the most that
+they can be.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +13,46 @@ from dlora.run.prepare import Prepared
 CHOSEN = ("kr", "probe")  # by scores, which nobody knows before the run
 
 
-def sent_names(prepared: Prepared, num_bytes: Callable[[Collection[str]], int]) -> list[list[Collection[str]]]:
-    """Of each peer and round, the names in its message; ``num_bytes`` is a message's length by its names.
+def sent_names(
+    prepared: Prepared, num_bytes: Callable[[Collection[str]], int]
+) -> list[list[Collection[str]]]:
+    """Of each peer and round, the names in its message; ``num_bytes`` is a message's length by its
+    names.
 
-    Exact for what is named or drawn. Where scores choose, the sets are unknown: then it is a message that none of the schedule
-    can exceed. A peer whose data are elsewhere is taken to make as many local steps as the one that is here.
+    Exact for what is named or drawn. Where scores choose, the sets are unknown: then it is a
+    message that none of the schedule can exceed. A peer whose data are elsewhere is taken to make
+    as many local steps as the one that is here.
     """
     config, count = prepared.config, prepared.topology.num_peers
-    own_steps = prepared.local_steps if len(prepared.local_steps) == count else prepared.local_steps[:1] * count
+    own_steps = (
+        prepared.local_steps
+        if len(prepared.local_steps) == count
+        else prepared.local_steps[:1] * count
+    )
     everything = frozenset(prepared.trained)
     if config.schedule.kind == "all":
         return [[everything] * config.train.rounds] * count
     tensors = [
-        {name for name in everything if name.rpartition(".")[0] in unit.modules} for unit in prepared.units
+        {name for name in everything if name.rpartition(".")[0] in unit.modules}
+        for unit in prepared.units
     ]  # of each unit
     outside = everything.difference(*tensors)
     bare = num_bytes(outside)
     weight = [num_bytes(outside | names) - bare for names in tensors]
     rounds: dict[int, list[Collection[str]]] = {}
     for steps in set(own_steps):
-        [schedule] = schedule_units(config.schedule, prepared.units, config.lora, config.seed, ["any"]).schedules
+        [schedule] = schedule_units(
+            config.schedule, prepared.units, config.lora, config.seed, ["any"]
+        ).schedules
         units = [_of_round(schedule, steps, weight) for _ in range(config.train.rounds)]
         rounds[steps] = [outside.union(*(tensors[unit] for unit in chosen)) for chosen in units]
     return [rounds[steps] for steps in own_steps]
 
 
 def _of_round(schedule: Schedule, steps: int, weight: list[int]) -> frozenset[int]:
-    """The units that take part in the next ``steps`` local steps; ``weight``: what each adds to a message, in bytes."""
+    """The units that take part in the next ``steps`` local steps; ``weight``: what each adds to a
+    message, in bytes.
+    """
     known, unknown = frozenset[int](), 0
     chosen = schedule.section.kind in CHOSEN
     for _ in range(steps):
@@ -51,7 +66,9 @@ def _of_round(schedule: Schedule, steps: int, weight: list[int]) -> frozenset[in
 
 
 def _heaviest(schedule: Schedule, budget: float, weight: list[int]) -> frozenset[int]:
-    """Units that weigh at least as much as any that cost at most ``budget``: the best by weight and cost, the last in part."""
+    """Units that weigh at least as much as any that cost at most ``budget``: the best by weight and
+    cost, the last in part.
+    """
     taken, cost = [], 0
     for unit in sorted(schedule.units, key=lambda unit: -weight[unit] / schedule.costs[unit]):
         if cost >= budget:

@@ -13,7 +13,8 @@ from dlora.split.device.parts import Request, begin_of, row_ranges
 from dlora.split.tensors import bits
 from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, Done, HandOff, SplitFrame, Values
 
-FAR = 1 << 13  # a call's number as it is long into a run: a frame grows by a byte for every 7 bits of it
+# a call's number as it is long into a run: a frame grows by a byte for every 7 bits of it
+FAR = 1 << 13
 
 
 def frames_of(
@@ -28,7 +29,9 @@ def frames_of(
 
     ``widths``: of embedded tokens, of hidden. ``units``: as in `Begin`.
     """
-    active = [number for number in range(len(agreement.groups)) if not units or units[number] == ACTIVE]
+    active = [
+        number for number in range(len(agreement.groups)) if not units or units[number] == ACTIVE
+    ]
     embedding_width, hidden_width = widths
     ranges = row_ranges(len(request.mask), min(len(request.mask), pipeline))
     for part, rows in enumerate(ranges):

@@ -1,4 +1,6 @@
-"""What the conversation with a cloud will cost: bytes down and up, round trips, by a count of every step's frames."""
+"""What the conversation with a cloud will cost: bytes down and up, round trips, by a count of every
+step's frames.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,17 @@ from dlora.split.device.body import hidden_width
 from dlora.split.device.half import Half
 from dlora.split.device.parts import Request
 from dlora.wire.split.codec import split_num_bytes
-from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, Done, Open, Opened, SplitFrame, Values
+from dlora.wire.split.frames import (
+    ACTIVE,
+    FIRST_VERSION,
+    LEFT_OUT,
+    Begin,
+    Done,
+    Open,
+    Opened,
+    SplitFrame,
+    Values,
+)
 
 LINES_MBIT_S = (4, 20, 100)
 _DOWN = ("input", "hidden", "update-gradient")
@@ -42,12 +54,16 @@ class Chooses(Protocol):
         """A step is done."""
 
 
-def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses] | None = None) -> dict[str, Any]:
-    """Of the device ``own``, with neighbours or without, or of a simulation of all, in a run in which nothing fails.
+def split_costs(
+    prepared: Prepared, own: str | None, schedules: Sequence[Chooses] | None = None
+) -> dict[str, Any]:
+    """Of the device ``own``, with neighbours or without, or of a simulation of all, in a run in
+    which nothing fails.
 
-    ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes`` embedded tokens, hidden states
-    and their gradients; both of training, both ways. ``scoring_bytes`` are those of all evaluations. ``schedules``: one a
-    participant; by default the config's, for which all units are worth the same: what kr and probe will find is not known
+    ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes``
+    embedded tokens, hidden states and their gradients; both of training, both ways.
+    ``scoring_bytes`` are those of all evaluations. ``schedules``: one a participant; by default the
+    config's, for which all units are worth the same: what kr and probe will find is not known
     ahead, so ``about`` says that a run may move some per cent more or less.
     """
     config, half, split = prepared.config, prepared.half, prepared.config.split
@@ -57,15 +73,22 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
     if schedules is None:
         section = config.schedule
         schedules = (
-            schedule_units(section, prepared.units, config.lora, config.seed, prepared.names).schedules
+            schedule_units(
+                section, prepared.units, config.lora, config.seed, prepared.names
+            ).schedules
             if prepared.units
             else ()
         )
     names = prepared.topology.names
     held: dict[int, object] = {}  # of the link, which all participants of a simulation share
-    devices = [_Device(half, config, held, schedules[index] if schedules else None) for index in range(len(prepared.names))]
-    alone = own is None or not config.peers.members  # and a device with neighbours has no average before the end
-    mean = _Average(half, config, held if alone else {}, devices)  # and others' factors in it, which were never handed off
+    devices = [
+        _Device(half, config, held, schedules[index] if schedules else None)
+        for index in range(len(prepared.names))
+    ]
+    # and a device with neighbours has no average before the end
+    alone = own is None or not config.peers.members
+    # and others' factors in it, which were never handed off
+    mean = _Average(half, config, held if alone else {}, devices)
     trained, steps, tokens, round_trips = Counter[str](), 0, 0, 0
     scored = _scored(prepared, [mean] if alone else [])
     for round in range(config.train.rounds):
@@ -79,14 +102,27 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
                 device.step()
                 steps += 1
         for device, name in zip(devices, prepared.names, strict=True):
-            near = [names[other] for other in prepared.topology.neighbours(names.index(name), round)]
-            here = [other.in_round for other, its_name in zip(devices, prepared.names, strict=True) if its_name in near]
-            device.mixed(frozenset().union(*here) if here else device.in_round if near else frozenset())
+            near = [
+                names[other] for other in prepared.topology.neighbours(names.index(name), round)
+            ]
+            here = [
+                other.in_round
+                for other, its_name in zip(devices, prepared.names, strict=True)
+                if its_name in near
+            ]
+            device.mixed(
+                frozenset().union(*here) if here else device.in_round if near else frozenset()
+            )
         for device in devices:
             device.in_round = frozenset()
-        scored += _scored(prepared, (_scored_after if alone else _scored_by_itself)(config, round + 1, mean, devices))
+        scored += _scored(
+            prepared,
+            (_scored_after if alone else _scored_by_itself)(config, round + 1, mean, devices),
+        )
     opening = split_num_bytes(Open(proposal_text(half.facts, half.agreement)), split.wire)
-    total = Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)}) + trained + scored
+    total = (
+        Counter[str]({"up": opening, "down": split_num_bytes(_LINK, split.wire)}) + trained + scored
+    )
     return {
         "wire": split.wire,
         **({"about": True} if about else {}),
@@ -102,19 +138,31 @@ def split_costs(prepared: Prepared, own: str | None, schedules: Sequence[Chooses
         "down_bytes": total["down"],
         "up_bytes": total["up"],
         "cloud_bytes": total["down"] + total["up"],
-        "seconds_on_the_line": {f"{line} Mbit/s": max(total["down"], total["up"]) * 8 / (line * 1e6) for line in LINES_MBIT_S},
+        "seconds_on_the_line": {
+            f"{line} Mbit/s": max(total["down"], total["up"]) * 8 / (line * 1e6)
+            for line in LINES_MBIT_S
+        },
     }
 
 
 class _Device:
-    """One participant's frames: which units it has killed, and which of them the cloud has been handed.
+    """One participant's frames: which units it has killed, and which of them the cloud has been
+    handed.
 
-    ``held``: of a link, which content of each group went over it last. A content is any object; another one has another.
+    ``held``: of a link, which content of each group went over it last. A content is any object;
+    another one has another.
     """
 
-    def __init__(self, half: Half, config: Config, held: dict[int, object], schedule: Chooses | None) -> None:
+    def __init__(
+        self, half: Half, config: Config, held: dict[int, object], schedule: Chooses | None
+    ) -> None:
         assert config.split is not None
-        self.half, self.pipeline, self.held, self.schedule = half, config.split.pipeline, held, schedule
+        self.half, self.pipeline, self.held, self.schedule = (
+            half,
+            config.split.pipeline,
+            held,
+            schedule,
+        )
         self.drops = config.schedule.on_kill == "drop"
         self._trained = frozenset[int]()  # units that are not zero any more
         self.in_round = frozenset[int]()  # units active in a local step of the round under way
@@ -123,7 +171,11 @@ class _Device:
     @property
     def active(self) -> frozenset[int]:
         """Groups that the device is asked for."""
-        return frozenset(range(len(self.half.agreement.groups))) if self.schedule is None else self.schedule.active
+        return (
+            frozenset(range(len(self.half.agreement.groups)))
+            if self.schedule is None
+            else self.schedule.active
+        )
 
     def has_trained(self, unit: int) -> bool:
         """Whether its factors have left zero."""
@@ -142,7 +194,9 @@ class _Device:
             self.schedule.observe({})
 
     def mixed(self, heard: frozenset[int]) -> None:
-        """A round ends: what both this end and a neighbour trained in it is another, killed since or not."""
+        """A round ends: what both this end and a neighbour trained in it is another, killed since
+        or not.
+        """
         self._change(self.in_round & heard)
 
     def _change(self, units: frozenset[int]) -> None:
@@ -150,15 +204,28 @@ class _Device:
             self._contents[unit] = object()
 
     def bytes_of(self, batch: Batch, keep: bool) -> Counter[str]:
-        """What a batch moves, on its way there and, with ``keep``, back: down and up, adapter and boundary."""
+        """What a batch moves, on its way there and, with ``keep``, back: down and up, adapter and
+        boundary.
+        """
         half = self.half
         mask = batch.attention_mask != 0
         half.body.loss_positions = None
         if half.model.loss_positions and batch.labels.dim() == 2:
             half.body.loss_positions = F.pad(batch.labels[:, 1:] != -100, (0, 1))
-        needed, positions = half.body.needed(mask, batch.input_ids), half.body.positions(batch.input_ids, mask)
+        needed, positions = (
+            half.body.needed(mask, batch.input_ids),
+            half.body.positions(batch.input_ids, mask),
+        )
         seed = (1 << 61) + 1 if keep and half.body.drops else None
-        request = Request(torch.zeros(1, 1, 1).expand(*mask.shape, 1), mask, needed, batch.token_type_ids, positions, seed, ())
+        request = Request(
+            torch.zeros(1, 1, 1).expand(*mask.shape, 1),
+            mask,
+            needed,
+            batch.token_type_ids,
+            positions,
+            seed,
+            (),
+        )
         widths = half.facts["embedding_width"], hidden_width(half.body.config)
         frames: list[SplitFrame] = []
         units = self._units(frames)
@@ -167,7 +234,9 @@ class _Device:
         for frame in frames:
             num_bytes = split_num_bytes(frame, half.agreement.wire)
             down = isinstance(frame, Done) or (isinstance(frame, Values) and frame.what in _DOWN)
-            boundary = isinstance(frame, Begin | Done) or (isinstance(frame, Values) and frame.what in _BOUNDARY)
+            boundary = isinstance(frame, Begin | Done) or (
+                isinstance(frame, Values) and frame.what in _BOUNDARY
+            )
             count["down" if down else "up"] += num_bytes
             count["boundary" if boundary else "adapter"] += num_bytes
         return count
@@ -194,9 +263,13 @@ class _Device:
 
 
 class _Average(_Device):
-    """What is scored of several participants: all that any has active is asked for, the rest is handed off."""
+    """What is scored of several participants: all that any has active is asked for, the rest is
+    handed off.
+    """
 
-    def __init__(self, half: Half, config: Config, held: dict[int, object], devices: Sequence[_Device]) -> None:
+    def __init__(
+        self, half: Half, config: Config, held: dict[int, object], devices: Sequence[_Device]
+    ) -> None:
         super().__init__(half, config, held, None)
         self.devices = devices
 
@@ -209,7 +282,8 @@ class _Average(_Device):
 
     def content(self, unit: int) -> object:
         contents = [device.content(unit) for device in self.devices]
-        return contents[0] if len(contents) == 1 else tuple(contents)  # of one participant the average is its own
+        # of one participant the average is its own
+        return contents[0] if len(contents) == 1 else tuple(contents)
 
 
 def _scoring(prepared: Prepared) -> Iterator[Batch]:
@@ -229,8 +303,12 @@ def _scored(prepared: Prepared, devices: Sequence[_Device]) -> Counter[str]:
     return count
 
 
-def _scored_after(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
-    """Who goes through the evaluation rows after so many rounds: the average, and where due those of several on their own."""
+def _scored_after(
+    config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]
+) -> list[_Device]:
+    """Who goes through the evaluation rows after so many rounds: the average, and where due those
+    of several on their own.
+    """
     last = rounds_done == config.train.rounds
     own = last or _due(config.eval_peers_every, rounds_done)
     if not own and not _due(config.eval_every, rounds_done):
@@ -239,8 +317,12 @@ def _scored_after(config: Config, rounds_done: int, mean: _Device, devices: Sequ
     return [mean, *(devices[peer] for peer in chosen)]
 
 
-def _scored_by_itself(config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]) -> list[_Device]:
-    """Likewise of a device with neighbours: itself in between, itself and the average of all at the end."""
+def _scored_by_itself(
+    config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]
+) -> list[_Device]:
+    """Likewise of a device with neighbours: itself in between, itself and the average of all at the
+    end.
+    """
     own = [devices[peer] for peer in scored_peers(config, len(devices))]
     if rounds_done == config.train.rounds:
         return [*own, mean]

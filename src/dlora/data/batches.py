@@ -15,7 +15,9 @@ from dlora.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right: ids, mask, type ids (examples, tokens) int64; labels alike, or (examples,)."""
+    """Examples padded on the right: ids, mask, type ids (examples, tokens) int64; labels alike, or
+    (examples,).
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -29,11 +31,15 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
-    """Pad to the longest on the right: ids with `pad_token_id`, label lists with -100, type ids with 0."""
+    """Pad to the longest on the right: ids with `pad_token_id`, label lists with -100, type ids
+    with 0.
+    """
     longest = max(len(example.input_ids) for example in examples)
 
     def padded(rows: Sequence[list[int]], filler: int) -> Tensor:
-        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], dtype=torch.int64)
+        return torch.tensor(
+            [row + [filler] * (longest - len(row)) for row in rows], dtype=torch.int64
+        )
 
     ids = [example.input_ids for example in examples]
     classes = [example.labels for example in examples if isinstance(example.labels, int)]
@@ -45,7 +51,9 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 class BatchStream:
-    """One peer's endless order of examples: a permutation a pass, a pure function of (seed, name, position)."""
+    """One peer's endless order of examples: a permutation a pass, a pure function of (seed, name,
+    position).
+    """
 
     def __init__(self, num_examples: int, seed: int, name: str) -> None:
         """The order of `num_examples` (at least 1) for the peer called `name`."""

@@ -1,4 +1,6 @@
-"""A chat as the tokenizer's template writes it: which of its characters and tokens are the answers."""
+"""A chat as the tokenizer's template writes it: which of its characters and tokens are the
+answers.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,24 @@ _ROLES = {
 
 
 def encode_chat(
-    messages: Any, place: str, tokenizer: Any, tools: Any = None, fold_system: bool = False, first: int = 0
+    messages: Any,
+    place: str,
+    tokenizer: Any,
+    tools: Any = None,
+    fold_system: bool = False,
+    first: int = 0,
 ) -> tuple[list[int], list[bool]]:
-    """The tokens of a chat, and for each whether it belongs to an answer: a turn of the assistant from turn ``first`` on.
+    """The tokens of a chat, and for each whether it belongs to an answer: a turn of the assistant
+    from turn ``first`` on.
 
-    ``tools`` is a list of functions or its JSON, for the template; ``fold_system`` writes the system turn into the first
-    of the user. Raises DataError naming ``place``: no template, turns that are none, a template that refuses or leaves out.
+    ``tools`` is a list of functions or its JSON, for the template; ``fold_system`` writes the
+    system turn into the first of the user. Raises DataError naming ``place``: no template, turns
+    that are none, a template that refuses or leaves out.
     """
     if not tokenizer.chat_template:
         raise DataError(
-            f"{place}: this is a chat, and the tokenizer of this model has no chat template; take a model that has one, or"
-            " write the columns prompt and completion"
+            f"{place}: this is a chat, and the tokenizer of this model has no chat template; take a"
+            " model that has one, or write the columns prompt and completion"
         )
     turns = _checked(messages, place, first)
     functions = _functions(tools, place)
@@ -41,7 +50,9 @@ def encode_chat(
         turns, first = _folded(turns, place), max(0, first - 1)
 
     def render(turns: Messages, prompt: bool = False, functions: Any = functions) -> str:
-        text = tokenizer.apply_chat_template(turns, tools=functions, tokenize=False, add_generation_prompt=prompt)
+        text = tokenizer.apply_chat_template(
+            turns, tools=functions, tokenize=False, add_generation_prompt=prompt
+        )
         return str(text)
 
     try:
@@ -49,28 +60,44 @@ def encode_chat(
         whole = render(turns)
         _check_written(turns, functions, whole, render, place)
         if not first and re.search(r"\{%-?\s*generation\b", str(tokenizer.chat_template)):
-            marked = tokenizer.apply_chat_template(turns, tools=functions, return_dict=True, return_assistant_tokens_mask=True)
-            ids, learn = list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
+            marked = tokenizer.apply_chat_template(
+                turns, tools=functions, return_dict=True, return_assistant_tokens_mask=True
+            )
+            ids, learn = (
+                list(marked["input_ids"]),
+                [bool(mark) for mark in marked["assistant_masks"]],
+            )
         else:
             ids, learn = _by_text(whole, _answers(turns, whole, render, first), tokenizer)
     except DataError:
         raise
     except Exception as error:  # a template raises what it likes
         reason = " ".join(str(error).split())
-        raise DataError(f"{place}: the chat template refuses these messages: {reason}{_advice(turns, render)}") from error
+        raise DataError(
+            f"{place}: the chat template refuses these messages: {reason}{_advice(turns, render)}"
+        ) from error
     if not any(learn):
-        raise DataError(f"{place}: the chat template marks no token as the assistant's; remove the row")
+        raise DataError(
+            f"{place}: the chat template marks no token as the assistant's; remove the row"
+        )
     return ids, learn
 
 
 def from_sharegpt(turns: Any, place: str) -> Any:
-    """Turns of {from, value} as messages of {role, content}; turns that are messages already stay as they are."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns):
+    """Turns of {from, value} as messages of {role, content}; turns that are messages already stay
+    as they are.
+    """
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in turns
+    ):
         return turns
     for number, turn in enumerate(turns, start=1):
         if turn["from"] not in _ROLES:
             known = ", ".join(_ROLES)
-            raise DataError(f"{place}: turn {number} of conversations is from {turn['from']!r}; known are {known}")
+            raise DataError(
+                f"{place}: turn {number} of conversations is from {turn['from']!r}; known are"
+                f" {known}"
+            )
     return [{"role": _ROLES[turn["from"]], "content": turn["value"]} for turn in turns]
 
 
@@ -84,12 +111,18 @@ def _checked(messages: Any, place: str, first: int) -> Messages:
         kept = {key: value for key, value in turn.items() if value is not None or key == "content"}
         calls = isinstance(kept.get("tool_calls"), list) and bool(kept["tool_calls"])
         content = kept.get("content")
-        if not isinstance(kept.get("role"), str) or not (isinstance(content, str) or content is None and calls):
-            found = f"turn {number} has the role {kept.get('role')!r} and as content {_kind(content)}"
+        if not isinstance(kept.get("role"), str) or not (
+            isinstance(content, str) or content is None and calls
+        ):
+            found = (
+                f"turn {number} has the role {kept.get('role')!r} and as content {_kind(content)}"
+            )
             raise DataError(f"{place}: {shape} (content is null only beside tool_calls); {found}")
         turns.append(kept)
     if not any(turn["role"] == "assistant" for turn in turns[first:]):
-        raise DataError(f"{place}: messages has no turn of the assistant, so nothing to learn; remove the row")
+        raise DataError(
+            f"{place}: messages has no turn of the assistant, so nothing to learn; remove the row"
+        )
     return turns
 
 
@@ -103,21 +136,32 @@ def _functions(tools: Any, place: str) -> Any:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{place}: tools is no JSON ({error}); expected a list of functions") from error
-    if not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise DataError(
+                f"{place}: tools is no JSON ({error}); expected a list of functions"
+            ) from error
+    if not (
+        tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    ):
         raise DataError(f"{place}: tools is a {type(tools).__name__}; expected a list of functions")
     return tools or None
 
 
 def _folded(turns: Messages, place: str) -> Messages:
-    """The system turn at the beginning of the first turn of the user, a blank line between, as Gemma's own template has it."""
+    """The system turn at the beginning of the first turn of the user, a blank line between, as
+    Gemma's own template has it.
+    """
     if len(turns) < 2 or turns[1]["role"] != "user":
-        raise DataError(f"{place}: data.fold_system needs a turn of the user after that of the system; remove the row")
+        raise DataError(
+            f"{place}: data.fold_system needs a turn of the user after that of the system; remove"
+            " the row"
+        )
     return [{**turns[1], "content": f"{turns[0]['content']}\n\n{turns[1]['content']}"}, *turns[2:]]
 
 
 def _with_contents(turns: Messages, render: Render) -> Messages:
-    """The turns as they are, or "" for a content of null where the template writes or refuses None."""
+    """The turns as they are, or "" for a content of null where the template writes or refuses
+    None.
+    """
     if all(turn.get("content") is not None for turn in turns):
         return turns
     filled = [{**turn, "content": turn.get("content") or ""} for turn in turns]
@@ -129,22 +173,37 @@ def _with_contents(turns: Messages, render: Render) -> Messages:
 
 def _check_written(turns: Messages, functions: Any, whole: str, render: Render, place: str) -> None:
     """What the template leaves out would be missing in training, and nobody would see it."""
-    if turns[0]["role"] == "system" and turns[0]["content"].strip() and turns[1:] and render(turns[1:]) == whole:
+    if (
+        turns[0]["role"] == "system"
+        and turns[0]["content"].strip()
+        and turns[1:]
+        and render(turns[1:]) == whole
+    ):
         raise DataError(f"{place}: the chat template leaves out the turn of the system; {_FOLD}")
     if functions and render(turns, functions=None) == whole:
-        raise DataError(f"{place}: the chat template leaves out the tools; take a model that knows them, or remove them")
+        raise DataError(
+            f"{place}: the chat template leaves out the tools; take a model that knows them, or"
+            " remove them"
+        )
     for call in (call for turn in turns for call in turn.get("tool_calls", ())):
         name = _called(call).get("name")
         if not isinstance(name, str) or name not in whole:
             what = f"the chat template does not write the call of {name!r}"
-            raise DataError(f"{place}: {what}; take a model that knows tool_calls, or write the call as content")
+            raise DataError(
+                f"{place}: {what}; take a model that knows tool_calls, or write the call as content"
+            )
 
 
-_FOLD = "set data.fold_system: true to write it at the beginning of the first turn of the user, or remove it"
+_FOLD = (
+    "set data.fold_system: true to write it at the beginning of the first turn of the user, or"
+    " remove it"
+)
 
 
 def _advice(turns: Messages, render: Render) -> str:
-    """What to do about a template that refuses: whether it is the system turn alone that it does not take."""
+    """What to do about a template that refuses: whether it is the system turn alone that it does
+    not take.
+    """
     if turns[0]["role"] != "system" or not turns[1:]:
         return ""
     try:
@@ -161,17 +220,22 @@ def _called(call: Any) -> dict[str, Any]:
 
 
 def _answers(turns: Messages, whole: str, render: Render, first: int) -> list[tuple[int, int]]:
-    """Where the answers begin and end in ``whole``: what the chat with each has more than the chat before it.
+    """Where the answers begin and end in ``whole``: what the chat with each has more than the chat
+    before it.
 
-    A template that shows an answer otherwise once others follow (Qwen3 drops what was thought) is asked where it put them.
+    A template that shows an answer otherwise once others follow (Qwen3 drops what was thought) is
+    asked where it put them.
     """
     answers = [turn for turn in range(first, len(turns)) if turns[turn]["role"] == "assistant"]
     spans = []
     for turn in answers:
-        before = render(turns[:turn], prompt=True) if turn else ""  # a template takes at least one turn
+        # a template takes at least one turn
+        before = render(turns[:turn], prompt=True) if turn else ""
         after = render(turns[: turn + 1])
         if not (whole.startswith(before) and whole.startswith(after)):
-            marked = _by_marks(turns, whole, render, answers, False) or _by_marks(turns, whole, render, answers, True)
+            marked = _by_marks(turns, whole, render, answers, False) or _by_marks(
+                turns, whole, render, answers, True
+            )
             if marked is None:
                 rewrites = f"it rewrites earlier turns, so turn {turn + 1} cannot be told apart"
                 raise ValueError(f"{rewrites}; take one answer a row")
@@ -180,8 +244,11 @@ def _answers(turns: Messages, whole: str, render: Render, first: int) -> list[tu
     return spans
 
 
-def _by_marks(turns: Messages, whole: str, render: Render, answers: list[int], strip: bool) -> list[tuple[int, int]] | None:
-    """The same from the whole chat, rendered with a mark at the end of each answer; None where marks change more than that.
+def _by_marks(
+    turns: Messages, whole: str, render: Render, answers: list[int], strip: bool
+) -> list[tuple[int, int]] | None:
+    """The same from the whole chat, rendered with a mark at the end of each answer; None where
+    marks change more than that.
 
     ``strip``: for templates that cut the blanks at the end of a content.
     """
@@ -215,7 +282,9 @@ def _by_marks(turns: Messages, whole: str, render: Render, answers: list[int], s
     return spans if whole[done:] == text else None
 
 
-def _by_text(whole: str, spans: list[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _by_text(
+    whole: str, spans: list[tuple[int, int]], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
     """The tokens of ``whole``, and which of them lie in the spans (of characters)."""
     prefixes = [whole[:at] for span in spans for at in span]
     ids, *cut = tokenizer([whole, *prefixes], add_special_tokens=False)["input_ids"]

@@ -1,4 +1,6 @@
-"""What a user should know of the examples: how much was cut, what is scored on that was trained on."""
+"""What a user should know of the examples: how much was cut, what is scored on that was trained
+on.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,16 @@ from typing import Any
 from dlora.config.run import DataSection
 from dlora.data.formats import IGNORED, Example
 
-_LEAK = 0.05  # share of evaluation rows from which on it is said; short texts stand twice in honest data too
+# share of evaluation rows from which on it is said; short texts stand twice in honest data too
+_LEAK = 0.05
 
 
 def cut_counts(examples: Iterable[Example]) -> dict[str, Any]:
-    """How many rows max_length cut: rows, cut_rows, and the share of what is learned that is gone, 0 to 1.
+    """How many rows max_length cut: rows, cut_rows, and the share of what is learned that is gone,
+    0 to 1.
 
-    What is learned are the tokens in the loss (causal-lm), or those that a class is learned from (classification).
+    What is learned are the tokens in the loss (causal-lm), or those that a class is learned from
+    (classification).
     """
     rows = cut_rows = learned = learned_cut = 0
     for example in examples:
@@ -23,7 +28,9 @@ def cut_counts(examples: Iterable[Example]) -> dict[str, Any]:
         cut_rows += example.num_cut > 0
         learned_cut += example.num_learned_cut
         kept = example.labels
-        learned += len(example.input_ids) if isinstance(kept, int) else len(kept) - kept.count(IGNORED)
+        learned += (
+            len(example.input_ids) if isinstance(kept, int) else len(kept) - kept.count(IGNORED)
+        )
     total = learned + learned_cut
     return {"rows": rows, "cut_rows": cut_rows, "cut_share": learned_cut / total if total else 0.0}
 
@@ -31,7 +38,9 @@ def cut_counts(examples: Iterable[Example]) -> dict[str, Any]:
 def seen_share(train: Iterable[Example], evaluation: Sequence[Example]) -> float:
     """The share of evaluation examples, 0 to 1, whose tokens some training example has too."""
     seen = {hash(tuple(example.input_ids)) for example in train}
-    return sum(hash(tuple(example.input_ids)) in seen for example in evaluation) / max(1, len(evaluation))
+    return sum(hash(tuple(example.input_ids)) in seen for example in evaluation) / max(
+        1, len(evaluation)
+    )
 
 
 def leaks(section: DataSection, seen: float) -> list[str]:
@@ -40,8 +49,14 @@ def leaks(section: DataSection, seen: float) -> list[str]:
     if not same and seen < _LEAK:
         return []
     why = f"data.train and data.eval are one file, {same[0]}: " if same else ""
-    return [f"{why}{100 * seen:.0f} % of the evaluation rows are in training too; scores say little about new data"]
+    return [
+        f"{why}{100 * seen:.0f} % of the evaluation rows are in training too; scores say little"
+        " about new data"
+    ]
 
 
 def _files(source: str | dict[str, str]) -> set[str]:
-    return {str(Path(file).resolve()) for file in (source.values() if isinstance(source, dict) else [source])}
+    return {
+        str(Path(file).resolve())
+        for file in (source.values() if isinstance(source, dict) else [source])
+    }

@@ -1,4 +1,6 @@
-"""What is wrong with a run by its config and its files' names alone: said before anything slow is imported."""
+"""What is wrong with a run by its config and its files' names alone: said before anything slow is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,20 @@ def look(config: Config, program: str, name: str | None) -> None:
 
 
 def members_of(config: Config, name: str) -> tuple[str, ...]:
-    """Who takes part. Raises ConfigError where nobody is named, where ``name`` is not, and for what needs everybody's data."""
+    """Who takes part. Raises ConfigError where nobody is named, where ``name`` is not, and for what
+    needs everybody's data.
+    """
     members = config.peers.members
     if members is None:
-        raise ConfigError("peers.members is missing; a real peer needs the names of all, such as members: [north, south, west]")
+        raise ConfigError(
+            "peers.members is missing; a real peer needs the names of all, such as members: [north,"
+            " south, west]"
+        )
     if name not in members:
         near = difflib.get_close_matches(name, members, n=1)
         raise ConfigError(
-            f"--name {name} is not in peers.members ({', '.join(members)})" + (f"; did you mean {near[0]}?" if near else "")
+            f"--name {name} is not in peers.members ({', '.join(members)})"
+            + (f"; did you mean {near[0]}?" if near else "")
         )
     refuse_comparison(config)
     return members
@@ -45,22 +53,34 @@ def members_of(config: Config, name: str) -> tuple[str, ...]:
 def refuse_comparison(config: Config) -> None:
     """Raise ConfigError where one participant is to be compared with baselines."""
     if config.compare:
-        raise ConfigError("compare needs everybody's data in one place; remove it, or use dlora simulate")
+        raise ConfigError(
+            "compare needs everybody's data in one place; remove it, or use dlora simulate"
+        )
 
 
 def own_section(section: DataSection, task: str, name: str, alone: bool) -> DataSection:
-    """The part of ``data`` that is for one real participant: its own file, where ``train`` names one for each.
+    """The part of ``data`` that is for one real participant: its own file, where ``train`` names
+    one for each.
 
-    Raises ConfigError for what divides rows, and where labels would have to be guessed: with neighbours nobody sees all.
+    Raises ConfigError for what divides rows, and where labels would have to be guessed: with
+    neighbours nobody sees all.
     """
     if isinstance(section.train, dict):
         if name not in section.train:
-            raise ConfigError(f"data.train names no file for {name}; add one, or give this peer's own file alone")
-        section = section.model_copy(update={"train": section.train[name], "partition": PartitionSection()})
+            raise ConfigError(
+                f"data.train names no file for {name}; add one, or give this peer's own file alone"
+            )
+        section = section.model_copy(
+            update={"train": section.train[name], "partition": PartitionSection()}
+        )
     if section.partition.kind != "iid":
         raise ConfigError(
-            f"data.partition {section.partition.kind} divides rows among peers; a real peer has its own: remove it"
+            f"data.partition {section.partition.kind} divides rows among peers; a real peer has its"
+            " own: remove it"
         )
     if task == "classification" and section.labels is None and not alone:
-        raise ConfigError("data.labels is missing; a peer sees only its own labels, so the config must list all, in one order")
+        raise ConfigError(
+            "data.labels is missing; a peer sees only its own labels, so the config must list all,"
+            " in one order"
+        )
     return section

@@ -11,22 +11,30 @@ from dlora.config.run import DataSection
 from dlora.data.rows import PlacedRow, as_text, is_missing, require_column
 from dlora.errors import ConfigError, DataError
 
-_OFTEN_NONE = ("-1", "-", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "?")  # GLUE, SNLI and pandas write these
+# GLUE, SNLI and pandas write these
+_OFTEN_NONE = ("-1", "-", "nan", "NaN", "NA", "N/A", "null", "NULL", "None", "?")
 _MANY_CLASSES = 20
-_LIST = re.compile(r"""\s*\[\s*(?:[-+.'"0-9].*)?\]\s*""", re.DOTALL)  # [0, 1] and ['a'], and not [red]
+# [0, 1] and ['a'], and not [red]
+_LIST = re.compile(r"""\s*\[\s*(?:[-+.'"0-9].*)?\]\s*""", re.DOTALL)
 
 
 def leave_out(section: DataSection, placed: list[PlacedRow]) -> list[PlacedRow]:
-    """The rows that have a label, where `data.no_label` says which stand for none. Raises DataError when none is left."""
+    """The rows that have a label, where `data.no_label` says which stand for none. Raises DataError
+    when none is left.
+    """
     if section.no_label is None:
         return placed
-    for columns, place in dict.fromkeys((row.columns, row.place.rpartition(" row ")[0]) for row in placed):
+    for columns, place in dict.fromkeys(
+        (row.columns, row.place.rpartition(" row ")[0]) for row in placed
+    ):
         if section.label not in columns:
             require_column([dict.fromkeys(columns)], section.label, place)
     kept = [row for row in placed if not _is_none(row.row.get(section.label), section.no_label)]
     if not kept:
         source = placed[0].place.rpartition(" row ")[0]
-        raise DataError(f"{source}: no row has a label but those of data.no_label; bring rows that have one")
+        raise DataError(
+            f"{source}: no row has a label but those of data.no_label; bring rows that have one"
+        )
     return kept
 
 
@@ -36,7 +44,9 @@ def _is_none(value: Any, no_label: Sequence[str]) -> bool:
 
 
 def label_names(section: DataSection, train: list[PlacedRow]) -> tuple[str, ...]:
-    """The classes in order: `data.labels`, or those of the rows, as numbers if all are. Raises DataError or ConfigError."""
+    """The classes in order: `data.labels`, or those of the rows, as numbers if all are. Raises
+    DataError or ConfigError.
+    """
     if section.labels is not None:
         twice = sorted({name for name in section.labels if section.labels.count(name) > 1})
         if twice:
@@ -47,9 +57,12 @@ def label_names(section: DataSection, train: list[PlacedRow]) -> tuple[str, ...]
         places.setdefault(label_name(section, placed), placed.place)
     numbers: dict[float, str] = {}
     for name in places:
-        if (number := _number(name)) is not None and (other := numbers.setdefault(number, name)) != name:
+        if (number := _number(name)) is not None and (
+            other := numbers.setdefault(number, name)
+        ) != name:
             raise DataError(
-                f"{places[name]}: the label {name!r} and the {other!r} of {places[other]} are one number; write it alike"
+                f"{places[name]}: the label {name!r} and the {other!r} of {places[other]} are one"
+                " number; write it alike"
             )
     if all(re.fullmatch(r"-?[0-9]+", name) for name in places):
         return tuple(sorted(places, key=lambda name: (int(name), name)))
@@ -65,39 +78,55 @@ def doubts(section: DataSection, train: list[PlacedRow], names: Sequence[str]) -
     for name in _OFTEN_NONE:
         if counts[name]:
             said.append(
-                f"{counts[name]:,} of {len(train):,} training rows have the label {name!r}, which often means none: leave them"
-                f" out with data.no_label: ['{name}'], or say that it is a class by listing all in data.labels"
+                f"{counts[name]:,} of {len(train):,} training rows have the label {name!r}, which"
+                f" often means none: leave them out with data.no_label: ['{name}'], or say that it"
+                " is a class by listing all in data.labels"
             )
     alike: dict[str, str] = {}
     for name in names:
         if (other := alike.setdefault(name.strip().casefold(), name)) != name:
-            said.append(f"the labels {other!r} and {name!r} differ in blanks or capitals only, and are two classes")
+            said.append(
+                f"the labels {other!r} and {name!r} differ in blanks or capitals only, and are two"
+                " classes"
+            )
     if len(names) > max(_MANY_CLASSES, len(train) / 2):
-        said.append(f"{len(train):,} training rows have {len(names):,} labels; is {section.label} the column of the label?")
+        said.append(
+            f"{len(train):,} training rows have {len(names):,} labels; is {section.label} the"
+            " column of the label?"
+        )
     return said
 
 
 def label_indices(section: DataSection, placed: list[PlacedRow], names: Sequence[str]) -> list[int]:
-    """The class of each row as its index in ``names``. Raises DataError naming the row whose label is none of them."""
+    """The class of each row as its index in ``names``. Raises DataError naming the row whose label
+    is none of them.
+    """
     index = {name: number for number, name in enumerate(names)}
     labels = []
     for row in placed:
         name = label_name(section, row)
         if name not in index:
-            same = next((other for other in names if _number(other) == _number(name) is not None), None)
+            same = next(
+                (other for other in names if _number(other) == _number(name) is not None), None
+            )
             hint = "correct the row, or add the label to data.labels"
             if same is not None:
                 hint = f"{name} and {same} are one number: write it alike in every file"
             elif name in _OFTEN_NONE:
                 hint = f"if it means none, leave such rows out with data.no_label: ['{name}']"
             known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise DataError(f"{row.place}: the label {name!r} is not among those of training or data.labels: {known}; {hint}")
+            raise DataError(
+                f"{row.place}: the label {name!r} is not among those of training or data.labels:"
+                f" {known}; {hint}"
+            )
         labels.append(index[name])
     return labels
 
 
 def label_name(section: DataSection, placed: PlacedRow) -> str:
-    """The class of a row as text. Raises DataError for what is none: a score, a list, an empty text."""
+    """The class of a row as text. Raises DataError for what is none: a score, a list, an empty
+    text.
+    """
     value, column, place = placed.row[section.label], section.label, placed.place
     given = section.labels or ()
     if isinstance(value, float) and value.is_integer():
@@ -105,17 +134,24 @@ def label_name(section: DataSection, placed: PlacedRow) -> str:
     written = isinstance(value, str) and value not in given and _LIST.fullmatch(value)
     if written or isinstance(value, list | dict):
         raise DataError(
-            f"{place}: {column} is a list; several labels a row (multi-label) and one a token (tags) are no task of dlora:"
-            " give each row one label"
+            f"{place}: {column} is a list; several labels a row (multi-label) and one a token"
+            " (tags) are no task of dlora: give each row one label"
         )
-    number = value if isinstance(value, float) else _number(value) if isinstance(value, str) else None
+    number = (
+        value if isinstance(value, float) else _number(value) if isinstance(value, str) else None
+    )
     if number is not None and not float(number).is_integer() and str(value) not in given:
         raise DataError(
-            f"{place}: {column} is {value}; expected the name or number of a class. Scores would need a regression task,"
-            " which dlora does not have; classes of such names have to be listed in data.labels"
+            f"{place}: {column} is {value}; expected the name or number of a class. Scores would"
+            " need a regression task, which dlora does not have; classes of such names have to be"
+            " listed in data.labels"
         )
     return str(value) if isinstance(value, float) else as_text(value, column, place)
 
 
 def _number(name: str) -> float | None:
-    return float(name) if re.fullmatch(r"\s*[-+]?([0-9]{1,300}\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?\s*", name) else None
+    return (
+        float(name)
+        if re.fullmatch(r"\s*[-+]?([0-9]{1,300}\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?\s*", name)
+        else None
+    )

@@ -24,9 +24,10 @@ from dlora.seeds import derive_seed
 class FederatedData:
     """Everyone's examples: peer -> what it trains on, and what all are scored on.
 
-    choices is for causal-lm with options, else empty; label_names and label_counts (peer -> label name -> rows) are
-    for classification, else None. facts is what the log says of the data: rows that were cut or left out, the share of
-    evaluation rows in training; warnings are sentences for the user.
+    choices is for causal-lm with options, else empty; label_names and label_counts (peer -> label
+    name -> rows) are for classification, else None. facts is what the log says of the data: rows
+    that were cut or left out, the share of evaluation rows in training; warnings are sentences for
+    the user.
     """
 
     peers: dict[str, list[Example]]
@@ -38,8 +39,11 @@ class FederatedData:
     warnings: tuple[str, ...] = ()
 
 
-def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None, tokenizer: Any, seed: int) -> FederatedData:
-    """Read, check, divide among ``peers`` (how many, or their names) and tokenise. A pure function of files and arguments.
+def load_data(
+    section: DataSection, task: str, peers: int | Sequence[str] | None, tokenizer: Any, seed: int
+) -> FederatedData:
+    """Read, check, divide among ``peers`` (how many, or their names) and tokenise. A pure function
+    of files and arguments.
 
     Raises DataError or ConfigError: what is wrong, in which file, column or row, and what to do.
     """
@@ -51,25 +55,35 @@ def load_data(section: DataSection, task: str, peers: int | Sequence[str] | None
     labels = label_indices(section, train, names) if names else None
     if names and labels and len(set(labels)) == 1:
         only = f"every training row has the label {names[labels[0]]!r}"
-        raise DataError(f"{only}; a classifier needs at least two: bring other rows, or raise data.limit")
+        raise DataError(
+            f"{only}; a classifier needs at least two: bring other rows, or raise data.limit"
+        )
 
     if section.partition.kind == "files":
         hands = by_owner([placed.owner for placed in train], section.train, num_peers)
     else:
         rows = [placed.row for placed in train]
-        hands = partition(section.partition, num_peers, labels, len(names) if names else None, rows, seed)
+        hands = partition(
+            section.partition, num_peers, labels, len(names) if names else None, rows, seed
+        )
     if members is not None:
         if section.partition.kind != "files":
             hands = dict(zip(members, hands.values(), strict=True))
         elif set(hands) != set(members):
             odd = ", ".join(sorted(set(hands) ^ set(members)))
-            raise ConfigError(f"data.train and peers.members must name the same peers; only one of them names {odd}")
+            raise ConfigError(
+                "data.train and peers.members must name the same peers; only one of them names"
+                f" {odd}"
+            )
         hands = {name: hands[name] for name in members}
     return _federated(section, task, tokenizer, seed, train, hands, labels, names, said)
 
 
-def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False) -> FederatedData:
-    """The rows of one real participant: all of ``data.train``, or its own file where that names one for each.
+def load_own_data(
+    section: DataSection, task: str, name: str, tokenizer: Any, seed: int, alone: bool = False
+) -> FederatedData:
+    """The rows of one real participant: all of ``data.train``, or its own file where that names one
+    for each.
 
     Raises as `load_data` and `own_section`.
     """
@@ -77,19 +91,27 @@ def load_own_data(section: DataSection, task: str, name: str, tokenizer: Any, se
     train, names, said = _read_training(section, task, [])
     train = draw_rows(train, section.limit, seed, "train")
     labels = label_indices(section, train, names) if names else None
-    return _federated(section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names, said)
+    return _federated(
+        section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names, said
+    )
 
 
 def _read_training(
     section: DataSection, task: str, owner: list[str]
 ) -> tuple[list[PlacedRow], tuple[str, ...] | None, list[str]]:
-    """The training rows that have a label where one is due, the classes, and what is odd about them."""
+    """The training rows that have a label where one is due, the classes, and what is odd about
+    them.
+    """
     train = read_placed(section.train, section.columns, _required(section, task) + owner)
     if task != "classification":
         return train, None, []
     kept = leave_out(section, train)
     names = label_names(section, kept)
-    said = [] if len(kept) == len(train) else [_left_out(section, len(train) - len(kept), len(train), "training")]
+    said = (
+        []
+        if len(kept) == len(train)
+        else [_left_out(section, len(train) - len(kept), len(train), "training")]
+    )
     return kept, names, said + doubts(section, kept, names)
 
 
@@ -111,17 +133,30 @@ def _federated(
     counts = None
     if labels and names:
         held = {peer: Counter(labels[index] for index in hand) for peer, hand in hands.items()}
-        counts = {peer: {name: own[label] for label, name in enumerate(names)} for peer, own in held.items()}
-    peers = {peer: _encode(section, tokenizer, [train[i] for i in hand], names)[0] for peer, hand in hands.items()}
+        counts = {
+            peer: {name: own[label] for label, name in enumerate(names)}
+            for peer, own in held.items()
+        }
+    peers = {
+        peer: _encode(section, tokenizer, [train[i] for i in hand], names)[0]
+        for peer, hand in hands.items()
+    }
     evaluation, choices = encode_evaluation(section, task, tokenizer, names, seed)
     trained = [example for hand in peers.values() for example in hand]
     seen = seen_share(trained, evaluation)
-    facts: dict[str, Any] = {"train": cut_counts(trained), "eval": cut_counts(evaluation), "eval_in_train": seen}
+    facts: dict[str, Any] = {
+        "train": cut_counts(trained),
+        "eval": cut_counts(evaluation),
+        "eval_in_train": seen,
+    }
     said = said + leaks(section, seen)
     if names is None:
         facts["end_token"] = tokenizer.eos_token
         if tokenizer.eos_token_id is None and any(ends_by_token(row) for row in train):
-            said.append("the tokenizer has no end token, so no example ends with one and the model does not learn to stop")
+            said.append(
+                "the tokenizer has no end token, so no example ends with one and the model does not"
+                " learn to stop"
+            )
     return FederatedData(peers, evaluation, choices, names, counts, facts, tuple(said))
 
 
@@ -130,8 +165,8 @@ def encode_evaluation(
 ) -> tuple[list[Example], list[Choice]]:
     """The examples of `section.eval`, and its choices where rows have options (causal-lm).
 
-    `label_names` are those of training (classification, else None): a label that is not among them is a DataError.
-    Every other mistake in the file is one too.
+    `label_names` are those of training (classification, else None): a label that is not among them
+    is a DataError. Every other mistake in the file is one too.
     """
     placed = read_placed(section.eval, section.columns, _required(section, task))
     placed = leave_out(section, placed) if task == "classification" else placed
@@ -139,17 +174,25 @@ def encode_evaluation(
     return _encode(section, tokenizer, placed, label_names, with_choices=True)
 
 
-def draw_rows(placed: list[PlacedRow], limit: int | None, seed: int, purpose: str) -> list[PlacedRow]:
-    """At most `limit` rows, without replacement, in their order; ``purpose``: train or eval, which draw apart."""
+def draw_rows(
+    placed: list[PlacedRow], limit: int | None, seed: int, purpose: str
+) -> list[PlacedRow]:
+    """At most `limit` rows, without replacement, in their order; ``purpose``: train or eval, which
+    draw apart.
+    """
     if limit is None or limit >= len(placed):
         return placed
     generator = np.random.default_rng(derive_seed(seed, "limit", purpose))
-    return [placed[index] for index in sorted(generator.choice(len(placed), limit, replace=False).tolist())]
+    return [
+        placed[index]
+        for index in sorted(generator.choice(len(placed), limit, replace=False).tolist())
+    ]
 
 
 def _required(section: DataSection, task: str) -> list[str]:
     texts = (section.text,) if isinstance(section.text, str) else section.text
-    label = [section.label] if section.no_label is None else []  # else a row without one is left out
+    # else a row without one is left out
+    label = [section.label] if section.no_label is None else []
     return [*texts, *label] if task == "classification" else []
 
 
@@ -165,14 +208,24 @@ def _encode(
     columns = [section.text] if isinstance(section.text, str) else list(section.text)
     specials = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
     if section.max_length <= specials:
-        raise ConfigError(f"data.max_length {section.max_length}: the tokenizer adds {specials} tokens; make it larger")
-    texts = [[as_text(row[column], column, place) for row, _, place, _ in placed] for column in columns]
-    encoded = tokenizer(*texts, verbose=False)  # verbose: no warning about long texts, which are cut here
+        raise ConfigError(
+            f"data.max_length {section.max_length}: the tokenizer adds {specials} tokens; make it"
+            " larger"
+        )
+    texts = [
+        [as_text(row[column], column, place) for row, _, place, _ in placed] for column in columns
+    ]
+    # verbose: no warning about long texts, which are cut here
+    encoded = tokenizer(*texts, verbose=False)
     cut = [max(0, len(ids) - section.max_length) for ids in encoded["input_ids"]]
-    # always, if only for one row: the tokenizer keeps the setting, and so it is in the manifest's hash of it
+    # always, if only for one row: the tokenizer keeps the setting, and so it is in the manifest's
+    # hash of it
     shortened = texts if any(cut) else [column[:1] for column in texts]
     truncated = tokenizer(*shortened, truncation=True, max_length=section.max_length)
     encoded = truncated if any(cut) else encoded
     types = encoded.get("token_type_ids") or [None] * len(placed)
     labels = label_indices(section, placed, names)
-    return [Example(*fields) for fields in zip(encoded["input_ids"], labels, types, cut, cut, strict=True)], []
+    return [
+        Example(*fields)
+        for fields in zip(encoded["input_ids"], labels, types, cut, cut, strict=True)
+    ], []

@@ -27,14 +27,18 @@ def partition(
     rows: Sequence[Row],
     seed: int,
 ) -> dict[str, list[int]]:
-    """Peer name -> ascending indices into `rows`; no row twice, nobody empty. A pure function of its arguments.
+    """Peer name -> ascending indices into `rows`; no row twice, nobody empty. A pure function of
+    its arguments.
 
-    `labels` (rows,) are class indices below `num_labels`, needed by dirichlet and label-shares. Kind files is not
-    known here: its rows come divided.
-    Raises DataError or ConfigError when the rows cannot be divided as asked, saying what to change.
+    `labels` (rows,) are class indices below `num_labels`, needed by dirichlet and label-shares.
+    Kind files is not known here: its rows come divided. Raises DataError or ConfigError when the
+    rows cannot be divided as asked, saying what to change.
     """
     if num_peers is not None and num_peers > len(rows):
-        raise DataError(f"{num_peers} peers asked for, {len(rows)} rows to divide; lower peers.count or bring more rows")
+        raise DataError(
+            f"{num_peers} peers asked for, {len(rows)} rows to divide; lower peers.count or bring"
+            " more rows"
+        )
     if section.kind == "by-column":
         return _by_column(section, num_peers, rows)
     generator = np.random.default_rng(derive_seed(seed, "partition"))
@@ -43,8 +47,13 @@ def partition(
         order = generator.permutation(len(rows))
         return _named(np.split(order, np.cumsum(_apportion(len(rows), weights))[:-1]))
 
-    assert labels is not None and num_labels is not None and section.kind in ("dirichlet", "label-shares")
-    label_counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_labels)  # (labels,)
+    assert (
+        labels is not None
+        and num_labels is not None
+        and section.kind in ("dirichlet", "label-shares")
+    )
+    # (labels,)
+    label_counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=num_labels)
     if section.kind == "dirichlet":
         counts = _dirichlet(section, num_peers, label_counts, generator)
     else:
@@ -52,10 +61,16 @@ def partition(
     return _named(_deal(counts, np.asarray(labels), generator))
 
 
-def by_owner(owners: Sequence[str], files: Collection[str], num_peers: int | None) -> dict[str, list[int]]:
-    """Kind files: `owners` (rows,) says whose file each row is from, `files` names the peers. Errors as `partition`."""
+def by_owner(
+    owners: Sequence[str], files: Collection[str], num_peers: int | None
+) -> dict[str, list[int]]:
+    """Kind files: `owners` (rows,) says whose file each row is from, `files` names the peers.
+    Errors as `partition`.
+    """
     if num_peers is not None and num_peers != len(files):
-        raise ConfigError(f"peers.count is {num_peers}, data.train names {len(files)} files; make them equal")
+        raise ConfigError(
+            f"peers.count is {num_peers}, data.train names {len(files)} files; make them equal"
+        )
     hands: dict[str, list[int]] = {peer: [] for peer in files}
     for index, owner in enumerate(owners):
         hands[owner].append(index)
@@ -66,7 +81,9 @@ def by_owner(owners: Sequence[str], files: Collection[str], num_peers: int | Non
 
 
 def _apportion(total: int, weights: Shares) -> Counts:
-    """`total` as whole numbers in proportion to `weights`, largest remainder first; they sum to `total`."""
+    """`total` as whole numbers in proportion to `weights`, largest remainder first; they sum to
+    `total`.
+    """
     exact: Shares = total * weights / weights.sum()
     counts: Counts = np.floor(exact).astype(np.int64)
     rest = total - int(counts.sum())
@@ -77,37 +94,52 @@ def _apportion(total: int, weights: Shares) -> Counts:
 
 def _sizes(section: PartitionSection, num_peers: int | None, num_shares: int | None) -> Shares:
     """Relative sizes (peers,); their number is what peers.count, shares and sizes agree on."""
-    counts = {"peers.count": num_peers, "shares": num_shares, "sizes": len(section.sizes) if section.sizes else None}
+    counts = {
+        "peers.count": num_peers,
+        "shares": num_shares,
+        "sizes": len(section.sizes) if section.sizes else None,
+    }
     said = {key: count for key, count in counts.items() if count is not None}
     if not said:
-        raise ConfigError(f"partition {section.kind} does not say how many peers there are; set peers.count")
+        raise ConfigError(
+            f"partition {section.kind} does not say how many peers there are; set peers.count"
+        )
     if len(set(said.values())) > 1:
         found = ", ".join(f"{count} by {key}" for key, count in said.items())
-        raise ConfigError(f"partition {section.kind}: the number of peers is {found}; make them equal")
+        raise ConfigError(
+            f"partition {section.kind}: the number of peers is {found}; make them equal"
+        )
     return np.array(section.sizes) if section.sizes else np.ones(next(iter(said.values())))
 
 
 def _dirichlet(
-    section: PartitionSection, num_peers: int | None, label_counts: Counts, generator: np.random.Generator
+    section: PartitionSection,
+    num_peers: int | None,
+    label_counts: Counts,
+    generator: np.random.Generator,
 ) -> Counts:
-    """Each label's rows in shares ~ Dirichlet(concentration) over the peers (arXiv 1909.06335); (peers, labels)."""
+    """Each label's rows in shares ~ Dirichlet(concentration) over the peers (arXiv 1909.06335);
+    (peers, labels).
+    """
     peers = len(_sizes(section, num_peers, None))
     rows = int(label_counts.sum())
     if peers * section.min_rows > rows:
         raise DataError(
-            f"partition dirichlet: {peers} peers with min_rows {section.min_rows} need {peers * section.min_rows} "
-            f"rows, there are {rows}; lower peers.count or min_rows"
+            f"partition dirichlet: {peers} peers with min_rows {section.min_rows} need"
+            f" {peers * section.min_rows} rows, there are {rows}; lower peers.count or min_rows"
         )
     alpha = np.full(peers, section.concentration)
     for _ in range(_TRIES):
         draws = generator.dirichlet(alpha, size=len(label_counts))  # (labels, peers)
-        counts = np.stack([_apportion(int(n), p) for n, p in zip(label_counts, draws, strict=True)], axis=1)
+        counts = np.stack(
+            [_apportion(int(n), p) for n, p in zip(label_counts, draws, strict=True)], axis=1
+        )
         if counts.sum(axis=1).min() >= section.min_rows:
             return counts
     raise DataError(
-        f"partition dirichlet: in {_TRIES} draws with concentration {section.concentration:g} some peer of {peers} "
-        f"always had fewer than min_rows {section.min_rows} of {rows} rows; "
-        "raise concentration, lower min_rows or peers.count"
+        f"partition dirichlet: in {_TRIES} draws with concentration {section.concentration:g} some"
+        f" peer of {peers} always had fewer than min_rows {section.min_rows} of {rows} rows; raise"
+        " concentration, lower min_rows or peers.count"
     )
 
 
@@ -117,9 +149,14 @@ def _label_shares(section: PartitionSection, num_peers: int | None, label_counts
     labels = len(label_counts)
     for peer, row in enumerate(section.shares):
         if len(row) != labels:
-            raise ConfigError(f"partition shares: row {peer} has {len(row)} entries, the data has {labels} labels")
+            raise ConfigError(
+                f"partition shares: row {peer} has {len(row)} entries, the data has {labels} labels"
+            )
         if min(row) < 0 or sum(row) <= 0:
-            raise ConfigError(f"partition shares: row {peer} is {list(row)}; expected no negatives and a sum above 0")
+            raise ConfigError(
+                f"partition shares: row {peer} is {list(row)}; expected no negatives and a sum"
+                " above 0"
+            )
     sizes = _sizes(section, num_peers, len(section.shares))
     sizes = sizes / sizes.sum()
     shares = np.array(section.shares, dtype=np.float64)
@@ -128,7 +165,8 @@ def _label_shares(section: PartitionSection, num_peers: int | None, label_counts
     demand = sizes @ shares  # (labels,): rows of each label in one row handed out
     asked = demand > 0
     total = int(np.min(label_counts[asked] / demand[asked]) + 1e-9)
-    for size in range(total, 0, -1):  # whole rows may not fit at the exact maximum: then a row or two below it
+    # whole rows may not fit at the exact maximum: then a row or two below it
+    for size in range(total, 0, -1):
         rows = np.floor(size * sizes + 1e-9).astype(np.int64)  # (peers,)
         if rows.min() < 1:
             break
@@ -136,13 +174,15 @@ def _label_shares(section: PartitionSection, num_peers: int | None, label_counts
         if counts is not None:
             return counts
     raise DataError(
-        f"partition label-shares: with {label_counts.tolist()} rows a label, shares and sizes leave a peer without "
-        "rows; change them or bring more rows"
+        f"partition label-shares: with {label_counts.tolist()} rows a label, shares and sizes leave"
+        " a peer without rows; change them or bring more rows"
     )
 
 
 def _round_within(exact: Shares, rows: Counts, label_counts: Counts) -> Counts | None:
-    """`exact` (peers, labels) as whole numbers less than one away; rows sum to `rows`, columns fit the labels."""
+    """`exact` (peers, labels) as whole numbers less than one away; rows sum to `rows`, columns fit
+    the labels.
+    """
     counts = np.floor(exact + 1e-9).astype(np.int64)
     left = label_counts - counts.sum(axis=0)
     remainders = np.round(exact - counts, 9)
@@ -156,17 +196,24 @@ def _round_within(exact: Shares, rows: Counts, label_counts: Counts) -> Counts |
     return counts
 
 
-def _deal(counts: Counts, labels: npt.NDArray[np.int64], generator: np.random.Generator) -> list[npt.NDArray[np.int64]]:
-    """Row indices for each peer, drawn without replacement from each label; counts is (peers, labels)."""
+def _deal(
+    counts: Counts, labels: npt.NDArray[np.int64], generator: np.random.Generator
+) -> list[npt.NDArray[np.int64]]:
+    """Row indices for each peer, drawn without replacement from each label; counts is (peers,
+    labels).
+    """
     hands: list[list[npt.NDArray[np.int64]]] = [[] for _ in counts]
     for label in range(counts.shape[1]):
         order = generator.permutation(np.flatnonzero(labels == label))
-        for hand, piece in zip(hands, np.split(order, np.cumsum(counts[:, label])), strict=False):  # last: left over
+        # last: left over
+        for hand, piece in zip(hands, np.split(order, np.cumsum(counts[:, label])), strict=False):
             hand.append(piece)
     return [np.concatenate(hand) for hand in hands]
 
 
-def _by_column(section: PartitionSection, num_peers: int | None, rows: Sequence[Row]) -> dict[str, list[int]]:
+def _by_column(
+    section: PartitionSection, num_peers: int | None, rows: Sequence[Row]
+) -> dict[str, list[int]]:
     assert section.column is not None
     groups: dict[str, list[int]] = {}
     for index, value in enumerate(require_column(rows, section.column, "the training data")):
@@ -175,15 +222,23 @@ def _by_column(section: PartitionSection, num_peers: int | None, rows: Sequence[
         names: dict[str, str] = {}
         for value in sorted(groups):
             name = safe_name(value)
-            other = names.setdefault(name.casefold(), value)  # some file systems do not tell upper from lower case
+            # some file systems do not tell upper from lower case
+            other = names.setdefault(name.casefold(), value)
             if not name or other != value:
-                why = "has no letter or digit" if not name else f"and {other!r} are the same as folder names"
-                raise DataError(f"partition by-column {section.column}: {value!r} {why}; rename it, or set peers.count")
+                why = (
+                    "has no letter or digit"
+                    if not name
+                    else f"and {other!r} are the same as folder names"
+                )
+                raise DataError(
+                    f"partition by-column {section.column}: {value!r} {why}; rename it, or set"
+                    " peers.count"
+                )
         return {safe_name(value): groups[value] for value in sorted(groups)}
     if num_peers > len(groups):
         raise DataError(
-            f"partition by-column: {num_peers} peers asked for, {section.column} has {len(groups)} values; "
-            "lower peers.count or leave it out"
+            f"partition by-column: {num_peers} peers asked for, {section.column} has {len(groups)}"
+            " values; lower peers.count or leave it out"
         )
     hands: list[list[int]] = [[] for _ in range(num_peers)]
     for value in sorted(groups, key=lambda value: (-len(groups[value]), value)):
@@ -196,5 +251,8 @@ def _named(hands: Sequence[npt.NDArray[np.int64]]) -> dict[str, list[int]]:
     named = {f"peer-{index:0{digits}d}": sorted(hand.tolist()) for index, hand in enumerate(hands)}
     for name, indices in named.items():
         if not indices:
-            raise DataError(f"the partition leaves {name} without rows; make sizes less unequal or bring more rows")
+            raise DataError(
+                f"the partition leaves {name} without rows; make sizes less unequal or bring more"
+                " rows"
+            )
     return named

@@ -25,7 +25,8 @@ _BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 def read_file(path: Path, columns: Sequence[str] | None) -> list[Row]:
     """Every row of a file. ``columns`` names the columns of a csv or tsv without a header.
 
-    Raises DataError: no such file or form, not readable, a damaged row (with its number, the first data row is 1).
+    Raises DataError: no such file or form, not readable, a damaged row (with its number, the first
+    data row is 1).
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
@@ -34,11 +35,16 @@ def read_file(path: Path, columns: Sequence[str] | None) -> list[Row]:
         raise not_there(path)
     if form not in FORMS or path.is_dir():
         found = "a folder" if path.is_dir() else f"a {form or 'nameless'} file"
-        raise DataError(f"{path} is {found}; expected {', '.join(FORMS)}, one of these with .gz, or a folder of save_to_disk")
+        raise DataError(
+            f"{path} is {found}; expected {', '.join(FORMS)}, one of these with .gz, or a folder of"
+            " save_to_disk"
+        )
     try:
         raw = _inflate(path) if zipped else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     if form in (".parquet", ".arrow"):
         return read_parquet(raw, path) if form == ".parquet" else read_arrow(raw, path)
     text = _decode(raw, path)
@@ -60,7 +66,9 @@ def _inflate(path: Path) -> bytes:
             count += len(part)
             if count > max(FREE_BYTES, MOST_TIMES * packed.tell()):
                 times = count // packed.tell()
-                raise DataError(f"{path} grows {times} times when it is unpacked; that is no text to train on")
+                raise DataError(
+                    f"{path} grows {times} times when it is unpacked; that is no text to train on"
+                )
     return b"".join(parts)
 
 
@@ -72,7 +80,9 @@ def _decode(raw: bytes, path: Path) -> str:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         row = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} line {row} is not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        raise DataError(
+            f"{path} line {row} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
     if "\0" in text[:1000]:  # UTF-16 without a mark
         raise DataError(f"{path} holds zero bytes, as UTF-16 does; save the file as UTF-8")
     return text
@@ -96,20 +106,25 @@ def _parse_json(text: str, where: str) -> Any:
     except json.JSONDecodeError:
         raise
     except RecursionError as error:
-        raise DataError(f"{where} cannot be read: lists or objects lie too deep in one another") from error
+        raise DataError(
+            f"{where} cannot be read: lists or objects lie too deep in one another"
+        ) from error
     except ValueError as error:
         raise DataError(f"{where} cannot be read: a number has more than 4,300 digits") from error
 
 
 def _json_lines(text: str, path: Path) -> list[Row]:
-    lines = [line for line in text.split("\n") if line.strip()]  # splitlines would also split at U+2028 and U+0085
+    # splitlines would also split at U+2028 and U+0085
+    lines = [line for line in text.split("\n") if line.strip()]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             value = _parse_json(line, f"{path} row {number}")
         except json.JSONDecodeError as error:
             reason = f"{error.msg} at character {error.pos + 1}"
-            raise DataError(f"{path} row {number} is not JSON ({reason}); expected one object a line") from error
+            raise DataError(
+                f"{path} row {number} is not JSON ({reason}); expected one object a line"
+            ) from error
         rows.append(_object(value, path, number, bool(_HALF.search(line))))
     return rows
 
@@ -129,18 +144,25 @@ def _json_list(text: str, path: Path) -> list[Row]:
 
 def _object(value: Any, path: Path, number: int, half: bool) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f'{path} row {number} is a {type(value).__name__}; expected an object such as {{"text": ...}}')
+        raise DataError(
+            f'{path} row {number} is a {type(value).__name__}; expected an object such as {{"text":'
+            " ...}"
+        )
     if half:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             found = f"half of a character, \\u{ord(error.object[error.start]):04x}"
-            raise DataError(f"{path} row {number} holds {found}; fix the text or remove the row") from error
+            raise DataError(
+                f"{path} row {number} holds {found}; fix the text or remove the row"
+            ) from error
     return value
 
 
 def _table(text: str, usual: str, path: Path, columns: Sequence[str] | None) -> list[Row]:
-    """The rows of a table with the usual separator, or with another where only that makes columns of every row."""
+    """The rows of a table with the usual separator, or with another where only that makes columns
+    of every row.
+    """
     width = len(columns) if columns else 0
     table = _fitting(text, usual, width)
     if table is None or len(table[0]) == 1:
@@ -152,22 +174,36 @@ def _table(text: str, usual: str, path: Path, columns: Sequence[str] | None) -> 
         assert bad is not None
         number = bad + (1 if columns else 0)
         found, expected = len(table[bad]), width or len(table[0])
-        raise DataError(f"{path} row {number} has {found} columns, expected {expected}; fix that row")
+        raise DataError(
+            f"{path} row {number} has {found} columns, expected {expected}; fix that row"
+        )
 
     names = list(columns) if columns else table.pop(0)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        hint = "rename one" if columns else "rename one, or name the columns in data.columns if the first row is data"
+        hint = (
+            "rename one"
+            if columns
+            else "rename one, or name the columns in data.columns if the first row is data"
+        )
         raise DataError(f"{path} has the column {twice[0]!r} twice; {hint}")
     return [dict(zip(names, fields, strict=True)) for fields in table]
 
 
 def _fitting(text: str, delimiter: str, width: int) -> list[list[str]] | None:
-    """Quoted fields (RFC 4180) or none (GLUE's tsv, where a quote is a character): whichever fits every row."""
+    """Quoted fields (RFC 4180) or none (GLUE's tsv, where a quote is a character): whichever fits
+    every row.
+    """
     quoted, plain = _quoted(text, delimiter), _plain(text, delimiter)
     # Two stray quotes can swallow the tsv lines between them and still leave whole rows.
-    swallowed = quoted is not None and delimiter == "\t" and len(quoted) < len(plain) and len(plain[0]) > 1
-    if quoted is not None and _ragged(quoted, width) is None and not (swallowed and _ragged(plain, width) is None):
+    swallowed = (
+        quoted is not None and delimiter == "\t" and len(quoted) < len(plain) and len(plain[0]) > 1
+    )
+    if (
+        quoted is not None
+        and _ragged(quoted, width) is None
+        and not (swallowed and _ragged(plain, width) is None)
+    ):
         return quoted
     return plain if _ragged(plain, width) is None else None
 
@@ -180,7 +216,8 @@ def _plain(text: str, delimiter: str) -> list[list[str]]:
 
 def _quoted(text: str, delimiter: str) -> list[list[str]] | None:
     """The rows with quotes understood, or None where they do not balance."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field above 128 KiB; a C long may be 32 bits
+    # the default refuses a field above 128 KiB; a C long may be 32 bits
+    csv.field_size_limit(2**31 - 1)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         return [row for row in reader if row]

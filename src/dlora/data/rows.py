@@ -16,7 +16,9 @@ from dlora.errors import DataError
 
 
 class PlacedRow(NamedTuple):
-    """A row, its file's columns, its place in words, and the peer whose file it is ("" where one file is for all)."""
+    """A row, its file's columns, its place in words, and the peer whose file it is ("" where one
+    file is for all).
+    """
 
     row: Row
     columns: tuple[str, ...]
@@ -28,11 +30,13 @@ _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?")
 
 
 def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
-    """Every row of a file (jsonl, json, csv, tsv, parquet, arrow, each also .gz), a folder of save_to_disk or a hub data set.
+    """Every row of a file (jsonl, json, csv, tsv, parquet, arrow, each also .gz), a folder of
+    save_to_disk or a hub data set.
 
-    ``columns`` names the columns of a csv or tsv without a header; other forms carry their names and ignore it.
-    A hub name is "owner/name", or "owner/name:split" where there are several splits; a folder takes ":split" too.
-    Raises DataError: no such file, not readable, no rows, a damaged row (with its number, the first data row is 1).
+    ``columns`` names the columns of a csv or tsv without a header; other forms carry their names
+    and ignore it. A hub name is "owner/name", or "owner/name:split" where there are several splits;
+    a folder takes ":split" too. Raises DataError: no such file, not readable, no rows, a damaged
+    row (with its number, the first data row is 1).
     """
     path, (folder, _, split) = Path(source), source.rpartition(":")
     try:
@@ -41,7 +45,11 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
         elif split and Path(folder).is_dir() and is_saved(Path(folder)):
             rows = read_saved(Path(folder), split, folder)
         else:
-            rows = _from_hub(source) if not path.exists() and _is_hub_name(path) else read_file(path, columns)
+            rows = (
+                _from_hub(source)
+                if not path.exists() and _is_hub_name(path)
+                else read_file(path, columns)
+            )
     except OSError as error:  # a name of 300 letters, no right to look
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
     if not rows:
@@ -50,7 +58,9 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
 
 
 def check_there(source: str) -> None:
-    """Raise DataError where `read_rows` would find nothing: what may be the name of a hub data set is not looked for."""
+    """Raise DataError where `read_rows` would find nothing: what may be the name of a hub data set
+    is not looked for.
+    """
     path, folder = Path(source), Path(source.rpartition(":")[0] or source)
     try:
         missing = not path.exists() and not folder.is_dir() and not _is_hub_name(path)
@@ -60,8 +70,11 @@ def check_there(source: str) -> None:
         raise not_there(path)
 
 
-def read_placed(source: str | Mapping[str, str], columns: Sequence[str] | None, required: Sequence[str]) -> list[PlacedRow]:
-    """The rows of one source or of {peer: source}, one after the other; each has a value in the required columns.
+def read_placed(
+    source: str | Mapping[str, str], columns: Sequence[str] | None, required: Sequence[str]
+) -> list[PlacedRow]:
+    """The rows of one source or of {peer: source}, one after the other; each has a value in the
+    required columns.
 
     Raises DataError as `read_rows` and `require_column` do.
     """
@@ -71,21 +84,31 @@ def read_placed(source: str | Mapping[str, str], columns: Sequence[str] | None, 
         for column in required:
             require_column(rows, column, file)
         known = tuple(columns_of(rows))
-        placed += [PlacedRow(row, known, f"{file} row {number}", owner) for number, row in enumerate(rows, start=1)]
+        placed += [
+            PlacedRow(row, known, f"{file} row {number}", owner)
+            for number, row in enumerate(rows, start=1)
+        ]
     return placed
 
 
 def require_column(rows: Sequence[Row], column: str, source: str) -> list[Any]:
-    """The values of one column, (rows,). Raises DataError when no row has it, or naming the row that lacks it."""
+    """The values of one column, (rows,). Raises DataError when no row has it, or naming the row
+    that lacks it.
+    """
     known = columns_of(rows)
     if column not in known:
         near = difflib.get_close_matches(column, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise DataError(f"{source} has no column {column}; its columns are {', '.join(known)}{hint}")
+        raise DataError(
+            f"{source} has no column {column}; its columns are {', '.join(known)}{hint}"
+        )
     for number, row in enumerate(rows, start=1):
         if is_missing(row.get(column)):
             found = "" if row.get(column) is None else " (it is NaN)"
-            raise DataError(f"{source} row {number} has no value for {column}{found}; fill it in or remove the row")
+            raise DataError(
+                f"{source} row {number} has no value for {column}{found}; fill it in or remove"
+                " the row"
+            )
     return [row[column] for row in rows]
 
 
@@ -100,10 +123,22 @@ def is_missing(value: Any) -> bool:
 
 
 def as_text(value: Any, column: str, place: str) -> str:
-    """A value as text: numbers are written out. Raises DataError naming `place` for all else and for an empty text."""
-    text = str(value) if isinstance(value, int) or isinstance(value, float) and math.isfinite(value) else value
+    """A value as text: numbers are written out. Raises DataError naming `place` for all else and
+    for an empty text.
+    """
+    text = (
+        str(value)
+        if isinstance(value, int) or isinstance(value, float) and math.isfinite(value)
+        else value
+    )
     if not isinstance(text, str):
-        found = "missing" if value is None else str(value) if isinstance(value, float) else f"a {type(value).__name__}"
+        found = (
+            "missing"
+            if value is None
+            else str(value)
+            if isinstance(value, float)
+            else f"a {type(value).__name__}"
+        )
         raise DataError(f"{place}: {column} is {found}; expected text")
     if not text.strip():
         raise DataError(f"{place}: {column} is empty; fill it in or remove the row")
@@ -111,8 +146,13 @@ def as_text(value: Any, column: str, place: str) -> str:
 
 
 def _is_hub_name(path: Path) -> bool:
-    # "data/train.txt" and a name inside a folder that exists are paths with a mistake in them, not hub names.
-    return bool(_HUB.fullmatch(str(path))) and not re.fullmatch(r"\.[a-z]\w*", path.suffix) and not path.parent.is_dir()
+    # "data/train.txt" and a name inside a folder that exists are paths with a mistake in them, not
+    # hub names.
+    return (
+        bool(_HUB.fullmatch(str(path)))
+        and not re.fullmatch(r"\.[a-z]\w*", path.suffix)
+        and not path.parent.is_dir()
+    )
 
 
 def _from_hub(source: str) -> list[Row]:
@@ -124,9 +164,14 @@ def _from_hub(source: str) -> list[Row]:
         loaded = datasets.load_dataset(match["name"], split=match["split"])
     except Exception as error:  # the hub client raises a dozen unrelated types
         what = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{source} is no file here, and as a hub data set it cannot be loaded: {what}") from error
+        raise DataError(
+            f"{source} is no file here, and as a hub data set it cannot be loaded: {what}"
+        ) from error
     if match["split"] is None:
         if len(loaded) != 1:  # guessing could train and score on the same rows
-            raise DataError(f"{source} has the splits {', '.join(loaded)}; say which: {source}:{next(iter(loaded))}")
+            raise DataError(
+                f"{source} has the splits {', '.join(loaded)}; say which:"
+                f" {source}:{next(iter(loaded))}"
+            )
         loaded = next(iter(loaded.values()))
     return list(loaded)

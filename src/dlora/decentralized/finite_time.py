@@ -1,6 +1,7 @@
 """Topologies that agree exactly after finitely many rounds: hypercube and base-k.
 
-Both are cycles of mixing matrices whose product is the mean of all peers; the cycle of a lone peer is empty.
+Both are cycles of mixing matrices whose product is the mean of all peers; the cycle of a lone peer
+is empty.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ def hypercube(n: int) -> list[Matrix]:
 
 
 def base_k(n: int, k: int) -> list[Matrix]:
-    """The Base-(k+1) Graph (Takezawa et al. 2023, arXiv 2305.11420, Algorithm 3): exact for any n, degree at most k.
+    """The Base-(k+1) Graph (Takezawa et al. 2023, arXiv 2305.11420, Algorithm 3): exact for any n,
+    degree at most k.
 
-    n = smooth * rest, where ``smooth`` holds all the factors up to k+1: first ``smooth`` teams of ``rest`` peers agree
-    each by itself, then the peers of equal place in their teams do. The plain Algorithm 2 is taken where it is shorter.
-    Returns the cycle: matrices of (n, n).
+    n = smooth * rest, where ``smooth`` holds all the factors up to k+1: first ``smooth`` teams of
+    ``rest`` peers agree each by itself, then the peers of equal place in their teams do. The plain
+    Algorithm 2 is taken where it is shorter. Returns the cycle: matrices of (n, n).
     """
     rest = n
     for factor in range(2, k + 2):
@@ -48,7 +50,8 @@ def base_k(n: int, k: int) -> list[Matrix]:
 def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
     """The k-peer Hyper-Hypercube (Algorithm 1), for an n whose prime factors are all at most k+1.
 
-    Peers are numbers in a mixed radix; in a round those that differ in one digit only take their mean.
+    Peers are numbers in a mixed radix; in a round those that differ in one digit only take their
+    mean.
     """
     rounds, stride = list[Matrix](), 1
     for base in reversed(_fewest_factors(n, k + 1) or ()):
@@ -59,36 +62,50 @@ def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
 
 
 def _fewest_factors(n: int, largest: int) -> tuple[int, ...] | None:
-    """n as a product of as few falling factors from 2 to ``largest`` as can be; None when there is no such product."""
+    """n as a product of as few falling factors from 2 to ``largest`` as can be; None when there is
+    no such product.
+    """
     if n == 1:
         return ()
     firsts = [factor for factor in range(2, min(n, largest) + 1) if n % factor == 0]
-    found = [(first, *others) for first in firsts if (others := _fewest_factors(n // first, first)) is not None]
+    found = [
+        (first, *others)
+        for first in firsts
+        if (others := _fewest_factors(n // first, first)) is not None
+    ]
     return min(found, key=len, default=None)
 
 
 def _simple_base(n: int, k: int) -> list[Matrix]:
     """The Simple Base-(k+1) Graph (Algorithm 2): exact for any n, degree at most k.
 
-    1. Write n in base k+1. The peers of a digit are a part: ``num_blocks`` blocks, each a power of k+1 peers. Each part
+    1. Write n in base k+1. The peers of a digit are a part: ``num_blocks`` blocks, each a power of
+      k+1 peers. Each part
        takes its own mean.
-    2. Part by part, largest first: every peer of the later parts meets one peer of each of this part's blocks, weighted
-       such that each block's mean becomes the mean of all, and so does the mean of the parts still to come.
+    2. Part by part, largest first: every peer of the later parts meets one peer of each of this
+      part's blocks, weighted
+       such that each block's mean becomes the mean of all, and so does the mean of the parts still
+       to come.
     3. Each block then takes its mean, while the parts after it still do 2.
     """
     if _fewest_factors(n, k + 1) is not None:
         return _hyper_hyper_cube(n, k)
     parts = list(_digits(n, k + 1))
     whole = [_hyper_hyper_cube(num_blocks * block, k) for _, num_blocks, block in parts]
-    blocks = [[np.kron(np.eye(num), mean) for mean in _hyper_hyper_cube(block, k)] for _, num, block in parts]
+    blocks = [
+        [np.kron(np.eye(num), mean) for mean in _hyper_hyper_cube(block, k)]
+        for _, num, block in parts
+    ]
     cycle: list[Matrix] = []
-    for turn in range(-len(whole[0]), 1 + len(blocks[0])):  # below 0: step 1; turn l >= 0: part l meets the later ones
+    # below 0: step 1; turn l >= 0: part l meets the later ones
+    for turn in range(-len(whole[0]), 1 + len(blocks[0])):
         mixing = np.eye(n)
         for place, (start, num_blocks, block) in enumerate(parts):
             if turn == place != len(parts) - 1:
                 _meet_later_parts(mixing, start, num_blocks, block, k)
             elif turn < 0 or turn >= place:
-                # A part of single peers has no blocks to average; it agrees by then, and its mean keeps it so.
+                # A part of single peers has no blocks to average; it agrees by then, and its mean
+                # keeps it so.
                 own = whole[place] if turn < 0 or block == 1 else blocks[place]
                 peers = slice(start, start + num_blocks * block)
                 if own:
@@ -98,7 +115,9 @@ def _simple_base(n: int, k: int) -> list[Matrix]:
 
 
 def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
-    """The parts of n peers: (first peer, num_blocks, peers in a block), from the highest digit that is not 0."""
+    """The parts of n peers: (first peer, num_blocks, peers in a block), from the highest digit that
+    is not 0.
+    """
     start = 0
     for block in (base**power for power in reversed(range(n.bit_length()))):
         if num_blocks := (n - start) // block:
@@ -107,9 +126,12 @@ def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _meet_later_parts(mixing: Matrix, start: int, num_blocks: int, block: int, k: int) -> None:
-    """Step 2 of Algorithm 2, into ``mixing``; the part's peers that nobody meets take means of k+1 among themselves."""
+    """Step 2 of Algorithm 2, into ``mixing``; the part's peers that nobody meets take means of k+1
+    among themselves.
+    """
     firsts = range(start, start + num_blocks * block, block)
-    later = range(firsts[-1] + block, len(mixing))  # fewer than a block, being the digits that remain
+    # fewer than a block, being the digits that remain
+    later = range(firsts[-1] + block, len(mixing))
     weight = block / (len(mixing) - start)
     for offset, peer in enumerate(later):
         for other in (first + offset for first in firsts):

@@ -2,16 +2,19 @@
 
 Every rule mixes A and B apart (never their product) and in difference form,
 
-    x_i += sum_j w_ij (sent_j - sent_i)        over the neighbours j whose exchange with i was committed,
+    x_i += sum_j w_ij (sent_j - sent_i)        over the neighbours j whose exchange with i was
+    committed,
 
-so a neighbour that is missing adds nothing, and since w is symmetric the mean over all peers is kept.
+so a neighbour that is missing adds nothing, and since w is symmetric the mean over all peers is
+kept.
 
-A schedule may leave peers with different units active. Then each edge mixes what both its ends sent, tensor by tensor. That
-is as if the edge were missing for the other tensors: the mean of each over all peers, whether they have it active or not, is
-kept exactly, since every matrix here is symmetric (`Topology` refuses others). What changes is who moves: those who have a
-tensor active agree among themselves, edge by edge; one who has it killed keeps what it has, and its share of the mean, until
-it is active again at both ends of an edge of its. So a round agrees more slowly, and not at all about a unit that no two
-neighbours ever have active at once.
+A schedule may leave peers with different units active. Then each edge mixes what both its ends
+sent, tensor by tensor. That is as if the edge were missing for the other tensors: the mean of each
+over all peers, whether they have it active or not, is kept exactly, since every matrix here is
+symmetric (`Topology` refuses others). What changes is who moves: those who have a tensor active
+agree among themselves, edge by edge; one who has it killed keeps what it has, and its share of the
+mean, until it is active again at both ends of an edge of its. So a round agrees more slowly, and
+not at all about a unit that no two neighbours ever have active at once.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ class Factor:
 
 
 class Ffa:
-    """FFA-LoRA (arXiv 2403.12313): A stays as it started, alike for all, so averaging B is exact and half the bytes."""
+    """FFA-LoRA (arXiv 2403.12313): A stays as it started, alike for all, so averaging B is exact
+    and half the bytes.
+    """
 
     def trains(self, name: str, round: int) -> bool:
         """All but A."""
@@ -64,7 +69,8 @@ class Ffa:
 
 @dataclass(frozen=True)
 class Alternate:
-    """ADF-LoRA (arXiv 2511.18291): B trains for ``period`` rounds, then A, and so on; both are mixed in every round.
+    """ADF-LoRA (arXiv 2511.18291): B trains for ``period`` rounds, then A, and so on; both are
+    mixed in every round.
 
     B goes first: while B is zero, A's gradient is zero.
     """
@@ -77,13 +83,19 @@ class Alternate:
         return not name.endswith(resting)
 
     def sends(self, name: str, round: int) -> bool:
-        """Both factors: a resting factor that were not mixed would stay different from peer to peer."""
+        """Both factors: a resting factor that were not mixed would stay different from peer to
+        peer.
+        """
         return True
 
 
 def build_rule(section: PeersSection) -> Rule:
     """The rule the config names."""
-    rules: dict[str, Rule] = {"factor": Factor(), "ffa": Ffa(), "alternate": Alternate(section.period)}
+    rules: dict[str, Rule] = {
+        "factor": Factor(),
+        "ffa": Ffa(),
+        "alternate": Alternate(section.period),
+    }
     return rules[section.rule]
 
 
@@ -95,17 +107,22 @@ def mix(
     committed: Iterable[tuple[int, int]],
     names: Sequence[Collection[str]] | None = None,
 ) -> None:
-    """x_i += sum_j w_ij (sent_j - sent_i), for all peers i at once and in place, over the ``committed`` edges (i < j).
+    """x_i += sum_j w_ij (sent_j - sent_i), for all peers i at once and in place, over the
+    ``committed`` edges (i < j).
 
-    ``factors`` and ``sent`` are (P, ...) each; ``mixing`` is the round's (P, P) matrix, row = receiver. ``names``: of each
-    peer, the tensors that it sent; None: all. An edge mixes a tensor that both its ends sent, so for each tensor the matrix is
-    still symmetric with rows that sum to one.
+    ``factors`` and ``sent`` are (P, ...) each; ``mixing`` is the round's (P, P) matrix, row =
+    receiver. ``names``: of each peer, the tensors that it sent; None: all. An edge mixes a tensor
+    that both its ends sent, so for each tensor the matrix is still symmetric with rows that sum to
+    one.
     """
     edges = list(committed)
     for name, message in sent.items():
-        both_sent = [(i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])]
-        # Rows sum to zero, so peer 0's value may be taken from all: between alike peers that is exact, and what is
-        # multiplied is small, so rounding is small against the change and not against the value.
+        both_sent = [
+            (i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])
+        ]
+        # Rows sum to zero, so peer 0's value may be taken from all: between alike peers that is
+        # exact, and what is multiplied is small, so rounding is small against the change and not
+        # against the value.
         change = _differences(mixing, both_sent).to(message) @ (message - message[0]).flatten(1)
         factors[name] += change.view(factors[name].shape)
 
@@ -119,8 +136,11 @@ def _differences(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> Tensor
 
 
 @torch.no_grad()
-def mix_edge(factors: Factors, weight: float, sent: Mapping[str, Tensor], received: Mapping[str, Tensor]) -> None:
-    """One peer's ``factors`` ((1, ...) each) after one committed edge, in place: what it sent, what it received.
+def mix_edge(
+    factors: Factors, weight: float, sent: Mapping[str, Tensor], received: Mapping[str, Tensor]
+) -> None:
+    """One peer's ``factors`` ((1, ...) each) after one committed edge, in place: what it sent, what
+    it received.
 
     A tensor that only one end sent is not mixed.
     """

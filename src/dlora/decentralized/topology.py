@@ -21,7 +21,8 @@ from dlora.errors import TopologyError
 
 Weights = Literal["metropolis", "laplacian"]
 
-ROUNDING = 1e-12  # what float64 may leave of a sum, a symmetry or a disagreement that is exact on paper
+# what float64 may leave of a sum, a symmetry or a disagreement that is exact on paper
+ROUNDING = 1e-12
 ERDOS_RENYI_TRIES = 1000  # seeds looked at before a graph that is hardly ever connected is given up
 
 
@@ -29,8 +30,9 @@ ERDOS_RENYI_TRIES = 1000  # seeds looked at before a graph that is hardly ever c
 class Topology:
     """The mixing matrices of a run, one a round, again from the first after ``period`` rounds.
 
-    ``matrices``: (n, n) float64 each, row = receiver, symmetric and doubly stochastic, kept as read-only copies.
-    Raises TopologyError when one is not. Everything here is a pure function of its arguments.
+    ``matrices``: (n, n) float64 each, row = receiver, symmetric and doubly stochastic, kept as
+    read-only copies. Raises TopologyError when one is not. Everything here is a pure function of
+    its arguments.
     """
 
     kind: str
@@ -61,27 +63,36 @@ class Topology:
         return float(1 - _disagreement(product) ** (1 / self.period))
 
     def mixing(self, round: int) -> Matrix:
-        """The (n, n) mixing matrix of a round; entry [i, j] is the weight peer i gives to what peer j sent."""
+        """The (n, n) mixing matrix of a round; entry [i, j] is the weight peer i gives to what peer
+        j sent.
+        """
         return self.matrices[round % self.period]
 
     def neighbours(self, peer: int, round: int) -> dict[int, float]:
-        """Neighbour -> neighbour weight of one peer in a round, without itself; empty when it rests."""
+        """Neighbour -> neighbour weight of one peer in a round, without itself; empty when it
+        rests.
+        """
         row = self.mixing(round)[peer]
         return {int(j): float(row[j]) for j in np.flatnonzero(row) if j != peer}
 
     def all_neighbours(self, peer: int) -> list[int]:
         """Everybody whom one peer ever talks to."""
-        return sorted({other for round in range(self.period) for other in self.neighbours(peer, round)})
+        return sorted(
+            {other for round in range(self.period) for other in self.neighbours(peer, round)}
+        )
 
     def tree(self, peer: int) -> tuple[int | None, dict[int, int]]:
-        """One peer's place in a breadth-first tree over all edges ever: its parent (None at the root, peer 0) and its children.
+        """One peer's place in a breadth-first tree over all edges ever: its parent (None at the
+        root, peer 0) and its children.
 
         Child -> how many peers are below it, itself included.
         """
         graph = nx.Graph(edge for round in range(self.period) for edge in self.edges(round))
         graph.add_nodes_from(range(self.num_peers))
         tree = nx.bfs_tree(graph, 0, sort_neighbors=sorted)
-        below = {child: 1 + len(nx.descendants(tree, child)) for child in sorted(tree.successors(peer))}
+        below = {
+            child: 1 + len(nx.descendants(tree, child)) for child in sorted(tree.successors(peer))
+        }
         return next(iter(tree.predecessors(peer)), None), below
 
     def edges(self, round: int) -> list[tuple[int, int]]:
@@ -89,8 +100,11 @@ class Topology:
         return [(int(i), int(j)) for i, j in np.argwhere(np.triu(self.mixing(round), k=1))]
 
 
-def build_topology(section: TopologySection, weights: Weights | None, names: Sequence[str]) -> Topology:
-    """The topology a config asks for among the peers ``names``; ``weights`` None is metropolis, or what the kind fixes.
+def build_topology(
+    section: TopologySection, weights: Weights | None, names: Sequence[str]
+) -> Topology:
+    """The topology a config asks for among the peers ``names``; ``weights`` None is metropolis, or
+    what the kind fixes.
 
     Raises TopologyError: no peers, a count the kind cannot serve, wrong weights, a wrong edge,
     a graph that is not connected.
@@ -99,22 +113,34 @@ def build_topology(section: TopologySection, weights: Weights | None, names: Seq
     if n == 0:
         raise TopologyError(f"topology {section.kind} was asked for 0 peers; it takes at least 1")
     if weights not in (None, *get_args(Weights)):
-        raise TopologyError(f"weights {weights}: no such rule; take one of {', '.join(get_args(Weights))}, or none")
+        raise TopologyError(
+            f"weights {weights}: no such rule; take one of {', '.join(get_args(Weights))}, or none"
+        )
     if section.kind in ("hypercube", "base-k"):
         if weights is not None:
-            raise TopologyError(f"weights {weights}: topology {section.kind} fixes its weights; remove the key weights")
+            raise TopologyError(
+                f"weights {weights}: topology {section.kind} fixes its weights; remove the key"
+                " weights"
+            )
         cycle = hypercube(n) if section.kind == "hypercube" else base_k(n, section.k or 1)
-        return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))  # a lone peer has nobody to meet
+        # a lone peer has nobody to meet
+        return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))
     graph = _graph(section, names)
     if not nx.is_connected(graph):
-        islands = [some_names([names[i] for i in sorted(island)], 4) for island in nx.connected_components(graph)]
+        islands = [
+            some_names([names[i] for i in sorted(island)], 4)
+            for island in nx.connected_components(graph)
+        ]
         apart = some_names([f"{{{island}}}" for island in islands], 4, " | ")
-        raise TopologyError(f"topology {section.kind} is not connected: {apart}; join them by edges")
+        raise TopologyError(
+            f"topology {section.kind} is not connected: {apart}; join them by edges"
+        )
     mixing = _laplacian(graph) if weights == "laplacian" else _metropolis(graph)
     return Topology(section.kind, tuple(names), (mixing,))
 
 
-# --- graphs that stay the same ---------------------------------------------------------------------------------------
+# --- graphs that stay the same
+# ---------------------------------------------------------------------------------------
 
 
 def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
@@ -124,7 +150,8 @@ def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
             pairs = [(i, (i + 1) % n) for i in range(n)]
         case "complete":
             pairs = list(combinations(range(n), 2))
-        case "exponential":  # symmetric form of Ying et al. 2021, arXiv 2110.13363: hops of 1, 2, 4, ... both ways
+        # symmetric form of Ying et al. 2021, arXiv 2110.13363: hops of 1, 2, 4, ... both ways
+        case "exponential":
             pairs = [(i, (i + 2**hop) % n) for i in range(n) for hop in range((n - 1).bit_length())]
         case "erdos-renyi":
             pairs = _erdos_renyi(n, section.p or 0.0, section.seed or 0)
@@ -142,24 +169,34 @@ def _joined(n: int, pairs: Iterable[tuple[int, int]]) -> nx.Graph[int]:
 def _erdos_renyi(n: int, p: float, seed: int) -> list[tuple[int, int]]:
     """Each pair is an edge with probability p: the first connected graph from ``seed`` on."""
     for attempt in range(seed, seed + ERDOS_RENYI_TRIES):
-        draw = random.Random(attempt).random  # Python promises this sequence on every version, so peers draw alike
+        # Python promises this sequence on every version, so peers draw alike
+        draw = random.Random(attempt).random
         pairs = [pair for pair in combinations(range(n), 2) if draw() < p]
         if len(pairs) >= n - 1 and nx.is_connected(_joined(n, pairs)):
             return pairs
     asked = f"topology erdos-renyi with p {p:g} and {n} peers"
     threshold = f"take p well above ln(n)/n = {math.log(n) / n:.2g}"
-    raise TopologyError(f"{asked}: none of {ERDOS_RENYI_TRIES} graphs from seed {seed} on is connected; {threshold}")
+    raise TopologyError(
+        f"{asked}: none of {ERDOS_RENYI_TRIES} graphs from seed {seed} on is connected; {threshold}"
+    )
 
 
-def _given_pairs(edges: Sequence[tuple[str | int, str | int]], names: Sequence[str]) -> list[tuple[int, int]]:
+def _given_pairs(
+    edges: Sequence[tuple[str | int, str | int]], names: Sequence[str]
+) -> list[tuple[int, int]]:
     pairs: list[tuple[int, int]] = []
     for position, edge in enumerate(edges):
         where = f"topology.edges[{position}] is [{edge[0]}, {edge[1]}]"
         i, j = sorted(_peer_index(end, names, where) for end in edge)
         if i == j:
-            raise TopologyError(f"{where}: a peer is not its own neighbour; remove it or name two peers")
+            raise TopologyError(
+                f"{where}: a peer is not its own neighbour; remove it or name two peers"
+            )
         if (i, j) in pairs:
-            raise TopologyError(f"{where}: topology.edges[{pairs.index((i, j))}] joins these two already; remove one")
+            raise TopologyError(
+                f"{where}: topology.edges[{pairs.index((i, j))}] joins these two already;"
+                " remove one"
+            )
         pairs.append((i, j))
     return pairs
 
@@ -168,8 +205,14 @@ def _peer_index(end: str | int, names: Sequence[str], where: str) -> int:
     if isinstance(end, int):
         if 0 <= end < len(names):
             return end
-        hint = f'write "{end}" in quotes to mean the peer of that name' if str(end) in names else "indices count from 0"
-        raise TopologyError(f"{where}: no peer has index {end}, there are {len(names)} peers; {hint}")
+        hint = (
+            f'write "{end}" in quotes to mean the peer of that name'
+            if str(end) in names
+            else "indices count from 0"
+        )
+        raise TopologyError(
+            f"{where}: no peer has index {end}, there are {len(names)} peers; {hint}"
+        )
     if end in names:
         return list(names).index(end)
     near = difflib.get_close_matches(end, names, n=1, cutoff=0.5)
@@ -184,9 +227,11 @@ def some_names(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
 
 
 def _metropolis(graph: nx.Graph[int]) -> Matrix:
-    """W_ij = 1 / (1 + max(d_i, d_j)) (Xiao, Boyd & Lall 2005), which a peer works out from its neighbours' degrees.
+    """W_ij = 1 / (1 + max(d_i, d_j)) (Xiao, Boyd & Lall 2005), which a peer works out from its
+    neighbours' degrees.
 
-    A peer keeps 1 / (1 + d_i), and what busier neighbours do not take. Written so, a complete graph is exactly 1/n.
+    A peer keeps 1 / (1 + d_i), and what busier neighbours do not take. Written so, a complete graph
+    is exactly 1/n.
     """
     mixing = np.zeros((len(graph), len(graph)))
     degree = dict(graph.degree)
@@ -206,21 +251,26 @@ def _laplacian(graph: nx.Graph[int]) -> Matrix:
     """
     adjacency: Matrix = nx.to_numpy_array(graph, nodelist=range(len(graph)))
     laplacian = np.diag(adjacency.sum(axis=1)) - adjacency
-    lambda_max = float(np.linalg.eigvalsh(laplacian)[-1]) or 1.0  # a lone peer's is 0, and so is its laplacian
+    # a lone peer's is 0, and so is its laplacian
+    lambda_max = float(np.linalg.eigvalsh(laplacian)[-1]) or 1.0
     return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
 
 
-# --- what a topology is worth ----------------------------------------------------------------------------------------
+# --- what a topology is worth
+# ----------------------------------------------------------------------------------------
 
 
 def check_mixing(mixing: ArrayLike) -> None:
-    """Refuse what is not a square, finite, non-negative, symmetric matrix whose rows (so columns) sum to 1.
+    """Refuse what is not a square, finite, non-negative, symmetric matrix whose rows (so columns)
+    sum to 1.
 
     Raises TopologyError naming the row or entry, counted from 0.
     """
     matrix = np.asarray(mixing, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise TopologyError(f"a mixing matrix is (n, n), a row and a column for each peer, got shape {matrix.shape}")
+        raise TopologyError(
+            f"a mixing matrix is (n, n), a row and a column for each peer, got shape {matrix.shape}"
+        )
     for wrong, rule in (
         (~np.isfinite(matrix), "is not a finite number"),
         (matrix < 0, "is negative, but a neighbour weight is at least 0"),
@@ -231,26 +281,34 @@ def check_mixing(mixing: ArrayLike) -> None:
     ):
         if wrong.any():
             i, j = np.argwhere(wrong)[0]
-            raise TopologyError(f"mixing[{i}, {j}] = {matrix[i, j]:.6g} (mixing[{j}, {i}] = {matrix[j, i]:.6g}) {rule}")
+            raise TopologyError(
+                f"mixing[{i}, {j}] = {matrix[i, j]:.6g} (mixing[{j}, {i}] = {matrix[j, i]:.6g})"
+                f" {rule}"
+            )
     sums = matrix.sum(axis=1)
     row = int(np.argmax(np.abs(sums - 1)))
     if abs(sums[row] - 1) > ROUNDING:
-        raise TopologyError(f"row {row} of the mixing matrix sums to {sums[row]:.12g}; it must sum to 1")
+        raise TopologyError(
+            f"row {row} of the mixing matrix sums to {sums[row]:.12g}; it must sum to 1"
+        )
 
 
 def spectral_gap(topology: Topology) -> float:
     """1 - second largest absolute eigenvalue; 0 never agrees, 1 is exact agreement.
 
-    When rounds differ: 1 - |W_(T-1) ... W_0 - J|_2 ^ (1/T) over a cycle of T rounds, J the matrix of all 1/n.
+    When rounds differ: 1 - |W_(T-1) ... W_0 - J|_2 ^ (1/T) over a cycle of T rounds, J the matrix
+    of all 1/n.
     """
     return topology.spectral_gap
 
 
 def _disagreement(product: Matrix) -> float:
-    """|product - J|_2: the largest factor by which the peers' distance to their mean may still be multiplied.
+    """|product - J|_2: the largest factor by which the peers' distance to their mean may still be
+    multiplied.
 
-    A symmetric matrix's norm is its largest absolute eigenvalue, any other's the root of the largest of M^T M: to rounding what
-    a singular value decomposition gives, in a fraction of its time (1,000 peers).
+    A symmetric matrix's norm is its largest absolute eigenvalue, any other's the root of the
+    largest of M^T M: to rounding what a singular value decomposition gives, in a fraction of its
+    time (1,000 peers).
     """
     apart = product - 1 / len(product)
     if np.linalg.norm(apart) <= ROUNDING:  # Frobenius' norm is never below this one
@@ -263,15 +321,18 @@ def _disagreement(product: Matrix) -> float:
 
 
 def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int]:
-    """Rounds, and messages all peers send in them, until the distance to the mean is ``factor`` times smaller.
+    """Rounds, and messages all peers send in them, until the distance to the mean is ``factor``
+    times smaller.
 
-    The distance is the norm (not its square) from the worst start. An exchange over an edge is two messages.
-    Raises TopologyError when it never gets there.
+    The distance is the norm (not its square) from the worst start. An exchange over an edge is two
+    messages. Raises TopologyError when it never gets there.
     """
     enough = (1 + 1e-9) / factor  # a tie counts as reached
     gap = spectral_gap(topology)
     if gap <= ROUNDING:
-        raise TopologyError(f"topology {topology.kind} never agrees: its spectral gap is 0; join all peers by edges")
+        raise TopologyError(
+            f"topology {topology.kind} never agrees: its spectral gap is 0; join all peers by edges"
+        )
     if topology.num_peers == 1:
         return 0, 0
     if topology.period == 1:  # symmetric, so |W^t - J|_2 = |W - J|_2^t

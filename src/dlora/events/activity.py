@@ -13,8 +13,9 @@ _MOST_COLUMNS = 300  # of a map: about as many as a picture has room for
 class Activity:
     """What the events ``units`` and ``active`` of one run tell; empty for a run without a schedule.
 
-    ``modules[u]``: dotted names of the modules of unit u. ``changes``: of each participant, by name, in the order in which
-    they were first heard: the local step from which a set holds, and that set.
+    ``modules[u]``: dotted names of the modules of unit u. ``changes``: of each participant, by
+    name, in the order in which they were first heard: the local step from which a set holds, and
+    that set.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,8 @@ class Activity:
             self.device_flops, self.changes, self._told = event["device_flops"], {}, {}
         elif event["event"] == "active" and self.costs:
             changes = self.changes.setdefault(event["peer"], [])
-            while changes and changes[-1][0] >= event["step"]:  # told before a kill, and again when the round was repeated
+            # told before a kill, and again when the round was repeated
+            while changes and changes[-1][0] >= event["step"]:
                 changes.pop()
             changes.append((event["step"], frozenset(event["units"])))
             self._told[event["peer"]] = event
@@ -44,35 +46,52 @@ class Activity:
 
     @property
     def last_change(self) -> int:
-        """The local step from which the first participant's newest set holds; 0 without a schedule."""
+        """The local step from which the first participant's newest set holds; 0 without a
+        schedule.
+        """
         return self.changes[self.first][-1][0] if self.first is not None else 0
 
     def fractions(self, peer: str, steps: int) -> tuple[float, float]:
-        """Adapter traffic and device FLOPs of a participant's first ``steps`` local steps, of those with all units active.
+        """Adapter traffic and device FLOPs of a participant's first ``steps`` local steps, of those
+        with all units active.
 
-        ``steps`` lies not before its last change; before any step, the fractions that its first will have.
+        ``steps`` lies not before its last change; before any step, the fractions that its first
+        will have.
         """
         last = self._told[peer]
-        step, traffic = last["step"], sum(self.costs[unit] for unit in last["units"]) / sum(self.costs)
+        step, traffic = (
+            last["step"],
+            sum(self.costs[unit] for unit in last["units"]) / sum(self.costs),
+        )
 
         def so_far(told: float, now: float) -> float:
-            return (told * step + now * (steps - step)) / steps if steps > step else told if step else now
+            return (
+                (told * step + now * (steps - step)) / steps
+                if steps > step
+                else told
+                if step
+                else now
+            )
 
         flops = so_far(last["device_flops_fraction"], last["device_flops"] / self.device_flops)
         return so_far(last["adapter_fraction"], traffic), flops
 
     def columns(self, peer: str, steps: int) -> list[int]:
-        """Local steps at which the columns of a participant's map begin, and ``steps``, where the last ends.
+        """Local steps at which the columns of a participant's map begin, and ``steps``, where the
+        last ends.
 
         The changes, or equal parts where there are very many of them; none lies behind ``steps``.
         """
         edges = sorted({0, steps, *(step for step, _ in self.changes[peer] if step < steps)})
         if len(edges) <= _MOST_COLUMNS + 1:
             return edges
-        return sorted({round(steps * number / _MOST_COLUMNS) for number in range(_MOST_COLUMNS + 1)})
+        return sorted(
+            {round(steps * number / _MOST_COLUMNS) for number in range(_MOST_COLUMNS + 1)}
+        )
 
     def shares(self, peer: str, edges: Sequence[int]) -> list[list[float]]:
-        """Of each unit and each column between two ``edges``, the fraction of its local steps in which the unit was active.
+        """Of each unit and each column between two ``edges``, the fraction of its local steps in
+        which the unit was active.
 
         ``edges`` as `columns` gives them.
         """
@@ -90,7 +109,8 @@ class Activity:
 
 
 def unit_labels(modules: Sequence[Sequence[str]]) -> list[str]:
-    """A short name a unit: the number of its block and the endings of its modules' names: ``0 query, key, value``.
+    """A short name a unit: the number of its block and the endings of its modules' names: ``0
+    query, key, value``.
 
     An ending is as long as it must be to be no other module's of a block.
     """
@@ -113,4 +133,11 @@ def _in_block(module: str) -> tuple[str, str]:
 def _ending(path: str, paths: set[str]) -> str:
     parts = path.split(".")
     endings = (".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1))
-    return next((one for one in endings if all(other == path or not f".{other}".endswith(f".{one}") for other in paths)), path)
+    return next(
+        (
+            one
+            for one in endings
+            if all(other == path or not f".{other}".endswith(f".{one}") for other in paths)
+        ),
+        path,
+    )

@@ -31,7 +31,16 @@ class Served:
 
     def summary(self) -> dict[str, Any]:
         """What is told when the cloud stops."""
-        names = ("links", "tokens", "parts", "steps", "step_s", "waited_s", "sent_bytes", "received_bytes")
+        names = (
+            "links",
+            "tokens",
+            "parts",
+            "steps",
+            "step_s",
+            "waited_s",
+            "sent_bytes",
+            "received_bytes",
+        )
         return {**{name: getattr(self, name) for name in names}, "failures": dict(self.failures)}
 
 
@@ -42,11 +51,14 @@ class CloudRecord:
         self.devices: dict[str, Served] = {}
         self.serving: Event | None = None  # the event
         self.refused_links = 0
-        self.news: deque[tuple[str, str]] = deque(maxlen=NUM_NEWS)  # time, one line: the last things that went wrong
+        # time, one line: the last things that went wrong
+        self.news: deque[tuple[str, str]] = deque(maxlen=NUM_NEWS)
 
     def __call__(self, event: Event) -> None:
         """Hear one event; unknown ones change nothing."""
-        served = self.devices.setdefault(event["device"], Served()) if "device" in event else Served()
+        served = (
+            self.devices.setdefault(event["device"], Served()) if "device" in event else Served()
+        )
         match event["event"]:
             case "serving":
                 self.serving = event
@@ -64,7 +76,10 @@ class CloudRecord:
                     served.step_s += event["seconds"]
             case "load":
                 served.parts_here, served.tokens_here = event["parts"], event["tokens"]
-                served.sent_bytes, served.received_bytes = event["sent_bytes"], event["received_bytes"]
+                served.sent_bytes, served.received_bytes = (
+                    event["sent_bytes"],
+                    event["received_bytes"],
+                )
             case "failed":
                 served.failures[event["why"]] += 1
                 self._note(event, f"{event['device']}: {event['why']}: {event['text']}")

@@ -23,15 +23,16 @@ Listener = Callable[[Event], None]
 class RunLog:
     """The log of one run: events are written and heard, ticks are only heard.
 
-    A line counts once its newline is on the file: a torn one, left by a crash, is cut off on opening.
-    Raises RunError when the file cannot be opened or written.
+    A line counts once its newline is on the file: a torn one, left by a crash, is cut off on
+    opening. Raises RunError when the file cannot be opened or written.
     """
 
     def __init__(self, path: str | Path, listeners: Iterable[Listener] = ()) -> None:
         self.path = Path(path)
         self._listeners = tuple(listeners)
         try:
-            self._file = io.FileIO(self.path, "a+")  # unbuffered: an event is on the file before the listeners hear it
+            # unbuffered: an event is on the file before the listeners hear it
+            self._file = io.FileIO(self.path, "a+")
             torn_bytes = _torn_bytes(self._file)
             if torn_bytes:
                 self._file.truncate(self._file.seek(0, os.SEEK_END) - torn_bytes)
@@ -59,7 +60,9 @@ class RunLog:
 
     @property
     def position(self) -> int:
-        """Bytes written so far, all of them safe on the disk; what a checkpoint remembers for `truncate`."""
+        """Bytes written so far, all of them safe on the disk; what a checkpoint remembers for
+        `truncate`.
+        """
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -67,7 +70,9 @@ class RunLog:
         return self._file.seek(0, os.SEEK_END)
 
     def truncate(self, position: int) -> None:
-        """Forget what came after `position` bytes: a resumed run writes it again. RunError if not there."""
+        """Forget what came after `position` bytes: a resumed run writes it again. RunError if not
+        there.
+        """
         size = self._file.seek(0, os.SEEK_END)
         if not 0 <= position <= size:
             raise RunError(
@@ -83,7 +88,12 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _tell(self, entry: Event) -> None:
@@ -102,7 +112,9 @@ def loading(listeners: Iterable[Listener]) -> Callable[[str], None]:
 
 
 def loaded(listeners: Iterable[Listener]) -> None:
-    """Tells the listeners that all is loaded, before the run's folder is made: from here on something can be lost."""
+    """Tells the listeners that all is loaded, before the run's folder is made: from here on
+    something can be lost.
+    """
     for listener in listeners:
         listener({"event": "loaded"})
 
@@ -115,12 +127,15 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def read_log(path: str | Path) -> list[Event]:
     """All events of a log in order; a torn last line (no newline) is ignored.
 
-    Raises RunError when the file cannot be read, or naming the number (from 1) of a line that is no event.
+    Raises RunError when the file cannot be read, or naming the number (from 1) of a line that is no
+    event.
     """
     try:
         *lines, _torn = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise RunError(f"log {path} cannot be read ({error.strerror}); give the folder of a run") from error
+        raise RunError(
+            f"log {path} cannot be read ({error.strerror}); give the folder of a run"
+        ) from error
     events = []
     for number, line in enumerate(lines, start=1):
         try:

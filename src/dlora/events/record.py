@@ -13,7 +13,9 @@ from dlora.events.log import Event
 
 @dataclass(kw_only=True)
 class RunRecord:
-    """What one run did, from the log; the summary's figures, where there is one, are the same and come first."""
+    """What one run did, from the log; the summary's figures, where there is one, are the same and
+    come first.
+    """
 
     name: str
     rounds: int = 0
@@ -32,7 +34,9 @@ class RunRecord:
         return arm_of(self.name)
 
     def figure(self, event: Mapping[str, Any], key: str) -> float | None:
-        """The figure that counts: the average's; for peers that never talk, the mean of their own."""
+        """The figure that counts: the average's; for peers that never talk, the mean of their
+        own.
+        """
         return (event.get(self.arm.counts) or {}).get(key)
 
     def last(self, of: str, default: Any = None) -> Any:
@@ -42,9 +46,16 @@ class RunRecord:
         return self.latest.get(of, default)
 
 
-def run_records(events: Iterable[Event], start: Event, summary: Mapping[str, Any]) -> list[RunRecord]:
-    """The events sorted by run, in the order of the start event; `summary` is summary.json, {} while unfinished."""
-    runs = {name: RunRecord(name=name, summary=summary.get("runs", {}).get(name, {})) for name in start["runs"]}
+def run_records(
+    events: Iterable[Event], start: Event, summary: Mapping[str, Any]
+) -> list[RunRecord]:
+    """The events sorted by run, in the order of the start event; `summary` is summary.json, {}
+    while unfinished.
+    """
+    runs = {
+        name: RunRecord(name=name, summary=summary.get("runs", {}).get(name, {}))
+        for name in start["runs"]
+    }
     for event in events:
         run = runs.get(event.get("run", ""))
         if run is None:

@@ -1,7 +1,8 @@
 """Which certificate a member may have, whether it is good now, and for how long.
 
-A certificate is ECDSA P-256, signed by itself, and can vouch for nothing else. Keys and certificates of another form, such as
-RSA keys and leaves of a hospital's own authority, are refused with what came and what is taken.
+A certificate is ECDSA P-256, signed by itself, and can vouch for nothing else. Keys and
+certificates of another form, such as RSA keys and leaves of a hospital's own authority, are refused
+with what came and what is taken.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from dlora.errors import IdentityError
 
 VALIDITY_DAYS = 730
 CLOCK_SLACK_MINUTES = 10  # a neighbour whose clock is behind by less finds a new certificate valid
-STAGES_S = (14 * 86_400, 3 * 86_400, 86_400, 6 * 3600, 3600, 600)  # before the end; each is told of once
+# before the end; each is told of once
+STAGES_S = (14 * 86_400, 3 * 86_400, 86_400, 6 * 3600, 3600, 600)
 NEW = "make a new one with: dlora identity new"
-_TAKEN = "dlora takes a certificate that an ECDSA P-256 key has signed for itself, no other key and no authority's signature"
+_TAKEN = (
+    "dlora takes a certificate that an ECDSA P-256 key has signed for itself, no other key and no"
+    " authority's signature"
+)
 
 
 def make(name: str) -> tuple[str, str]:
@@ -31,7 +36,9 @@ def make(name: str) -> tuple[str, str]:
     """
     subject = x509.Name.from_rfc4514_string(f"CN={name}")
     key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC).replace(microsecond=0)
-    builder = x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+    builder = x509.CertificateBuilder(
+        subject, subject, key.public_key(), x509.random_serial_number()
+    )
     builder = builder.not_valid_before(now - timedelta(minutes=CLOCK_SLACK_MINUTES))
     builder = builder.not_valid_after(now + timedelta(days=VALIDITY_DAYS))
     for extension, critical in _extensions(name):
@@ -57,36 +64,54 @@ def owner_of(pem: str) -> str:
 
 
 def fingerprint(pem: str) -> str:
-    """SHA-256 of the certificate's DER: 16 groups of 4 hex digits, to be read out over the phone."""
+    """SHA-256 of the certificate's DER: 16 groups of 4 hex digits, to be read out over the
+    phone.
+    """
     return _parse(pem).fingerprint(hashes.SHA256()).hex(":", 2)
 
 
 def checked(pem: Any, name: str, where: str) -> str:
-    """A certificate as PEM again, when it is one that `make` makes for ``name``. Raises IdentityError with what came."""
+    """A certificate as PEM again, when it is one that `make` makes for ``name``. Raises
+    IdentityError with what came.
+    """
     try:
         certificate = _parse(pem)
         owner = _owner(certificate)
         certificate.verify_directly_issued_by(certificate)
-        found = [certificate.extensions.get_extension_for_class(type(value)) for value, _ in _extensions(owner)]
+        found = [
+            certificate.extensions.get_extension_for_class(type(value))
+            for value, _ in _extensions(owner)
+        ]
         fits = [(extension.value, extension.critical) for extension in found] == _extensions(owner)
         fits = fits and certificate.subject == x509.Name.from_rfc4514_string(f"CN={owner}")
         fits = fits and isinstance(getattr(certificate.public_key(), "curve", None), ec.SECP256R1)
-    except Exception as error:  # a stranger's bytes; cryptography has a dozen exceptions for them without a common root
+    # a stranger's bytes; cryptography has a dozen exceptions for them without a common root
+    except Exception as error:
         came = _came(pem)
         told = f"; this is {came}: {_TAKEN}" if came else ""
         damaged = told or "; if the file is damaged, copy it again from who sent it"
-        raise IdentityError(f"{where}: not exactly one certificate in PEM that can be read{damaged}; else {NEW}") from error
+        raise IdentityError(
+            f"{where}: not exactly one certificate in PEM that can be read{damaged}; else {NEW}"
+        ) from error
     if not fits:
         came = _came(pem)
         told = f"; this is {came}: {_TAKEN}" if came else ""
-        raise IdentityError(f"{where}: not a certificate of the form that dlora makes, which cannot sign others{told}; {NEW}")
+        raise IdentityError(
+            f"{where}: not a certificate of the form that dlora makes, which cannot sign"
+            f" others{told}; {NEW}"
+        )
     if owner != name:
-        raise IdentityError(f"{where}: the certificate was made for {owner}, not for {name}; each member needs one of its own")
+        raise IdentityError(
+            f"{where}: the certificate was made for {owner}, not for {name}; each member needs one"
+            " of its own"
+        )
     return as_pem(certificate)
 
 
 def of_key_file(text: str, path: object) -> str:
-    """The certificate of a key file, PEM; it belongs to the private key beside it. Raises IdentityError with what came."""
+    """The certificate of a key file, PEM; it belongs to the private key beside it. Raises
+    IdentityError with what came.
+    """
     wanted = "a private key without a password and its certificate, both PEM"
     try:
         key, certificate = serialization.load_pem_private_key(text.encode(), None), _parse(text)
@@ -96,9 +121,14 @@ def of_key_file(text: str, path: object) -> str:
         told = f"; this is {came}: {_TAKEN}" if came else ""
         raise IdentityError(f"{path} is not a key file ({wanted}{told}); {NEW}") from error
     if not belongs:
-        raise IdentityError(f"the key in {path} does not belong to the certificate of {owner} beside it; {NEW} {owner}")
+        raise IdentityError(
+            f"the key in {path} does not belong to the certificate of {owner} beside it; {NEW}"
+            f" {owner}"
+        )
     if (came := _came(text)) is not None:
-        raise IdentityError(f"{path} is not a key file of dlora: this is {came}: {_TAKEN}; {NEW} NAME")
+        raise IdentityError(
+            f"{path} is not a key file of dlora: this is {came}: {_TAKEN}; {NEW} NAME"
+        )
     return as_pem(certificate)
 
 
@@ -112,13 +142,20 @@ def validity(pem: str) -> tuple[str, str, str, str]:
 
 
 def concern(pem: str) -> tuple[int, str] | None:
-    """What is wrong with a certificate's time, or will soon be, in the middle of a line; None where all is well.
+    """What is wrong with a certificate's time, or will soon be, in the middle of a line; None where
+    all is well.
 
     The number grows when it is to be told again: as each of ``STAGES_S`` is passed, and at the end.
     """
     state, begin, end, here = validity(pem)
     if state == "not yet valid":
-        return -1, f"is valid from {begin}, here it is {here}: the clock here is behind, or its maker's was ahead"
+        return (
+            -1,
+            (
+                f"is valid from {begin}, here it is {here}: the clock here is behind, or its"
+                " maker's was ahead"
+            ),
+        )
     if state == "expired":
         return len(STAGES_S) + 1, f"expired at {end}, here it is {here}"
     left_s = (_period(pem)[1] - datetime.now(UTC)).total_seconds()
@@ -140,15 +177,28 @@ def _period(pem: str) -> tuple[datetime, datetime]:
 
 
 def _extensions(name: str) -> list[tuple[x509.ExtensionType, bool]]:
-    """What every certificate must say, and whether critically: without the first two it could sign in another's name."""
-    only_sign = x509.KeyUsage(True, False, False, False, False, False, False, False, False)  # digital_signature comes first
+    """What every certificate must say, and whether critically: without the first two it could sign
+    in another's name.
+    """
+    # digital_signature comes first
+    only_sign = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
     purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    san, constraints = x509.SubjectAlternativeName([x509.DNSName(name)]), x509.BasicConstraints(ca=False, path_length=None)
-    return [(only_sign, True), (constraints, True), (x509.ExtendedKeyUsage(purposes), False), (san, False)]
+    san, constraints = (
+        x509.SubjectAlternativeName([x509.DNSName(name)]),
+        x509.BasicConstraints(ca=False, path_length=None),
+    )
+    return [
+        (only_sign, True),
+        (constraints, True),
+        (x509.ExtendedKeyUsage(purposes), False),
+        (san, False),
+    ]
 
 
 def _parse(pem: str) -> x509.Certificate:
-    """The one certificate in a text; ValueError when there is none or another one hides behind it."""
+    """The one certificate in a text; ValueError when there is none or another one hides behind
+    it.
+    """
     [certificate] = x509.load_pem_x509_certificates(pem.encode())
     return certificate
 
@@ -158,7 +208,9 @@ def _owner(certificate: x509.Certificate) -> str:
 
 
 def _came(text: Any) -> str | None:
-    """What stands in a text instead, where somebody's other keys and certificates are recognised; None: nothing of it."""
+    """What stands in a text instead, where somebody's other keys and certificates are recognised;
+    None: nothing of it.
+    """
     try:
         certificates = x509.load_pem_x509_certificates(text.encode())
         if len(certificates) > 1 and len({certificate.subject for certificate in certificates}) > 1:
@@ -168,7 +220,10 @@ def _came(text: Any) -> str | None:
         if isinstance(key, rsa.RSAPublicKey):
             return f"an RSA key of {key.key_size} bits"
         if not isinstance(getattr(key, "curve", None), ec.SECP256R1):
-            return f"a key of the kind {getattr(getattr(key, 'curve', None), 'name', type(key).__name__)}"
+            return (
+                "a key of the kind"
+                f" {getattr(getattr(key, 'curve', None), 'name', type(key).__name__)}"
+            )
         if certificate.issuer != certificate.subject:
             return f"a certificate that {_shown(certificate.issuer)} has signed"
     except Exception:  # as above: bytes of anybody

@@ -1,7 +1,7 @@
 """A member's key file: made, read, described.
 
-A key file holds a private key and its self-signed certificate. The certificate counts for the name under which the federation
-file lists it, and can vouch for nothing but itself.
+A key file holds a private key and its self-signed certificate. The certificate counts for the name
+under which the federation file lists it, and can vouch for nothing but itself.
 """
 
 from __future__ import annotations
@@ -11,8 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlora.errors import IdentityError
-from dlora.identity.certificates import NEW, as_der, concern, fingerprint, make, of_key_file, owner_of, validity
-from dlora.identity.federation import Federation, Role, checked_member, checked_name, entry_text, read_members
+from dlora.identity.certificates import (
+    NEW,
+    as_der,
+    concern,
+    fingerprint,
+    make,
+    of_key_file,
+    owner_of,
+    validity,
+)
+from dlora.identity.federation import (
+    Federation,
+    Role,
+    checked_member,
+    checked_name,
+    entry_text,
+    read_members,
+)
 from dlora.identity.files import create_file, read_text
 
 
@@ -26,27 +42,45 @@ class Identity:
 
     @classmethod
     def load(cls, name: str, key_path: str | Path, federation: Federation) -> Identity:
-        """Read a key file and check that the others take it for ``name``. Raises IdentityError; warns if others can read it."""
+        """Read a key file and check that the others take it for ``name``. Raises IdentityError;
+        warns if others can read it.
+        """
         num_listed = len(federation.member(name).certificates)
         key_pem, certificate = _read_key_file(Path(key_path))
         der, source = as_der(certificate), federation.source
         if not federation.is_listed(name, der):
-            for owner in (owner for owner in federation.members if federation.is_listed(owner, der)):
+            for owner in (
+                owner for owner in federation.members if federation.is_listed(owner, der)
+            ):
                 advice = f"give {name}'s key file, or the name {owner}"
-                raise IdentityError(f"wrong key for the name: {key_path} is the key of {owner}, not of {name}; {advice}")
+                raise IdentityError(
+                    f"wrong key for the name: {key_path} is the key of {owner}, not of {name};"
+                    f" {advice}"
+                )
             advice = "put its member file into the federation file, here and at the others"
-            raise IdentityError(f"the certificate in {key_path} is not among the {num_listed} of {name} in {source}; {advice}")
+            raise IdentityError(
+                f"the certificate in {key_path} is not among the {num_listed} of {name} in"
+                f" {source}; {advice}"
+            )
         state, begin, end, now = validity(certificate)
         if state == "not yet valid":
-            raise IdentityError(f"the certificate in {key_path} is valid from {begin}, here it is {now}; set the clock")
+            raise IdentityError(
+                f"the certificate in {key_path} is valid from {begin}, here it is {now}; set the"
+                " clock"
+            )
         if state == "expired":
-            raise IdentityError(f"the certificate in {key_path} expired at {end}, here it is {now}; {NEW} {name}")
+            raise IdentityError(
+                f"the certificate in {key_path} expired at {end}, here it is {now}; {NEW} {name}"
+            )
         _warn_of_the_end(certificate, key_path, name)
         return cls(name, key_pem, certificate.encode())
 
 
-def new_identity(name: str, address: str | None, role: Role, folder: str | Path) -> tuple[Path, Path]:
-    """Write ``NAME.key`` (mode 0600; stays here) and ``NAME.member.yaml`` (goes to the others) into ``folder``.
+def new_identity(
+    name: str, address: str | None, role: Role, folder: str | Path
+) -> tuple[Path, Path]:
+    """Write ``NAME.key`` (mode 0600; stays here) and ``NAME.member.yaml`` (goes to the others) into
+    ``folder``.
 
     Raises IdentityError; never overwrites a file.
     """
@@ -72,11 +106,19 @@ def describe(path: str | Path) -> str:
         told = [(owner_of(certificate), " (a key file)", certificate)]
     else:
         members = read_members(Path(path))[0]
-        told = [(m.name, f" ({m.role}, {m.address or 'only dials'})", pem) for m in members for pem in m.certificates]
+        told = [
+            (m.name, f" ({m.role}, {m.address or 'only dials'})", pem)
+            for m in members
+            for pem in m.certificates
+        ]
     lines = []
     for name, head, certificate in told:
         state, begin, end, _ = validity(certificate)
-        lines += [name + head, f"  {state}: from {begin} until {end}", f"  {fingerprint(certificate)}"]
+        lines += [
+            name + head,
+            f"  {state}: from {begin} until {end}",
+            f"  {fingerprint(certificate)}",
+        ]
         if state == "valid":
             _warn_of_the_end(certificate, path, name)
     return "\n".join(lines)
@@ -85,13 +127,20 @@ def describe(path: str | Path) -> str:
 def _warn_of_the_end(certificate: str, path: str | Path, name: str) -> None:
     worry = concern(certificate)
     if worry is not None:
-        warnings.warn(f"the certificate of {name} in {path} {worry[1]}; before that, {NEW} {name}", stacklevel=3)
+        warnings.warn(
+            f"the certificate of {name} in {path} {worry[1]}; before that, {NEW} {name}",
+            stacklevel=3,
+        )
 
 
 def _read_key_file(path: Path) -> tuple[bytes, str]:
-    """The file, which gRPC takes for the private key as it is, and the certificate in it; warns if others can read it."""
+    """The file, which gRPC takes for the private key as it is, and the certificate in it; warns if
+    others can read it.
+    """
     text = read_text(path)
     certificate = of_key_file(text, path)
     if path.stat().st_mode & 0o077:
-        warnings.warn(f"others on this machine can read or change {path}; run: chmod 600 {path}", stacklevel=3)
+        warnings.warn(
+            f"others on this machine can read or change {path}; run: chmod 600 {path}", stacklevel=3
+        )
     return text.encode(), certificate

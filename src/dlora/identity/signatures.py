@@ -1,4 +1,6 @@
-"""Signatures of members: made with a member's own key, checked with the certificates that the federation file lists."""
+"""Signatures of members: made with a member's own key, checked with the certificates that the
+federation file lists.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ HALF_BYTES = SIGNATURE_BYTES // 2
 
 
 class MemberSignatures:
-    """ECDSA on P-256 with SHA-256, r and s as 32 bytes each; nothing is drawn at random (RFC 6979)."""
+    """ECDSA on P-256 with SHA-256, r and s as 32 bytes each; nothing is drawn at random (RFC
+    6979).
+    """
 
     def __init__(self, identity: Identity, federation: FederationFile) -> None:
         self.identity, self.federation = identity, federation
@@ -28,17 +32,23 @@ class MemberSignatures:
     def sign(self, statement: bytes) -> bytes:
         """This member's signature."""
         made = self._key.sign(statement, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
-        return b"".join(number.to_bytes(HALF_BYTES, "big") for number in utils.decode_dss_signature(made))
+        return b"".join(
+            number.to_bytes(HALF_BYTES, "big") for number in utils.decode_dss_signature(made)
+        )
 
     def is_signed(self, name: str, statement: bytes, signature: bytes) -> bool:
-        """Whether one of the member's certificates fits: those of the file as it now is, and our own as it is."""
+        """Whether one of the member's certificates fits: those of the file as it now is, and our
+        own as it is.
+        """
         member = self.federation.current.members.get(name)
         certificates = () if member is None else tuple(pem.encode() for pem in member.certificates)
         if name == self.identity.name:
             certificates += (self.identity.certificate_pem,)
         if len(signature) != SIGNATURE_BYTES:
             return False
-        numbers = (int.from_bytes(half, "big") for half in (signature[:HALF_BYTES], signature[HALF_BYTES:]))
+        numbers = (
+            int.from_bytes(half, "big") for half in (signature[:HALF_BYTES], signature[HALF_BYTES:])
+        )
         written = utils.encode_dss_signature(*numbers)
         return any(_fits(pem, statement, written) for pem in dict.fromkeys(certificates))
 

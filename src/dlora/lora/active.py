@@ -1,4 +1,6 @@
-"""What a schedule does to factors: who takes a step, who rests, and what each unit's step was worth."""
+"""What a schedule does to factors: who takes a step, who rests, and what each unit's step was
+worth.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from dlora.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Scheduled:
-    """The units of a model and a schedule for each participant. ``modules[u]``: dotted names of the modules of unit u.
+    """The units of a model and a schedule for each participant. ``modules[u]``: dotted names of the
+    modules of unit u.
 
     ``on_change(participant, schedule)`` hears of every change of an active set.
     """
@@ -32,7 +35,9 @@ class Scheduled:
 
     def killed(self, participants: Iterable[int]) -> frozenset[int]:
         """Units that none of these trains now."""
-        return frozenset(range(len(self.modules))).difference(*(self.schedules[number].active for number in participants))
+        return frozenset(range(len(self.modules))).difference(
+            *(self.schedules[number].active for number in participants)
+        )
 
 
 def schedule_units(
@@ -45,29 +50,34 @@ def schedule_units(
 ) -> Scheduled:
     """One schedule a participant. Raises ConfigError for a unit that is not there.
 
-    What is drawn (random, the order of kr's first rotation) is drawn alike for all, so that neighbours have the same units
-    active and can mix them; scores, and what is chosen by them, are each participant's own.
+    What is drawn (random, the order of kr's first rotation) is drawn alike for all, so that
+    neighbours have the same units active and can mix them; scores, and what is chosen by them, are
+    each participant's own.
     """
     modules = tuple(group.modules for group in groups)
     named = named_units(section.units or (), groups)
     costs = [group.cost for group in groups]
     flops = partial(device_flops, groups, r=lora.r, placement=lora.placement)
-    schedules = tuple(Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants)
+    schedules = tuple(
+        Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants
+    )
     return Scheduled(section, modules, schedules, on_change)
 
 
 class ActiveUnits:
     """The schedules of the participants of one group of training, and how they take a step.
 
-    ``parameters``: the stacked tensors ((P, ...) each) that the model is bound to and gradients arrive at. Each participant's
-    part of a tensor has moments and step count of its own, so a killed one rests whole while the others go on: P stacked
-    participants are P separate runs whoever is active. A tensor that is killed for all participants has no gradient at all.
+    ``parameters``: the stacked tensors ((P, ...) each) that the model is bound to and gradients
+    arrive at. Each participant's part of a tensor has moments and step count of its own, so a
+    killed one rests whole while the others go on: P stacked participants are P separate runs
+    whoever is active. A tensor that is killed for all participants has no gradient at all.
 
-    Handed off: a killed unit's factors stay what they are and are applied. Dropped: from `leave_out` to `put_back`, while
-    local steps are taken, its B (or core) is set aside in ``resting`` and zero stands in its place. Between, ``parameters``
-    are what is mixed and kept, and the function that is evaluated and exported is they without what `left_out` names. A
-    revived unit's first moment is zero, its second what it was, and its learning rate rises to the schedule's over
-    ``rewarm_steps``.
+    Handed off: a killed unit's factors stay what they are and are applied. Dropped: from
+    `leave_out` to `put_back`, while local steps are taken, its B (or core) is set aside in
+    ``resting`` and zero stands in its place. Between, ``parameters`` are what is mixed and kept,
+    and the function that is evaluated and exported is they without what `left_out` names. A revived
+    unit's first moment is zero, its second what it was, and its learning rate rises to the
+    schedule's over ``rewarm_steps``.
     """
 
     def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
@@ -75,7 +85,12 @@ class ActiveUnits:
         self.schedules = [scheduled.schedules[participant] for participant in participants]
         self.on_change = [partial(scheduled.on_change, participant) for participant in participants]
         self.names = [
-            [name for module in held for factor in "ABM" if (name := f"{module}.lora_{factor}") in parameters]
+            [
+                name
+                for module in held
+                for factor in "ABM"
+                if (name := f"{module}.lora_{factor}") in parameters
+            ]
             for held in scheduled.modules
         ]
         self.unit_of = {name: unit for unit, names in enumerate(self.names) for name in names}
@@ -86,15 +101,23 @@ class ActiveUnits:
             for participant in range(len(participants))
         }
         dropped = self.section.on_kill == "drop"
-        factors = [name for name in self.unit_of if dropped and name.endswith((".lora_B", ".lora_M"))]
+        factors = [
+            name for name in self.unit_of if dropped and name.endswith((".lora_B", ".lora_M"))
+        ]
         self.resting = {name: torch.zeros_like(parameters[name]) for name in factors}
         self._took_part = [set[int]() for _ in self.schedules]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For the optimiser: the leaves of each unit of each participant, whose learning rates differ; what is in no unit."""
+        """For the optimiser: the leaves of each unit of each participant, whose learning rates
+        differ; what is in no unit.
+        """
         outside = [name for name in self.parameters if name not in self.unit_of]
         return [
-            {"params": [self.leaves[f"{name}@{participant}"] for name in names], "unit": unit, "participant": participant}
+            {
+                "params": [self.leaves[f"{name}@{participant}"] for name in names],
+                "unit": unit,
+                "participant": participant,
+            }
             for participant in range(len(self.schedules))
             for unit, names in [*enumerate(self.names), (None, outside)]
             if names
@@ -113,19 +136,31 @@ class ActiveUnits:
             self.parameters[name][participant] = self.resting[name][participant]
 
     def left_out(self) -> Iterator[tuple[str, int]]:
-        """Tensor and participant of what is dropped now: it is zero in the function that is evaluated and exported."""
+        """Tensor and participant of what is dropped now: it is zero in the function that is
+        evaluated and exported.
+        """
         for participant in range(len(self.schedules)):
             for unit in self._killed(participant):
-                yield from ((name, participant) for name in self.names[unit] if name in self.resting)
+                yield from (
+                    (name, participant) for name in self.names[unit] if name in self.resting
+                )
 
     def took_part(self, participant: int) -> frozenset[str]:
-        """What a participant's local steps since `leave_out` may have changed: its units active in any, all that is in none."""
-        return frozenset(name for name in self.parameters if self.unit_of.get(name) in (None, *self._took_part[participant]))
+        """What a participant's local steps since `leave_out` may have changed: its units active in
+        any, all that is in none.
+        """
+        return frozenset(
+            name
+            for name in self.parameters
+            if self.unit_of.get(name) in (None, *self._took_part[participant])
+        )
 
     @property
     def killed(self) -> frozenset[int]:
         """Units that nobody here trains."""
-        return frozenset(range(len(self.names))).difference(*(schedule.active for schedule in self.schedules))
+        return frozenset(range(len(self.names))).difference(
+            *(schedule.active for schedule in self.schedules)
+        )
 
     def train_only(self, names: frozenset[str]) -> None:
         """Gradients for those of ``names`` that are active for somebody."""
@@ -136,7 +171,9 @@ class ActiveUnits:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero where a participant has killed what another one trains; before anybody's gradient is measured."""
+        """Zero where a participant has killed what another one trains; before anybody's gradient is
+        measured.
+        """
         for name, tensor in self.parameters.items():
             if tensor.grad is not None and name in self.unit_of:
                 for participant, schedule in enumerate(self.schedules):
@@ -145,31 +182,52 @@ class ActiveUnits:
 
     @torch.no_grad()
     def scores(self) -> list[dict[int, float]]:
-        """What each participant's active units are worth: the sum of |g| over a unit's B or core, as the backward pass left g.
+        """What each participant's active units are worth: the sum of |g| over a unit's B or core,
+        as the backward pass left g.
 
-        To first order that is what a step of Adam's, which moves every number alike, takes off the loss. A's gradient is zero
-        while B is: counted too, it would make units that have trained little seem worth less. Rounds that train A alone give
-        no scores.
+        To first order that is what a step of Adam's, which moves every number alike, takes off the
+        loss. A's gradient is zero while B is: counted too, it would make units that have trained
+        little seem worth less. Rounds that train A alone give no scores.
         """
         scored: list[dict[int, float]] = []
         for participant, schedule in enumerate(self.schedules):
             worth = {}
             for unit in sorted(schedule.active):
-                gradients = [self.parameters[name].grad for name in self.names[unit] if not name.endswith(".lora_A")]
-                if sums := [gradient[participant].abs().sum() for gradient in gradients if gradient is not None]:
+                gradients = [
+                    self.parameters[name].grad
+                    for name in self.names[unit]
+                    if not name.endswith(".lora_A")
+                ]
+                if sums := [
+                    gradient[participant].abs().sum()
+                    for gradient in gradients
+                    if gradient is not None
+                ]:
                     worth[unit] = torch.stack(sums).sum()
-            values = torch.stack([*worth.values()]).tolist() if worth else []  # one wait for the device
+            # one wait for the device
+            values = torch.stack([*worth.values()]).tolist() if worth else []
             scored.append(dict(zip(worth, values, strict=True)))
         return scored
 
     @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer, learning_rate: float, scores: Sequence[Mapping[int, float]]) -> None:
-        """The optimiser's step for all who are active; then the schedules see its `scores` and may change who is."""
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        learning_rate: float,
+        scores: Sequence[Mapping[int, float]],
+    ) -> None:
+        """The optimiser's step for all who are active; then the schedules see its `scores` and may
+        change who is.
+        """
         for name, tensor in self.parameters.items():
             for participant, schedule in enumerate(self.schedules):
                 takes_part = self.unit_of.get(name) in (None, *schedule.active)
                 leaf = self.leaves[f"{name}@{participant}"]
-                leaf.grad = tensor.grad[participant].unsqueeze(0) if tensor.grad is not None and takes_part else None
+                leaf.grad = (
+                    tensor.grad[participant].unsqueeze(0)
+                    if tensor.grad is not None and takes_part
+                    else None
+                )
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * self._rewarming(group)
         optimizer.step()
@@ -185,13 +243,20 @@ class ActiveUnits:
         self.train_only(self.allowed)
 
     def _rewarming(self, group: Mapping[str, Any]) -> float:
-        if group["unit"] is None or group["unit"] not in self.schedules[group["participant"]].active:
+        if (
+            group["unit"] is None
+            or group["unit"] not in self.schedules[group["participant"]].active
+        ):
             return 1.0
         age = self.schedules[group["participant"]].age(group["unit"])
         return 1.0 if age is None else min(1.0, (age + 1) / self.section.rewarm_steps)
 
     def _change(
-        self, optimizer: torch.optim.Optimizer, participant: int, before: frozenset[int], after: frozenset[int]
+        self,
+        optimizer: torch.optim.Optimizer,
+        participant: int,
+        before: frozenset[int],
+        after: frozenset[int],
     ) -> None:
         for unit in sorted(after - before):
             for name in self.names[unit]:
@@ -203,7 +268,11 @@ class ActiveUnits:
         self._set_aside(participant, before - after)
 
     def _killed(self, participant: int) -> list[int]:
-        return [unit for unit in range(len(self.names)) if unit not in self.schedules[participant].active]
+        return [
+            unit
+            for unit in range(len(self.names))
+            if unit not in self.schedules[participant].active
+        ]
 
     @torch.no_grad()
     def _set_aside(self, participant: int, killed: Iterable[int]) -> None:
@@ -216,12 +285,23 @@ class ActiveUnits:
 
 
 def named_units(wanted: Sequence[str], groups: Sequence[Group]) -> frozenset[int]:
-    """The units that hold a module of that name, or whose name ends so. Raises ConfigError where there is none."""
+    """The units that hold a module of that name, or whose name ends so. Raises ConfigError where
+    there is none.
+    """
     found = set()
     for name in wanted:
-        units = [u for u, group in enumerate(groups) if any(f".{module}".endswith(f".{name}") for module in group.modules)]
+        units = [
+            u
+            for u, group in enumerate(groups)
+            if any(f".{module}".endswith(f".{name}") for module in group.modules)
+        ]
         if not units:
-            there = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", module) for group in groups for module in group.modules)
-            raise ConfigError(f"schedule.units: {name} is no adapted module; they are, * being a number: {', '.join(there)}")
+            there = dict.fromkeys(
+                re.sub(r"\.\d+\.", ".*.", module) for group in groups for module in group.modules
+            )
+            raise ConfigError(
+                f"schedule.units: {name} is no adapted module; they are, * being a number:"
+                f" {', '.join(there)}"
+            )
         found.update(units)
     return frozenset(found)

@@ -22,19 +22,28 @@ from dlora.version import __version__
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
 _WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "model.safetensors"
-_CORES = "core.safetensors"  # beside it under placement core: B M does not give M back to the last bit
+# beside it under placement core: B M does not give M back to the last bit
+_CORES = "core.safetensors"
 
 
-def save_adapter(folder: Path, factors: Mapping[str, Tensor], model: StackedModel, tokenizer: Any = None) -> None:
-    """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base, folder)`` loads them.
+def save_adapter(
+    folder: Path, factors: Mapping[str, Tensor], model: StackedModel, tokenizer: Any = None
+) -> None:
+    """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base,
+    folder)`` loads them.
 
-    Cores become ordinary pairs A, B M of their frame; they themselves are kept beside, for `load_adapter`. A short card says
-    what the folder holds; ``tokenizer``: its files are written too, for those who serve the folder. Raises RunError.
+    Cores become ordinary pairs A, B M of their frame; they themselves are kept beside, for
+    `load_adapter`. A short card says what the folder holds; ``tokenizer``: its files are written
+    too, for those who serve the folder. Raises RunError.
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
-    weights = {_to_peft(name): tensor[0].contiguous() for name, tensor in pairs(own, model.frame).items()}
+    weights = {
+        _to_peft(name): tensor[0].contiguous() for name, tensor in pairs(own, model.frame).items()
+    }
     weights |= {_to_peft(name): tensor for name, tensor in model.head_rest.items()}
-    cores = {name: tensor[0].contiguous() for name, tensor in own.items() if name.endswith(".lora_M")}
+    cores = {
+        name: tensor[0].contiguous() for name, tensor in own.items() if name.endswith(".lora_M")
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
@@ -45,37 +54,52 @@ def save_adapter(folder: Path, factors: Mapping[str, Tensor], model: StackedMode
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
     except OSError as error:
-        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); fix that, then go on with --resume") from error
+        raise RunError(
+            f"adapter {folder} cannot be written ({error.strerror}); fix that, then go on with"
+            " --resume"
+        ) from error
 
 
 def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
-    """Write the same factors under the names of the model's parameters, as a transformers Trainer reads them to go on."""
+    """Write the same factors under the names of the model's parameters, as a transformers Trainer
+    reads them to go on.
+    """
     own = {name: tensor[0].detach().cpu().contiguous() for name, tensor in factors.items()}
     try:
         write_atomically(folder / _TRAINED, save(own, metadata={"format": "pt"}))
     except OSError as error:
-        raise RunError(f"adapter {folder} cannot be written ({error.strerror}); fix that, then save again") from error
+        raise RunError(
+            f"adapter {folder} cannot be written ({error.strerror}); fix that, then save again"
+        ) from error
 
 
 def model_card(model: StackedModel) -> str:
-    """What the folder holds and how it is loaded, as the hub reads it; of a base model in a folder only the folder's name."""
+    """What the folder holds and how it is loaded, as the hub reads it; of a base model in a folder
+    only the folder's name.
+    """
     config = model.peft_config
     source = str(config.base_model_name_or_path)
     base = Path(source).name if Path(source).is_dir() else source
     facts = {"base_model": base, "library_name": "peft", "tags": ["lora", "dlora"]}
     classes = config.task_type == peft.TaskType.SEQ_CLS
-    factory = f"AutoModelForSequenceClassification.from_pretrained(base, num_labels={model.network.config.num_labels})"
-    if getattr(model.network, "base_model_prefix", "") == "body":  # dlora.model.MeanPooledClassifier
+    factory = (
+        "AutoModelForSequenceClassification.from_pretrained(base,"
+        f" num_labels={model.network.config.num_labels})"
+    )
+    # dlora.model.MeanPooledClassifier
+    if getattr(model.network, "base_model_prefix", "") == "body":
         how = "The classifier reads the mean over the tokens: load it with `dlora eval`."
     else:
         load = factory if classes else "AutoModelForCausalLM.from_pretrained(base)"
-        how = f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
+        how = (
+            f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
+        )
     serve = "" if classes else _served(config.r)
     linears = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
     return (
-        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# A LoRA adapter for {base}\n\nRank {config.r},"
-        f" `lora_alpha` {config.lora_alpha}, on {linears}."
-        f" Written by dlora {__version__}.\n\n{how}\n{serve}"
+        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# A LoRA adapter for {base}\n\nRank"
+        f" {config.r}, `lora_alpha` {config.lora_alpha}, on {linears}. Written by dlora"
+        f" {__version__}.\n\n{how}\n{serve}"
     )
 
 
@@ -83,34 +107,51 @@ def _served(r: int) -> str:
     """vLLM gives room to ranks of fixed sizes: vllm.config.lora.MaxLoRARanks."""
     room = next((rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= r), None)
     if room is None:
-        return f"\nvLLM takes a rank of 512 at most, this one is {r}: merge it into the model to serve it.\n"
+        return (
+            f"\nvLLM takes a rank of 512 at most, this one is {r}: merge it into the model to serve"
+            " it.\n"
+        )
     return f"\nvLLM: `--enable-lora --max-lora-rank {room}`.\n"
 
 
 def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read one participant's factors as (1, ...) tensors.
 
-    Raises RunError unless they have the names and shapes of ``expected``, which has no participant dimension.
+    Raises RunError unless they have the names and shapes of ``expected``, which has no participant
+    dimension.
     """
     stored: dict[str, Tensor] = {}
-    for file in (_WEIGHTS, *([_CORES] if any(name.endswith(".lora_M") for name in expected) else [])):
+    for file in (
+        _WEIGHTS,
+        *([_CORES] if any(name.endswith(".lora_M") for name in expected) else []),
+    ):
         try:
             stored |= load_file(folder / file)
         except (OSError, safetensors.SafetensorError) as error:
             raise RunError(f"adapter {folder}: {file} cannot be read ({error})") from error
-    factors = {name: stored[_to_peft(name)].unsqueeze(0) for name in expected if _to_peft(name) in stored}
+    factors = {
+        name: stored[_to_peft(name)].unsqueeze(0) for name in expected if _to_peft(name) in stored
+    }
     for name, tensor in expected.items():
         if name not in factors:
-            raise RunError(f"adapter {folder}: holds no {name}; it belongs to another model or another lora.target_modules")
+            raise RunError(
+                f"adapter {folder}: holds no {name}; it belongs to another model or another"
+                " lora.target_modules"
+            )
         if factors[name].shape[1:] != tensor.shape:
             raise RunError(
-                f"adapter {folder}: {name} has shape {tuple(factors[name].shape[1:])}, expected {tuple(tensor.shape)}"
+                f"adapter {folder}: {name} has shape {tuple(factors[name].shape[1:])}, expected"
+                f" {tuple(tensor.shape)}"
             )
     return factors
 
 
 def _to_peft(name: str) -> str:
-    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind it; a core has none."""
+    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind
+    it; a core has none.
+    """
     if name.endswith(".lora_M"):
         return name
-    return f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"
+    return (
+        f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"
+    )

@@ -1,15 +1,18 @@
-"""The frozen frame of a weight: its top singular directions, computed once, between which a small core trains.
+"""The frozen frame of a weight: its top singular directions, computed once, between which a small
+core trains.
 
 Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the frame is
 
     lora_A = V^T, the top R rows (R, I)        lora_B = U, the top R columns (O, R)
 
-both frozen and known to all; what trains is ``lora_M`` (R, R), and delta_weight = scaling x B M A. LoRA-XS (arXiv 2405.17604)
-has S V^T for A; without S it was one point better at equal steps and held higher rates (docs/lab-log.md). M starts at zero, the
-frozen model itself: its gradient there is B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
+both frozen and known to all; what trains is ``lora_M`` (R, R), and delta_weight = scaling x B M A.
+LoRA-XS (arXiv 2405.17604) has S V^T for A; without S it was one point better at equal steps and
+held higher rates (docs/lab-log.md). M starts at zero, the frozen model itself: its gradient there
+is B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
 
-``Frame`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An SVD is not the same to the last bit
-from machine to machine, and where singular values are close not the same at all: hence it is kept in a file and handed round.
+``Frame`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An SVD is
+not the same to the last bit from machine to machine, and where singular values are close not the
+same at all: hence it is kept in a file and handed round.
 """
 
 from __future__ import annotations
@@ -29,12 +32,16 @@ from dlora.lora.factors import Factors
 Frame = dict[str, Tensor]
 FRAME_FILE = "frame.safetensors"  # within a run folder
 _OF_THE_WEIGHT = (
-    1e-3  # |A - directions of B^T W| / |A|: above the rounding of any machine, far below what another checkpoint gives
+    # |A - directions of B^T W| / |A|: above the rounding of any machine, far below what another
+    # checkpoint gives
+    1e-3
 )
 
 
 def compute_frame(layers: Mapping[str, nn.Module], r: int) -> Frame:
-    """The frame of rank ``r`` of every linear in ``layers``, by name; ConfigError where a weight has fewer directions."""
+    """The frame of rank ``r`` of every linear in ``layers``, by name; ConfigError where a weight
+    has fewer directions.
+    """
     frame: Frame = {}
     for name, layer in layers.items():
         lora_A, lora_B = top_directions(_weight(name, layer, r), r)
@@ -44,25 +51,31 @@ def compute_frame(layers: Mapping[str, nn.Module], r: int) -> Frame:
 
 @torch.no_grad()
 def top_directions(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) of a weight, float64; of each direction the largest entry in B is positive.
+    """A (R, I) and B (O, R) of a weight, float64; of each direction the largest entry in B is
+    positive.
 
-    From the eigenvectors of the smaller of W W^T and W^T W: in float64 their squared condition costs the top directions nothing
-    that float32 would show, at a fraction of a full SVD's time.
+    From the eigenvectors of the smaller of W W^T and W^T W: in float64 their squared condition
+    costs the top directions nothing that float32 would show, at a fraction of a full SVD's time.
     """
-    weight_OI = (weight_OI.cpu() if weight_OI.device.type == "mps" else weight_OI).double()  # mps has no float64
+    # mps has no float64
+    weight_OI = (weight_OI.cpu() if weight_OI.device.type == "mps" else weight_OI).double()
     wide = weight_OI.shape[0] <= weight_OI.shape[1]
-    _, vectors = torch.linalg.eigh(weight_OI @ weight_OI.T if wide else weight_OI.T @ weight_OI)  # ascending
+    # ascending
+    _, vectors = torch.linalg.eigh(weight_OI @ weight_OI.T if wide else weight_OI.T @ weight_OI)
     top = vectors[:, -r:].flip(1)
     lora_B = top if wide else _directions(weight_OI @ top, 0)
     lora_B = lora_B * lora_B.gather(0, lora_B.abs().argmax(dim=0, keepdim=True)).sign()
     return _directions(lora_B.T @ weight_OI, 1).contiguous(), lora_B.contiguous()  # of S V^T; U
 
 
-def frame_of(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: int, weights_here: bool = True) -> Frame:
-    """Of a frame that was read, the part of these linears; raises ModelError unless it is theirs and of rank ``r``.
+def frame_of(
+    frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: int, weights_here: bool = True
+) -> Frame:
+    """Of a frame that was read, the part of these linears; raises ModelError unless it is theirs
+    and of rank ``r``.
 
-    A file names modules within the body or within a model around it; both are found. ``weights_here``: the linears have
-    their weights, so that the frame can be compared with them.
+    A file names modules within the body or within a model around it; both are found.
+    ``weights_here``: the linears have their weights, so that the frame can be compared with them.
     """
     find, found = _by_name(frame), Frame()
     for name, layer in layers.items():
@@ -70,24 +83,40 @@ def frame_of(frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: in
             tensor = find(f"{name}.{half}")
             if tensor is None:
                 raise ModelError(
-                    f"lora.frame: {name} is adapted here but not in the frame; it was made for other lora.target_modules or"
-                    " another model"
+                    f"lora.frame: {name} is adapted here but not in the frame; it was made for"
+                    " other lora.target_modules or another model"
                 )
             found[f"{name}.{half}"] = tensor
         weight_OI = _weight(name, layer, r)
-        lora_A, lora_B = (found[f"{name}.{half}"].to(weight_OI.device) for half in ("lora_A", "lora_B"))
-        shapes, expected = (tuple(lora_A.shape), tuple(lora_B.shape)), ((r, weight_OI.shape[1]), (weight_OI.shape[0], r))
+        lora_A, lora_B = (
+            found[f"{name}.{half}"].to(weight_OI.device) for half in ("lora_A", "lora_B")
+        )
+        shapes, expected = (
+            (tuple(lora_A.shape), tuple(lora_B.shape)),
+            ((r, weight_OI.shape[1]), (weight_OI.shape[0], r)),
+        )
         if shapes != expected:
-            raise ModelError(f"lora.frame: {name} has A and B of {shapes}, expected {expected}; it was made for another lora.r")
+            raise ModelError(
+                f"lora.frame: {name} has A and B of {shapes}, expected {expected}; it was made for"
+                " another lora.r"
+            )
         if weights_here and not _is_of(weight_OI, lora_A, lora_B):
-            raise ModelError(f"lora.frame: {name} is not of this model's weight; it was made for another checkpoint")
+            raise ModelError(
+                f"lora.frame: {name} is not of this model's weight; it was made for another"
+                " checkpoint"
+            )
     return found
 
 
 def is_in(frame: Frame, other: Frame) -> bool:
-    """Whether ``other`` says the same of each module of ``frame``, within the body or within a model around it."""
+    """Whether ``other`` says the same of each module of ``frame``, within the body or within a
+    model around it.
+    """
     find = _by_name(other)
-    return all((same := find(name)) is not None and torch.equal(tensor, same) for name, tensor in frame.items())
+    return all(
+        (same := find(name)) is not None and torch.equal(tensor, same)
+        for name, tensor in frame.items()
+    )
 
 
 def _by_name(frame: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
@@ -97,7 +126,9 @@ def _by_name(frame: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
 
 def _is_of(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Numbers that are none are of no weight."""
-    return bool((lora_A - _directions(lora_B.T @ weight_OI, 1)).norm() <= _OF_THE_WEIGHT * lora_A.norm())
+    return bool(
+        (lora_A - _directions(lora_B.T @ weight_OI, 1)).norm() <= _OF_THE_WEIGHT * lora_A.norm()
+    )
 
 
 def _directions(vectors: Tensor, dim: int) -> Tensor:
@@ -107,7 +138,9 @@ def _directions(vectors: Tensor, dim: int) -> Tensor:
 
 
 def pairs(factors: Mapping[str, Tensor], frame: Mapping[str, Tensor]) -> Factors:
-    """Cores as ordinary pairs of the same scaling, A and B' = B M; all else as it is. (P, ...) each."""
+    """Cores as ordinary pairs of the same scaling, A and B' = B M; all else as it is. (P, ...)
+    each.
+    """
     ordinary: Factors = {}
     for name, tensor in factors.items():
         if not name.endswith(".lora_M"):
@@ -130,7 +163,9 @@ def read_frame(path: Path) -> Frame:
     try:
         frame: Frame = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise RunError(f"frame {path} cannot be read ({error}); copy it anew from where it was made") from error
+        raise RunError(
+            f"frame {path} cannot be read ({error}); copy it anew from where it was made"
+        ) from error
     if any(tensor.dtype != torch.float32 or tensor.dim() != 2 for tensor in frame.values()):
         raise RunError(f"{path} is no frame; copy it anew from where it was made")
     return frame
@@ -139,13 +174,16 @@ def read_frame(path: Path) -> Frame:
 @torch.no_grad()
 def _weight(name: str, layer: nn.Module, r: int) -> Tensor:
     """The dense weight of a linear as (O, I) float32, dequantised where it is quantised."""
-    from peft.utils.integrations import dequantize_module_weight  # here: model.py quiets what peft brings in, and comes first
+    # here: model.py quiets what peft brings in, and comes first
+    from peft.utils.integrations import dequantize_module_weight
 
     weight: Tensor = dequantize_module_weight(layer).detach().float()
-    weight_OI = weight if isinstance(layer, nn.Linear) else weight.T  # GPT-2 stores it the other way round
+    # GPT-2 stores it the other way round
+    weight_OI = weight if isinstance(layer, nn.Linear) else weight.T
     if min(weight_OI.shape) < r:
         raise ConfigError(
-            f"lora.r {r}: {name} is {tuple(weight_OI.shape)} and has {min(weight_OI.shape)} singular directions; lower lora.r"
-            " (a cloud's: core.r), leave it out of lora.target_modules, or take placement: literal"
+            f"lora.r {r}: {name} is {tuple(weight_OI.shape)} and has {min(weight_OI.shape)}"
+            " singular directions; lower lora.r (a cloud's: core.r), leave it out of"
+            " lora.target_modules, or take placement: literal"
         )
     return weight_OI

@@ -1,9 +1,9 @@
 """The pairs (A, B) of an adapter: average, distance, product, hash. Pure tensors.
 
-Shape letters: P participants, R rank, I in, O out.
-``Factors`` maps a name to one tensor for all participants, the participant first:
-``<module>.lora_A`` (P, R, I), ``<module>.lora_B`` (P, O, R), or under placement core ``<module>.lora_M`` (P, R, R) alone,
-and for a trained head ``<module>.weight``, ``<module>.bias``.
+Shape letters: P participants, R rank, I in, O out. ``Factors`` maps a name to one tensor for all
+participants, the participant first: ``<module>.lora_A`` (P, R, I), ``<module>.lora_B`` (P, O, R),
+or under placement core ``<module>.lora_M`` (P, R, R) alone, and for a trained head
+``<module>.weight``, ``<module>.bias``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from torch import Tensor
 Factors = dict[str, Tensor]
 
 
-def stack(initial: Mapping[str, Tensor], num_participants: int, device: torch.device | str = "cpu") -> Factors:
-    """Every participant starts from the same values: (...) -> (P, ...), each with memory of its own."""
+def stack(
+    initial: Mapping[str, Tensor], num_participants: int, device: torch.device | str = "cpu"
+) -> Factors:
+    """Every participant starts from the same values: (...) -> (P, ...), each with memory of its
+    own.
+    """
     return {
-        name: tensor.to(device).expand(num_participants, *tensor.shape).clone(memory_format=torch.contiguous_format)
+        name: tensor.to(device)
+        .expand(num_participants, *tensor.shape)
+        .clone(memory_format=torch.contiguous_format)
         for name, tensor in initial.items()
     }
 
@@ -31,7 +37,9 @@ def one(factors: Mapping[str, Tensor], participant: int) -> Factors:
 
 
 def average(factors: Mapping[str, Tensor]) -> Factors:
-    """The mean over participants, still stacked: (1, ...). What Dec-LoRA evaluates (Algorithm 1's output)."""
+    """The mean over participants, still stacked: (1, ...). What Dec-LoRA evaluates (Algorithm 1's
+    output).
+    """
     return {name: tensor.mean(dim=0, keepdim=True) for name, tensor in factors.items()}
 
 
@@ -39,7 +47,9 @@ def consensus_distance(factors: Mapping[str, Tensor]) -> float:
     """Mean over participants of the squared distance to their mean, summed over all tensors."""
     total = torch.zeros((), dtype=torch.float64)
     for tensor in factors.values():
-        total += (tensor - tensor.mean(dim=0, keepdim=True)).square().sum().double().cpu() / tensor.shape[0]
+        total += (
+            tensor - tensor.mean(dim=0, keepdim=True)
+        ).square().sum().double().cpu() / tensor.shape[0]
     return total.item()
 
 
@@ -58,13 +68,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        sha.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
     return sha.hexdigest()
 
 
 def target_names(initial: Mapping[str, Tensor]) -> list[str]:
     """The adapted modules' dotted names."""
-    return sorted(name.rpartition(".")[0] for name in initial if name.endswith((".lora_A", ".lora_M")))
+    return sorted(
+        name.rpartition(".")[0] for name in initial if name.endswith((".lora_A", ".lora_M"))
+    )
 
 
 def is_head(name: str) -> bool:

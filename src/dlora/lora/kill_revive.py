@@ -1,7 +1,8 @@
 """Which modules train now, which are killed, when one is revived.
 
-Kill and Revive is DLoRA's (arXiv 2404.05182; the printed version says Halt and Proceed). Its own metric, periods and ratios
-could not be read; what is here was chosen by measurement (docs/lab-log.md). No tensors, no clock, no global random numbers.
+Kill and Revive is DLoRA's (arXiv 2404.05182; the printed version says Halt and Proceed). Its own
+metric, periods and ratios could not be read; what is here was chosen by measurement
+(docs/lab-log.md). No tensors, no clock, no global random numbers.
 """
 
 from __future__ import annotations
@@ -15,31 +16,37 @@ from dlora.config.run import ScheduleSection
 from dlora.seeds import derive_seed
 
 TRIALS_A_PERIOD = 5  # would fit: a trial takes that part of one
-NEAR = 2  # units before and behind with which one is compared; a block has four where all linears are adapted
+# units before and behind with which one is compared; a block has four where all linears are adapted
+NEAR = 2
 
 
 class Schedule:
-    """One participant's schedule over units: groups of modules that share one input, numbered from 0.
+    """One participant's schedule over units: groups of modules that share one input, numbered from
+    0.
 
-    ``costs[u]``: numbers a token on the wire while unit u is active (`Group.cost`).
-    ``active``: who trains in the next local step; ``epoch`` grows with each change of it. The cost of the active units is at
-    most ``active_fraction`` of the cost of all, or that of the dearest unit alone where that is more, so that each unit can
-    have its turn; so at least one is active. ``kind``:
+    ``costs[u]``: numbers a token on the wire while unit u is active (`Group.cost`). ``active``: who
+    trains in the next local step; ``epoch`` grows with each change of it. The cost of the active
+    units is at most ``active_fraction`` of the cost of all, or that of the dearest unit alone where
+    that is more, so that each unit can have its turn; so at least one is active. ``kind``:
 
     - all: every unit, always.
     - static: the units ``named``, always; their cost is what it is.
-    - random: a fresh draw every ``period`` steps. Who is drawn is chance, so no bound on a unit's rest is promised.
+    - random: a fresh draw every ``period`` steps. Who is drawn is chance, so no bound on a unit's
+      rest is promised.
     - probe: all for ``warmup_steps``, then once and for all those with the best utility.
-    - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility. Then every ``period`` steps the
-      unit that has rested longest is revived on trial, for a fifth of the period, a step at least: the active ones of the
-      lowest utility are killed until there is room for it, and what room is left goes to the best that fit. After the trial
-      those with the best utility are active again, the one on trial among them or not. A killed unit is active again after
-      `longest_rest` steps at most; until then it competes with the utility of its latest turn.
+    - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility.
+      Then every ``period`` steps the unit that has rested longest is revived on trial, for a fifth
+      of the period, a step at least: the active ones of the lowest utility are killed until there
+      is room for it, and what room is left goes to the best that fit. After the trial those with
+      the best utility are active again, the one on trial among them or not. A killed unit is active
+      again after `longest_rest` steps at most; until then it competes with the utility of its
+      latest turn.
 
-    ``flops(units)``: what the device computes for them, a token of a local step; it is counted and chooses nobody.
-    Scores are not negative. Utility: the mean score of the unit's steps in its latest turn, divided by its cost; units are
-    compared by it relative to those next to them in the model, for the scale of gradients changes with depth.
-    Same seed and same scores give the same sets; `state` and `load` resume exactly.
+    ``flops(units)``: what the device computes for them, a token of a local step; it is counted and
+    chooses nobody. Scores are not negative. Utility: the mean score of the unit's steps in its
+    latest turn, divided by its cost; units are compared by it relative to those next to them in the
+    model, for the scale of gradients changes with depth. Same seed and same scores give the same
+    sets; `state` and `load` resume exactly.
     """
 
     def __init__(
@@ -58,26 +65,34 @@ class Schedule:
         self.numbers = 0  # a token, so far, summed over the steps: the traffic of the active units
         self.device_flops = 0  # likewise
         self._in_warmup = (0, 0)  # both, of the steps of the warm-up
-        self.changed_at = [0] * len(self.costs)  # the step from which a unit is what it is now, active or killed
+        # the step from which a unit is what it is now, active or killed
+        self.changed_at = [0] * len(self.costs)
         self.utility: list[float | None] = [None] * len(self.costs)  # None: never scored
-        self._scores: dict[int, tuple[float, int]] = {}  # of active units: sum and number in their latest turn
+        # of active units: sum and number in their latest turn
+        self._scores: dict[int, tuple[float, int]] = {}
         self._warmup = self._rotation() if section.kind == "kr" else []
         self.active = self._first(named)
 
     @property
     def warmup_steps(self) -> int:
-        """Steps before the first choice by utility: for kr as many as make all turns of the rotation equally long."""
+        """Steps before the first choice by utility: for kr as many as make all turns of the
+        rotation equally long.
+        """
         if self.section.kind == "kr":
             return len(self._warmup) * self._turn
         return self.section.warmup_steps if self.section.kind == "probe" else 0
 
     @property
     def longest_rest(self) -> int:
-        """kr: no unit rests for more steps than this; who is killed queues behind those that rest already."""
+        """kr: no unit rests for more steps than this; who is killed queues behind those that rest
+        already.
+        """
         return self.warmup_steps + self.section.period * len(self.costs)
 
     def observe(self, scores: Mapping[int, float]) -> None:
-        """A local step is done; ``scores`` of the units that were active in it, finite, or none. Who is active may change."""
+        """A local step is done; ``scores`` of the units that were active in it, finite, or none.
+        Who is active may change.
+        """
         for unit, score in scores.items():
             total, count = self._scores.get(unit, (0.0, 0))
             self._scores[unit] = (total + score, count + 1)
@@ -85,7 +100,8 @@ class Schedule:
         self._pass()
 
     def skip(self, steps: int) -> None:
-        """Local steps that the others took without this participant: the turns go on, so that draws stay common.
+        """Local steps that the others took without this participant: the turns go on, so that draws
+        stay common.
 
         No score is seen; the traffic counts as if it had taken them.
         """
@@ -106,19 +122,35 @@ class Schedule:
 
     @property
     def fraction(self) -> float:
-        """The adapter's traffic so far, as a fraction of what it would be had all units been active; before a step, 1."""
-        return self._fractions(self.numbers, self.device_flops, self.steps_done)[0] if self.steps_done else 1.0
+        """The adapter's traffic so far, as a fraction of what it would be had all units been
+        active; before a step, 1.
+        """
+        return (
+            self._fractions(self.numbers, self.device_flops, self.steps_done)[0]
+            if self.steps_done
+            else 1.0
+        )
 
     @property
     def flops_fraction(self) -> float:
         """The device's FLOPs for the adapter so far, likewise."""
-        return self._fractions(self.numbers, self.device_flops, self.steps_done)[1] if self.steps_done else 1.0
+        return (
+            self._fractions(self.numbers, self.device_flops, self.steps_done)[1]
+            if self.steps_done
+            else 1.0
+        )
 
     @property
     def after_warmup(self) -> tuple[float, float] | None:
-        """`fraction` and `flops_fraction` of the steps behind the warm-up alone; None before the first of them."""
+        """`fraction` and `flops_fraction` of the steps behind the warm-up alone; None before the
+        first of them.
+        """
         steps, (numbers, flops) = self.steps_done - self.warmup_steps, self._in_warmup
-        return self._fractions(self.numbers - numbers, self.device_flops - flops, steps) if steps > 0 else None
+        return (
+            self._fractions(self.numbers - numbers, self.device_flops - flops, steps)
+            if steps > 0
+            else None
+        )
 
     def state(self) -> dict[str, Any]:
         """All that changes, as JSON can hold it."""
@@ -136,14 +168,23 @@ class Schedule:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.steps_done, self.epoch, self.numbers = state["steps_done"], state["epoch"], state["numbers"]
-        self.device_flops, self._in_warmup = state["device_flops"], (state["in_warmup"][0], state["in_warmup"][1])
+        self.steps_done, self.epoch, self.numbers = (
+            state["steps_done"],
+            state["epoch"],
+            state["numbers"],
+        )
+        self.device_flops, self._in_warmup = (
+            state["device_flops"],
+            (state["in_warmup"][0], state["in_warmup"][1]),
+        )
         self.active = frozenset(state["active"])
         self.changed_at, self.utility = list(state["changed_at"]), list(state["utility"])
         self._scores = {unit: (total, count) for unit, total, count in state["scores"]}
 
     def _fractions(self, numbers: int, flops: int, steps: int) -> tuple[float, float]:
-        return numbers / (steps * sum(self.costs)), flops / (steps * self.flops(frozenset(self.units)))
+        return numbers / (steps * sum(self.costs)), flops / (
+            steps * self.flops(frozenset(self.units))
+        )
 
     # Who is next
 
@@ -172,7 +213,11 @@ class Schedule:
     def may_choose(self, since: int) -> bool:
         """Whether, ``since`` steps behind the warm-up, a trial of kr's begins or ends."""
         period = self.section.period
-        return self.section.kind == "kr" and since >= period and since % period in (0, max(1, period // TRIALS_A_PERIOD))
+        return (
+            self.section.kind == "kr"
+            and since >= period
+            and since % period in (0, max(1, period // TRIALS_A_PERIOD))
+        )
 
     def _best(self) -> frozenset[int]:
         self._scores.clear()
@@ -208,8 +253,11 @@ class Schedule:
         own = self.utility[unit]
         if own is None:
             return math.inf
-        first = max(0, min(unit - NEAR, len(self.units) - 2 * NEAR - 1))  # at the ends of the model as many as elsewhere
-        near = [utility for utility in self.utility[first : first + 2 * NEAR + 1] if utility is not None]
+        # at the ends of the model as many as elsewhere
+        first = max(0, min(unit - NEAR, len(self.units) - 2 * NEAR - 1))
+        near = [
+            utility for utility in self.utility[first : first + 2 * NEAR + 1] if utility is not None
+        ]
         return own * len(near) / (sum(near) or 1.0)
 
     def _filled(self, active: frozenset[int], candidates: Iterable[int]) -> frozenset[int]:
@@ -227,7 +275,9 @@ class Schedule:
         return self._filled(frozenset(), shuffled)
 
     def _rotation(self) -> list[frozenset[int]]:
-        """All units in as few turns as a first fit finds; in which turn a unit comes is drawn from the seed."""
+        """All units in as few turns as a first fit finds; in which turn a unit comes is drawn from
+        the seed.
+        """
         shuffled = list(self.units)
         generator = random.Random(derive_seed(self.seed, "rotation"))
         generator.shuffle(shuffled)

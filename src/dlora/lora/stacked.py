@@ -1,7 +1,8 @@
 """Many participants' factors on one frozen model: the layer and how it is attached.
 
-A batch is (P x B, L): the examples of participant 0 first. Every adapted linear sees it as (P, B x L, I) and gives
-each participant its own update, so one forward and backward trains P participants (P = 1 is plain LoRA).
+A batch is (P x B, L): the examples of participant 0 first. Every adapted linear sees it as (P, B x
+L, I) and gives each participant its own update, so one forward and backward trains P participants
+(P = 1 is plain LoRA).
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ from dlora.lora.targets import find_targets, short_names
 
 
 class _Adapted(nn.Module):
-    """A frozen linear that has an update; ``bare``: the network has asked for its weight without the update."""
+    """A frozen linear that has an update; ``bare``: the network has asked for its weight without
+    the update.
+    """
 
     base_layer: nn.Module
     bare = False
 
     @property
     def weight(self) -> Any:
-        """The frozen weight: some architectures, T5 among them, look at its dtype before they call the linear."""
+        """The frozen weight: some architectures, T5 among them, look at its dtype before they call
+        the linear.
+        """
         self.bare = True
         return self.base_layer.weight
 
@@ -50,8 +55,8 @@ class _Adapted(nn.Module):
 class StackedLora(_Adapted):
     """y = base(x) + scaling * (x A_p^T) B_p^T, where row block p of x belongs to participant p.
 
-    ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R) are bound by `StackedModel.use`; they are no nn.Parameters, since
-    they are views of factors that outlive any binding.
+    ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R) are bound by `StackedModel.use`; they are no
+    nn.Parameters, since they are views of factors that outlive any binding.
     """
 
     lora_A: Tensor
@@ -70,13 +75,15 @@ class StackedLora(_Adapted):
         x_PNI = x.reshape(len(self.lora_A), -1, x.shape[-1])
         x_PNR = torch.bmm(x_PNI, self.lora_A.transpose(1, 2))
         result_PNO = result.reshape(len(self.lora_A), -1, result.shape[-1]).to(x_PNR.dtype)
-        # a product that adds: an update of its own would cost (P, N, O) of fresh memory, forward and backward
+        # a product that adds: an update of its own would cost (P, N, O) of fresh memory, forward
+        # and backward
         y_PNO = torch.baddbmm(result_PNO, x_PNR, self.lora_B.transpose(1, 2), alpha=self.scaling)
         return y_PNO.view(result.shape).to(result.dtype)
 
 
 class StackedCore(_Adapted):
-    """y = base(x) + scaling * (x A^T) M_p^T B^T: the frame (A, B) is everybody's, the core M_p each participant's own.
+    """y = base(x) + scaling * (x A^T) M_p^T B^T: the frame (A, B) is everybody's, the core M_p each
+    participant's own.
 
     ``lora_M`` (P, R, R) is bound by `StackedModel.use`.
     """
@@ -85,7 +92,9 @@ class StackedCore(_Adapted):
     lora_A: Tensor  # (R, I), frozen
     lora_B: Tensor  # (O, R), frozen
 
-    def __init__(self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float) -> None:
+    def __init__(
+        self, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.scaling = scaling
@@ -96,7 +105,9 @@ class StackedCore(_Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """(P x ..., I) -> (P x ..., O)."""
         result: Tensor = self.base_layer(x)
-        read = F.linear(F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training), self.lora_A)
+        read = F.linear(
+            F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training), self.lora_A
+        )
         read_PNR = read.reshape(len(self.lora_M), -1, read.shape[-1])
         turned_PNR = torch.bmm(read_PNR, self.lora_M.transpose(1, 2))
         flat = result.reshape(-1, result.shape[-1]).to(turned_PNR.dtype)
@@ -105,7 +116,9 @@ class StackedCore(_Adapted):
 
 
 class StackedLinear(nn.Module):
-    """A trained head: y = x W_p^T + b_p. ``weight`` (P, O, I) and ``bias`` (P, O) are bound by `StackedModel.use`."""
+    """A trained head: y = x W_p^T + b_p. ``weight`` (P, O, I) and ``bias`` (P, O) are bound by
+    `StackedModel.use`.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -123,11 +136,12 @@ class StackedLinear(nn.Module):
 class StackedModel:
     """A frozen model with room for any number of participants' factors.
 
-    ``initial``: name -> the value every participant starts from (on the CPU, no participant dimension).
-    ``frozen_head``: what of ``initial`` rests for the whole run (a new head under ``train_head: false``).
-    ``peft_config``: what an adapter folder of this model says of itself. ``frame``: under placement core, what the cores stand
-    in. ``head_rest``: the head's weights that are no linear's; they rest, and an adapter folder holds them too.
-    ``loss_positions``: the network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
+    ``initial``: name -> the value every participant starts from (on the CPU, no participant
+    dimension). ``frozen_head``: what of ``initial`` rests for the whole run (a new head under
+    ``train_head: false``). ``peft_config``: what an adapter folder of this model says of itself.
+    ``frame``: under placement core, what the cores stand in. ``head_rest``: the head's weights that
+    are no linear's; they rest, and an adapter folder holds them too. ``loss_positions``: the
+    network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
     whose factors rest in the factors that are bound now; a body in a cloud spends nothing on them.
     """
 
@@ -155,13 +169,19 @@ class StackedModel:
 
 
 def attach(
-    frozen: FrozenModel, section: LoraSection, task: str, seed: int, frame: Frame | None = None, weights_here: bool = True
+    frozen: FrozenModel,
+    section: LoraSection,
+    task: str,
+    seed: int,
+    frame: Frame | None = None,
+    weights_here: bool = True,
 ) -> StackedModel:
     """Let PEFT place and initialise the modules, then put the stacked layer where PEFT's was.
 
-    A is drawn on the CPU from ``seed``, B is zero; under placement core both are the ``frame``, computed here when it is not
-    given, and the core is zero. The network is changed in place. Raises ModelError when a target matches nothing or is no
-    linear, or the frame is another model's; ``weights_here`` is false where the adapted linears have none to compare it with.
+    A is drawn on the CPU from ``seed``, B is zero; under placement core both are the ``frame``,
+    computed here when it is not given, and the core is zero. The network is changed in place.
+    Raises ModelError when a target matches nothing or is no linear, or the frame is another
+    model's; ``weights_here`` is false where the adapted linears have none to compare it with.
     """
     network, head = frozen.network, frozen.head
     targets = find_targets(network, section, head)
@@ -171,7 +191,8 @@ def attach(
         lora_alpha=whole(section.lora_alpha),
         lora_dropout=section.lora_dropout,
         target_modules=list(targets),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),  # GPT-2 stores weights transposed
+        # GPT-2 stores weights transposed
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
     )
     try:
@@ -180,10 +201,13 @@ def attach(
             peft.inject_adapter_in_model(peft_config, network)
     except ValueError as error:
         raise ModelError(
-            f"lora.target_modules: {section.target_modules} cannot be adapted (PEFT: {str(error).splitlines()[0][:200]})"
+            f"lora.target_modules: {section.target_modules} cannot be adapted (PEFT:"
+            f" {str(error).splitlines()[0][:200]})"
         ) from error
 
-    placed = {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
+    placed = {
+        name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)
+    }
     assert set(placed) == set(targets), f"PEFT adapted {set(placed) ^ set(targets)}"
     if section.placement == "core":
         frame = _place_cores(network, placed, section, frame, weights_here)
@@ -193,11 +217,20 @@ def attach(
         for name, layer in placed.items():
             initial[f"{name}.lora_A"] = _fresh(layer.lora_A["default"].weight)
             initial[f"{name}.lora_B"] = _fresh(layer.lora_B["default"].weight)
-            _replace(network, name, StackedLora(layer.get_base_layer(), layer.scaling["default"], section.lora_dropout))
+            _replace(
+                network,
+                name,
+                StackedLora(layer.get_base_layer(), layer.scaling["default"], section.lora_dropout),
+            )
     head_factors: Factors = {}
     for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear) and any(name == top or name.startswith(f"{top}.") for top in head):
-            head_factors |= {f"{name}.{attribute}": _fresh(value) for attribute, value in layer.named_parameters()}
+        if isinstance(layer, nn.Linear) and any(
+            name == top or name.startswith(f"{top}.") for top in head
+        ):
+            head_factors |= {
+                f"{name}.{attribute}": _fresh(value)
+                for attribute, value in layer.named_parameters()
+            }
             _replace(network, name, StackedLinear())
     head_rest = {  # a norm's weight in a head: PEFT reads the whole head from the adapter folder
         name: _fresh(value)
@@ -209,19 +242,35 @@ def attach(
     peft_config.base_model_name_or_path = frozen.source
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
-    return StackedModel(network, initial | head_factors, resting, peft_config, frame or {}, head_rest)
+    return StackedModel(
+        network, initial | head_factors, resting, peft_config, frame or {}, head_rest
+    )
 
 
 def _place_cores(
-    network: nn.Module, placed: Mapping[str, Any], section: LoraSection, frame: Frame | None, weights_here: bool
+    network: nn.Module,
+    placed: Mapping[str, Any],
+    section: LoraSection,
+    frame: Frame | None,
+    weights_here: bool,
 ) -> Frame:
     """Put a core in its frame where PEFT's layers were; returns the frame."""
     linears: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in placed.items()}
-    frame = compute_frame(linears, section.r) if frame is None else frame_of(frame, linears, section.r, weights_here)
+    frame = (
+        compute_frame(linears, section.r)
+        if frame is None
+        else frame_of(frame, linears, section.r, weights_here)
+    )
     for name, layer in placed.items():
         device = next(linears[name].parameters()).device
         lora_A, lora_B = (frame[f"{name}.{half}"].to(device) for half in ("lora_A", "lora_B"))
-        _replace(network, name, StackedCore(linears[name], lora_A, lora_B, layer.scaling["default"], section.lora_dropout))
+        _replace(
+            network,
+            name,
+            StackedCore(
+                linears[name], lora_A, lora_B, layer.scaling["default"], section.lora_dropout
+            ),
+        )
     return frame
 
 

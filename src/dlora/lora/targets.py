@@ -1,4 +1,6 @@
-"""Which linears an adapter stands on: what the config names, less what PEFT could not put it on again."""
+"""Which linears an adapter stands on: what the config names, less what PEFT could not put it on
+again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 
-from dlora.model import LINEAR, block_linears, block_lists, is_linear, without_bitsandbytes  # first: it quiets peft
+# first: it quiets peft
+from dlora.model import LINEAR, block_linears, block_lists, is_linear, without_bitsandbytes
 
 # isort: split
 with without_bitsandbytes():
@@ -18,16 +21,19 @@ from dlora.config.run import LoraSection
 from dlora.errors import ModelError
 
 _WORTH_SAYING = 0.9  # of the blocks' weights within reach of all-linear: less is said
-# Their kernels read the weights of these and pass updates by; peft.tuners.tuners_utils._check_lora_target_modules_mamba says so
-# of out_proj, and dt_proj is alike.
+# Their kernels read the weights of these and pass updates by;
+# peft.tuners.tuners_utils._check_lora_target_modules_mamba says so of out_proj, and dt_proj is
+# alike.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) -> list[str]:
-    """The full names of the linears that ``lora.target_modules`` means, in the network's order; none of the ``head``'s.
+    """The full names of the linears that ``lora.target_modules`` means, in the network's order;
+    none of the ``head``'s.
 
-    A string is a regex, a list holds names or their ends, as PEFT reads them. Raises ModelError for what matches nothing, is no
-    linear, or shares its weight; warns where all-linear leaves much of the blocks out of reach.
+    A string is a regex, a list holds names or their ends, as PEFT reads them. Raises ModelError for
+    what matches nothing, is no linear, or shares its weight; warns where all-linear leaves much of
+    the blocks out of reach.
     """
     names = [name for name, _ in network.named_modules() if name and not _within(name, head)]
     targets = section.target_modules
@@ -38,32 +44,44 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
         experts = _taken_for_experts(network, found)
         found = [name for name in found if name not in experts]
         if not found:
-            raise ModelError(f"lora.target_modules: all-linear matches no module; the linears here are {linear_names(network)}")
+            raise ModelError(
+                "lora.target_modules: all-linear matches no module; the linears here are"
+                f" {linear_names(network)}"
+            )
         _say_what_is_left_out(network, found)
         return found
     for target in [targets] if isinstance(targets, str) else targets or [""]:
         if not any(_pattern(target, isinstance(targets, str)).fullmatch(name) for name in names):
             raise ModelError(
-                f"lora.target_modules: {target or targets} matches no module; the linears here are {linear_names(network)}"
+                f"lora.target_modules: {target or targets} matches no module; the linears here are"
+                f" {linear_names(network)}"
             )
-    patterns = [_pattern(target, isinstance(targets, str)) for target in ([targets] if isinstance(targets, str) else targets)]
+    patterns = [
+        _pattern(target, isinstance(targets, str))
+        for target in ([targets] if isinstance(targets, str) else targets)
+    ]
     found = [name for name in names if any(pattern.fullmatch(name) for pattern in patterns)]
     for name in found:
         module = network.get_submodule(name)
         if not is_linear(module):
-            raise ModelError(f"lora.target_modules: {name} is no linear but {type(module).__name__}")
+            raise ModelError(
+                f"lora.target_modules: {name} is no linear but {type(module).__name__}"
+            )
         _refuse_shared(network, name, module)
     experts = _taken_for_experts(network, found)
     if experts:
         raise ModelError(
-            f"lora.target_modules: PEFT takes {min(experts)} for weights of experts in this architecture and would not load it"
-            f" again; leave {', '.join(sorted({name.rpartition('.')[2] for name in experts}))} out"
+            f"lora.target_modules: PEFT takes {min(experts)} for weights of experts in this"
+            " architecture and would not load it again; leave"
+            f" {', '.join(sorted({name.rpartition('.')[2] for name in experts}))} out"
         )
     return found
 
 
 def short_names(network: nn.Module, targets: Collection[str]) -> list[str]:
-    """The last parts of the targets' names where these mean no other module, else the full names; sorted."""
+    """The last parts of the targets' names where these mean no other module, else the full names;
+    sorted.
+    """
     ends = sorted({name.rpartition(".")[2] for name in targets})
     meant = {name for name, _ in network.named_modules() if name.rpartition(".")[2] in ends}
     return ends if meant == set(targets) else sorted(targets)
@@ -72,7 +90,13 @@ def short_names(network: nn.Module, targets: Collection[str]) -> list[str]:
 def linear_names(network: nn.Module) -> str:
     """The last parts of all linears' names, for a message."""
     return ", ".join(
-        sorted({name.rpartition(".")[2] for name, module in network.named_modules() if isinstance(module, LINEAR)})
+        sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in network.named_modules()
+                if isinstance(module, LINEAR)
+            }
+        )
     )
 
 
@@ -84,11 +108,15 @@ def _pattern(target: str, is_regex: bool) -> re.Pattern[str]:
     try:
         return re.compile(target if is_regex else f"(.*\\.)?{re.escape(target)}")
     except re.error as error:
-        raise ModelError(f"lora.target_modules: {target} is no regex ({error}); give names in a list, or fix it") from error
+        raise ModelError(
+            f"lora.target_modules: {target} is no regex ({error}); give names in a list, or fix it"
+        ) from error
 
 
 def _taken_for_experts(network: nn.Module, names: Sequence[str]) -> set[str]:
-    """Linears whose names PEFT changes into those of experts' weights, which transformers 5 keeps in one tensor."""
+    """Linears whose names PEFT changes into those of experts' weights, which transformers 5 keeps
+    in one tensor.
+    """
     if not hasattr(network, "config"):
         return set()
     trial = peft.LoraConfig(target_modules=list(names))
@@ -103,14 +131,16 @@ def _refuse_shared(network: nn.Module, name: str, module: nn.Module) -> None:
     for other, sharer in network.named_modules():
         if sharer is not module and getattr(sharer, "weight", None) is module.weight:
             raise ModelError(
-                f"lora.target_modules: {name} shares its weight with {other} (tie_word_embeddings): merged, its update would"
-                f" change both; leave {name.rpartition('.')[2]} out"
+                f"lora.target_modules: {name} shares its weight with {other} (tie_word_embeddings):"
+                f" merged, its update would change both; leave {name.rpartition('.')[2]} out"
             )
 
 
 def _say_what_is_left_out(network: nn.Module, targets: Sequence[str]) -> None:
     lists = block_lists(network)
-    linears = {name: module for name, module in network.named_modules() if isinstance(module, LINEAR)}
+    linears = {
+        name: module for name, module in network.named_modules() if isinstance(module, LINEAR)
+    }
     reached, left, whole = set(targets), set[str](), 0
     within = 0
     for name, parameter in network.named_parameters():
@@ -118,7 +148,8 @@ def _say_what_is_left_out(network: nn.Module, targets: Sequence[str]) -> None:
         if not name.startswith(lists) or (parameter.dim() < 2 and module not in linears):
             continue
         size = parameter.numel()
-        if module in linears and end == "weight":  # four bits are packed; the layer knows how many there are
+        # four bits are packed; the layer knows how many there are
+        if module in linears and end == "weight":
             layer = linears[module]
             size = layer.in_features * layer.out_features if hasattr(layer, "in_features") else size
         elif module in linears:
@@ -131,7 +162,7 @@ def _say_what_is_left_out(network: nn.Module, targets: Sequence[str]) -> None:
     if whole and within < _WORTH_SAYING * whole:
         shown = ", ".join(sorted(left)[:4]) + (" and others" if len(left) > 4 else "")
         warnings.warn(
-            f"lora.target_modules all-linear reaches {100 * within / whole:.0f} % of the weights of the blocks: {shown} are no"
-            " linears that an adapter can stand on, and stay frozen",
+            f"lora.target_modules all-linear reaches {100 * within / whole:.0f} % of the weights of"
+            f" the blocks: {shown} are no linears that an adapter can stand on, and stay frozen",
             stacklevel=2,
         )

@@ -1,6 +1,8 @@
-"""A link for threads that wait: cloud and device compute in threads of their own, the wire lives in one event loop.
+"""A link for threads that wait: cloud and device compute in threads of their own, the wire lives in
+one event loop.
 
-Frames become bytes, and bytes frames, in the thread that sends or receives, so that a large one holds up nobody else.
+Frames become bytes, and bytes frames, in the thread that sends or receives, so that a large one
+holds up nobody else.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ GIVE_UP_S = 3.0  # of an answer, after which a user's stop is not put off to the
 class Channel:
     """One link between a device and the cloud. Made in the link's event loop, used in any thread.
 
-    ``kind`` is how frames are written; both ends may change it once they have agreed. The link carries it ``as_bytes``.
+    ``kind`` is how frames are written; both ends may change it once they have agreed. The link
+    carries it ``as_bytes``.
     """
 
     def __init__(self, link: Link, kind: FrameKind) -> None:
@@ -38,7 +41,8 @@ class Channel:
         self._incoming: deque[bytes] = deque()
         self._outgoing: deque[bytes] = deque()
         self._down = False
-        self._to_write, self._to_read = asyncio.Event(), asyncio.Event()  # there may be something; there may be room
+        # there may be something; there may be room
+        self._to_write, self._to_read = asyncio.Event(), asyncio.Event()
         self._given_up = asyncio.Event()  # the other end takes nothing any more
 
     @property
@@ -47,18 +51,22 @@ class Channel:
         return self._down
 
     def send(self, frame: Any, timeout_s: float | None = None) -> None:
-        """Hand a frame to the link; waits while the other end is slow, and ends the link when that takes ``timeout_s``.
+        """Hand a frame to the link; waits while the other end is slow, and ends the link when that
+        takes ``timeout_s``.
 
         Raises ChannelDown, and FrameError for a bad frame.
         """
         data = self.kind.encode(frame)
         if len(data) > self.kind.max_bytes:
             raise FrameError(
-                f"a {type(frame).__name__} frame of {len(data)} bytes; at most {self.kind.max_bytes} are allowed, "
-                "so fewer tokens must go at once: a smaller batch, or more parts"
+                f"a {type(frame).__name__} frame of {len(data)} bytes; at most"
+                f" {self.kind.max_bytes} are allowed, so fewer tokens must go at once: a smaller"
+                " batch, or more parts"
             )
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._outgoing) < WINDOW_FRAMES or self._down, timeout_s):
+            if not self._changed.wait_for(
+                lambda: len(self._outgoing) < WINDOW_FRAMES or self._down, timeout_s
+            ):
                 self._down = True
                 self._changed.notify_all()
                 self._wake(self._given_up)
@@ -68,7 +76,9 @@ class Channel:
             self._wake(self._to_write)
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The next frame. Raises ChannelDown at the end, TimeoutError, and FrameError for what is no frame."""
+        """The next frame. Raises ChannelDown at the end, TimeoutError, and FrameError for what is
+        no frame.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self._incoming or self._down, timeout_s):
                 raise TimeoutError(f"no frame within {timeout_s:g} s")
@@ -86,10 +96,12 @@ class Channel:
             self._wake(self._to_write)
 
     async def carry(self, hear: Callable[[Any], object] | None = None) -> None:
-        """Carry frames until the link ends or is closed; to be awaited, once, by the conversation of the network.
+        """Carry frames until the link ends or is closed; to be awaited, once, by the conversation
+        of the network.
 
-        Frames that arrive go to ``hear``, one after the other, which may not block; without it, they wait for ``receive``.
-        Raises FrameError for what is no frame, and what ``hear`` raises, each after ending the link.
+        Frames that arrive go to ``hear``, one after the other, which may not block; without it,
+        they wait for ``receive``. Raises FrameError for what is no frame, and what ``hear`` raises,
+        each after ending the link.
         """
         reading, writing = asyncio.create_task(self._read(hear)), asyncio.create_task(self._write())
         giving_up = asyncio.create_task(self._given_up.wait())
@@ -148,10 +160,12 @@ class Channel:
 
 
 class WatchedChannel:
-    """A channel of a device that looks, while it waits for an answer, whether that is too long: a cloud can hang, link and all.
+    """A channel of a device that looks, while it waits for an answer, whether that is too long: a
+    cloud can hang, link and all.
 
-    ``silent()`` is called once for each answer that takes more than ``silence_s``, ``back()`` when it has come.
-    ``give_up`` is asked five times a second once ``GIVE_UP_S`` have passed; the wait then ends with ChannelDown.
+    ``silent()`` is called once for each answer that takes more than ``silence_s``, ``back()`` when
+    it has come. ``give_up`` is asked five times a second once ``GIVE_UP_S`` have passed; the wait
+    then ends with ChannelDown.
     """
 
     def __init__(
@@ -190,12 +204,16 @@ class WatchedChannel:
 
 
 class LoopThread:
-    """An event loop in a thread of its own, for programs that wait in ordinary calls; ``with`` ends it."""
+    """An event loop in a thread of its own, for programs that wait in ordinary calls; ``with`` ends
+    it.
+    """
 
     def __init__(self) -> None:
         begun: Future[asyncio.AbstractEventLoop] = Future()
         self._end = asyncio.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(begun)), name="dlora-wire", daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._main(begun)), name="dlora-wire", daemon=True
+        )
         self._thread.start()
         self._loop = begun.result()
 
@@ -207,13 +225,19 @@ class LoopThread:
         """Cancel everything that runs in the loop, wait until it has ended, end the thread."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._end.set)
-        if threading.current_thread() is not self._thread:  # which may be where the collector finds a forgotten model
+        # which may be where the collector finds a forgotten model
+        if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def __enter__(self) -> LoopThread:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     async def _main(self, begun: Future[asyncio.AbstractEventLoop]) -> None:
@@ -222,7 +246,9 @@ class LoopThread:
 
 
 class Dialler:
-    """The device's way to its cloud: one channel after the other, over a network whose only neighbour is the cloud."""
+    """The device's way to its cloud: one channel after the other, over a network whose only
+    neighbour is the cloud.
+    """
 
     def __init__(self, network: Network, loop: LoopThread, kind: FrameKind) -> None:
         self._network, self._loop, self._kind = network, loop, kind
@@ -239,7 +265,8 @@ class Dialler:
     def dial(self, give_up: Callable[[], bool] = lambda: False) -> Channel:
         """A channel to the cloud, as soon as it can be had; ends the one given before.
 
-        Raises ChannelDown once ``give_up`` says so, which is asked five times a second; whatever the network failed with.
+        Raises ChannelDown once ``give_up`` says so, which is asked five times a second; whatever
+        the network failed with.
         """
         if self._serving is None:
             self._serving = self._loop.start(self._network.serve(self._talk))

@@ -1,8 +1,8 @@
 """Connections that nobody has proved to be a member's: many of them must not keep members out.
 
-TLS is below Python, and who is refused there is never seen here. What can be seen is this process's own sockets: when many of
-those at the listener's port belong to no link, the oldest are hung up. A member's handshake takes a moment; those who hold
-connections to fill the room hold old ones.
+TLS is below Python, and who is refused there is never seen here. What can be seen is this process's
+own sockets: when many of those at the listener's port belong to no link, the oldest are hung up. A
+member's handshake takes a moment; those who hold connections to fill the room hold old ones.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ Place = tuple[str, int]  # host and port of the other end, as in the text of `pl
 
 
 def place_of(peer: str) -> Place | None:
-    """Host and port in what gRPC says of a caller, such as ipv4:10.0.0.1:51000 or ipv6:%5B::1%5D:51000."""
-    _, _, text = peer.replace("%5B", "").replace("%5D", "").replace("[", "").replace("]", "").partition(":")
+    """Host and port in what gRPC says of a caller, such as ipv4:10.0.0.1:51000 or
+    ipv6:%5B::1%5D:51000.
+    """
+    _, _, text = (
+        peer.replace("%5B", "").replace("%5D", "").replace("[", "").replace("]", "").partition(":")
+    )
     host, _, port = text.rpartition(":")
     return (_plain(host), int(port)) if port.isdecimal() else None
 
 
 class Doorman:
-    """Knows who is at the door since when, and hangs up on the oldest strangers when there are more than ``room``."""
+    """Knows who is at the door since when, and hangs up on the oldest strangers when there are more
+    than ``room``.
+    """
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -55,9 +61,15 @@ class Doorman:
         if len(files) <= self.room:  # no more strangers than files
             self._since.clear()
             return 0
-        strangers = {place: file for file in files if (place := _caller(file, port)) is not None and place not in self._members}
+        strangers = {
+            place: file
+            for file in files
+            if (place := _caller(file, port)) is not None and place not in self._members
+        }
         self._since = {place: self._since.get(place, self._looks) for place in strangers}
-        oldest = sorted(strangers, key=lambda place: self._since[place])[: max(0, len(strangers) - self.room)]
+        oldest = sorted(strangers, key=lambda place: self._since[place])[
+            : max(0, len(strangers) - self.room)
+        ]
         return sum(_hung_up(strangers[place], place) for place in oldest)
 
 
@@ -66,14 +78,19 @@ def _caller(file: int, port: int) -> Place | None:
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(os.fstat(file).st_mode):
             with socket.socket(fileno=os.dup(file)) as copy:
-                if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getsockname()[1] == port:
+                if (
+                    copy.family in (socket.AF_INET, socket.AF_INET6)
+                    and copy.getsockname()[1] == port
+                ):
                     host, other = copy.getpeername()[:2]
                     return _plain(host), other
     return None
 
 
 def _hung_up(file: int, place: Place) -> bool:
-    """Shut the connection down unless the file has become another one meanwhile; its owner then finds it ended."""
+    """Shut the connection down unless the file has become another one meanwhile; its owner then
+    finds it ended.
+    """
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(file)) as copy:
         host, port = copy.getpeername()[:2]
         if (_plain(host), port) == place:

@@ -1,14 +1,17 @@
-"""The wire between machines: gRPC over mutual TLS 1.3, one stream a link; keeps the contract of `transport.py`.
+"""The wire between machines: gRPC over mutual TLS 1.3, one stream a link; keeps the contract of
+`transport.py`.
 
-Who is at the other end is proved before a link exists. A dialler trusts the certificates of the one member it dials. The
-listener's TLS layer trusts its neighbours' certificates; then the handler wants the very certificate that the federation
-file lists for the name in it, that name to be a neighbour, and TLS 1.3. A link ends when the file's certificates for the
-other end change, and is dialled again with the new ones.
+Who is at the other end is proved before a link exists. A dialler trusts the certificates of the one
+member it dials. The listener's TLS layer trusts its neighbours' certificates; then the handler
+wants the very certificate that the federation file lists for the name in it, that name to be a
+neighbour, and TLS 1.3. A link ends when the file's certificates for the other end change, and is
+dialled again with the new ones.
 
-Two ends may dial each other at once. Of two links the one dialled by the smaller name stays, and of two dialled by the same
-end the newer one. Both ends judge alike, so one link stays. So that the other one seldom comes to be at all, the smaller
-name, while its own attempt is under way, lets a call wait for up to a second; the larger name never does, so the two cannot
-wait for each other. A conversation begins when the one before it, if any, was told that its link is down and has returned.
+Two ends may dial each other at once. Of two links the one dialled by the smaller name stays, and of
+two dialled by the same end the newer one. Both ends judge alike, so one link stays. So that the
+other one seldom comes to be at all, the smaller name, while its own attempt is under way, lets a
+call wait for up to a second; the larger name never does, so the two cannot wait for each other. A
+conversation begins when the one before it, if any, was told that its link is down and has returned.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import ssl
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every stranger that is turned away prints a line here
+# else every stranger that is turned away prints a line here
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -62,12 +66,13 @@ _ACCEPTED = ("dlora-link", "accepted")  # the listener's first headers
 class GrpcNetwork:
     """All links of one participant.
 
-    ``neighbours`` are dialled where they have an address; None makes a cloud, which dials nobody, lets in whoever has the
-    role device in the federation file as it then is, and answers gRPC's health checks on the same port. ``listen`` is
-    HOST:PORT to be dialled at, port 0 for any free one, or None to dial only. ``on_refused`` hears, in one line, of
-    everything that was turned away or ended for what it sent, as far as it came through TLS; ``on_certificate`` of each that
-    ends soon, is over, or is not valid yet. ``kind`` is what the links carry. ``bound`` is set while it serves; ``port`` is the
-    one listened on.
+    ``neighbours`` are dialled where they have an address; None makes a cloud, which dials nobody,
+    lets in whoever has the role device in the federation file as it then is, and answers gRPC's
+    health checks on the same port. ``listen`` is HOST:PORT to be dialled at, port 0 for any free
+    one, or None to dial only. ``on_refused`` hears, in one line, of everything that was turned away
+    or ended for what it sent, as far as it came through TLS; ``on_certificate`` of each that ends
+    soon, is over, or is not valid yet. ``kind`` is what the links carry. ``bound`` is set while it
+    serves; ``port`` is the one listened on.
     """
 
     def __init__(
@@ -87,12 +92,17 @@ class GrpcNetwork:
         self.bound = asyncio.Event()
         self._tell_refused, self._told = on_refused, Told()
         self._watch, self._door = Watch(identity, on_certificate), Doorman(MAX_STRANGERS)
-        self._arrivals: defaultdict[str, Rate] = defaultdict(lambda: Rate(LINKS_PER_S, LINKS_AT_ONCE, QUEUE_S))
-        self._paces: defaultdict[str, Rate] = defaultdict(lambda: Rate(kind.frames_per_s, kind.frames_at_once, _FOR_EVER_S))
+        self._arrivals: defaultdict[str, Rate] = defaultdict(
+            lambda: Rate(LINKS_PER_S, LINKS_AT_ONCE, QUEUE_S)
+        )
+        self._paces: defaultdict[str, Rate] = defaultdict(
+            lambda: Rate(kind.frames_per_s, kind.frames_at_once, _FOR_EVER_S)
+        )
         self._links: dict[str, GrpcLink] = {}
         self._unlinked = {name: asyncio.Event() for name in self._dialled}
         self._attempted = {name: asyncio.Event() for name in self._dialled}  # not set while we dial
-        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # one conversation at a time
+        # one conversation at a time
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._said: dict[str, str] = {}  # why a neighbour cannot be dialled, told once
         self._hung_up: defaultdict[str, int] = defaultdict(int)  # times on end, in the handshake
         for name in self._dialled:
@@ -108,7 +118,8 @@ class GrpcNetwork:
     async def serve(self, talk: Talk) -> None:
         """Until cancelled: listen, dial, and talk over every link; then let the last frames go.
 
-        Whatever ends a conversation ends its link and nothing else. Raises ConfigError when ``listen`` cannot be had.
+        Whatever ends a conversation ends its link and nothing else. Raises ConfigError when
+        ``listen`` cannot be had.
         """
         self._talk, self._health = talk, health.aio.HealthServicer()
         await self._health.set(self.kind.service, health_pb2.HealthCheckResponse.SERVING)
@@ -132,12 +143,16 @@ class GrpcNetwork:
             await asyncio.sleep(SETTLE_S)
 
     async def _keep_watching(self) -> None:
-        """Whoever was struck off the federation file loses the link, silent or not; certificates are looked at as well."""
+        """Whoever was struck off the federation file loses the link, silent or not; certificates
+        are looked at as well.
+        """
         while True:
             for name, link in [*self._links.items()]:
                 if self._trusted(name) != link.trusted and not link.is_closed:
                     link.close()
-                    self._on_refused(f"{name}: its certificates in the federation file have changed")
+                    self._on_refused(
+                        f"{name}: its certificates in the federation file have changed"
+                    )
             self._watch.look(self.federation.current, self.neighbours)
             await asyncio.sleep(RELOAD_S)
 
@@ -149,10 +164,12 @@ class GrpcNetwork:
     # The listening end
 
     async def _keep_listening(self) -> None:
-        """A new listener on the same port whenever the certificates to trust change; links through the one before live on.
+        """A new listener on the same port whenever the certificates to trust change; links through
+        the one before live on.
 
-        gRPC's own way, `dynamic_ssl_server_credentials`, is no way: 200 strangers' connections at once then abort the process
-        or crash it (1.85.1; the test of that in `tests/net/test_attacks.py` shows it in half of its runs).
+        gRPC's own way, `dynamic_ssl_server_credentials`, is no way: 200 strangers' connections at
+        once then abort the process or crash it (1.85.1; the test of that in
+        `tests/net/test_attacks.py` shows it in half of its runs).
         """
         roots = self._roots()
         while True:
@@ -161,10 +178,13 @@ class GrpcNetwork:
             if changed == roots:
                 continue
             roots = b""  # nothing is trusted until the next one listens
-            self._tasks.create_task(self._servers[-1].stop(_FOR_EVER_S))  # of its links; it stops listening now
+            # of its links; it stops listening now
+            self._tasks.create_task(self._servers[-1].stop(_FOR_EVER_S))
             await asyncio.sleep(0)
             with contextlib.suppress(ConfigError):  # the port is not free yet: once more
-                server = self._listener(f"{str(self.listen).rpartition(':')[0]}:{self.port}", changed)
+                server = self._listener(
+                    f"{str(self.listen).rpartition(':')[0]}:{self.port}", changed
+                )
                 self._servers.append(server)
                 await server.start()
                 roots = changed
@@ -180,27 +200,35 @@ class GrpcNetwork:
         server = grpc.aio.server(options=listener_options(self.kind.max_bytes))
         handler: grpc.RpcMethodHandler[bytes, bytes]  # no serialisers: bytes as they came
         handler = grpc.stream_stream_rpc_method_handler(self._accept)
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(self.kind.service, {_METHOD: handler})])
+        server.add_generic_rpc_handlers(
+            [grpc.method_handlers_generic_handler(self.kind.service, {_METHOD: handler})]
+        )
         if self.is_cloud:
             health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         try:
             self.port = server.add_secure_port(address, credentials)
         except RuntimeError:
             raise ConfigError(
-                f"cannot listen on {address}: another program does, or it is no address of this machine; "
-                "stop that program or listen on another HOST:PORT"
+                f"cannot listen on {address}: another program does, or it is no address of this"
+                " machine; stop that program or listen on another HOST:PORT"
             ) from None
         return server
 
     def _roots(self) -> bytes:
-        """Never empty, which gRPC refuses; our own certificate lets nobody in, because we are not our neighbour."""
+        """Never empty, which gRPC refuses; our own certificate lets nobody in, because we are not
+        our neighbour.
+        """
         return b"".join(map(self._trusted, self.neighbours)) or self.identity.certificate_pem
 
     def _trusted(self, name: str) -> bytes:
         """The certificates of whom a link may be with; nothing for others."""
         federation = self.federation.current
         member = federation.members.get(name)
-        return b"" if member is None or (self.is_cloud and member.role != "device") else federation.trusted([name])
+        return (
+            b""
+            if member is None or (self.is_cloud and member.role != "device")
+            else federation.trusted([name])
+        )
 
     async def _accept(self, _: object, context: Context) -> None:
         name, reason = self._who(context)
@@ -215,8 +243,12 @@ class GrpcNetwork:
         """A neighbour's call becomes its link, in its turn."""
         wait_s = self._arrivals[name].take(asyncio.get_running_loop().time())
         if wait_s is None:
-            self._on_refused(f"{name}: it dials too often, {LINKS_PER_S:g} times a second are taken")
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {LINKS_PER_S:g} links a second")
+            self._on_refused(
+                f"{name}: it dials too often, {LINKS_PER_S:g} times a second are taken"
+            )
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"at most {LINKS_PER_S:g} links a second"
+            )
         await asyncio.sleep(wait_s or 0.0)
         if self.identity.name < name and name in self._attempted:
             with contextlib.suppress(TimeoutError):
@@ -236,7 +268,8 @@ class GrpcNetwork:
         try:
             await asyncio.wait({conversation})
         finally:
-            link.close()  # gRPC cancels this task, not the conversation, when the other end has gone
+            # gRPC cancels this task, not the conversation, when the other end has gone
+            link.close()
 
     def _who(self, context: Context) -> tuple[str, str | None]:
         """The name of the caller, and why it is refused."""
@@ -250,7 +283,10 @@ class GrpcNetwork:
             return name, f"{name!r} is not a {wanted} of {self.identity.name}"
         der = ssl.PEM_cert_to_DER_cert(facts.get("x509_pem_cert", b"").decode())
         if not self.federation.current.is_listed(name, der):
-            return name, f"not a certificate that {self.identity.name}'s federation file lists for {name}"
+            return (
+                name,
+                f"not a certificate that {self.identity.name}'s federation file lists for {name}",
+            )
         return name, None
 
     # The dialling end
@@ -271,7 +307,9 @@ class GrpcNetwork:
     async def _dial(self, name: str, address: str) -> float:
         """Dial once and talk; seconds that the link lived."""
         trusted = self._trusted(name)
-        tls = grpc.ssl_channel_credentials(trusted, self.identity.key_pem, self.identity.certificate_pem)
+        tls = grpc.ssl_channel_credentials(
+            trusted, self.identity.key_pem, self.identity.certificate_pem
+        )
         options = dialler_options(self.kind.max_bytes, name)
         async with grpc.aio.secure_channel(address, tls, options) as channel:
             call: Call = channel.stream_stream(f"/{self.kind.service}/{_METHOD}")()
@@ -279,7 +317,8 @@ class GrpcNetwork:
             self._attempted[name].clear()
             try:
                 async with asyncio.timeout(DIAL_S):
-                    if _ACCEPTED not in list(await call.initial_metadata()):  # of a failed call they are empty
+                    # of a failed call they are empty
+                    if _ACCEPTED not in list(await call.initial_metadata()):
                         self._explain(name, await call.code(), await call.details())
                         return 0.0
                 if not self._is_taken(link):
@@ -295,21 +334,24 @@ class GrpcNetwork:
             await self._converse(link)
             lived_s = clock.time() - began_at
             with contextlib.suppress(*ENDED, TimeoutError):
-                async with asyncio.timeout(FLUSH_S):  # the other end has read everything when it hangs up as well
+                # the other end has read everything when it hangs up as well
+                async with asyncio.timeout(FLUSH_S):
                     await call.done_writing()
                     await call.code()
             return lived_s
 
     def _explain(self, name: str, code: grpc.StatusCode, details: str | None) -> None:
-        """Say once what stands between us and a neighbour; that it is not there yet is nothing to be said."""
+        """Say once what stands between us and a neighbour; that it is not there yet is nothing to
+        be said.
+        """
         text = ascii(details or "")[:300]
         if "Socket closed" in text:
             self._hung_up[name] += 1
             text = self._watch.hung_up() if self._hung_up[name] == HANG_UPS else ""
         elif "CERTIFICATE_VERIFY_FAILED" in text:
             text = (
-                f"{name} shows a certificate that the federation file here does not list for it; compare what `dlora identity"
-                " show` says of the federation files at both ends"
+                f"{name} shows a certificate that the federation file here does not list for it;"
+                " compare what `dlora identity show` says of the federation files at both ends"
             )
         elif code is not grpc.StatusCode.PERMISSION_DENIED and "handshake failed" not in text:
             text = ""
@@ -336,13 +378,18 @@ class GrpcNetwork:
         name = link.neighbour
         try:
             async with self._turns[name]:
-                reading, writing = asyncio.create_task(self._read(link)), asyncio.create_task(link.write(self.traffic))
+                reading, writing = (
+                    asyncio.create_task(self._read(link)),
+                    asyncio.create_task(link.write(self.traffic)),
+                )
                 try:
                     await self._talk(name, link)
                 except LinkDown:
                     pass
                 except Exception as error:  # a conversation must not take the others with it
-                    self._on_refused(f"{name}: the conversation failed: {type(error).__name__}: {error}")
+                    self._on_refused(
+                        f"{name}: the conversation failed: {type(error).__name__}: {error}"
+                    )
                 finally:
                     link.outgoing.close()
                     await asyncio.wait({writing}, timeout=FLUSH_S)
@@ -350,7 +397,9 @@ class GrpcNetwork:
                         task.cancel()
                     for failure in await asyncio.gather(reading, writing, return_exceptions=True):
                         if isinstance(failure, Exception):
-                            self._on_refused(f"{name}: the link failed: {type(failure).__name__}: {failure}")
+                            self._on_refused(
+                                f"{name}: the link failed: {type(failure).__name__}: {failure}"
+                            )
         finally:
             link.close()
             self._forget(link)
@@ -362,7 +411,9 @@ class GrpcNetwork:
                 self._unlinked[link.neighbour].set()
 
     async def _read(self, link: GrpcLink) -> None:
-        """Frames into the link, one ahead of the conversation; the rest waits in HTTP/2's window, then at the other end."""
+        """Frames into the link, one ahead of the conversation; the rest waits in HTTP/2's window,
+        then at the other end.
+        """
         name = link.neighbour
         limit_s: float | None = FIRST_FRAME_S
         reason: str | None = None
@@ -372,7 +423,9 @@ class GrpcNetwork:
                     data = await link.stream.read()
                 if not isinstance(data, bytes):  # the end
                     return
-                if len(data) < FEW_BYTES and (pause_s := self._paces[name].take(asyncio.get_running_loop().time())):
+                if len(data) < FEW_BYTES and (
+                    pause_s := self._paces[name].take(asyncio.get_running_loop().time())
+                ):
                     await asyncio.sleep(pause_s)  # the rest waits at the other end
                 if link.is_closed:
                     return

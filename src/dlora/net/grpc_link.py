@@ -22,8 +22,20 @@ ENDED = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 class GrpcLink:
     """One end of a link; tasks of the network carry frames between its two slots and the stream."""
 
-    def __init__(self, neighbour: str, dialled_by: str, stream: Context | Call, kind: FrameKind, trusted: bytes) -> None:
-        self.neighbour, self.dialled_by, self.stream, self.kind = neighbour, dialled_by, stream, kind
+    def __init__(
+        self,
+        neighbour: str,
+        dialled_by: str,
+        stream: Context | Call,
+        kind: FrameKind,
+        trusted: bytes,
+    ) -> None:
+        self.neighbour, self.dialled_by, self.stream, self.kind = (
+            neighbour,
+            dialled_by,
+            stream,
+            kind,
+        )
         self.trusted = trusted  # the neighbour's certificates when the link was made
         self._closed = False
         self.incoming: Slot[Any] = Slot()

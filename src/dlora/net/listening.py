@@ -1,4 +1,6 @@
-"""Where a program accepts links, checked before all else; what it says of certificates meanwhile."""
+"""Where a program accepts links, checked before all else; what it says of certificates
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from dlora.events.log import RunLog
 
 
 def listen_address(listen: str | None, address: str | None) -> str | None:
-    """``listen``, else all interfaces at the port of the member's ``address``, checked; None where there is neither."""
+    """``listen``, else all interfaces at the port of the member's ``address``, checked; None where
+    there is neither.
+    """
     if listen is None and address is not None:
         listen = f"[::]:{address.rpartition(':')[2]}"
     if listen is not None:
@@ -21,33 +25,42 @@ def listen_address(listen: str | None, address: str | None) -> str | None:
 
 
 def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
-    """Host and port. Raises ConfigError when nobody can listen there: later there would be a run folder to remove."""
+    """Host and port. Raises ConfigError when nobody can listen there: later there would be a run
+    folder to remove.
+    """
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{option} {listen}: expected HOST:PORT, such as 0.0.0.0:7000 or [::]:7000")
+        raise ConfigError(
+            f"{option} {listen}: expected HOST:PORT, such as 0.0.0.0:7000 or [::]:7000"
+        )
     host = host.strip("[]")
     try:
         places = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        raise ConfigError(f"{option} {listen}: {host} is no address of this machine ({error.strerror})") from error
+        raise ConfigError(
+            f"{option} {listen}: {host} is no address of this machine ({error.strerror})"
+        ) from error
     for family, kind, protocol, _, address in places:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC: a closed link is in nobody's way
+                # as gRPC: a closed link is in nobody's way
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
             if error.errno == errno.EAFNOSUPPORT:
                 continue  # a machine without IPv6; gRPC then takes the IPv4 wildcard
             what = "another program does" if error.errno == errno.EADDRINUSE else error.strerror
             raise ConfigError(
-                f"cannot listen on {listen}: {what}; stop that program or give another HOST:PORT to {option} (others still"
-                " dial the address of the member file)"
+                f"cannot listen on {listen}: {what}; stop that program or give another HOST:PORT to"
+                f" {option} (others still dial the address of the member file)"
             ) from None
     return host, int(port)
 
 
 def certificate_teller(log: RunLog) -> Callable[[str], None]:
-    """Says in the log and on the terminal what a network finds of certificates: one ends soon, is over or not valid yet."""
+    """Says in the log and on the terminal what a network finds of certificates: one ends soon, is
+    over or not valid yet.
+    """
 
     def tell(reason: str) -> None:
         log.emit("certificate", reason=reason)

@@ -24,7 +24,9 @@ class MemoryLink:
         self.other: MemoryLink  # set by the hub
 
     async def send(self, frame: Any) -> None:
-        """Queue a frame for the other end; waits while its window is full, and for ever where frames are lost."""
+        """Queue a frame for the other end; waits while its window is full, and for ever where
+        frames are lost.
+        """
         data = self.hub.kind.encode(frame)
         await self._unless_down(self.hub.way(self.here, self.there).wait())
         await self._unless_down(self.other.inbox.put(data))
@@ -35,7 +37,9 @@ class MemoryLink:
         data = await self._unless_down(self.inbox.get())
         assert data is not None
         if len(data) > self.hub.kind.max_bytes:
-            raise FrameError(f"a frame of {len(data)} bytes; at most {self.hub.kind.max_bytes} are allowed")
+            raise FrameError(
+                f"a frame of {len(data)} bytes; at most {self.hub.kind.max_bytes} are allowed"
+            )
         self.traffic.received(self.there, len(data))
         return self.hub.kind.decode(data)
 
@@ -63,7 +67,9 @@ class MemoryHub:
     ``neighbours`` names who links with whom; the smaller name dials.
     """
 
-    def __init__(self, neighbours: Mapping[str, Sequence[str]], kind: FrameKind, redial_s: float = 0.2) -> None:
+    def __init__(
+        self, neighbours: Mapping[str, Sequence[str]], kind: FrameKind, redial_s: float = 0.2
+    ) -> None:
         self.neighbours, self.redial_s, self.kind = neighbours, redial_s, kind
         self._served: dict[str, MemoryNetwork] = {}
         self._ways: dict[tuple[str, str], asyncio.Event] = {}
@@ -74,7 +80,9 @@ class MemoryHub:
         return MemoryNetwork(self, name)
 
     def way(self, here: str, there: str) -> asyncio.Event:
-        """Set while frames from ``here`` reach ``there``: clear it and they are held back, one way."""
+        """Set while frames from ``here`` reach ``there``: clear it and they are held back, one
+        way.
+        """
         if (here, there) not in self._ways:
             self._ways[here, there] = asyncio.Event()
             self._ways[here, there].set()
@@ -97,7 +105,10 @@ class MemoryHub:
         other = self._served.get(there)
         if other is None or frozenset((here.name, there)) in self._cut:
             return None
-        link, back = MemoryLink(self, here.name, there, here.traffic), MemoryLink(self, there, here.name, other.traffic)
+        link, back = (
+            MemoryLink(self, here.name, there, here.traffic),
+            MemoryLink(self, there, here.name, other.traffic),
+        )
         link.other, back.other = back, link
         return link, other
 
@@ -148,7 +159,8 @@ class MemoryNetwork:
     async def _run(self, link: MemoryLink) -> None:
         self.links.add(link)
         try:
-            with contextlib.suppress(Exception):  # whatever ends a conversation ends its link, nothing else
+            # whatever ends a conversation ends its link, nothing else
+            with contextlib.suppress(Exception):
                 await self._talk(link.there, link)
         finally:
             self.links.discard(link)

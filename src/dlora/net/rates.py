@@ -14,7 +14,9 @@ class Rate:
         self._taken, self._at = 0.0, 0.0  # that are not made up for yet, at that time
 
     def take(self, now: float) -> float | None:
-        """Seconds until one more is due, 0 for at once; None, and it does not count, where the queue is too long."""
+        """Seconds until one more is due, 0 for at once; None, and it does not count, where the
+        queue is too long.
+        """
         self._taken = max(0.0, self._taken - (now - self._at) * self.per_s)
         self._at = now
         wait_s = max(0.0, (self._taken + 1 - self.burst) / self.per_s)
@@ -25,7 +27,9 @@ class Rate:
 
 
 class Told:
-    """What is said of others' doings, so that nobody fills a log: the first lines, then one a second."""
+    """What is said of others' doings, so that nobody fills a log: the first lines, then one a
+    second.
+    """
 
     def __init__(self, per_s: float = 1.0, burst: int = 100) -> None:
         self._rate, self._left_out = Rate(per_s, burst, queue_s=0.0), 0

@@ -1,4 +1,6 @@
-"""Room for one thing between two tasks, where either can be cancelled while it waits and nothing is lost."""
+"""Room for one thing between two tasks, where either can be cancelled while it waits and nothing is
+lost.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The contract of a wire, and the byte counter: `memory.py` and `grpc.py` keep it.
 
-A network keeps at most one link to each neighbour, dials again with growing pauses when one ends, and calls ``talk`` for each
-new link. A frame that was sent arrives whole, once and in order, or the link ends.
+A network keeps at most one link to each neighbour, dials again with growing pauses when one ends,
+and calls ``talk`` for each new link. A frame that was sent arrives whole, once and in order, or the
+link ends.
 """
 
 from __future__ import annotations
@@ -26,12 +27,16 @@ class Network(Protocol):
     traffic: Traffic
 
     async def serve(self, talk: Talk) -> None:
-        """Until cancelled: listen, dial, and run ``talk(neighbour, link)`` for every link; when it returns, the link ends."""
+        """Until cancelled: listen, dial, and run ``talk(neighbour, link)`` for every link; when it
+        returns, the link ends.
+        """
 
 
 @dataclass
 class Traffic:
-    """Bytes of serialised frames, by neighbour; sent and received apart. TLS and HTTP/2 come on top (law 8)."""
+    """Bytes of serialised frames, by neighbour; sent and received apart. TLS and HTTP/2 come on top
+    (law 8).
+    """
 
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)

@@ -48,20 +48,26 @@ def cloud(
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
-    """Run the frozen model for the devices of the federation until ``stop()``; return what was done for whom.
+    """Run the frozen model for the devices of the federation until ``stop()``; return what was done
+    for whom.
 
-    ``listen`` (HOST:PORT) comes before the config's; the default is all interfaces at the port of this member's address.
-    Nothing is written. Raises UserError when it cannot start.
+    ``listen`` (HOST:PORT) comes before the config's; the default is all interfaces at the port of
+    this member's address. Nothing is written. Raises UserError when it cannot start.
     """
     listed = Federation.load(federation)
     member = listed.member(name)
     if member.role != "cloud" or member.address is None:
         what = f"a {member.role}" if member.role != "cloud" else "a cloud without an address"
         advice = "dlora identity new NAME --role cloud --address HOST:PORT"
-        raise IdentityError(f"{name} is {what} in {listed.source}; a cloud that devices can dial is made with: {advice}")
+        raise IdentityError(
+            f"{name} is {what} in {listed.source}; a cloud that devices can dial is made with:"
+            f" {advice}"
+        )
     identity = Identity.load(name, key, listed)
     place = listen_address(listen or config.listen, member.address)
-    metrics = None if config.metrics is None else CloudMetrics(*check_listen(config.metrics, "metrics"))
+    metrics = (
+        None if config.metrics is None else CloudMetrics(*check_listen(config.metrics, "metrics"))
+    )
     record = CloudRecord()
     telling = _Telling([record, *([metrics] if metrics else []), *listeners])
     telling.tell("loading", text=f"loading {config.model}")
@@ -91,7 +97,9 @@ def cloud(
             "federation": str(federation),
             "metrics": f"{metrics.host}:{metrics.port}" if metrics else None,
         }
-        asyncio.run(_serve(network, guests, stop, lambda: telling.tell("serving", listen=place, **serving)))
+        asyncio.run(
+            _serve(network, guests, stop, lambda: telling.tell("serving", listen=place, **serving))
+        )
     return {
         "version": __version__,
         "model": config.model,
@@ -102,8 +110,13 @@ def cloud(
     }
 
 
-async def _serve(network: GrpcNetwork, guests: _Guests, stop: Callable[[], bool], begun: Callable[[], None]) -> None:
-    serving, bound = asyncio.create_task(network.serve(guests.talk)), asyncio.create_task(network.bound.wait())
+async def _serve(
+    network: GrpcNetwork, guests: _Guests, stop: Callable[[], bool], begun: Callable[[], None]
+) -> None:
+    serving, bound = (
+        asyncio.create_task(network.serve(guests.talk)),
+        asyncio.create_task(network.bound.wait()),
+    )
     try:
         await asyncio.wait({serving, bound}, return_when=asyncio.FIRST_COMPLETED)
         if network.bound.is_set():
@@ -133,18 +146,40 @@ class _Telling:
 
     def tell_load(self, device: str, parts: int, tokens: int) -> None:
         """What a device has here, and its bytes so far, over all links."""
-        sent, received = (ways.get(device, 0) for ways in (self.traffic.sent_bytes, self.traffic.received_bytes))
-        self.tell("load", device=device, parts=parts, tokens=tokens, sent_bytes=sent, received_bytes=received)
+        sent, received = (
+            ways.get(device, 0) for ways in (self.traffic.sent_bytes, self.traffic.received_bytes)
+        )
+        self.tell(
+            "load",
+            device=device,
+            parts=parts,
+            tokens=tokens,
+            sent_bytes=sent,
+            received_bytes=received,
+        )
 
 
 class _Guests:
     """The devices that are linked now, each with its session."""
 
-    def __init__(self, body: Body, limits: Limits, budget: Budget, max_devices: int, telling: _Telling) -> None:
-        self.body, self.limits, self.budget, self.max_devices, self.telling = body, limits, budget, max_devices, telling
+    def __init__(
+        self, body: Body, limits: Limits, budget: Budget, max_devices: int, telling: _Telling
+    ) -> None:
+        self.body, self.limits, self.budget, self.max_devices, self.telling = (
+            body,
+            limits,
+            budget,
+            max_devices,
+            telling,
+        )
         self._sessions: dict[str, Session] = {}
-        widest = max(body.facts["embedding_width"], *(max(group.width, group.in_features) for group in body.groups))
-        self.kind = split_kind(max_bytes=min(MAX_FRAME_BYTES, 4 * limits.max_tokens * widest + MAX_HEAD_BYTES))
+        widest = max(
+            body.facts["embedding_width"],
+            *(max(group.width, group.in_features) for group in body.groups),
+        )
+        self.kind = split_kind(
+            max_bytes=min(MAX_FRAME_BYTES, 4 * limits.max_tokens * widest + MAX_HEAD_BYTES)
+        )
 
     def look(self) -> None:
         """Tell what each device has here."""
@@ -163,7 +198,8 @@ class _Guests:
         channel = Channel(link, self.kind)
 
         def send(frame: SplitFrame) -> None:
-            channel.send(frame, self.limits.idle_s)  # a device that takes nothing must not keep its parts here
+            # a device that takes nothing must not keep its parts here
+            channel.send(frame, self.limits.idle_s)
             if isinstance(frame, Refused):
                 channel.close()
 
@@ -173,11 +209,18 @@ class _Guests:
             self.telling.tell(event, device=device, **fields)
 
         if len(self._sessions) >= self.max_devices:
-            reason = f"{self.max_devices} devices are here, and limits.max_devices is that; this one waits for a place"
+            reason = (
+                f"{self.max_devices} devices are here, and limits.max_devices is that; this one"
+                " waits for a place"
+            )
             tell("refused", {"reason": reason})
-            await channel.carry(lambda _: None if channel.is_down else send(Refused(reason, later=True)))
+            await channel.carry(
+                lambda _: None if channel.is_down else send(Refused(reason, later=True))
+            )
             return
-        session = self._sessions[device] = Session(device, self.body, self.limits, self.budget, send, tell)
+        session = self._sessions[device] = Session(
+            device, self.body, self.limits, self.budget, send, tell
+        )
         session.evict_others = self._evict
         tell("linked", {})
         try:
@@ -197,5 +240,11 @@ def _free_bytes(body: Body) -> int:
 
 
 def _parts_at_once(body: Body) -> int:
-    """On CPUs as many as there are cores for, each part having torch's threads; a GPU computes one at a time."""
-    return max(1, (psutil.cpu_count() or 1) // torch.get_num_threads()) if body.device.type == "cpu" else 1
+    """On CPUs as many as there are cores for, each part having torch's threads; a GPU computes one
+    at a time.
+    """
+    return (
+        max(1, (psutil.cpu_count() or 1) // torch.get_num_threads())
+        if body.device.type == "cpu"
+        else 1
+    )

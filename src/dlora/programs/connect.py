@@ -19,27 +19,39 @@ from dlora.run.frozen_model import check_halves, far_cloud
 from dlora.split.device.half import as_ordinary, load_half
 
 
-def connect(config: Config | str | Path, *, name: str, key: str | Path, federation: str | Path) -> Any:
-    """A ``...ForSequenceClassification`` or ``...ForCausalLM`` whose ``base_model`` runs in the cloud of ``config.split``.
+def connect(
+    config: Config | str | Path, *, name: str, key: str | Path, federation: str | Path
+) -> Any:
+    """A ``...ForSequenceClassification`` or ``...ForCausalLM`` whose ``base_model`` runs in the
+    cloud of ``config.split``.
 
-    Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if trained, the head:
-    ``loss.backward()``, any torch optimiser, a transformers Trainer and ``save_pretrained`` (a PEFT folder) work on it. Given
-    labels, a language model's logits are NaN where the loss does not look, since nothing is sent down for them. The link is
-    made at the first forward, and again whenever it was lost; a wait for the cloud is logged. ``model.disconnect()`` ends
-    the link, and so does the end of ``with dlora.connect(...) as model``.
-    ``config`` may be the path of a YAML. Raises UserError.
+    Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if
+    trained, the head: ``loss.backward()``, any torch optimiser, a transformers Trainer and
+    ``save_pretrained`` (a PEFT folder) work on it. Given labels, a language model's logits are NaN
+    where the loss does not look, since nothing is sent down for them. The link is made at the first
+    forward, and again whenever it was lost; a wait for the cloud is logged. ``model.disconnect()``
+    ends the link, and so does the end of ``with dlora.connect(...) as model``. ``config`` may be
+    the path of a YAML. Raises UserError.
     """
     config, listed = Config.given(config), Federation.load(federation)
     identity = Identity.load(name, key, listed)
     check_halves(config, name, listed)
     if config.task == "classification" and config.data.labels is None:
-        raise ConfigError("data.labels is missing; the head has an output for each, so name them all, in order")
+        raise ConfigError(
+            "data.labels is missing; the head has an output for each, so name them all, in order"
+        )
     if config.schedule.kind != "all":
-        warnings.warn("connect trains all units at all times: a schedule is for dlora device and dlora simulate", stacklevel=2)
+        warnings.warn(
+            "connect trains all units at all times: a schedule is for dlora device and dlora"
+            " simulate",
+            stacklevel=2,
+        )
     half = load_half(config, load_tokenizer(config.model), config.data.labels, handed_frame(config))
     network = as_ordinary(half)
     stack = contextlib.ExitStack()
-    stack.enter_context(far_cloud(half, config, identity, FederationFile(federation), _log, lambda: False))
+    stack.enter_context(
+        far_cloud(half, config, identity, FederationFile(federation), _log, lambda: False)
+    )
     network.disconnect = weakref.finalize(network, stack.close)
     return network
 

@@ -1,4 +1,6 @@
-"""The half that owns data, labels, factors and optimiser; its model runs in a cloud. With neighbours, a peer too."""
+"""The half that owns data, labels, factors and optimiser; its model runs in a cloud. With
+neighbours, a peer too.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,13 @@ def device(
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
 ) -> Summary:
-    """Train ``name``'s factors on its own data through the cloud of ``config.split``; return what summary.json holds.
+    """Train ``name``'s factors on its own data through the cloud of ``config.split``; return what
+    summary.json holds.
 
-    A cloud that is away is waited for, one that comes back is gone on with. With ``config.peers.members`` this is `peer`,
-    which alone has a use for ``listen``. ``whole_process`` as for `simulate`. Raises UserError before anything is written when
-    the run cannot start, CloudError when the cloud refuses this device.
+    A cloud that is away is waited for, one that comes back is gone on with. With
+    ``config.peers.members`` this is `peer`, which alone has a use for ``listen``. ``whole_process``
+    as for `simulate`. Raises UserError before anything is written when the run cannot start,
+    CloudError when the cloud refuses this device.
     """
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
@@ -60,7 +64,9 @@ def device(
             whole_process=whole_process,
         )
     if listen is not None:
-        raise ConfigError("--listen is for neighbours to dial: name them in peers.members, or remove it")
+        raise ConfigError(
+            "--listen is for neighbours to dial: name them in peers.members, or remove it"
+        )
     refuse_comparison(config)
     watch = Stopwatch(whole_process)
     if resume:
@@ -70,7 +76,9 @@ def device(
     prepared = prepare(config, loading(listeners), own=name, resume=resume)
     loaded(listeners)
     with sole_use(Path(config.output_dir)):
-        return _trained(prepared, identity, FederationFile(federation), resume, listeners, stop, watch)
+        return _trained(
+            prepared, identity, FederationFile(federation), resume, listeners, stop, watch
+        )
 
 
 def _trained(
@@ -84,7 +92,11 @@ def _trained(
 ) -> Summary:
     config, name = prepared.config, identity.name
     assert prepared.half is not None and config.split is not None
-    folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
+    folder = (
+        RunFolder.resume(config, manifest_text(prepared.manifest))
+        if resume
+        else RunFolder.create(config)
+    )
     prepared.keep_frame()
     stored = folder.latest(RUN)
     with RunLog(folder.log_path, listeners) as log:

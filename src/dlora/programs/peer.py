@@ -1,4 +1,6 @@
-"""One peer for real: its own data, its own disk, the neighbours it can reach, a device's cloud; nothing else exists."""
+"""One peer for real: its own data, its own disk, the neighbours it can reach, a device's cloud;
+nothing else exists.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,11 @@ def peer(
 ) -> Summary:
     """Take part in the run of ``config.peers.members`` as ``name``; return what summary.json holds.
 
-    The frozen model runs here or, with ``config.split``, in this device's cloud; each device may have one of its own, and its
-    own wire to it. ``listen`` (HOST:PORT) is where to accept links, by default on all interfaces at the port of this member's
-    address. Raises UserError before anything is written when the run cannot start, NeighbourError when a neighbour is in
-    another run or, once all is written, when the average may be wrong, CloudError when the cloud refuses this device.
+    The frozen model runs here or, with ``config.split``, in this device's cloud; each device may
+    have one of its own, and its own wire to it. ``listen`` (HOST:PORT) is where to accept links, by
+    default on all interfaces at the port of this member's address. Raises UserError before anything
+    is written when the run cannot start, NeighbourError when a neighbour is in another run or, once
+    all is written, when the average may be wrong, CloudError when the cloud refuses this device.
     ``whole_process`` as for `simulate`.
     """
     members = members_of(config, name)
@@ -69,12 +72,18 @@ def peer(
     loaded(listeners)
     topology = prepared.topology
     listed.check_dialable(
-        {(members[one], members[two]) for round in range(topology.period) for one, two in topology.edges(round)}
+        {
+            (members[one], members[two])
+            for round in range(topology.period)
+            for one, two in topology.edges(round)
+        }
     )
     listen = listen_address(listen, listed.member(name).address)
     prepared.hand_frame()  # before anything else is written
     with sole_use(Path(config.output_dir)):
-        return _took_part(prepared, identity, FederationFile(federation), listen, resume, listeners, stop, watch)
+        return _took_part(
+            prepared, identity, FederationFile(federation), listen, resume, listeners, stop, watch
+        )
 
 
 def _took_part(
@@ -90,7 +99,9 @@ def _took_part(
     config, topology, name = prepared.config, prepared.topology, identity.name
     members = topology.names
     manifest = prepared.manifest | {"rounds": config.train.rounds}
-    folder = RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
+    folder = (
+        RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
+    )
     prepared.keep_frame()
     stored = folder.latest(RUN)
     with RunLog(folder.log_path, listeners) as log:
@@ -111,15 +122,22 @@ def _took_part(
         finished, position = _finished(folder), ledger.position
         spent = watch.run(spent_before(stored))
         signatures = MemberSignatures(identity, federation)
-        run = PeerRun(name, prepared, manifest, folder, log, ledger, network, signatures, stop, stored, spent)
-        cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = contextlib.nullcontext()
+        run = PeerRun(
+            name, prepared, manifest, folder, log, ledger, network, signatures, stop, stored, spent
+        )
+        cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = (
+            contextlib.nullcontext()
+        )
         if prepared.half is not None:
-            cloud = far_cloud(prepared.half, config, identity, federation, run.hear_of_cloud, run.gives_up)
+            cloud = far_cloud(
+                prepared.half, config, identity, federation, run.hear_of_cloud, run.gives_up
+            )
         try:
             with cloud as run.cloud_bytes:
                 if prepared.half is not None and run.progress.rounds_done < config.train.rounds:
                     log.tick("phase", text="waiting for the cloud")
-                    check_room(prepared, prepared.half.open())  # before neighbours wait for one who cannot begin
+                    # before neighbours wait for one who cannot begin
+                    check_room(prepared, prepared.half.open())
                 watch.started()
                 consensus, num_peers = asyncio.run(run.live(neighbours))
                 if (
@@ -128,10 +146,12 @@ def _took_part(
                     and _said(finished) == (num_peers, run.findings.warnings(num_peers))
                 ):
                     _tell(run.findings, num_peers, finished)
-                    return finished  # no doubt was settled and nobody new is in the average: all is as it was
+                    # no doubt was settled and nobody new is in the average: all is as it was
+                    return finished
                 result = run.finish(consensus, num_peers)
         except (NeighbourError, CloudError):
-            if not resume and not run.began:  # once the config is right, the same command starts anew
+            # once the config is right, the same command starts anew
+            if not resume and not run.began:
                 shutil.rmtree(folder.path, ignore_errors=True)
             raise
         finally:
@@ -144,7 +164,9 @@ def _took_part(
 
 
 def _tell_of_refusal(log: RunLog, reason: str) -> None:
-    """In the log; on the terminal too where this peer dialled, for it is one of its own neighbours and no stranger."""
+    """In the log; on the terminal too where this peer dialled, for it is one of its own neighbours
+    and no stranger.
+    """
     log.emit("connection-refused", reason=reason)
     if reason.startswith("dialling "):
         warnings.warn(reason, stacklevel=2)
@@ -157,21 +179,26 @@ def _said(finished: Summary) -> tuple[int, list[str]]:
 
 
 def _tell(findings: Findings, num_peers: int, concluded: Summary) -> None:
-    """Warn of what was found. Raises NeighbourError where the average may be wrong or nobody's; all is written by then."""
+    """Warn of what was found. Raises NeighbourError where the average may be wrong or nobody's; all
+    is written by then.
+    """
     for text in findings.warnings(num_peers):
         warnings.warn(text, stacklevel=2)
     edges = concluded["runs"][RUN].get("edges", {})
     if edges and num_peers == 1 and not any(edge["mixed"] for edge in edges.values()):
         raise NeighbourError(
-            f"{findings.name} trained alone: no round was mixed with {', '.join(edges)}, and log.jsonl says why; everything"
-            " is written; once they can be reached, start anew in another output_dir"
+            f"{findings.name} trained alone: no round was mixed with {', '.join(edges)}, and"
+            " log.jsonl says why; everything is written; once they can be reached, start anew in"
+            " another output_dir"
         )
     if blamed := findings.blamed(num_peers):
         raise NeighbourError(blamed)
 
 
 def _finished(folder: RunFolder) -> Summary | None:
-    """The summary of a run that has ended already; a damaged one is as good as none, for it is written anew."""
+    """The summary of a run that has ended already; a damaged one is as good as none, for it is
+    written anew.
+    """
     try:
         written: Summary = json.loads((folder.path / "summary.json").read_text())
         return written if "consensus_peers" in written["runs"][RUN] else None
@@ -180,10 +207,13 @@ def _finished(folder: RunFolder) -> Summary | None:
 
 
 def _check_roles(config: Config, members: Sequence[str], listed: Federation) -> None:
-    """Neighbours are of one role, peers with peers and devices with devices: their frozen model is in the same place."""
+    """Neighbours are of one role, peers with peers and devices with devices: their frozen model is
+    in the same place.
+    """
     role, why = ("peer", "without") if config.split is None else ("device", "with")
     for name in members:
         if listed.member(name).role != role:
             raise ConfigError(
-                f"peers.members: {name} is a {listed.member(name).role} in {listed.source}; {why} split all members are {role}s"
+                f"peers.members: {name} is a {listed.member(name).role} in {listed.source}; {why}"
+                f" split all members are {role}s"
             )

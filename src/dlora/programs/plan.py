@@ -1,4 +1,6 @@
-"""What a run will cost, before it runs: bytes over each edge and in all, hours on a slow line, memory."""
+"""What a run will cost, before it runs: bytes over each edge and in all, hours on a slow line,
+memory.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ _STATE_BYTES = 16  # of a trained number: value, gradient and AdamW's two moment
 
 
 def plan(config: Config, own: str | None = None) -> dict[str, Any]:
-    """The costs of ``config``: of real peers when it names members, else what their messages would be.
+    """The costs of ``config``: of real peers when it names members, else what their messages would
+    be.
 
-    ``own``: whose data are at hand (`dlora peer`, `dlora device`); None: everybody's (`dlora simulate`). Raises
-    UserError as the run would.
+    ``own``: whose data are at hand (`dlora peer`, `dlora device`); None: everybody's (`dlora
+    simulate`). Raises UserError as the run would.
     """
     prepared = prepare(config, own=own)
     topology = prepared.topology
@@ -38,11 +41,16 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "rounds": rounds,
         "trainable_parameters": parameters,
         "message_bytes": message_bytes(prepared, round_message(0)),
-        "edges": {f"{topology.names[one]} - {topology.names[two]}": count for (one, two), count in sorted(edges.items())},
+        "edges": {
+            f"{topology.names[one]} - {topology.names[two]}": count
+            for (one, two), count in sorted(edges.items())
+        },
         "bytes_a_round": sum(edges.values()) / rounds,
         "bytes_on_wire": sum(edges.values()),
         "bytes_of_busiest_peer": busiest,
-        "seconds_on_the_line": {f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S},
+        "seconds_on_the_line": {
+            f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S
+        },
         **({"at_most": True} if config.schedule.kind in CHOSEN else {}),  # the bytes between peers
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
         "trained_bytes": _STATE_BYTES * parameters,

@@ -22,38 +22,60 @@ from dlora.run.folder import read_config, resume_command
 
 
 def load_base(run: Path | str) -> tuple[Any, Any]:
-    """The frozen model and the tokenizer of a run: what ``PeftModel.from_pretrained(base, RUN/consensus)`` takes.
+    """The frozen model and the tokenizer of a run: what ``PeftModel.from_pretrained(base,
+    RUN/consensus)`` takes.
 
-    A head the run began with is in it; the adapter folder brings the trained one. Raises UserError when ``run`` is no run.
+    A head the run began with is in it; the adapter folder brings the trained one. Raises UserError
+    when ``run`` is no run.
     """
     config, labels = _read_run(Path(run))
     tokenizer = load_tokenizer(config.model)
     return load_model(config, tokenizer, labels).network.eval(), tokenizer
 
 
-def score(run: Path | str, data: str | None = None, *, listeners: Sequence[Listener] = ()) -> dict[str, Scores]:
-    """Scores of ``RUN/consensus`` and every ``RUN/peers/<name>``, by name, on the run's evaluation data or on ``data``.
+def score(
+    run: Path | str, data: str | None = None, *, listeners: Sequence[Listener] = ()
+) -> dict[str, Scores]:
+    """Scores of ``RUN/consensus`` and every ``RUN/peers/<name>``, by name, on the run's evaluation
+    data or on ``data``.
 
-    ``data`` takes all its rows, the run's own data those the run took. Raises UserError when the folder is no finished run
-    or ``data`` does not have the run's form.
+    ``data`` takes all its rows, the run's own data those the run took. Raises UserError when the
+    folder is no finished run or ``data`` does not have the run's form.
     """
     run = Path(run)
     config, labels = _read_run(run)
     if not (run / "consensus").is_dir():
         raise RunError(f"{run} has no adapters yet; finish it with: {resume_command(run)}")
-    section = config.data if data is None else config.data.model_copy(update={"eval": data, "eval_limit": None})
+    section = (
+        config.data
+        if data is None
+        else config.data.model_copy(update={"eval": data, "eval_limit": None})
+    )
     tokenizer = load_tokenizer(config.model)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
     frame = read_frame(run / FRAME_FILE) if config.lora.placement == "core" else None
-    model = attach(load_model(config, tokenizer, labels), config.lora, config.task, config.seed, frame)
-    folders = {"consensus": run / "consensus", **{folder.name: folder for folder in sorted((run / "peers").glob("*"))}}
+    model = attach(
+        load_model(config, tokenizer, labels), config.lora, config.task, config.seed, frame
+    )
+    folders = {
+        "consensus": run / "consensus",
+        **{folder.name: folder for folder in sorted((run / "peers").glob("*"))},
+    }
 
     def score_one(name: str) -> Scores:
         factors = load_adapter(folders[name], model.initial)
 
         def tell(done: int, total: int) -> None:
             for listener in listeners:
-                listener({"event": "evaluating", "run": str(run), "what": name, "done": done, "total": total})
+                listener(
+                    {
+                        "event": "evaluating",
+                        "run": str(run),
+                        "what": name,
+                        "done": done,
+                        "total": total,
+                    }
+                )
 
         [scored] = evaluate(
             model,
@@ -76,4 +98,6 @@ def _read_run(run: Path) -> tuple[Config, list[str] | None]:
     try:
         return config, json.loads((run / "manifest.json").read_text())["labels"]
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{run}: manifest.json cannot be read ({error}); restore it, or run again") from error
+        raise RunError(
+            f"{run}: manifest.json cannot be read ({error}); restore it, or run again"
+        ) from error

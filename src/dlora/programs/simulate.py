@@ -33,11 +33,13 @@ def simulate(
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
 ) -> Summary:
-    """Run Dec-LoRA and the baselines of ``config.compare``; return what summary.json holds. A path is that of a YAML.
+    """Run Dec-LoRA and the baselines of ``config.compare``; return what summary.json holds. A path
+    is that of a YAML.
 
-    ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised. A listener may raise it
-    while participants are scored. ``whole_process``: the start-up that the summary tells of begins with the process, not with
-    this call. Raises UserError before anything is written when the run cannot start.
+    ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised.
+    A listener may raise it while participants are scored. ``whole_process``: the start-up that the
+    summary tells of begins with the process, not with this call. Raises UserError before anything
+    is written when the run cannot start.
     """
     config, watch = Config.given(config), Stopwatch(whole_process)
     refuse_ranks(os.environ)
@@ -53,10 +55,18 @@ def simulate(
 
 
 def _simulated(
-    prepared: Prepared, resume: bool, listeners: Sequence[Listener], stop: Callable[[], bool], watch: Stopwatch
+    prepared: Prepared,
+    resume: bool,
+    listeners: Sequence[Listener],
+    stop: Callable[[], bool],
+    watch: Stopwatch,
 ) -> Summary:
     config = prepared.config
-    folder = RunFolder.resume(config, manifest_text(prepared.manifest)) if resume else RunFolder.create(config)
+    folder = (
+        RunFolder.resume(config, manifest_text(prepared.manifest))
+        if resume
+        else RunFolder.create(config)
+    )
     prepared.keep_frame()
     runs = (DEC_LORA.name, *config.compare)
     stored = {run: folder.latest(run) for run in runs}
@@ -65,7 +75,9 @@ def _simulated(
     wired = own_cloud(prepared.half, config) if prepared.half else contextlib.nullcontext()
     with RunLog(folder.log_path, listeners) as log, wired as cloud_bytes:
         if resume:
-            log.truncate(max((c.result or c.state)["log_position"] if c else 0 for c in stored.values()))
+            log.truncate(
+                max((c.result or c.state)["log_position"] if c else 0 for c in stored.values())
+            )
         if log.position == 0:
             write_atomically(folder.path / "manifest.json", manifest_text(prepared.manifest))
             log.emit("start", **introduction(prepared, runs, group_size))
@@ -80,7 +92,9 @@ def _simulated(
                 results[run] = checkpoint.result["result"]
             else:
                 spent = watch.run(spent_before(checkpoint))
-                results[run] = Run(run, prepared, folder, log, group_size, stop, cloud_bytes, spent).result(checkpoint)
+                results[run] = Run(
+                    run, prepared, folder, log, group_size, stop, cloud_bytes, spent
+                ).result(checkpoint)
         seconds = sum(result["seconds"] for result in results.values())
         summed = summary(prepared, results, prepared.manifest, group_size, seconds)
         log.emit("done", seconds=time.monotonic() - started)
@@ -88,10 +102,14 @@ def _simulated(
 
 
 def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:
-    """Check everything a run needs and say what it would be; nothing is written, where a run stands neither."""
+    """Check everything a run needs and say what it would be; nothing is written, where a run stands
+    neither.
+    """
     stands = RunFolder.standing(config)
     prepared = prepare(config, loading(listeners))
-    return introduction(prepared, (DEC_LORA.name, *config.compare), find_grouping(prepared).size) | {
+    return introduction(
+        prepared, (DEC_LORA.name, *config.compare), find_grouping(prepared).size
+    ) | {
         "local_steps": prepared.local_steps,
         **({"schedule": first_step(prepared)} if prepared.units else {}),
         **({"stands": stands} if stands else {}),

@@ -1,4 +1,6 @@
-"""What a run says of itself: before it starts, in its log's first event, and at its end, in summary.json."""
+"""What a run says of itself: before it starts, in its log's first event, and at its end, in
+summary.json.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from dlora.version import __version__
 Summary = dict[str, Any]
 
 
-def introduction(prepared: Prepared, runs: Sequence[str], group_size: int, own: str | None = None) -> dict[str, Any]:
-    """What is about to run; ``own`` is the one participant whose data are at hand, None where all are."""
+def introduction(
+    prepared: Prepared, runs: Sequence[str], group_size: int, own: str | None = None
+) -> dict[str, Any]:
+    """What is about to run; ``own`` is the one participant whose data are at hand, None where all
+    are.
+    """
     data, topology = prepared.data, prepared.topology
     labels = data.label_counts or {}
     here = {name: len(rows) for name, rows in data.peers.items()}
@@ -29,13 +35,22 @@ def introduction(prepared: Prepared, runs: Sequence[str], group_size: int, own: 
         "version": __version__,
         "model": prepared.config.model,
         "task": prepared.config.task,
-        "metric": "accuracy" if prepared.config.task == "classification" or data.choices else "loss",
+        "metric": "accuracy"
+        if prepared.config.task == "classification" or data.choices
+        else "loss",
         "runs": list(runs),
         **({} if own is None else {"own": own}),
-        **({} if prepared.config.split is None else {"split": prepared.config.split.model_dump(mode="json")}),
+        **(
+            {}
+            if prepared.config.split is None
+            else {"split": prepared.config.split.model_dump(mode="json")}
+        ),
         "data": data.facts,
         "warnings": list(data.warnings),
-        "peers": [{"name": name, "rows": here.get(name), "labels": labels.get(name)} for name in topology.names],
+        "peers": [
+            {"name": name, "rows": here.get(name), "labels": labels.get(name)}
+            for name in topology.names
+        ],
         "edges": [topology.edges(round) for round in range(topology.period)],
         "spectral_gap": spectral_gap(topology),
         "trainable_parameters": num_parameters(stack(prepared.trained, 1)),
@@ -61,17 +76,25 @@ def summary(
         "metric": primary_metric(next(iter(results.values()))["consensus"]),
         **{key: said[key] for key in ("own", "split") if key in said},
         "seconds": seconds,
-        **{key: said[key] for key in ("trainable_parameters", "message_bytes", "group_size", "spectral_gap")},
+        **{
+            key: said[key]
+            for key in ("trainable_parameters", "message_bytes", "group_size", "spectral_gap")
+        },
         **({"warnings": said["warnings"]} if said["warnings"] else {}),
         **({"label_names": list(names)} if (names := prepared.data.label_names) else {}),
-        "peers": {peer["name"]: {"rows": peer["rows"], "labels": peer["labels"]} for peer in said["peers"]},
+        "peers": {
+            peer["name"]: {"rows": peer["rows"], "labels": peer["labels"]} for peer in said["peers"]
+        },
         "runs": dict(results),
     }
 
 
 def conclude(folder: RunFolder, summed: Summary, watch: Stopwatch) -> Summary:
     """Write summary.json and the page; returns the summary, with where all of the time went."""
-    path, runs = folder.path / "summary.json", [run.get("spent_s", {}) for run in summed["runs"].values()]
+    path, runs = (
+        folder.path / "summary.json",
+        [run.get("spent_s", {}) for run in summed["runs"].values()],
+    )
     write_atomically(path, to_json(summed | {"spent_s": watch.spent_s(runs)}, indent=1))
     with watch.report():
         write_report(folder.path)

@@ -12,28 +12,41 @@ from dlora.model import block_linears, load_body_network
 
 
 def kept_frame(config: Config, resume: bool) -> Frame | None:
-    """The frame of the run that goes on, else the one that was handed round; None: it is to be computed."""
-    kept, handed = Path(config.output_dir, FRAME_FILE), Path(config.lora.frame) if config.lora.frame else None
+    """The frame of the run that goes on, else the one that was handed round; None: it is to be
+    computed.
+    """
+    kept, handed = (
+        Path(config.output_dir, FRAME_FILE),
+        Path(config.lora.frame) if config.lora.frame else None,
+    )
     if resume and kept.exists():
         frame = read_frame(kept)
         if handed and handed.exists() and not is_in(frame, read_frame(handed)):
-            raise ConfigError(f"lora.frame: {handed} is another frame than {kept}, which this run began with; give that one")
+            raise ConfigError(
+                f"lora.frame: {handed} is another frame than {kept}, which this run began with;"
+                " give that one"
+            )
         return frame
     if handed and not handed.parent.is_dir():
-        raise ConfigError(f"lora.frame: {handed} can neither be read nor made, for {handed.parent} is no folder; make it")
+        raise ConfigError(
+            f"lora.frame: {handed} can neither be read nor made, for {handed.parent} is no folder;"
+            " make it"
+        )
     return read_frame(handed) if handed and handed.exists() else None
 
 
 def handed_frame(config: Config) -> Frame | None:
-    """The frame that a device was handed, under placement core: it has no weights to make one of."""
+    """The frame that a device was handed, under placement core: it has no weights to make one
+    of.
+    """
     if config.lora.placement != "core":
         return None
     given = config.lora.frame
     if given is None or not Path(given).is_file():
         what = "is missing" if given is None else f"{given} is no file"
         raise ConfigError(
-            f"lora.frame: {what}; a device has no weights to find its frame in: copy the cloud's file (core.frame in its"
-            " config) here, and name it"
+            f"lora.frame: {what}; a device has no weights to find its frame in: copy the cloud's"
+            " file (core.frame in its config) here, and name it"
         )
     return read_frame(Path(given))
 
@@ -41,4 +54,6 @@ def handed_frame(config: Config) -> Frame | None:
 def whole_frame(config: Config) -> Frame:
     """The frame of all linears of the body, by their names in it."""
     network = load_body_network(CloudConfig.parse({"model": config.model, "device": config.device}))
-    return compute_frame({name: network.get_submodule(name) for name in block_linears(network)}, config.lora.r)
+    return compute_frame(
+        {name: network.get_submodule(name) for name in block_linears(network)}, config.lora.r
+    )

@@ -1,4 +1,6 @@
-"""What a peer found wrong with its neighbours: kept while it runs, told at its end with their names."""
+"""What a peer found wrong with its neighbours: kept while it runs, told at its end with their
+names.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,9 @@ from typing import Any
 
 
 class Findings:
-    """Hears what the exchange reports and passes it on to ``emit``; of each kind the first about each neighbour is kept."""
+    """Hears what the exchange reports and passes it on to ``emit``; of each kind the first about
+    each neighbour is kept.
+    """
 
     def __init__(self, name: str, num_peers: int, emit: Callable[..., object]) -> None:
         self.name, self.num_peers, self.emit = name, num_peers, emit
@@ -23,16 +27,29 @@ class Findings:
             case "lacks" if not fields["shown"]:  # else it mends that or ends, and says so itself
                 self._keep(event, fields["neighbour"], reason)
             case "implausible":  # and so not taken
-                self._keep(event, fields["neighbour"], f"its {fields['message']} was refused: {reason}")
+                self._keep(
+                    event, fields["neighbour"], f"its {fields['message']} was refused: {reason}"
+                )
             case "doubtful":
-                self._keep(f"doubtful-{fields['message']}", fields["neighbour"], f"its {fields['message']}: {reason}")
+                self._keep(
+                    f"doubtful-{fields['message']}",
+                    fields["neighbour"],
+                    f"its {fields['message']}: {reason}",
+                )
             case "unlinked" if reason.startswith("refused: "):
                 self._keep("refused", fields["neighbour"], reason)
             case "caught-up":  # they were ahead in truth
                 for neighbour in fields["neighbours"]:
                     self._found.pop(("not-followed", neighbour), None)
-                ahead, place = ", ".join(fields["neighbours"]), f"from round {fields['was']} to {fields['round']}"
-                self._keep(event, self.name, f"it was far behind, and took the state of {ahead} to go {place}")
+                ahead, place = (
+                    ", ".join(fields["neighbours"]),
+                    f"from round {fields['was']} to {fields['round']}",
+                )
+                self._keep(
+                    event,
+                    self.name,
+                    f"it was far behind, and took the state of {ahead} to go {place}",
+                )
 
     def _keep(self, kind: str, neighbour: str, text: str) -> None:
         self._found.setdefault((kind, neighbour), text)
@@ -42,21 +59,27 @@ class Findings:
         found = [f"{neighbour}: {text}" for (_, neighbour), text in sorted(self._found.items())]
         if num_averaged < self.num_peers:
             found.append(
-                f"the average is of {num_averaged} of {self.num_peers} peers; once the others are back, start all of them"
-                " again with --resume"
+                f"the average is of {num_averaged} of {self.num_peers} peers; once the others are"
+                " back, start all of them again with --resume"
             )
         return found
 
     def blamed(self, num_averaged: int) -> str | None:
-        """Why the average is not to be trusted though all peers are in it; None where nothing says so.
+        """Why the average is not to be trusted though all peers are in it; None where nothing says
+        so.
 
         Of an average that some are missing from, neighbours may have another in good faith.
         """
-        kinds = ("other-content", "doubtful-average") if num_averaged == self.num_peers else ("doubtful-average",)
+        kinds = (
+            ("other-content", "doubtful-average")
+            if num_averaged == self.num_peers
+            else ("doubtful-average",)
+        )
         for (kind, neighbour), text in sorted(self._found.items()):
             if kind in kinds:
                 return (
-                    f"the average of {self.name} may be wrong: {neighbour}: {text}; everything is written, score the average"
-                    f" and {self.name}'s own adapter before you use one, and ask {neighbour}"
+                    f"the average of {self.name} may be wrong: {neighbour}: {text}; everything is"
+                    f" written, score the average and {self.name}'s own adapter before you use one,"
+                    f" and ask {neighbour}"
                 )
         return None

@@ -23,16 +23,26 @@ from dlora.files import sync_folder, write_atomically
 from dlora.run.lock import LOCK_FILE, cannot_make, check_unused, remove_empty
 from dlora.run.sums import SUMS_FILE, check_sums, sums_text
 
-# What may change from start to start: where the run and its frame lie, whose own scores are wanted, and how long one peer
-# waits for its neighbours.
-LOCAL_KEYS = {"output_dir", "lora.frame", "eval_peers", "peers.silence_s", "peers.round_limit_s", "peers.catch_up_after"}
+# What may change from start to start: where the run and its frame lie, whose own scores are wanted,
+# and how long one peer waits for its neighbours.
+LOCAL_KEYS = {
+    "output_dir",
+    "lora.frame",
+    "eval_peers",
+    "peers.silence_s",
+    "peers.round_limit_s",
+    "peers.catch_up_after",
+}
 RESULT_FILE = "result.json"
-STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}  # of every checkpoint; each program adds its own
+# of every checkpoint; each program adds its own
+STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on after ``rounds_done`` rounds; data order and dropout follow from round and seed."""
+    """All that a run needs to go on after ``rounds_done`` rounds; data order and dropout follow
+    from round and seed.
+    """
 
     rounds_done: int
     factors: dict[str, Tensor]
@@ -60,28 +70,36 @@ class RunFolder:
     @staticmethod
     def _check_empty(path: Path, config: Config) -> None:
         try:
-            taken = path.exists() and (not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir()))
+            taken = path.exists() and (
+                not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir())
+            )
         except (OSError, ValueError) as error:  # 300 letters, no right to look
             raise cannot_make(path, error) from error
         if taken:
             if not (path / "config.yaml").is_file():
                 what = "holds files that are no run" if path.is_dir() else "is a file"
-                raise RunError(f"output_dir {path} {what}; choose another with --set output_dir=..., or remove it")
+                raise RunError(
+                    f"output_dir {path} {what}; choose another with --set output_dir=..., or"
+                    " remove it"
+                )
             same = False
             with contextlib.suppress(RunError):  # its config is damaged
                 same = read_config(path) == config
             if same:
                 raise RunError(
-                    f"output_dir {path} holds this run; go on with --resume, or choose another with --set output_dir=..."
+                    f"output_dir {path} holds this run; go on with --resume, or choose another with"
+                    " --set output_dir=..."
                 )
             raise RunError(
-                f"output_dir {path} holds another run; choose another with --set output_dir=..., or go on with that one by its"
-                " own config.yaml and --resume"
+                f"output_dir {path} holds another run; choose another with --set output_dir=..., or"
+                " go on with that one by its own config.yaml and --resume"
             )
 
     @classmethod
     def standing(cls, config: Config) -> str | None:
-        """What to know where ``output_dir`` holds this run already, else None; warns of another. RunError as `check_new`."""
+        """What to know where ``output_dir`` holds this run already, else None; warns of another.
+        RunError as `check_new`.
+        """
         path = Path(config.output_dir)
         if not (path / "config.yaml").is_file():
             cls.check_new(config)
@@ -89,13 +107,20 @@ class RunFolder:
         try:
             cls.check_same(config)
         except RunError as error:
-            warnings.warn(f"output_dir {path} holds another run, so this one would not start ({error})", stacklevel=2)
+            warnings.warn(
+                f"output_dir {path} holds another run, so this one would not start ({error})",
+                stacklevel=2,
+            )
             return None
-        return f"{path} holds this run already: --resume goes on with it, a new one takes --set output_dir=..."
+        return (
+            f"{path} holds this run already: --resume goes on with it, a new one takes --set"
+            " output_dir=..."
+        )
 
     @classmethod
     def check_same(cls, config: Config, own: str | None = None) -> None:
-        """Raise RunError unless ``output_dir`` holds this run, with this config; `train.rounds` may grow.
+        """Raise RunError unless ``output_dir`` holds this run, with this config; `train.rounds` may
+        grow.
 
         ``own``: the participant whose run it is; None: a simulation of all. Nothing is changed.
         """
@@ -103,13 +128,20 @@ class RunFolder:
         check_unused(path)
         if not (path / "config.yaml").exists():
             raise RunError(
-                f"{path} holds no run (no config.yaml); start one without --resume, or give its --set output_dir=..."
+                f"{path} holds no run (no config.yaml); start one without --resume, or give its"
+                " --set output_dir=..."
             )
         stored = read_config(path)
         began = _first_event(path)
         if began and began.get("own") != own:
-            raise RunError(f"resume: {path} holds a run of another kind or participant; go on with: {resume_command(path)}")
-        before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+            raise RunError(
+                f"resume: {path} holds a run of another kind or participant; go on with:"
+                f" {resume_command(path)}"
+            )
+        before, now = (
+            _leaves(stored.model_dump(mode="json")),
+            _leaves(config.model_dump(mode="json")),
+        )
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key) or key in LOCAL_KEYS:
                 continue
@@ -117,14 +149,17 @@ class RunFolder:
                 if config.train.lr_scheduler_type == "constant":
                     continue
                 raise RunError(
-                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but under a"
-                    f" {config.train.lr_scheduler_type} learning rate a longer run takes other steps from the start; start anew"
+                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds},"
+                    f" but under a {config.train.lr_scheduler_type} learning rate a longer run"
+                    " takes other steps from the start; start anew"
                 )
             raise _changed(key, before.get(key), now.get(key))
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
-        """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or cannot be written."""
+        """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or
+        cannot be written.
+        """
         folder = cls(Path(config.output_dir))
         cls._check_empty(folder.path, config)
         folder._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
@@ -133,7 +168,9 @@ class RunFolder:
             write_atomically(folder.path / "config.yaml", config.dump())
         except (OSError, RunError) as error:
             remove_empty(folder._made)
-            raise cannot_make(folder.path, error if isinstance(error, OSError) else error.__cause__) from error
+            raise cannot_make(
+                folder.path, error if isinstance(error, OSError) else error.__cause__
+            ) from error
         return folder
 
     @classmethod
@@ -156,9 +193,11 @@ class RunFolder:
         remove_empty(self._made)
 
     def save(self, run: str, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint beside the last one and keep both, the one before them goes; a crash leaves two of them whole.
+        """Write a checkpoint beside the last one and keep both, the one before them goes; a crash
+        leaves two of them whole.
 
-        Raises RunError when there is no space left, or no right to write; those that were there then stay.
+        Raises RunError when there is no space left, or no right to write; those that were there
+        then stay.
         """
         runs = self.path / "checkpoints" / run
         target = runs / f"round-{checkpoint.rounds_done:06d}"
@@ -182,7 +221,10 @@ class RunFolder:
             partial.rename(target)
             sync_folder(runs)
         except OSError as error:
-            raise RunError(f"checkpoint {target} cannot be made ({error.strerror}); fix that, then add --resume") from error
+            raise RunError(
+                f"checkpoint {target} cannot be made ({error.strerror}); fix that, then add"
+                " --resume"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
         _, *older = self._newest_first(run)
@@ -196,12 +238,14 @@ class RunFolder:
         folder = self.path / "checkpoints" / run / f"round-{rounds_done:06d}"
         content = json.dumps(result)
         write_atomically(folder / RESULT_FILE, content)
-        if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none; a result without a sum does not count
+        # dlora 0.1.0 wrote none; a result without a sum does not count
+        if (folder / SUMS_FILE).exists():
             sums = (folder / SUMS_FILE).read_text() + sums_text({RESULT_FILE: content.encode()})
             write_atomically(folder / SUMS_FILE, sums)
 
     def latest(self, run: str) -> Checkpoint | None:
-        """The newest whole checkpoint of ``run``, or None before its first. Warns of a damaged one that is passed over.
+        """The newest whole checkpoint of ``run``, or None before its first. Warns of a damaged one
+        that is passed over.
 
         Raises RunError when all that are there are damaged.
         """
@@ -210,24 +254,33 @@ class RunFolder:
             try:
                 checkpoint = _read_checkpoint(folder)
             except (OSError, ValueError, safetensors.SafetensorError) as error:
-                damages.append(f"checkpoint {folder} cannot be read ({' '.join(str(error).split())})")
+                damages.append(
+                    f"checkpoint {folder} cannot be read ({' '.join(str(error).split())})"
+                )
                 self._damaged.add(folder)
                 continue
             if damages:
-                warnings.warn(f"{'; '.join(damages)}; going back to {folder.name}, the one before it", stacklevel=2)
+                warnings.warn(
+                    f"{'; '.join(damages)}; going back to {folder.name}, the one before it",
+                    stacklevel=2,
+                )
             return checkpoint
         if damages:
             raise RunError(f"{'; '.join(damages)}; restore it, or start anew in another output_dir")
         return None
 
     def _newest_first(self, run: str) -> list[Path]:
-        """The checkpoints that are there: one with ``.before`` was made before another of the same round."""
+        """The checkpoints that are there: one with ``.before`` was made before another of the same
+        round.
+        """
         found = (self.path / "checkpoints" / run).glob("round-*")
         return sorted(found, key=lambda path: (path.stem, path.suffix == ""), reverse=True)
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises OSError, ValueError or SafetensorError, saying what is wrong, unless the folder is as it was saved."""
+    """Raises OSError, ValueError or SafetensorError, saying what is wrong, unless the folder is as
+    it was saved.
+    """
     names = ["factors.safetensors", "optimizer.safetensors", "state.json"]
     finished = folder / RESULT_FILE
     if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none
@@ -253,14 +306,18 @@ def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> Config:
-    """The resolved config of the run in ``path``. Raises RunError when there is no run, or its config is damaged."""
+    """The resolved config of the run in ``path``. Raises RunError when there is no run, or its
+    config is damaged.
+    """
     try:
         return parse_section(Config, yaml.safe_load((path / "config.yaml").read_text()))
     except OSError as error:
         raise RunError(f"{path} holds no run (no config.yaml); give the folder of a run") from error
     except (ValueError, yaml.YAMLError, ConfigError) as error:
         reason = " ".join(str(error).split())
-        raise RunError(f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew") from error
+        raise RunError(
+            f"{path}/config.yaml is not what this run wrote ({reason}); restore it, or start anew"
+        ) from error
 
 
 def resume_command(path: Path) -> str:
@@ -269,11 +326,16 @@ def resume_command(path: Path) -> str:
     if own is None:
         return f"dlora simulate {config} --resume"
     program = "peer" if read_config(path).split is None else "device"
-    return f"dlora {program} {config} --name {own} --key {own}.key --federation federation.yaml --resume"
+    return (
+        f"dlora {program} {config} --name {own} --key {own}.key --federation federation.yaml"
+        " --resume"
+    )
 
 
 def _first_event(path: Path) -> dict[str, Any] | None:
-    """What the log of the run in ``path`` begins with; None where it stopped before that was written."""
+    """What the log of the run in ``path`` begins with; None where it stopped before that was
+    written.
+    """
     try:
         with open(path / "log.jsonl", encoding="utf-8") as log:
             event = json.loads(log.readline())
@@ -292,26 +354,44 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}/manifest.json cannot be read ({error}); restore it, or start anew") from error
+        raise RunError(
+            f"{path}/manifest.json cannot be read ({error}); restore it, or start anew"
+        ) from error
 
 
 def _changed(key: str, before: Any, now: Any) -> RunError:
-    was, now_is = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (before, now))
-    return RunError(f"resume: {key} was {was} and is {now_is}; put it back, or start anew in another output_dir")
+    was, now_is = (
+        value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for value in (before, now)
+    )
+    return RunError(
+        f"resume: {key} was {was} and is {now_is}; put it back, or start anew in another output_dir"
+    )
 
 
 def environment(group_size: int) -> dict[str, Any]:
     """What bit-for-bit resuming depends on beside the config."""
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "group_size": group_size}
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "group_size": group_size,
+    }
 
 
 def warn_of_another(stored: dict[str, Any], here: dict[str, Any]) -> None:
     """Say so when a run was saved by another torch, with other threads or another group size."""
     if stored != here:
-        warnings.warn(f"this run was saved with {stored} and goes on with {here}: right, but not bit for bit", stacklevel=2)
+        warnings.warn(
+            f"this run was saved with {stored} and goes on with {here}: right, but not bit for bit",
+            stacklevel=2,
+        )
 
 
 def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {key: tree}
-    return {path: leaf for name, inner in tree.items() for path, leaf in _leaves(inner, f"{key}.{name}".strip(".")).items()}
+    return {
+        path: leaf
+        for name, inner in tree.items()
+        for path, leaf in _leaves(inner, f"{key}.{name}".strip(".")).items()
+    }

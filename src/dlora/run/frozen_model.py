@@ -1,4 +1,6 @@
-"""How a device's half reaches the body: in a cloud far away, or in one of its own in this process; whether it may."""
+"""How a device's half reaches the body: in a cloud far away, or in one of its own in this process;
+whether it may.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Opened
 
 CLOUD, DEVICE = "cloud", "device"  # in one process
-FIRST_WORD_S, LAST_WORD_S = 1.0, 300.0  # into a wait for the cloud; then 4 times as late each, at last as often as that
+# into a wait for the cloud; then 4 times as late each, at last as often as that
+FIRST_WORD_S, LAST_WORD_S = 1.0, 300.0
 OWN_MEMORY = 0.5  # of what is free, for the body's activations
 
 
@@ -45,9 +48,9 @@ def far_cloud(
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
 
-    ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate, cloud-away, cloud-lost,
-    cloud-silent, cloud-back. A wait for the cloud ends with Interrupted once ``give_up`` says so. ``half`` may be forgotten
-    meanwhile, and is of no use then.
+    ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate,
+    cloud-away, cloud-lost, cloud-silent, cloud-back. A wait for the cloud ends with Interrupted
+    once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use then.
     """
     assert config.split is not None
     cloud = federation.current.members[config.split.cloud]
@@ -77,7 +80,9 @@ def far_cloud(
                 waits = partial(tell, "cloud-away")
                 channel = dialler.dial(_saying(waits, f"{cloud.name} at {cloud.address}", gives_up))
             except ChannelDown:
-                raise Interrupted(f"{identity.name} stopped while its cloud was away; what was saved stands") from None
+                raise Interrupted(
+                    f"{identity.name} stopped while its cloud was away; what was saved stands"
+                ) from None
             if was_linked:
                 tell("cloud-back", "there is a link again")
             was_linked = True
@@ -86,10 +91,15 @@ def far_cloud(
         silence_s = config.split.silence_s
 
         def silent() -> None:
-            tell("cloud-silent", f"the link lives, but no answer came for {silence_s:g} s; it is waited for")
+            tell(
+                "cloud-silent",
+                f"the link lives, but no answer came for {silence_s:g} s; it is waited for",
+            )
 
         def watched(channel: Channel) -> WatchedChannel:
-            return WatchedChannel(channel, silence_s, silent, lambda: tell("cloud-back", "it answers again"), gives_up)
+            return WatchedChannel(
+                channel, silence_s, silent, lambda: tell("cloud-back", "it answers again"), gives_up
+            )
 
         cloud_bytes = _link(half, config, dialler, dial, watched)
         del half
@@ -100,15 +110,22 @@ def far_cloud(
             dialler.close()
 
 
-def _saying(tell: Callable[[str], object], cloud: str, give_up: Callable[[], bool]) -> Callable[[], bool]:
-    """``give_up``, asked some times a second by who waits for a link; from time to time it tells for how long already."""
+def _saying(
+    tell: Callable[[str], object], cloud: str, give_up: Callable[[], bool]
+) -> Callable[[], bool]:
+    """``give_up``, asked some times a second by who waits for a link; from time to time it tells
+    for how long already.
+    """
     began_at, clock, due_s = time.monotonic(), time.strftime("%H:%M:%S"), FIRST_WORD_S
 
     def look() -> bool:
         nonlocal due_s
         if time.monotonic() - began_at >= due_s:
             due_s = min(4 * due_s, due_s + LAST_WORD_S)
-            tell(f"no link to {cloud} since {clock}; start dlora cloud there, or stop the wait with Ctrl-C")
+            tell(
+                f"no link to {cloud} since {clock}; start dlora cloud there, or stop the wait with"
+                " Ctrl-C"
+            )
         return give_up()
 
     return look
@@ -116,10 +133,14 @@ def _saying(tell: Callable[[str], object], cloud: str, give_up: Callable[[], boo
 
 @contextmanager
 def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
-    """Run the body here too, at the other end of a wire in memory; gives the bytes so far, both ways."""
+    """Run the body here too, at the other end of a wire in memory; gives the bytes so far, both
+    ways.
+    """
     assert config.split is not None
     kind = split_kind(config.split.wire)
-    frame = {name.removeprefix(half.body.prefix): tensor for name, tensor in half.model.frame.items()}
+    frame = {
+        name.removeprefix(half.body.prefix): tensor for name, tensor in half.model.frame.items()
+    }
     body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}), frame)
     limits = Limits(max_tokens=1 << 20, max_parts=256, idle_s=3600.0)
     budget = Budget(int(OWN_MEMORY * psutil.virtual_memory().available))
@@ -177,28 +198,43 @@ def check_room(prepared: Prepared, limits: Opened) -> None:
     """Raise CloudError when one of the texts alone is more than the cloud takes."""
     data = prepared.data
     options = [option for choice in data.choices for option in choice.options]
-    longest = max(len(row.input_ids) for rows in (*data.peers.values(), data.evaluation, options) for row in rows)
+    longest = max(
+        len(row.input_ids)
+        for rows in (*data.peers.values(), data.evaluation, options)
+        for row in rows
+    )
     if longest > limits.max_tokens:
         raise CloudError(
-            f"a text of {longest} tokens is more than the cloud takes, {limits.max_tokens}: lower data.max_length, or raise"
-            " limits.max_tokens there"
+            f"a text of {longest} tokens is more than the cloud takes, {limits.max_tokens}: lower"
+            " data.max_length, or raise limits.max_tokens there"
         )
 
 
 def check_halves(config: Config, name: str, listed: Federation) -> None:
-    """Raise ConfigError or IdentityError unless ``name`` may be a device and ``config.split.cloud`` is a cloud to dial."""
+    """Raise ConfigError or IdentityError unless ``name`` may be a device and ``config.split.cloud``
+    is a cloud to dial.
+    """
     if config.split is None:
-        raise ConfigError("split is missing; a device needs the name of its cloud, such as split: {cloud: hub}")
+        raise ConfigError(
+            "split is missing; a device needs the name of its cloud, such as split: {cloud: hub}"
+        )
     if listed.member(name).role != "device":
         raise IdentityError(
-            f"{name} is a {listed.member(name).role} in {listed.source}; a device needs its own name: dlora identity new NAME"
-            " --role device"
+            f"{name} is a {listed.member(name).role} in {listed.source}; a device needs its own"
+            " name: dlora identity new NAME --role device"
         )
     cloud = listed.members.get(config.split.cloud)
     if cloud is None:
         near = difflib.get_close_matches(config.split.cloud, listed.members, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; it lists {', '.join(sorted(listed.members))}"
+        hint = (
+            f"; did you mean {near[0]}?"
+            if near
+            else f"; it lists {', '.join(sorted(listed.members))}"
+        )
         raise ConfigError(f"split.cloud {config.split.cloud} is not in {listed.source}{hint}")
     if cloud.role != "cloud" or cloud.address is None:
         what = f"a {cloud.role}" if cloud.role != "cloud" else "a cloud without an address"
-        raise ConfigError(f"split.cloud {cloud.name} is {what} in {listed.source}; name a cloud that can be dialled")
+        raise ConfigError(
+            f"split.cloud {cloud.name} is {what} in {listed.source}; name a cloud that can be"
+            " dialled"
+        )

@@ -22,24 +22,30 @@ from dlora.train import activation_bytes, forward
 
 _USABLE_MEMORY = 0.6  # of what is free: the rest is for the frozen model's workspace and for others
 _TRIED = 3  # participants of a trial: an odd number, which fewer shapes fit by chance
-_ROUNDING = 2e-3  # |together - alone| / |alone|: float32 stays below 1e-4, another participant's factors give 1e-1
+# |together - alone| / |alone|: float32 stays below 1e-4, another participant's factors give 1e-1
+_ROUNDING = 2e-3
 
 
 class Grouping(NamedTuple):
-    """How many participants train at once; ``reason``: why it is one at a time though more would fit, else None."""
+    """How many participants train at once; ``reason``: why it is one at a time though more would
+    fit, else None.
+    """
 
     size: int
     reason: str | None
 
 
 def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
-    """As many as their longest batches leave room for, at least 1; one at a time where this model mixes participants.
+    """As many as their longest batches leave room for, at least 1; one at a time where this model
+    mixes participants.
 
-    Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens a row. ``stored``: the size
-    that a run which goes on began with. Raises RunError where that cannot have been right. Warns of one at a time.
+    Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens
+    a row. ``stored``: the size that a run which goes on began with. Raises RunError where that
+    cannot have been right. Warns of one at a time.
     """
     if prepared.half is not None or stored == 1:
-        return Grouping(1, None)  # a cloud: tokens travel without padding, and so one participant's at a time
+        # a cloud: tokens travel without padding, and so one participant's at a time
+        return Grouping(1, None)
     size = stored or _fitting(prepared)
     if size == 1:
         return Grouping(1, None)
@@ -49,26 +55,31 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
     if reason is None:
         if prepared.config.lora.lora_dropout or has_dropout(prepared.model.network.config):
             warnings.warn(
-                f"dropout: the {size} peers that train at once draw their masks together, real peers each its own, so that both"
-                " end a little apart (1 to 5 % of the update); peers.group_size: 1 makes them equal, and slower",
+                f"dropout: the {size} peers that train at once draw their masks together, real"
+                " peers each its own, so that both end a little apart (1 to 5 % of the update);"
+                " peers.group_size: 1 makes them equal, and slower",
                 stacklevel=2,
             )
         return Grouping(size, None)
     if stored:
         raise RunError(
-            f"{prepared.config.output_dir}: this run trained {stored} peers at once, but {reason}, so that each was changed by"
-            " the others; start anew in another output_dir"
+            f"{prepared.config.output_dir}: this run trained {stored} peers at once, but {reason},"
+            " so that each was changed by the others; start anew in another output_dir"
         )
     warnings.warn(f"peers train one at a time, not {size} at once: {reason}", stacklevel=2)
     return Grouping(1, reason)
 
 
-def why_one_at_a_time(model: StackedModel, rows: Sequence[Sequence[Example]], pad_token_id: int) -> str | None:
-    """Why what this model gives one participant depends on the others in the batch; None where it does not.
+def why_one_at_a_time(
+    model: StackedModel, rows: Sequence[Sequence[Example]], pad_token_id: int
+) -> str | None:
+    """Why what this model gives one participant depends on the others in the batch; None where it
+    does not.
 
-    ``rows``: some of each of at least two participants. They go through together and each alone, with factors that differ, in
-    rows that differ in length, and must come out the same. That finds what no shape tells: inputs without a batch dimension
-    (DeBERTa's table of relative positions), tokens that are reordered, layers that see the padding or the whole batch. What
+    ``rows``: some of each of at least two participants. They go through together and each alone,
+    with factors that differ, in rows that differ in length, and must come out the same. That finds
+    what no shape tells: inputs without a batch dimension (DeBERTa's table of relative positions),
+    tokens that are reordered, layers that see the padding or the whole batch. What
     `StackedModel.use` has bound is another's afterwards.
     """
     network = model.network
@@ -78,7 +89,9 @@ def why_one_at_a_time(model: StackedModel, rows: Sequence[Sequence[Example]], pa
     rows = _of_unequal_length(rows[:_TRIED])
     factors = _all_different(model, len(rows))
     draws = has_dropout(network.config) or any(
-        layer.dropout for layer in network.modules() if isinstance(layer, (StackedLora, StackedCore))
+        layer.dropout
+        for layer in network.modules()
+        if isinstance(layer, (StackedLora, StackedCore))
     )
     for training in (False,) if draws else (False, True):  # some act otherwise while they train
         network.train(training)
@@ -88,36 +101,56 @@ def why_one_at_a_time(model: StackedModel, rows: Sequence[Sequence[Example]], pa
     return None
 
 
-def _differs(model: StackedModel, factors: Factors, rows: Sequence[Sequence[Example]], pad_token_id: int) -> str | None:
+def _differs(
+    model: StackedModel, factors: Factors, rows: Sequence[Sequence[Example]], pad_token_id: int
+) -> str | None:
     kind = type(model.network).__name__
-    alone = [_logits(model, one(factors, number), own, pad_token_id) for number, own in enumerate(rows)]
+    alone = [
+        _logits(model, one(factors, number), own, pad_token_id) for number, own in enumerate(rows)
+    ]
     try:
         together = _logits(model, factors, [row for own in rows for row in own], pad_token_id)
     except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
-        return f"{kind} cannot take the rows of several at once ({(str(error).splitlines() or ['no reason given'])[0]})"
+        return (
+            f"{kind} cannot take the rows of several at once"
+            f" ({(str(error).splitlines() or ['no reason given'])[0]})"
+        )
     for own in alone:
         mine, together = together[: len(own)], together[len(own) :]
         for seen, expected in zip(mine, own, strict=True):
             if not (seen - expected).norm() <= _ROUNDING * expected.norm():
-                return f"{kind} lets the rows of one peer, or their length, change what it computes for another"
+                return (
+                    f"{kind} lets the rows of one peer, or their length, change what it computes"
+                    " for another"
+                )
     return None
 
 
 @torch.no_grad()
-def _logits(model: StackedModel, factors: Factors, rows: Sequence[Example], pad_token_id: int) -> list[Tensor]:
+def _logits(
+    model: StackedModel, factors: Factors, rows: Sequence[Example], pad_token_id: int
+) -> list[Tensor]:
     """Of each row: (classes,), or (its own tokens, vocabulary)."""
     model.use(factors)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # architectures that hash by chance do so alike
         logits = forward(model, collate(rows, pad_token_id).to(model.device)).float()
-    return [row if row.dim() == 1 else row[: len(example.input_ids)] for row, example in zip(logits, rows, strict=True)]
+    return [
+        row if row.dim() == 1 else row[: len(example.input_ids)]
+        for row, example in zip(logits, rows, strict=True)
+    ]
 
 
 def _of_unequal_length(rows: Sequence[Sequence[Example]]) -> list[list[Example]]:
-    """Each participant's rows cut to another length; the last token, which may be one that ends a text, stays last."""
+    """Each participant's rows cut to another length; the last token, which may be one that ends a
+    text, stays last.
+    """
     longest = max(len(row.input_ids) for own in rows for row in own)
     count = min(len(own) for own in rows)
-    return [[_cut(row, max(2, longest * (4 - number) // 4)) for row in own[:count]] for number, own in enumerate(rows)]
+    return [
+        [_cut(row, max(2, longest * (4 - number) // 4)) for row in own[:count]]
+        for number, own in enumerate(rows)
+    ]
 
 
 def _cut(row: Example, length: int) -> Example:
@@ -130,7 +163,9 @@ def _cut(row: Example, length: int) -> Example:
 
 
 def _all_different(model: StackedModel, num_participants: int) -> Factors:
-    """Factors whose updates are about as large as what the frozen linears give, other ones for each participant."""
+    """Factors whose updates are about as large as what the frozen linears give, other ones for each
+    participant.
+    """
     generator = torch.Generator().manual_seed(0)
     return {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator).to(tensor.device)
@@ -143,10 +178,19 @@ def _fitting(prepared: Prepared) -> int:
         return min(prepared.config.peers.group_size, len(prepared.names))
     rows = [row for peer in prepared.data.peers.values() for row in peer]
     longest = max(rows, key=lambda row: len(row.input_ids))
-    batch = collate([longest] * prepared.config.train.per_device_train_batch_size, prepared.pad_token_id)
+    batch = collate(
+        [longest] * prepared.config.train.per_device_train_batch_size, prepared.pad_token_id
+    )
     device = prepared.model.device
-    kept_bytes = activation_bytes(prepared.model, stack(prepared.model.initial, 1, device), batch, prepared.autocast_dtype)
-    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * len(prepared.names)  # value, gradient, two moments
+    kept_bytes = activation_bytes(
+        prepared.model, stack(prepared.model.initial, 1, device), batch, prepared.autocast_dtype
+    )
+    free_bytes = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    # value, gradient, two moments
+    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * len(prepared.names)
     room_bytes = _USABLE_MEMORY * free_bytes - state_bytes
     return max(1, min(len(prepared.names), int(room_bytes / kept_bytes)))

@@ -1,4 +1,6 @@
-"""The local steps of a round, for all who train in this process: which rows, which rate, which dropout."""
+"""The local steps of a round, for all who train in this process: which rows, which rate, which
+dropout.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from dlora.train import Group, Participants, learning_rate, local_steps
 
 
 class Training:
-    """Participants, and how they train: n peers, one real peer, or the pooled participant whose batch is all peers' joined.
+    """Participants, and how they train: n peers, one real peer, or the pooled participant whose
+    batch is all peers' joined.
 
     What a round does follows from its number and the seed alone, so a checkpoint need not hold it.
     """
@@ -30,7 +33,12 @@ class Training:
         on_step: Callable[[int], None],
         scheduled: Scheduled | None = None,
     ) -> None:
-        self.prepared, self.local_steps, self.group_size, self.pooled = prepared, local_steps, group_size, pooled
+        self.prepared, self.local_steps, self.group_size, self.pooled = (
+            prepared,
+            local_steps,
+            group_size,
+            pooled,
+        )
         self.tokens = 0  # read so far, padding left out
         self.on_step = on_step  # hears how many participants took a step
         groups = batch_groups(local_steps, group_size)
@@ -40,7 +48,9 @@ class Training:
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
 
     def round(self, number: int, names: frozenset[str]) -> Tensor:
-        """The local steps of one round on the tensors ``names``, group after group; each participant's mean loss (P,)."""
+        """The local steps of one round on the tensors ``names``, group after group; each
+        participant's mean loss (P,).
+        """
         losses = []
         for group in self.participants.groups:
             group.train_only(names)
@@ -48,7 +58,14 @@ class Training:
                 group.optimizer.state.clear()
             steps = self.local_steps[group.first]
             with torch.random.fork_rng():
-                torch.manual_seed(derive_seed(self.prepared.config.seed, "dropout", number, self.prepared.names[group.first]))
+                torch.manual_seed(
+                    derive_seed(
+                        self.prepared.config.seed,
+                        "dropout",
+                        number,
+                        self.prepared.names[group.first],
+                    )
+                )
                 history = local_steps(
                     self.prepared.model,
                     group,
@@ -64,21 +81,35 @@ class Training:
     def learning_rates(self, number: int, steps: int) -> list[float]:
         """Those of a round for participants who take ``steps`` local steps in it."""
         section, start = self.prepared.config.train, number * steps
-        return [learning_rate(section, step, section.rounds * steps) for step in range(start, start + steps)]
+        return [
+            learning_rate(section, step, section.rounds * steps)
+            for step in range(start, start + steps)
+        ]
 
     def batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
-        """Each step's micro-batches. The pooled participant takes all peers' rows, in portions that fit."""
+        """Each step's micro-batches. The pooled participant takes all peers' rows, in portions that
+        fit.
+        """
         section = self.prepared.config.train
         rows = section.per_device_train_batch_size
         names, data, streams = self.prepared.names, self.prepared.data.peers, self.prepared.streams
-        portions = batch_groups([0] * len(names), self.group_size) if self.pooled else [range(group.first, group.last)]
+        portions = (
+            batch_groups([0] * len(names), self.group_size)
+            if self.pooled
+            else [range(group.first, group.last)]
+        )
         for micro_step in range(
-            start * section.gradient_accumulation_steps, (start + steps) * section.gradient_accumulation_steps
+            start * section.gradient_accumulation_steps,
+            (start + steps) * section.gradient_accumulation_steps,
         ):
             if micro_step % section.gradient_accumulation_steps == 0:
                 micro_batches: list[Batch] = []
             for portion in portions:
-                chosen = [data[names[peer]][row] for peer in portion for row in streams[peer].take(micro_step * rows, rows)]
+                chosen = [
+                    data[names[peer]][row]
+                    for peer in portion
+                    for row in streams[peer].take(micro_step * rows, rows)
+                ]
                 micro_batches.append(collate(chosen, self.prepared.pad_token_id))
                 self.tokens += int(micro_batches[-1].attention_mask.sum())
             if (micro_step + 1) % section.gradient_accumulation_steps == 0:
@@ -86,10 +117,14 @@ class Training:
 
 
 def batch_groups(local_steps: Sequence[int], group_size: int) -> list[range]:
-    """Neighbouring participants with equally many local steps go together, at most ``group_size`` of them."""
+    """Neighbouring participants with equally many local steps go together, at most ``group_size``
+    of them.
+    """
     groups, first = [], 0
     for _, alike in itertools.groupby(local_steps):
         last = first + len(list(alike))
-        groups += [range(start, min(start + group_size, last)) for start in range(first, last, group_size)]
+        groups += [
+            range(start, min(start + group_size, last)) for start in range(first, last, group_size)
+        ]
         first = last
     return groups

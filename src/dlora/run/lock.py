@@ -21,10 +21,11 @@ LOCK_FILE = "lock"  # in the run folder while a process uses it
 
 @contextlib.contextmanager
 def sole_use(path: Path) -> Iterator[None]:
-    """No other process uses the run folder ``path``; it is made if it is not there, and goes again if it stays empty.
+    """No other process uses the run folder ``path``; it is made if it is not there, and goes again
+    if it stays empty.
 
-    The kernel gives the lock back when its process ends, however it ends. Raises RunError when another process has the
-    folder, and says which, or when the folder cannot be made.
+    The kernel gives the lock back when its process ends, however it ends. Raises RunError when
+    another process has the folder, and says which, or when the folder cannot be made.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -38,21 +39,26 @@ def sole_use(path: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             if _is_at(descriptor, path / LOCK_FILE):
-                os.unlink(path / LOCK_FILE)  # before the lock goes: nobody can lock a file that is about to vanish
+                # before the lock goes: nobody can lock a file that is about to vanish
+                os.unlink(path / LOCK_FILE)
         os.close(descriptor)
         remove_empty(made)
 
 
 def check_unused(path: Path) -> None:
     """Raise RunError while another process uses the run folder ``path``. Nothing is made."""
-    with contextlib.suppress(OSError, ValueError), open(path / LOCK_FILE, "rb") as file:  # no folder yet, or a name for none
+    # no folder yet, or a name for none
+    with contextlib.suppress(OSError, ValueError), open(path / LOCK_FILE, "rb") as file:
         _lock(file.fileno(), path)
 
 
 def cannot_make(path: Path, cause: BaseException | None) -> RunError:
     """What to say where ``output_dir`` cannot be made."""
     reason = getattr(cause, "strerror", None) or cause
-    return RunError(f"output_dir {path} cannot be made ({reason}); fix that, or choose another with --set output_dir=...")
+    return RunError(
+        f"output_dir {path} cannot be made ({reason}); fix that, or choose another with --set"
+        " output_dir=..."
+    )
 
 
 def remove_empty(folders: list[Path]) -> None:
@@ -68,9 +74,11 @@ def _locked(path: Path) -> int:
         descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             _lock(descriptor, path)
-            if _is_at(descriptor, path / LOCK_FILE):  # else its last owner removed it between the two calls
+            # else its last owner removed it between the two calls
+            if _is_at(descriptor, path / LOCK_FILE):
                 who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
-                with contextlib.suppress(OSError):  # a full disk: the lock holds without a name in it
+                # a full disk: the lock holds without a name in it
+                with contextlib.suppress(OSError):
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, json.dumps(who).encode(), 0)
                 return descriptor
@@ -84,12 +92,15 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(f"{path} is in use by {_owner(descriptor)}; wait until it has ended, or stop it") from None
+        raise RunError(
+            f"{path} is in use by {_owner(descriptor)}; wait until it has ended, or stop it"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
         warnings.warn(
-            f"{path} is on a file system without locks ({error.strerror}): see to it that one process uses it at a time",
+            f"{path} is on a file system without locks ({error.strerror}): see to it that one"
+            " process uses it at a time",
             stacklevel=2,
         )
 

@@ -1,7 +1,9 @@
-"""What a real peer's messages hold: names, dtypes and shapes by the message's name, agreed before anything is sent.
+"""What a real peer's messages hold: names, dtypes and shapes by the message's name, agreed before
+anything is sent.
 
-With a schedule, a round's message holds the tensors of the units that took part at its sender, which only it knows: any of
-those that would be sent without a schedule, and nothing else. So such a message has a longest length and no fixed one.
+With a schedule, a round's message holds the tensors of the units that took part at its sender,
+which only it knows: any of those that would be sent without a schedule, and nothing else. So such a
+message has a longest length and no fixed one.
 """
 
 from __future__ import annotations
@@ -17,25 +19,34 @@ from dlora.decentralized.peer.ledger import round_of
 from dlora.run.prepare import WIRE_DTYPES, Prepared
 from dlora.wire.tensors import Expected, decode_tensors, encode, held, message_num_bytes
 
-REDUCTION = ("sum", "average")  # of the end of a run; always float32, for nothing mixes their rounding away
+# of the end of a run; always float32, for nothing mixes their rounding away
+REDUCTION = ("sum", "average")
 
 
 def expected_tensors(prepared: Prepared, message: str) -> Expected:
-    """Name -> dtype and shape in a message of that name with everything active; nothing for a name that no peer sends."""
+    """Name -> dtype and shape in a message of that name with everything active; nothing for a name
+    that no peer sends.
+    """
     round = round_of(message)
     shapes = {name: tuple(tensor.shape) for name, tensor in prepared.trained.items()}
     if round is not None and round < prepared.config.train.rounds:
         rule, wire = build_rule(prepared.config.peers), WIRE_DTYPES[prepared.config.peers.wire]
         return {name: (wire, shape) for name, shape in shapes.items() if rule.sends(name, round)}
     if message in REDUCTION:
-        return {name: (torch.float32, shape) for name, shape in shapes.items()} | {"num_peers": (torch.float32, (1,))}
+        return {name: (torch.float32, shape) for name, shape in shapes.items()} | {
+            "num_peers": (torch.float32, (1,))
+        }
     return {}
 
 
 def message_bytes(prepared: Prepared, message: str, names: Collection[str] | None = None) -> int:
-    """The length of a message of that name that holds those of its tensors that are in ``names``; None: all of them."""
+    """The length of a message of that name that holds those of its tensors that are in ``names``;
+    None: all of them.
+    """
     expected = expected_tensors(prepared, message)
-    return message_num_bytes({name: expected[name] for name in expected if names is None or name in names})
+    return message_num_bytes(
+        {name: expected[name] for name in expected if names is None or name in names}
+    )
 
 
 def message_sizes(prepared: Prepared, message: str) -> range:
@@ -58,9 +69,15 @@ def decode_message(prepared: Prepared, message: str, path: Path) -> dict[str, Te
     Raises ValueError unless the file holds what a message of that name must, every value finite.
     """
     expected = expected_tensors(prepared, message)
-    tensors = decode_tensors(path, held(path, expected) if _leaves_out(prepared, message) else expected)
-    if "num_peers" in tensors and tensors["num_peers"].item() not in range(1, prepared.topology.num_peers + 1):
-        raise ValueError(f"it counts {tensors['num_peers'].item():g} peers of {prepared.topology.num_peers}")
+    tensors = decode_tensors(
+        path, held(path, expected) if _leaves_out(prepared, message) else expected
+    )
+    if "num_peers" in tensors and tensors["num_peers"].item() not in range(
+        1, prepared.topology.num_peers + 1
+    ):
+        raise ValueError(
+            f"it counts {tensors['num_peers'].item():g} peers of {prepared.topology.num_peers}"
+        )
     return {name: tensor.float().unsqueeze(0) for name, tensor in tensors.items()}
 
 

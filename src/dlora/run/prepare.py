@@ -1,4 +1,6 @@
-"""From a config to data, model and topology: all that can be wrong with a run is found here, before it starts."""
+"""From a config to data, model and topology: all that can be wrong with a run is found here, before
+it starts.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,12 @@ class Prepared:
     streams: tuple[BatchStream, ...]  # one for each of those that train here
     tokenizer: Any  # transformers' own
     manifest: dict[str, Any]
-    units: tuple[Units, ...] = ()  # modules that share an input, as factors are named; none where nothing is scheduled
-    first_scores: dict[str, Scored] = field(default_factory=dict)  # of factors that nothing was trained of, by their hash
-    half: Half | None = None  # where the frozen model is a cloud's: what has to be linked to it before anything trains
+    # modules that share an input, as factors are named; none where nothing is scheduled
+    units: tuple[Units, ...] = ()
+    # of factors that nothing was trained of, by their hash
+    first_scores: dict[str, Scored] = field(default_factory=dict)
+    # where the frozen model is a cloud's: what has to be linked to it before anything trains
+    half: Half | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +75,10 @@ class Prepared:
             assert section.local_steps is not None  # config/run.py sees to it
             return [section.local_steps] * len(self.names)
         rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
-        return [max(1, math.ceil(section.local_epochs * len(rows) / rows_a_step)) for rows in self.data.peers.values()]
+        return [
+            max(1, math.ceil(section.local_epochs * len(rows) / rows_a_step))
+            for rows in self.data.peers.values()
+        ]
 
     def evaluate(
         self,
@@ -78,7 +86,9 @@ class Prepared:
         on_batch: Callable[[int, int], None],
         killed: frozenset[int] = frozenset(),
     ) -> list[Scored]:
-        """Scores of each participant in ``factors`` ((P, ...) each), of which units may rest, on the evaluation data."""
+        """Scores of each participant in ``factors`` ((P, ...) each), of which units may rest, on
+        the evaluation data.
+        """
         return evaluate(
             self.model,
             factors,
@@ -99,7 +109,11 @@ class Prepared:
     @property
     def trained(self) -> dict[str, torch.Tensor]:
         """The initial values of what trains: all but a head that rests."""
-        return {name: tensor for name, tensor in self.model.initial.items() if name not in self.model.frozen_head}
+        return {
+            name: tensor
+            for name, tensor in self.model.initial.items()
+            if name not in self.model.frozen_head
+        }
 
     def hand_frame(self) -> None:
         """Under placement core: write the frame where ``lora.frame`` says, if nothing is there."""
@@ -115,18 +129,36 @@ class Prepared:
 
 
 def prepare(
-    config: Config, phase: Callable[[str], object] = lambda text: None, own: str | None = None, resume: bool = False
+    config: Config,
+    phase: Callable[[str], object] = lambda text: None,
+    own: str | None = None,
+    resume: bool = False,
 ) -> Prepared:
-    """Read the data, build the topology, load the model; ``own`` is the name of a real peer, which has only its own data.
+    """Read the data, build the topology, load the model; ``own`` is the name of a real peer, which
+    has only its own data.
 
-    ``resume``: what was computed once is read from the run folder. Raises the UserError that names what is wrong.
+    ``resume``: what was computed once is read from the run folder. Raises the UserError that names
+    what is wrong.
     """
     phase("reading data")
     tokenizer = load_tokenizer(config.model)
     if own is None:
-        data = load_data(config.data, config.task, config.peers.members or config.peers.count, tokenizer, config.seed)
+        data = load_data(
+            config.data,
+            config.task,
+            config.peers.members or config.peers.count,
+            tokenizer,
+            config.seed,
+        )
     else:
-        data = load_own_data(config.data, config.task, own, tokenizer, config.seed, alone=config.peers.members is None)
+        data = load_own_data(
+            config.data,
+            config.task,
+            own,
+            tokenizer,
+            config.seed,
+            alone=config.peers.members is None,
+        )
     for warning in data.warnings:
         warnings.warn(warning, stacklevel=2)
     names = (config.peers.members or (own,)) if own else tuple(data.peers)
@@ -135,7 +167,8 @@ def prepare(
     half = None
     if config.split is not None:
         frame = kept_frame(config, resume) if own is None or resume else handed_frame(config)
-        if own is None and frame is None and config.lora.placement == "core":  # a simulation has the weights as well
+        # a simulation has the weights as well
+        if own is None and frame is None and config.lora.placement == "core":
             frame = whole_frame(config)
         half = load_half(config, tokenizer, data.label_names, frame)
         model, weights_hash = half.model, half.fingerprint
@@ -155,7 +188,11 @@ def prepare(
         "quantization": config.quantization,
         "labels": data.label_names,
         "max_length": config.data.max_length,
-        "lora": {"r": config.lora.r, "lora_alpha": config.lora.lora_alpha, "targets": target_names(model.initial)},
+        "lora": {
+            "r": config.lora.r,
+            "lora_alpha": config.lora.lora_alpha,
+            "targets": target_names(model.initial),
+        },
         "train_head": config.lora.train_head and any(is_head(name) for name in model.initial),
         "initial_factors": digest(model.initial | model.head_rest),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
@@ -175,12 +212,24 @@ def prepare(
 
 
 def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
-    """Warn of a rank that no update of a weight can have: (out, in) has at most the smaller of the two."""
-    pairs = [(name, initial[name], initial[f"{name[:-1]}B"]) for name in initial if name.endswith("lora_A")]
-    smallest, where = min(((min(a.shape[-1], b.shape[-2]), name) for name, a, b in pairs), default=(r, ""))
+    """Warn of a rank that no update of a weight can have: (out, in) has at most the smaller of the
+    two.
+    """
+    pairs = [
+        (name, initial[name], initial[f"{name[:-1]}B"])
+        for name in initial
+        if name.endswith("lora_A")
+    ]
+    smallest, where = min(
+        ((min(a.shape[-1], b.shape[-2]), name) for name, a, b in pairs), default=(r, "")
+    )
     if r > smallest:
         where = where.removesuffix(".lora_A")
-        warnings.warn(f"lora.r {r}: {where} has only {smallest} rows or columns, a rank above that adds nothing", stacklevel=3)
+        warnings.warn(
+            f"lora.r {r}: {where} has only {smallest} rows or columns, a rank above that adds"
+            " nothing",
+            stacklevel=3,
+        )
 
 
 def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:

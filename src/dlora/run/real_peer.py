@@ -1,4 +1,6 @@
-"""One real peer's run: training, messages and commits that the protocol is handed, and the scores at the end."""
+"""One real peer's run: training, messages and commits that the protocol is handed, and the scores
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,16 @@ from dlora.wire.frame import Link
 
 RUN = DEC_LORA.name
 LOOK_S = 0.2  # between two looks at what another thread has found out
-HOLD_S = 10.0  # a link on which nothing is said yet; after net's FIRST_FRAME_S, 20, the other end would find that odd
+# a link on which nothing is said yet; after net's FIRST_FRAME_S, 20, the other end would find that
+# odd
+HOLD_S = 10.0
 
 
 class PeerRun:
     """The state of one peer between two rounds, on its disk after each.
 
-    ``cloud_bytes`` counts what has gone to and from the cloud in this process, where the frozen model runs in one.
+    ``cloud_bytes`` counts what has gone to and from the cloud in this process, where the frozen
+    model runs in one.
     """
 
     cloud_bytes: Callable[[], int] | None = None
@@ -66,32 +71,50 @@ class PeerRun:
         spent: Spent | None = None,
     ) -> None:
         self.name, self.prepared, self.manifest = name, prepared, manifest
-        self.folder, self.log, self.ledger, self.network, self.stop = folder, log, ledger, network, stop
+        self.folder, self.log, self.ledger, self.network, self.stop = (
+            folder,
+            log,
+            ledger,
+            network,
+            stop,
+        )
         self.signatures = signatures
         self.steps_done = 0
-        self.changes: list[dict[str, Any]] = []  # of who is active, not in the log yet: local steps are another thread's
-        self.schedules = Schedules(RUN, prepared, lambda event, **fields: self.changes.append(fields))
-        self.training = Training(prepared, prepared.local_steps, 1, False, self._tick_step, self.schedules.scheduled)
+        # of who is active, not in the log yet: local steps are another thread's
+        self.changes: list[dict[str, Any]] = []
+        self.schedules = Schedules(
+            RUN, prepared, lambda event, **fields: self.changes.append(fields)
+        )
+        self.training = Training(
+            prepared, prepared.local_steps, 1, False, self._tick_step, self.schedules.scheduled
+        )
         self.spent = spent or Spent()
         self.tokens_before: int | None = 0  # read in earlier processes
         self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
         self.findings = Findings(name, prepared.topology.num_peers, log.emit)
         self.progress = Progress()
-        self.belief = Belief.of(prepared.trained, prepared.config.train.learning_rate * self.training.local_steps[0])
-        self.walked: Factors = {}  # the factors after the last round's local steps, until they are committed
+        self.belief = Belief.of(
+            prepared.trained, prepared.config.train.learning_rate * self.training.local_steps[0]
+        )
+        # the factors after the last round's local steps, until they are committed
+        self.walked: Factors = {}
         self.round: dict[str, Any] = {}  # the last round's event
         self.trained_round: int | None = None  # since the last commit
         self.began = self.abandoned = False
         self.best: dict[str, Any] = {}
         self.seconds = 0.0  # of training and exchange, waiting included
-        self.bytes_before = self.cloud_bytes_before = 0  # on the wires, in earlier processes of this run
+        # on the wires, in earlier processes of this run
+        self.bytes_before = self.cloud_bytes_before = 0
         self.cloud_is_away = False
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
-            ledger.check(self.progress.position, stored.state.get("chain"), self.progress.since_round)
+            ledger.check(
+                self.progress.position, stored.state.get("chain"), self.progress.since_round
+            )
             self.schedules.load(stored.state)
-            self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))  # dlora 0.1.0 had none
+            # dlora 0.1.0 had none
+            self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))
             self.best, self.seconds = stored.state["best"], stored.state["seconds"]
             self.tokens_before = stored.state.get("tokens")
             self.bytes_before = stored.state["bytes_on_wire"]
@@ -103,15 +126,26 @@ class PeerRun:
         self.loss = math.nan
 
     async def live(self, neighbours: list[str]) -> tuple[Factors, int]:
-        """The run, while the network serves; returns the average of all and how many peers are in it."""
+        """The run, while the network serves; returns the average of all and how many peers are in
+        it.
+        """
         config = self.prepared.config
-        self.log.emit("run", run=RUN, rounds=config.train.rounds, local_steps=self.training.local_steps, participants=1)
+        self.log.emit(
+            "run",
+            run=RUN,
+            rounds=config.train.rounds,
+            local_steps=self.training.local_steps,
+            participants=1,
+        )
         before = read_log(self.folder.log_path)
-        self.schedules.tell(self.log.tick if any(event["event"] == "units" for event in before) else self.log.emit)
+        self.schedules.tell(
+            self.log.tick if any(event["event"] == "units" for event in before) else self.log.emit
+        )
         if self.progress.rounds_done:
             logged = {event.get("round") for event in before if event["event"] == "round"}
             if self.round and self.round["round"] not in logged:
-                self.log.emit("round", **self.round)  # the kill came between the commit and its line
+                # the kill came between the commit and its line
+                self.log.emit("round", **self.round)
             self.log.emit("resumed", run=RUN, rounds_done=self.progress.rounds_done)
         exchange = Exchange(
             self.name,
@@ -144,12 +178,24 @@ class PeerRun:
             self.progress,
         )
         ended = self.progress.rounds_done == config.train.rounds
-        self.log.tick("phase", text="finished; answering neighbours that are not" if ended else "waiting for the neighbours")
-        talk = exchange.talk if self.cloud_bytes is None else partial(self._talk_unless_stuck, exchange.talk)
+        self.log.tick(
+            "phase",
+            text=(
+                "finished; answering neighbours that are not"
+                if ended
+                else "waiting for the neighbours"
+            ),
+        )
+        talk = (
+            exchange.talk
+            if self.cloud_bytes is None
+            else partial(self._talk_unless_stuck, exchange.talk)
+        )
         serving = asyncio.create_task(self.network.serve(talk))
         life = asyncio.create_task(gossip.run())
         stopping = asyncio.create_task(self._stopped_outside_a_round())
-        ends: list[asyncio.Future[Any]] = [exchange.failed, serving, stopping, life]  # all but life end only with an error
+        # all but life end only with an error
+        ends: list[asyncio.Future[Any]] = [exchange.failed, serving, stopping, life]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             consensus, num_peers = next(end for end in ends if end.done()).result()
@@ -162,7 +208,11 @@ class PeerRun:
             await asyncio.gather(*ends, return_exceptions=True)
         self.abandoned = False  # there are scores to come, through the cloud perhaps
         device = self.prepared.model.device
-        return self.training.participants.factors | {name: tensor.to(device) for name, tensor in consensus.items()}, num_peers
+        return (
+            self.training.participants.factors
+            | {name: tensor.to(device) for name, tensor in consensus.items()},
+            num_peers,
+        )
 
     def _standing(self) -> Factors:
         """What of the function as it stands is trained."""
@@ -170,10 +220,16 @@ class PeerRun:
         return {name: standing[name] for name in self.training.trained}
 
     async def _stopped_outside_a_round(self) -> None:
-        """Raise Interrupted when the user stops before the first local step or after the last: there is no round to finish."""
-        while not self.stop() or (self.began and self.progress.rounds_done < self.prepared.config.train.rounds):
+        """Raise Interrupted when the user stops before the first local step or after the last:
+        there is no round to finish.
+        """
+        while not self.stop() or (
+            self.began and self.progress.rounds_done < self.prepared.config.train.rounds
+        ):
             await asyncio.sleep(LOOK_S)
-        raise Interrupted(f"{self.name} stopped while it waited for its neighbours; nothing was lost")
+        raise Interrupted(
+            f"{self.name} stopped while it waited for its neighbours; nothing was lost"
+        )
 
     # The cloud of a device
 
@@ -189,7 +245,8 @@ class PeerRun:
         return self.stop() or self.abandoned
 
     async def _talk_unless_stuck(self, talk: Talk, name: str, link: Link) -> None:
-        """Not a word while the cloud is away: who cannot go on is away too, and ``silence_s`` bounds what that costs.
+        """Not a word while the cloud is away: who cannot go on is away too, and ``silence_s``
+        bounds what that costs.
 
         New links are held for a while, so that there is one to speak on when the cloud is back.
         """
@@ -210,7 +267,11 @@ class PeerRun:
     @property
     def _with_cloud(self) -> dict[str, int]:
         """Bytes with the cloud in all processes of the run, of a device."""
-        return {} if self.cloud_bytes is None else {"cloud_bytes": self.cloud_bytes_before + self.cloud_bytes()}
+        return (
+            {}
+            if self.cloud_bytes is None
+            else {"cloud_bytes": self.cloud_bytes_before + self.cloud_bytes()}
+        )
 
     # What the protocol is handed
 
@@ -230,20 +291,24 @@ class PeerRun:
         self._log_changes()
         if not math.isfinite(self.loss):
             raise RunError(
-                f"the loss of {self.name} is no number any more in round {number}; lower train.learning_rate and start anew"
-                " in another output_dir"
+                f"the loss of {self.name} is no number any more in round {number}; lower"
+                " train.learning_rate and start anew in another output_dir"
             )
         return self.training.participants.took_part()[0]
 
     def _check(self, neighbour: str, message: str, path: Path) -> None:
-        """Raise ValueError unless a neighbour's message is what its name says, Implausible unless it is to be believed."""
+        """Raise ValueError unless a neighbour's message is what its name says, Implausible unless
+        it is to be believed.
+        """
         came = decode_message(self.prepared, message, path)
         num_peers = came.pop("num_peers", None)
         own = self.training.trained if num_peers is None else self._standing()
         parts = num_peers.item() if num_peers is not None and message == "sum" else 1.0
         mean = {name: tensor / parts for name, tensor in came.items()}
         round = round_of(message)
-        self.belief.judge(neighbour, self.prepared.config.train.rounds if round is None else round, own, mean)
+        self.belief.judge(
+            neighbour, self.prepared.config.train.rounds if round is None else round, own, mean
+        )
 
     def _log_changes(self) -> None:
         for change in self.changes:
@@ -254,8 +319,9 @@ class PeerRun:
         """Factors, optimiser and progress to disk; then the round is done."""
         if not self.belief.holds(progress.rounds_done, self.walked, self.training.trained):
             raise RunError(
-                f"{self.name} does not save round {progress.rounds_done}: what its neighbours sent took its factors further"
-                " than any training does; start anew in another output_dir, without the member that log.jsonl names"
+                f"{self.name} does not save round {progress.rounds_done}: what its neighbours sent"
+                " took its factors further than any training does; start anew in another"
+                " output_dir, without the member that log.jsonl names"
             )
         self.seconds = self._count_exchange()
         last, trained = self.prepared.config.train.rounds, self.trained_round
@@ -277,17 +343,27 @@ class PeerRun:
         }
         with self.spent.on("saving"):
             taking_part = self.training.participants
-            self.folder.save(RUN, Checkpoint(progress.rounds_done, taking_part.factors, taking_part.optimizer_state(), state))
+            self.folder.save(
+                RUN,
+                Checkpoint(
+                    progress.rounds_done, taking_part.factors, taking_part.optimizer_state(), state
+                ),
+            )
         self.progress = Progress(**vars(progress))
         if trained is None:
             return  # no round: the peer caught up, or doubts were settled after the last
         self.trained_round, self.walked = None, {}
         self.log.emit("round", **self.round)
         if self.stop() and progress.rounds_done < last:
-            raise Interrupted(f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and saved")
+            raise Interrupted(
+                f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and"
+                " saved"
+            )
 
     def _count_exchange(self) -> float:
-        """Seconds of the run so far; what nothing else took of them went into the exchange, waiting included."""
+        """Seconds of the run so far; what nothing else took of them went into the exchange, waiting
+        included.
+        """
         seconds, counted = time.monotonic() - self.began_at, self.spent.seconds
         self.spent.add("exchange", max(0.0, seconds - sum(counted.values())))
         return seconds
@@ -298,7 +374,9 @@ class PeerRun:
         return None if self.tokens_before is None else self.tokens_before + self.training.tokens
 
     def _round_event(self, number: int) -> dict[str, Any]:
-        """What the log says of a round; the commit holds it too, for a kill may come between the two."""
+        """What the log says of a round; the commit holds it too, for a kill may come between the
+        two.
+        """
         return {
             "run": RUN,
             "round": number,
@@ -312,7 +390,9 @@ class PeerRun:
         }
 
     def _skip(self, rounds: int) -> None:
-        """The peer takes its neighbours' state: moments begin anew, the schedule keeps its scores and goes to their round."""
+        """The peer takes its neighbours' state: moments begin anew, the schedule keeps its scores
+        and goes to their round.
+        """
         for group in self.training.participants.groups:
             group.optimizer.state.clear()
         self.schedules.skip(rounds)
@@ -351,9 +431,13 @@ class PeerRun:
             "tokens": self.tokens,
             "tokens_per_second": None if self.tokens is None else self.tokens / self.seconds,
             "local_steps": self.training.local_steps,
-            "edges": _edge_counts(self.name, self.prepared.topology, self.ledger, self.prepared.config.train.rounds),
+            "edges": _edge_counts(
+                self.name, self.prepared.topology, self.ledger, self.prepared.config.train.rounds
+            ),
         }
-        shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
+        shown = {
+            key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")
+        }
         self.log.emit("run-done", run=RUN, **shown, **self._with_cloud)
         return result
 
@@ -376,7 +460,11 @@ class PeerRun:
     def _bytes_on_wire(self) -> int:
         """Serialised frames this peer sent and received, in all processes of the run."""
         traffic = self.network.traffic
-        return self.bytes_before + sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
+        return (
+            self.bytes_before
+            + sum(traffic.sent_bytes.values())
+            + sum(traffic.received_bytes.values())
+        )
 
     def _tick_step(self, num_participants: int) -> None:
         if self.abandoned:
@@ -386,8 +474,12 @@ class PeerRun:
         self.log.tick("step", run=RUN, done=self.steps_done, total=total)
 
 
-def _edge_counts(name: str, topology: Topology, ledger: Ledger, rounds: int) -> dict[str, dict[str, int]]:
-    """For each neighbour, how many of the run's rounds with it were mixed, left out, or are still in doubt."""
+def _edge_counts(
+    name: str, topology: Topology, ledger: Ledger, rounds: int
+) -> dict[str, dict[str, int]]:
+    """For each neighbour, how many of the run's rounds with it were mixed, left out, or are still
+    in doubt.
+    """
     index, committed = topology.names.index(name), ledger.committed()
     counts = {}
     for other in topology.all_neighbours(index):
@@ -395,5 +487,9 @@ def _edge_counts(name: str, topology: Topology, ledger: Ledger, rounds: int) -> 
         due = [round for round in range(rounds) if other in topology.neighbours(index, round)]
         mixed = sum((round, neighbour) in committed for round in due)
         doubts = len(ledger.in_doubt(neighbour))
-        counts[neighbour] = {"mixed": mixed, "left_out": len(due) - mixed - doubts, "in_doubt": doubts}
+        counts[neighbour] = {
+            "mixed": mixed,
+            "left_out": len(due) - mixed - doubts,
+            "in_doubt": doubts,
+        }
     return counts

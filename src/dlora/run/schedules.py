@@ -13,14 +13,19 @@ from dlora.run.prepare import Prepared
 
 
 class Schedules:
-    """Each participant's schedule in the run ``run``: ``scheduled``, or None where everything is active all the time.
+    """Each participant's schedule in the run ``run``: ``scheduled``, or None where everything is
+    active all the time.
 
     ``emit`` writes an event into the log and hears of each change of an active set.
     """
 
     def __init__(self, run: str, prepared: Prepared, emit: Callable[..., None]) -> None:
         self.run, self.prepared, self.emit = run, prepared, emit
-        self.scheduled = None if prepared.config.schedule.kind == "all" else _made(prepared, prepared.names, self._changed)
+        self.scheduled = (
+            None
+            if prepared.config.schedule.kind == "all"
+            else _made(prepared, prepared.names, self._changed)
+        )
 
     @property
     def each(self) -> Sequence[Schedule]:
@@ -28,7 +33,9 @@ class Schedules:
         return self.scheduled.schedules if self.scheduled else ()
 
     def tell(self, tell: Callable[..., None]) -> None:
-        """What the numbers in the events to come mean, and who starts: two kinds of events for ``tell``."""
+        """What the numbers in the events to come mean, and who starts: two kinds of events for
+        ``tell``.
+        """
         if self.scheduled is not None:
             lora = self.prepared.config.lora
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
@@ -39,7 +46,9 @@ class Schedules:
 
     def skip(self, rounds: int) -> None:
         """Rounds that were passed over, to catch up with the others."""
-        for participant, (schedule, steps) in enumerate(zip(self.each, self.prepared.local_steps, strict=False)):
+        for participant, (schedule, steps) in enumerate(
+            zip(self.each, self.prepared.local_steps, strict=False)
+        ):
             schedule.skip(rounds * steps)
             self._changed(participant, schedule)
 
@@ -72,7 +81,8 @@ class Schedules:
         self.emit("active", **self._who_is_active(participant, schedule))
 
     def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
-        """An active set, from local step ``step`` on, and its FLOPs a token; each unit's utility as last known.
+        """An active set, from local step ``step`` on, and its FLOPs a token; each unit's utility as
+        last known.
 
         The fractions: what has been spent so far, of that with all units active.
         """
@@ -90,11 +100,18 @@ class Schedules:
 
 
 def first_step(prepared: Prepared) -> dict[str, Any]:
-    """How many units there are, how many are active in the first step, and what part of the adapter's traffic they have."""
+    """How many units there are, how many are active in the first step, and what part of the
+    adapter's traffic they have.
+    """
     [schedule] = _made(prepared, ["any"]).schedules
     fraction = sum(schedule.costs[unit] for unit in schedule.active) / sum(schedule.costs)
     kind, units = schedule.section.kind, len(schedule.costs)
-    return {"kind": kind, "units": units, "active": len(schedule.active), "adapter_fraction": fraction}
+    return {
+        "kind": kind,
+        "units": units,
+        "active": len(schedule.active),
+        "adapter_fraction": fraction,
+    }
 
 
 def _made(
@@ -104,12 +121,17 @@ def _made(
 ) -> Scheduled:
     """One a participant; warns of a run that is over before anything has been chosen."""
     config = prepared.config
-    made = schedule_units(config.schedule, prepared.units, config.lora, config.seed, participants, on_change)
-    warmup_steps, steps = made.schedules[0].warmup_steps, config.train.rounds * max(prepared.local_steps)
+    made = schedule_units(
+        config.schedule, prepared.units, config.lora, config.seed, participants, on_change
+    )
+    warmup_steps, steps = (
+        made.schedules[0].warmup_steps,
+        config.train.rounds * max(prepared.local_steps),
+    )
     if warmup_steps >= steps:
         warnings.warn(
-            f"schedule: {config.schedule.kind} chooses after a warm-up of {warmup_steps} local steps, and this run has {steps};"
-            " lower schedule.warmup_steps, or train longer",
+            f"schedule: {config.schedule.kind} chooses after a warm-up of {warmup_steps} local"
+            f" steps, and this run has {steps}; lower schedule.warmup_steps, or train longer",
             stacklevel=2,
         )
     return made

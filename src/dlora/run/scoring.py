@@ -18,7 +18,9 @@ from dlora.seeds import derive_seed
 
 
 class Scoring:
-    """The scores of one run's participants. Scoring can be done again at any time: a listener that raises ends it."""
+    """The scores of one run's participants. Scoring can be done again at any time: a listener that
+    raises ends it.
+    """
 
     def __init__(
         self,
@@ -29,15 +31,26 @@ class Scoring:
         log: RunLog,
         spent: Spent,
     ) -> None:
-        self.run, self.prepared, self.scheduled, self.log, self.spent = run, prepared, scheduled, log, spent
-        rows = len(prepared.data.evaluation) + sum(len(choice.options) for choice in prepared.data.choices)
-        # A forward holds no more rows than one participant's does, so memory is no question; where one has enough rows for a
-        # forward of its own, it has it, and its scores do not depend on the others to the last bit.
+        self.run, self.prepared, self.scheduled, self.log, self.spent = (
+            run,
+            prepared,
+            scheduled,
+            log,
+            spent,
+        )
+        rows = len(prepared.data.evaluation) + sum(
+            len(choice.options) for choice in prepared.data.choices
+        )
+        # A forward holds no more rows than one participant's does, so memory is no question; where
+        # one has enough rows for a forward of its own, it has it, and its scores do not depend on
+        # the others to the last bit.
         self.at_once = max(1, min(group_size, prepared.config.per_device_eval_batch_size // rows))
         self.chosen = scored_peers(prepared.config, len(prepared.names))
 
     def average(self, factors: dict[str, Tensor], first: bool = False) -> Scored:
-        """Of the average of all, (1, ...) each. What all runs have before they train, ``first``, is scored once for all."""
+        """Of the average of all, (1, ...) each. What all runs have before they train, ``first``, is
+        scored once for all.
+        """
         known = self.prepared.first_scores if first and self.prepared.half is None else {}
         if (key := digest(factors) if first else "") in known:
             return known[key]
@@ -45,13 +58,17 @@ class Scoring:
         return known[key]
 
     def peers(self, standing: dict[str, Tensor]) -> dict[str, Scores]:
-        """Of those that ``eval_peers`` asks for, each by itself; ``standing``: (P, ...) each, of all."""
+        """Of those that ``eval_peers`` asks for, each by itself; ``standing``: (P, ...) each, of
+        all.
+        """
         names, own = self.prepared.names, {}
         for start in range(0, len(self.chosen), self.at_once):
             group = self.chosen[start : start + self.at_once]
             which: slice | list[int] = slice(group[0], group[0] + 1) if len(group) == 1 else group
             factors = {name: tensor[which] for name, tensor in standing.items()}
-            what = names[group[0]] if len(group) == 1 else f"{names[group[0]]} to {names[group[-1]]}"
+            what = (
+                names[group[0]] if len(group) == 1 else f"{names[group[0]]} to {names[group[-1]]}"
+            )
             scored = self._scored(factors, what, group)
             own.update({names[peer]: one.scores for peer, one in zip(group, scored, strict=True)})
         return own
@@ -66,7 +83,9 @@ class Scoring:
 
 
 def scored_peers(config: Config, num_peers: int) -> list[int]:
-    """The peers that are scored by themselves: all, none, or a sample that the seed draws, the same all through a run."""
+    """The peers that are scored by themselves: all, none, or a sample that the seed draws, the same
+    all through a run.
+    """
     if config.eval_peers == "none":
         return []
     if config.eval_peers == "all" or config.eval_peers >= num_peers:

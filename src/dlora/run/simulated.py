@@ -31,8 +31,9 @@ from dlora.run.spent import Spent
 class Run:
     """Who takes part, over which topology, and the state between two rounds.
 
-    ``name``: of its arm. A pooled arm has one participant, whose batch is all peers' batches joined. ``cloud_bytes`` counts
-    what has gone between devices and their cloud in this process, where there is one.
+    ``name``: of its arm. A pooled arm has one participant, whose batch is all peers' batches
+    joined. ``cloud_bytes`` counts what has gone between devices and their cloud in this process,
+    where there is one.
     """
 
     def __init__(
@@ -53,19 +54,30 @@ class Run:
         self.local_steps = self._local_steps()
         self.schedules = None if self.arm.baseline else Schedules(name, prepared, log.emit)
         self.scheduled = self.schedules.scheduled if self.schedules else None
-        self.training = Training(prepared, self.local_steps, group_size, self.arm.pooled, self._tick_step, self.scheduled)
+        self.training = Training(
+            prepared, self.local_steps, group_size, self.arm.pooled, self._tick_step, self.scheduled
+        )
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
         self.trained = self.training.trained
         took_part = self.participants.took_part if self.scheduled else None
-        self.gossip = Gossip(self.trained, self._topology(), self._rule(), self.transport, self.transport.wire, took_part)
+        self.gossip = Gossip(
+            self.trained,
+            self._topology(),
+            self._rule(),
+            self.transport,
+            self.transport.wire,
+            took_part,
+        )
         self.rounds_done = 0
         self.steps_done = 0  # local steps of all participants, for the progress bar
-        self.tokens_before: int | None = 0  # read in earlier processes; None where their checkpoint does not say
+        # read in earlier processes; None where their checkpoint does not say
+        self.tokens_before: int | None = 0
         self.best: dict[str, Any] = {}
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
         self._cloud_bytes = cloud_bytes
-        self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0  # of this run in earlier processes, less other runs'
+        # of this run in earlier processes, less other runs'
+        self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0
 
     @property
     def seconds(self) -> float:
@@ -80,15 +92,25 @@ class Run:
     @property
     def _with_cloud(self) -> dict[str, int]:
         """Bytes with the cloud, for a run that has one."""
-        return {} if self._cloud_bytes is None else {"cloud_bytes": self._cloud_bytes_before + self._cloud_bytes()}
+        return (
+            {}
+            if self._cloud_bytes is None
+            else {"cloud_bytes": self._cloud_bytes_before + self._cloud_bytes()}
+        )
 
     def result(self, stored: Checkpoint | None) -> dict[str, Any]:
-        """Go on from ``stored``, run what is left of the rounds, save, score; raises Interrupted when told to stop."""
+        """Go on from ``stored``, run what is left of the rounds, save, score; raises Interrupted
+        when told to stop.
+        """
         config = self.prepared.config
         if stored is not None:
             self._restore(stored)
         self.log.emit(
-            "run", run=self.name, rounds=config.train.rounds, local_steps=self.local_steps, participants=len(self.local_steps)
+            "run",
+            run=self.name,
+            rounds=config.train.rounds,
+            local_steps=self.local_steps,
+            participants=len(self.local_steps),
         )
         if self.schedules is not None:  # a run that goes on has it in its log already
             self.schedules.tell(self.log.emit if stored is None else self.log.tick)
@@ -119,14 +141,20 @@ class Run:
             "consensus_distance": consensus_distance(self.trained),
             "seconds": self.seconds,
             "spent_s": dict(self.spent.seconds),
-            "participant_steps_per_second": config.train.rounds * sum(self.local_steps) / self.seconds,
+            "participant_steps_per_second": (
+                config.train.rounds * sum(self.local_steps) / self.seconds
+            ),
             "tokens": self.tokens,
             "tokens_per_second": None if self.tokens is None else self.tokens / self.seconds,
             "local_steps": self.local_steps,
         }
-        shown = {key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")}
+        shown = {
+            key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")
+        }
         self.log.emit("run-done", run=self.name, **shown, **self._with_cloud, **spent)
-        self.folder.finish(self.name, self.rounds_done, {"result": result, "log_position": self.log.position})
+        self.folder.finish(
+            self.name, self.rounds_done, {"result": result, "log_position": self.log.position}
+        )
         return result
 
     def _round(self) -> None:
@@ -134,11 +162,13 @@ class Run:
             losses = self.gossip.round(self.rounds_done, self._train)
         if not losses.isfinite().all():
             lost = ", ".join(
-                name for name, loss in zip(self.gossip.topology.names, losses.tolist(), strict=True) if not math.isfinite(loss)
+                name
+                for name, loss in zip(self.gossip.topology.names, losses.tolist(), strict=True)
+                if not math.isfinite(loss)
             )
             raise RunError(
-                f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no number any more; lower"
-                " train.learning_rate and start anew in another output_dir"
+                f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no number"
+                " any more; lower train.learning_rate and start anew in another output_dir"
             )
         self.log.emit(
             "round",
@@ -159,7 +189,9 @@ class Run:
             return self.training.round(self.rounds_done, names)
 
     def _local_steps(self) -> list[int]:
-        """Of each participant in a round; pooled training takes as many as the peers do on average."""
+        """Of each participant in a round; pooled training takes as many as the peers do on
+        average.
+        """
         steps = self.prepared.local_steps
         return [round(sum(steps) / len(steps))] if self.arm.pooled else steps
 
@@ -175,14 +207,17 @@ class Run:
 
     def _rule(self) -> Rule:
         """The configured rule for Dec-LoRA; the baselines are plain LoRA."""
-        return build_rule(self.prepared.config.peers if self.arm.talks == "as configured" else PeersSection())
+        return build_rule(
+            self.prepared.config.peers if self.arm.talks == "as configured" else PeersSection()
+        )
 
     def _restore(self, stored: Checkpoint) -> None:
         state, here = stored.state, environment(self.group_size)
         warn_of_another(state["environment"], here)
         self.participants.load(stored.factors, stored.optimizer)
         self.rounds_done = stored.rounds_done
-        self.best = state["best"] if state["best"].get("rounds_done") else {}  # 0.1.0 kept scores of nothing trained
+        # 0.1.0 kept scores of nothing trained
+        self.best = state["best"] if state["best"].get("rounds_done") else {}
         self.tokens_before = state.get("tokens")
         self.steps_done = self.rounds_done * sum(self.local_steps)
         self.transport.bytes_on_wire = state["bytes_on_wire"]
@@ -194,7 +229,9 @@ class Run:
         """Score and save when it is time; stop when asked to."""
         config, last = self.prepared.config, self.rounds_done == self.prepared.config.train.rounds
         peers = bool(config.eval_peers_every) and self.rounds_done % config.eval_peers_every == 0
-        if not last and (peers or (config.eval_every and self.rounds_done % config.eval_every == 0)):
+        if not last and (
+            peers or (config.eval_every and self.rounds_done % config.eval_every == 0)
+        ):
             try:
                 self._score(peers=peers)
             except Interrupted:
@@ -205,7 +242,8 @@ class Run:
             self._save()
         if stopping:
             raise Interrupted(
-                f"{self.name} stopped after round {self.rounds_done} of {config.train.rounds}, finished and saved"
+                f"{self.name} stopped after round {self.rounds_done} of {config.train.rounds},"
+                " finished and saved"
             )
 
     def _save(self, due: Mapping[str, Any] | None = None) -> None:
@@ -227,17 +265,29 @@ class Run:
             self.folder.save(self.name, Checkpoint(self.rounds_done, factors, optimizer, state))
 
     def _score(self, peers: bool) -> tuple[Scored, dict[str, Scores]]:
-        """Score the average, and each peer's own where asked; remember the best average of trained ones."""
+        """Score the average, and each peer's own where asked; remember the best average of trained
+        ones.
+        """
         standing = self.participants.standing()
         try:
             consensus = self.scoring.average(average(standing), first=not self.rounds_done)
             own: dict[str, Scores] = {}
-            if peers and not self.arm.pooled and self.scoring.chosen:  # of one participant the average is its own
+            # of one participant the average is its own
+            if peers and not self.arm.pooled and self.scoring.chosen:
                 alone = len(self.local_steps) == 1
-                own = {self.prepared.names[0]: consensus.scores} if alone else self.scoring.peers(standing)
+                own = (
+                    {self.prepared.names[0]: consensus.scores}
+                    if alone
+                    else self.scoring.peers(standing)
+                )
         except Interrupted as interrupted:
-            done = f"round {self.rounds_done} of {self.prepared.config.train.rounds} is finished and saved"
-            raise Interrupted(f"{interrupted}; {done if self.rounds_done else 'nothing was trained yet'}") from None
+            done = (
+                f"round {self.rounds_done} of {self.prepared.config.train.rounds} is finished and"
+                " saved"
+            )
+            raise Interrupted(
+                f"{interrupted}; {done if self.rounds_done else 'nothing was trained yet'}"
+            ) from None
         if self.rounds_done and (not self.best or better(consensus.scores, self.best)):
             self.best = {"rounds_done": self.rounds_done, **consensus.scores}
         self.log.emit(
@@ -256,7 +306,9 @@ class Run:
 
     def _write_adapters(self) -> None:
         model, factors = self.prepared.model, self.participants.standing()
-        save_adapter(self.folder.path / "consensus", average(factors), model, self.prepared.tokenizer)
+        save_adapter(
+            self.folder.path / "consensus", average(factors), model, self.prepared.tokenizer
+        )
         for index, name in enumerate(self.prepared.names):
             save_adapter(self.folder.path / "peers" / name, one(factors, index), model)
 

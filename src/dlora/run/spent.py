@@ -1,4 +1,6 @@
-"""Where the time of a run goes: training, exchange, scoring, saving, and what comes before and after."""
+"""Where the time of a run goes: training, exchange, scoring, saving, and what comes before and
+after.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ KINDS = ("training", "exchange", "scoring", "saving")
 class Spent:
     """The seconds of one run by what they went into.
 
-    ``seconds``: in all processes of the run, of which ``before`` is what earlier ones spent; ``here_s``: in this one.
+    ``seconds``: in all processes of the run, of which ``before`` is what earlier ones spent;
+    ``here_s``: in this one.
     """
 
     def __init__(self, before: Mapping[str, float] | None = None) -> None:
@@ -49,10 +52,14 @@ class Spent:
 
 
 class Stopwatch:
-    """Of one process, from its start (``process``) or from the call of a program: what came before and after its runs."""
+    """Of one process, from its start (``process``) or from the call of a program: what came before
+    and after its runs.
+    """
 
     def __init__(self, process: bool) -> None:
-        self._began = time.monotonic() - (time.time() - psutil.Process().create_time() if process else 0.0)
+        self._began = time.monotonic() - (
+            time.time() - psutil.Process().create_time() if process else 0.0
+        )
         self._start_up_s = self._report_s = 0.0
         self._here: list[Spent] = []
 
@@ -73,16 +80,22 @@ class Stopwatch:
         self._report_s = time.monotonic() - began
 
     def spent_s(self, runs: Iterable[Mapping[str, float]]) -> dict[str, float]:
-        """Where all of the time went; of ``runs`` that went over several processes, in all of them."""
+        """Where all of the time went; of ``runs`` that went over several processes, in all of
+        them.
+        """
         known = self._start_up_s + self._report_s
         by_kind = {kind: sum(run.get(kind, 0.0) for run in runs) for kind in KINDS}
-        other = max(0.0, time.monotonic() - self._began - known - sum(spent.here_s for spent in self._here))
+        other = max(
+            0.0, time.monotonic() - self._began - known - sum(spent.here_s for spent in self._here)
+        )
         parts = {"start_up": self._start_up_s, **by_kind, "report": self._report_s, "other": other}
         return {**parts, "in_all": sum(parts.values())}
 
 
 def spent_before(stored: Checkpoint | None) -> dict[str, float]:
-    """What earlier processes of a run spent, as its checkpoint says; one of version 0.1.0 knows training and exchange only."""
+    """What earlier processes of a run spent, as its checkpoint says; one of version 0.1.0 knows
+    training and exchange only.
+    """
     if stored is None:
         return {}
     known: dict[str, float] = stored.state.get("spent_s") or {"training": stored.state["seconds"]}

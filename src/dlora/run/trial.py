@@ -1,4 +1,6 @@
-"""Whether a model can be trained at all: one forward on the run's own rows, before anything is written."""
+"""Whether a model can be trained at all: one forward on the run's own rows, before anything is
+written.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,20 @@ from dlora.train import forward
 
 @torch.no_grad()
 def try_model(model: StackedModel, rows: Sequence[Example], pad_token_id: int, name: str) -> None:
-    """Raise ModelError where the forward fails, or where the model does with weights what it cannot do with updates."""
-    layers = {path: layer for path, layer in model.network.named_modules() if isinstance(layer, (StackedLora, StackedCore))}
+    """Raise ModelError where the forward fails, or where the model does with weights what it cannot
+    do with updates.
+    """
+    layers = {
+        path: layer
+        for path, layer in model.network.named_modules()
+        if isinstance(layer, (StackedLora, StackedCore))
+    }
     called: set[str] = set()
     versions = {path: parameter._version for path, parameter in model.network.named_parameters()}
-    hooks = [layer.register_forward_hook(lambda *_, path=path: called.add(path)) for path, layer in layers.items()]
+    hooks = [
+        layer.register_forward_hook(lambda *_, path=path: called.add(path))
+        for path, layer in layers.items()
+    ]
     kind = type(model.network).__name__
     model.use(stack(model.initial, 1, model.device))
     model.network.eval()
@@ -29,24 +40,41 @@ def try_model(model: StackedModel, rows: Sequence[Example], pad_token_id: int, n
             forward(model, collate(rows, pad_token_id).to(model.device))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+    ) as error:
         line = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ModelError(
-            f"model {name}: the forward of {kind} fails on the first rows ({type(error).__name__}: {line}); take a model"
-            " of another architecture, or another task or pooling"
+            f"model {name}: the forward of {kind} fails on the first rows ({type(error).__name__}:"
+            f" {line}); take a model of another architecture, or another task or pooling"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
-    if versions != {path: parameter._version for path, parameter in model.network.named_parameters()}:
+    if versions != {
+        path: parameter._version for path, parameter in model.network.named_parameters()
+    }:
         raise ModelError(
-            f"model {name}: {kind} changes its weights while it runs, and would not change the updates too; take a model of"
-            " another architecture"
+            f"model {name}: {kind} changes its weights while it runs, and would not change the"
+            " updates too; take a model of another architecture"
         )
-    passed_by = sorted({path.rpartition(".")[2] for path, layer in layers.items() if layer.bare and path not in called})
+    passed_by = sorted(
+        {
+            path.rpartition(".")[2]
+            for path, layer in layers.items()
+            if layer.bare and path not in called
+        }
+    )
     rest = sorted({path.rpartition(".")[2] for path in layers} - set(passed_by))
     if passed_by:
         raise ModelError(
-            f"model {name}: {kind} reads the weight of {', '.join(passed_by)} itself, so that an update would have no effect;"
-            f" leave that out: lora.target_modules: [{', '.join(rest)}]"
+            f"model {name}: {kind} reads the weight of {', '.join(passed_by)} itself, so that an"
+            " update would have no effect; leave that out: lora.target_modules:"
+            f" [{', '.join(rest)}]"
         )

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind safe hues, each dark enough for a line on white. On the page they are CSS variables,
-# so that dark mode can lighten them: matplotlib draws with a stand-in colour, which is then replaced.
+# Okabe and Ito's colour-blind safe hues, each dark enough for a line on white. On the page they are
+# CSS variables, so that dark mode can lighten them: matplotlib draws with a stand-in colour, which
+# is then replaced.
 PALETTE = ("#0072b2", "#c98500", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#d9cc2e", "#8a8f98")
 _INK, _FAINT, _PAPER = "#010101", "#020202", "#030303"
 _ON_PAGE = {_INK: "currentColor", _FAINT: "var(--faint)", _PAPER: "var(--paper)"} | {
@@ -34,7 +35,9 @@ MOST_NAMES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One curve; `y` may hold None where nothing was measured. `low` and `high` shade or bar the range around it."""
+    """One curve; `y` may hold None where nothing was measured. `low` and `high` shade or bar the
+    range around it.
+    """
 
     name: str
     x: Sequence[float]
@@ -66,7 +69,9 @@ def curves(
     log_y: bool = False,
     reference_lines: Sequence[Line] = (),
 ) -> str:
-    """Curves over one axis, a legend above; `label` says in words what is to be seen, for those who cannot see it."""
+    """Curves over one axis, a legend above; `label` says in words what is to be seen, for those who
+    cannot see it.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     with _figure(_WIDTH, 290) as figure:
@@ -99,7 +104,9 @@ def curves(
 
 
 def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label: str) -> str:
-    """One horizontal bar for each key, made of its named parts in the order they first appear; at most 8 parts."""
+    """One horizontal bar for each key, made of its named parts in the order they first appear; at
+    most 8 parts.
+    """
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
     with _figure(_WIDTH, 74 + 17 * len(rows) + 17 * math.ceil(len(parts) / 3)) as figure:
         axes = figure.add_subplot()
@@ -130,21 +137,31 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label
         return _svg(figure, label)
 
 
-def heat_map(rows: Sequence[tuple[str, Sequence[float]]], edges: Sequence[float], x_label: str, *, label: str) -> str:
-    """A row for each (name, values from 0 to 1): between two ``edges`` the more colour the larger the value."""
+def heat_map(
+    rows: Sequence[tuple[str, Sequence[float]]], edges: Sequence[float], x_label: str, *, label: str
+) -> str:
+    """A row for each (name, values from 0 to 1): between two ``edges`` the more colour the larger
+    the value.
+    """
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
     from matplotlib.ticker import MaxNLocator
 
     height = max(4.0, min(13.0, 420 / len(rows)))
     apart = math.ceil(11 / height)  # rows from one name to the next, so that names do not touch
-    shades: dict[float, list[tuple[float, float]]] = {}  # share -> corners of all its cells: one path, however many
+    # share -> corners of all its cells: one path, however many
+    shades: dict[float, list[tuple[float, float]]] = {}
     for number, (_, values) in enumerate(rows):
         begins = 0
         eighths = [math.ceil(8 * value) / 8 for value in values]
         for column, shade in enumerate(eighths):
             if column + 1 == len(eighths) or eighths[column + 1] != shade:
-                left, right, top, bottom = edges[begins], edges[column + 1], number - 0.4, number + 0.4
+                left, right, top, bottom = (
+                    edges[begins],
+                    edges[column + 1],
+                    number - 0.4,
+                    number + 0.4,
+                )
                 corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
                 shades.setdefault(shade, []).extend(corners)
                 begins = column + 1
@@ -154,8 +171,16 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], edges: Sequence[float]
         for shade, corners in sorted(shades.items()):
             if shade:
                 codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * (len(corners) // 5)
-                axes.add_patch(PathPatch(Path(corners, codes), facecolor=_colour(0), edgecolor="none", alpha=shade))
-        axes.set_yticks(range(0, len(rows), apart), [_short(name, 26) for name, _ in rows[::apart]], fontsize=9.5)
+                axes.add_patch(
+                    PathPatch(
+                        Path(corners, codes), facecolor=_colour(0), edgecolor="none", alpha=shade
+                    )
+                )
+        axes.set_yticks(
+            range(0, len(rows), apart),
+            [_short(name, 26) for name, _ in rows[::apart]],
+            fontsize=9.5,
+        )
         axes.tick_params(axis="y", length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
@@ -167,11 +192,17 @@ def heat_map(rows: Sequence[tuple[str, Sequence[float]]], edges: Sequence[float]
 
 
 def graph(
-    edges_by_round: Sequence[Sequence[tuple[int, int]]], names: Sequence[str], *, label: str, standalone: bool = False
+    edges_by_round: Sequence[Sequence[tuple[int, int]]],
+    names: Sequence[str],
+    *,
+    label: str,
+    standalone: bool = False,
 ) -> str:
-    """The peers on a circle and who talks to whom: a panel a round up to 6 rounds, else one, coloured by round.
+    """The peers on a circle and who talks to whom: a panel a round up to 6 rounds, else one,
+    coloured by round.
 
-    `edges_by_round` is one period of the topology. `standalone` gives a whole SVG file with colours and a ground.
+    `edges_by_round` is one period of the topology. `standalone` gives a whole SVG file with colours
+    and a ground.
     """
     rounds = len(edges_by_round)
     panels = rounds if rounds <= _MOST_PANELS else 1
@@ -180,11 +211,14 @@ def graph(
     texts = [_short(name, 12) if panels == 1 else str(index) for index, name in enumerate(names)]
     texts = texts if len(names) <= MOST_NAMES else [""] * len(names)
     longest, text_size = max(map(len, texts), default=0), 11 if panels == 1 else 10.5
-    # A name of n letters, each about 0.6 of its size wide, must fit between the circle and the edge of its panel.
+    # A name of n letters, each about 0.6 of its size wide, must fit between the circle and the edge
+    # of its panel.
     reach = 1.14 / (1 - min(0.6, 1.2 * text_size * longest * columns / _WIDTH))
     tall = 1.16 + 0.06 * columns
     height = _WIDTH / columns * (tall / reach) + (24 if panels > 1 else 0)
-    with _figure(_WIDTH, height * math.ceil(panels / columns) + (40 if rounds > _MOST_PANELS else 0)) as figure:
+    with _figure(
+        _WIDTH, height * math.ceil(panels / columns) + (40 if rounds > _MOST_PANELS else 0)
+    ) as figure:
         for panel in range(panels):
             axes = figure.add_subplot(math.ceil(panels / columns), columns, panel + 1)
             axes.set_xlim(-reach, reach)
@@ -193,13 +227,17 @@ def graph(
             axes.set_axis_off()
             shown = range(rounds) if panels == 1 else [panel]
             for number in shown:
-                _draw_edges(axes, edges_by_round[number], len(names), number if rounds > _MOST_PANELS else 0)
+                _draw_edges(
+                    axes, edges_by_round[number], len(names), number if rounds > _MOST_PANELS else 0
+                )
             _draw_peers(axes, texts, text_size, columns)
             if panels > 1:
                 axes.set_title(f"round {panel}, {panel + rounds}, …", fontsize=11)
         if rounds > _MOST_PANELS:
             handles = [
-                axes.plot([], [], color=_colour(number), linestyle=_DASHES[number // len(PALETTE) % 4])[0]
+                axes.plot(
+                    [], [], color=_colour(number), linestyle=_DASHES[number // len(PALETTE) % 4]
+                )[0]
                 for number in range(rounds)
             ]
             _legend(figure, handles, [f"round {number}" for number in range(rounds)], columns=4)
@@ -209,7 +247,10 @@ def graph(
 def _draw(axes: Axes, one: Series) -> None:
     colour, few = _colour(one.colour), len(one.x) <= 60
     y = [math.nan if value is None else value for value in one.y]
-    low, high = ([math.nan if value is None else value for value in edge] if edge else y for edge in (one.low, one.high))
+    low, high = (
+        [math.nan if value is None else value for value in edge] if edge else y
+        for edge in (one.low, one.high)
+    )
     if one.points_only:
         below, above = ([abs(a - b) for a, b in zip(y, edge, strict=True)] for edge in (low, high))
         axes.errorbar(
@@ -261,10 +302,20 @@ def _draw_edges(axes: Axes, edges: Sequence[tuple[int, int]], peers: int, number
 def _draw_peers(axes: Axes, texts: Sequence[str], text_size: float, columns: int) -> None:
     places = [_place(index, len(texts)) for index in range(len(texts))]
     size = max(6, min(70, 1400 / max(1, len(texts)))) / columns
-    axes.scatter([x for x, _ in places], [y for _, y in places], s=size, color=_INK, edgecolors=_PAPER, linewidths=1, zorder=3)
+    axes.scatter(
+        [x for x, _ in places],
+        [y for _, y in places],
+        s=size,
+        color=_INK,
+        edgecolors=_PAPER,
+        linewidths=1,
+        zorder=3,
+    )
     for (x, y), text in zip(places, texts, strict=True):
         across = "center" if abs(x) < 0.2 else "left" if x > 0 else "right"
-        axes.text(1.09 * x, (1.1 + 0.04 * columns) * y, text, ha=across, va="center", fontsize=text_size)
+        axes.text(
+            1.09 * x, (1.1 + 0.04 * columns) * y, text, ha=across, va="center", fontsize=text_size
+        )
 
 
 def _place(index: int, peers: int) -> tuple[float, float]:
@@ -273,10 +324,13 @@ def _place(index: int, peers: int) -> tuple[float, float]:
     return math.cos(angle), math.sin(angle)
 
 
-def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int = 0) -> None:
+def _legend(
+    figure: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int = 0
+) -> None:
     longest = max((len(label) for label in labels), default=0)
     columns = columns or max(1, min(4, len(labels), int(_WIDTH / (7 * longest + 40))))
-    # matplotlib leaves out a label that starts with an underscore: a space of no width in front keeps it.
+    # matplotlib leaves out a label that starts with an underscore: a space of no width in front
+    # keeps it.
     labels = ["\u200b" + label if label.startswith("_") else label for label in labels]
     figure.legend(
         handles,
@@ -310,7 +364,9 @@ def _colour(number: int) -> str:
 
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of that many user units under our own settings, whatever the user's matplotlibrc says; no window."""
+    """A figure of that many user units under our own settings, whatever the user's matplotlibrc
+    says; no window.
+    """
     import matplotlib
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -326,23 +382,34 @@ def _figure(width: float, height: float) -> Iterator[Figure]:
         "svg.fonttype": "none",
     }
     with matplotlib.style.context(["default", ours]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts draw the text, not ours
+        # the reader's fonts draw the text, not ours
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
 
 
 def _svg(figure: Figure, label: str, standalone: bool = False) -> str:
-    """matplotlib's SVG without its fonts and colours, with ids unique to this picture and a name for screen readers."""
+    """matplotlib's SVG without its fonts and colours, with ids unique to this picture and a name
+    for screen readers.
+    """
     import matplotlib
 
-    matplotlib.rcParams["svg.hashsalt"] = label  # within _figure's context; pictures on one page share no ids
+    # within _figure's context; pictures on one page share no ids
+    matplotlib.rcParams["svg.hashsalt"] = label
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    figure.savefig(
+        buffer,
+        format="svg",
+        transparent=True,
+        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+    )
     text = buffer.getvalue()
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert size, "matplotlib wrote an SVG without a viewBox"
     body = text[text.index(">", text.index("<svg")) + 1 :]
     body = re.sub(r'<(g|text|use) id="[^"]*"', r"<\1", body)
-    body = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", body, flags=re.S)
+    body = re.sub(
+        r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", body, flags=re.S
+    )
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = re.sub(r"\n\s*", "\n", body)
     for stand_in, colour in (_ALONE if standalone else _ON_PAGE).items():

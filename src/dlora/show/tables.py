@@ -7,25 +7,49 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from dlora.show.words import bytes_text, count_text, error_text, percent_text, score_text, seconds_text
+from dlora.show.words import (
+    bytes_text,
+    count_text,
+    error_text,
+    percent_text,
+    score_text,
+    seconds_text,
+)
 
 
 def summary_table(summary: dict[str, Any]) -> Group:
     """A finished run: each of its runs' scores and bytes, then where all of the time went."""
     metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
     split = any("cloud_bytes" in run for run in summary["runs"].values())
-    wires = [*(["on wire"] if len(summary["peers"]) > 1 else []), *(["with the cloud"] if split else [])]
-    table = Table("run", f"{metric}: average", "peers' own", "best (rounds)", *(wires or ["on wire"]), box=None)
+    wires = [
+        *(["on wire"] if len(summary["peers"]) > 1 else []),
+        *(["with the cloud"] if split else []),
+    ]
+    table = Table(
+        "run",
+        f"{metric}: average",
+        "peers' own",
+        "best (rounds)",
+        *(wires or ["on wire"]),
+        box=None,
+    )
     for name, run in summary["runs"].items():
         moved = {"on wire": run["bytes_on_wire"], "with the cloud": run.get("cloud_bytes")}
-        scores = [score_text((run[of] or {}).get(metric), metric) for of in ("consensus", "peers_mean", "best")]
+        scores = [
+            score_text((run[of] or {}).get(metric), metric)
+            for of in ("consensus", "peers_mean", "best")
+        ]
         scores[1] += error_text((run.get("peers_mean_error") or {}).get(metric), metric)
         scores[-1] += f" ({run['best']['rounds_done']})"
         if run.get("consensus_peers", len(summary["peers"])) < len(summary["peers"]):
             scores[0] += f" ({run['consensus_peers']} of {len(summary['peers'])})"
         table.add_row(name, *scores, *(bytes_text(moved[wire]) for wire in wires or ["on wire"]))
     edges = [edge for run in summary["runs"].values() for edge in run.get("edges", {}).items()]
-    left_out = [_edge_table(edges)] if any(edge["left_out"] or edge["in_doubt"] for _, edge in edges) else []
+    left_out = (
+        [_edge_table(edges)]
+        if any(edge["left_out"] or edge["in_doubt"] for _, edge in edges)
+        else []
+    )
     return Group(table, *left_out, *([_time_table(summary)] if summary.get("spent_s") else []))
 
 
@@ -38,13 +62,17 @@ def _edge_table(edges: list[tuple[str, dict[str, int]]]) -> Table:
 
 
 def _time_table(summary: dict[str, Any]) -> Table:
-    """A column for each run, and one for the whole command, with the time that belongs to no run."""
+    """A column for each run, and one for the whole command, with the time that belongs to no
+    run.
+    """
     whole, runs = summary["spent_s"], summary["runs"]
     table = Table("time", *runs, "all", box=None)
     for kind in whole:
         own = [run.get("spent_s", {}) for run in runs.values()]
         parts = [sum(spent.values()) if kind == "in_all" else spent.get(kind) for spent in own]
-        cells = ["" if seconds is None else seconds_text(seconds) for seconds in (*parts, whole[kind])]
+        cells = [
+            "" if seconds is None else seconds_text(seconds) for seconds in (*parts, whole[kind])
+        ]
         table.add_row({"start_up": "start-up", "in_all": "in all"}.get(kind, kind), *cells)
     return table
 
@@ -66,21 +94,35 @@ def plan_table(plan: dict[str, Any]) -> Group:
         table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
     messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
     agreement = [
-        f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers at once",
-        f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round {count_text(messages)} messages;"
-        f" spectral gap {plan['spectral_gap']:.3f}",
+        (
+            f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers"
+            " at once"
+        ),
+        (
+            f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round"
+            f" {count_text(messages)} messages; spectral gap {plan['spectral_gap']:.3f}"
+        ),
     ]
     if len(plan["peers"]) == 1:
         agreement = [f"{plan['trainable_parameters']:,} trained numbers, one participant"]
     if first := plan.get("schedule"):
         agreement.append(
-            f"schedule {first['kind']}: {first['units']} units; {first['active']} of them active in the first step, with"
-            f" {percent_text(first['adapter_fraction'])} of the adapter's traffic"
+            f"schedule {first['kind']}: {first['units']} units; {first['active']} of them active in"
+            f" the first step, with {percent_text(first['adapter_fraction'])} of the adapter's"
+            " traffic"
         )
     if "stands" in plan:
         agreement.append(plan["stands"])
-    cut = [_cut_text(what, plan["data"][key]) for what, key in (("training", "train"), ("evaluation", "eval"))]
-    return Group(f"would run {', '.join(plan['runs'])} on {plan['model']}", table, *filter(None, cut), *agreement)
+    cut = [
+        _cut_text(what, plan["data"][key])
+        for what, key in (("training", "train"), ("evaluation", "eval"))
+    ]
+    return Group(
+        f"would run {', '.join(plan['runs'])} on {plan['model']}",
+        table,
+        *filter(None, cut),
+        *agreement,
+    )
 
 
 def _cut_text(what: str, facts: dict[str, Any]) -> str:
@@ -88,7 +130,10 @@ def _cut_text(what: str, facts: dict[str, Any]) -> str:
     if not facts["cut_rows"]:
         return ""
     share = percent_text(facts["cut_share"])
-    return f"data.max_length cuts {facts['cut_rows']:,} of {facts['rows']:,} {what} rows: {share} of what is learned is gone"
+    return (
+        f"data.max_length cuts {facts['cut_rows']:,} of {facts['rows']:,} {what} rows: {share} of"
+        " what is learned is gone"
+    )
 
 
 def cost_table(costs: dict[str, Any]) -> Group:
@@ -96,36 +141,53 @@ def cost_table(costs: dict[str, Any]) -> Group:
     edges = Table("edge", "on wire", box=None)
     for edge, count in costs["edges"].items():
         edges.add_row(edge, bytes_text(count))
-    lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
+    lines = ", ".join(
+        f"{seconds_text(seconds)} at {line}"
+        for line, seconds in costs["seconds_on_the_line"].items()
+    )
     bound = "at most " if costs.get("at_most") else ""  # of the edges too
     between: list[Any] = [
-        f"{costs['peers']} peers, {costs['rounds']} rounds; a message with all that trains is"
-        f" {bytes_text(costs['message_bytes'])}",
+        (
+            f"{costs['peers']} peers, {costs['rounds']} rounds; a message with all that trains is"
+            f" {bytes_text(costs['message_bytes'])}"
+        ),
         edges,
-        f"{bound}{bytes_text(costs['bytes_a_round'])} a round, {bytes_text(costs['bytes_on_wire'])} in all, each byte counted"
-        " once",
+        (
+            f"{bound}{bytes_text(costs['bytes_a_round'])} a round,"
+            f" {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once"
+        ),
         f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
     ]
     return Group(
         *(between if costs["edges"] else []),
         *(_with_cloud(costs["cloud"]) if "cloud" in costs else []),
-        f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])} for what trains, and"
-        " activations",
+        f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])}"
+        " for what trains, and activations",
     )
 
 
 def _with_cloud(costs: dict[str, Any]) -> list[str]:
     """The conversation with the cloud."""
     about = "about " if costs.get("about") else ""
-    lines = ", ".join(f"{seconds_text(seconds)} at {line}" for line, seconds in costs["seconds_on_the_line"].items())
+    lines = ", ".join(
+        f"{seconds_text(seconds)} at {line}"
+        for line, seconds in costs["seconds_on_the_line"].items()
+    )
     return [
-        f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups of modules,"
-        f" {costs['tokens']:,} tokens",
-        f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in {count_text(costs['round_trips_a_step'])} round trips;"
-        f" a token {bytes_text(costs['adapter_bytes_a_token'])} for the adapter",
-        f"in all {about}{bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])} up: adapter"
-        f" {bytes_text(costs['adapter_bytes'])}, boundary {bytes_text(costs['boundary_bytes'])}, scoring"
-        f" {bytes_text(costs['scoring_bytes'])}",
+        (
+            f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups"
+            f" of modules, {costs['tokens']:,} tokens"
+        ),
+        (
+            f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in"
+            f" {count_text(costs['round_trips_a_step'])} round trips; a token"
+            f" {bytes_text(costs['adapter_bytes_a_token'])} for the adapter"
+        ),
+        (
+            f"in all {about}{bytes_text(costs['down_bytes'])} down, {bytes_text(costs['up_bytes'])}"
+            f" up: adapter {bytes_text(costs['adapter_bytes'])}, boundary"
+            f" {bytes_text(costs['boundary_bytes'])}, scoring {bytes_text(costs['scoring_bytes'])}"
+        ),
         f"the slower way takes {about}{lines}",
     ]
 
@@ -136,6 +198,15 @@ def served_table(summary: dict[str, Any]) -> Group:
     for device, served in summary["devices"].items():
         numbers = [f"{served[key]:,}" for key in ("links", "tokens", "steps")]
         failures = ", ".join(f"{why} {count}" for why, count in served["failures"].items())
-        table.add_row(device, *numbers, bytes_text(served["sent_bytes"]), bytes_text(served["received_bytes"]), failures)
+        table.add_row(
+            device,
+            *numbers,
+            bytes_text(served["sent_bytes"]),
+            bytes_text(served["received_bytes"]),
+            failures,
+        )
     served_s = f"served {summary['model']} for {seconds_text(summary['seconds'])}"
-    return Group(f"{served_s}, {summary['refused_links']} links refused", *([table] if summary["devices"] else []))
+    return Group(
+        f"{served_s}, {summary['refused_links']} links refused",
+        *([table] if summary["devices"] else []),
+    )

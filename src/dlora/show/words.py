@@ -9,7 +9,9 @@ NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
 def score_text(value: float | None, key: str) -> str:
-    """A score as people write it: accuracy and f1 in per cent, loss and perplexity as they are, a dash for none."""
+    """A score as people write it: accuracy and f1 in per cent, loss and perplexity as they are, a
+    dash for none.
+    """
     if value is None:
         return "–"
     if key in ("accuracy", "f1"):
@@ -18,10 +20,16 @@ def score_text(value: float | None, key: str) -> str:
 
 
 def error_text(error: float | None, key: str) -> str:
-    """What stands behind the mean score of a sample: (s.e. 0.4), in points for accuracy and f1; nothing for all peers."""
+    """What stands behind the mean score of a sample: (s.e. 0.4), in points for accuracy and f1;
+    nothing for all peers.
+    """
     if error is None:
         return ""
-    return f" (s.e.{NBSP}{100 * error:.1f})" if key in ("accuracy", "f1") else f" (s.e.{NBSP}{error:.2g})"
+    return (
+        f" (s.e.{NBSP}{100 * error:.1f})"
+        if key in ("accuracy", "f1")
+        else f" (s.e.{NBSP}{error:.2g})"
+    )
 
 
 def percent_text(fraction: float) -> str:
@@ -39,7 +47,11 @@ def bytes_text(count: float | None) -> str:
     if count is None:
         return "–"
     unit, factor = unit_of(count, BYTE_UNITS)
-    return f"{count / factor:.0f}{NBSP}{unit}" if unit == "B" or count / factor >= 100 else f"{count / factor:.1f}{NBSP}{unit}"
+    return (
+        f"{count / factor:.0f}{NBSP}{unit}"
+        if unit == "B" or count / factor >= 100
+        else f"{count / factor:.1f}{NBSP}{unit}"
+    )
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -56,4 +68,7 @@ def seconds_text(seconds: float | None) -> str:
 
 def unit_of(value: float, units: Mapping[str, float]) -> tuple[str, float]:
     """The largest unit that the value fills at least once, else the first."""
-    return next(((name, size) for name, size in reversed([*units.items()]) if value >= size), next(iter(units.items())))
+    return next(
+        ((name, size) for name, size in reversed([*units.items()]) if value >= size),
+        next(iter(units.items())),
+    )

@@ -27,11 +27,14 @@ class Agreement:
     wire: Wire
     dropout: float | None  # of the body in training, instead of its own rates; None: its own
     r: int
-    frame: str | None  # placement core: the digest of the modules' frame, by their names in the body; None: literal
+    # placement core: the digest of the modules' frame, by their names in the body; None: literal
+    frame: str | None
 
 
 def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
-    """What can be compared without sending weights: the same checkpoint has the same token embedding on both sides."""
+    """What can be compared without sending weights: the same checkpoint has the same token
+    embedding on both sides.
+    """
     weight = embedding.weight.detach().to("cpu", torch.bfloat16).contiguous()
     return {
         "model": config.model_type,
@@ -57,8 +60,12 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
 
-def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group], frame: Frame) -> Agreement | str:
-    """What the cloud makes of a proposal: the agreement, or one line that says why there is none."""
+def agree(
+    text: str, facts: Mapping[str, Any], groups: Sequence[Group], frame: Frame
+) -> Agreement | str:
+    """What the cloud makes of a proposal: the agreement, or one line that says why there is
+    none.
+    """
     try:
         manifest = json.loads(text)
         protocol, wire, dropout, r, core, proposed = (
@@ -66,16 +73,30 @@ def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group], frame: F
         )
         targets = [str(name) for modules, _, _ in proposed for name in modules]
         known = dropout is None or (isinstance(dropout, float | int) and 0 <= dropout < 1)
-        known = known and isinstance(r, int) and 1 <= r <= MAX_R and (core is None or isinstance(core, str))
+        known = (
+            known
+            and isinstance(r, int)
+            and 1 <= r <= MAX_R
+            and (core is None or isinstance(core, str))
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         return "the device's manifest is none; install the same dlora on both"
     if protocol != PROTOCOL:
-        return f"protocol: the device speaks {_short(protocol)}, the cloud {PROTOCOL}; install the same dlora on both"
+        return (
+            f"protocol: the device speaks {_short(protocol)}, the cloud {PROTOCOL}; install the"
+            " same dlora on both"
+        )
     if wire not in WIRES or not known:
-        return f"wire {_short(wire)}, dropout {_short(dropout)}, r {_short(r)}: not known here; install the same dlora on both"
+        return (
+            f"wire {_short(wire)}, dropout {_short(dropout)}, r {_short(r)}: not known here;"
+            " install the same dlora on both"
+        )
     for key, here in facts.items():
         if manifest.get(key) != here:
-            return f"{key}: the device has {_short(manifest.get(key))}, the cloud {_short(here)}; both need the same model"
+            return (
+                f"{key}: the device has {_short(manifest.get(key))}, the cloud {_short(here)}; both"
+                " need the same model"
+            )
     try:
         active = active_groups(groups, targets)
     except ModelError as error:
@@ -86,19 +107,31 @@ def agree(text: str, facts: Mapping[str, Any], groups: Sequence[Group], frame: F
             return refusal
         active = core_groups(active, r)
     if proposed != [_listed(group) for group in active]:
-        return "groups: the halves order the model's modules differently; install the same transformers on both"
+        return (
+            "groups: the halves order the model's modules differently; install the same"
+            " transformers on both"
+        )
     return Agreement(active, wire, None if dropout is None else float(dropout), r, core)
 
 
 def frame_digest(frame: Frame, modules: Sequence[str]) -> str:
     """Of the part of a frame that is these modules', by their names in the body."""
-    return digest({f"{name}.{half}": frame[f"{name}.{half}"] for name in modules for half in ("lora_A", "lora_B")})
+    return digest(
+        {
+            f"{name}.{half}": frame[f"{name}.{half}"]
+            for name in modules
+            for half in ("lora_A", "lora_B")
+        }
+    )
 
 
 def _other_frame(proposed: str, targets: Sequence[str], frame: Frame, r: int) -> str | None:
     """Why the device's frame is not the cloud's, in one line."""
     if not frame:
-        return "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame: FILE})"
+        return (
+            "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame:"
+            " FILE})"
+        )
     missing = next((name for name in targets if f"{name}.lora_A" not in frame), None)
     if missing is not None:
         return f"lora.frame: the cloud's has no {missing}; make it anew there for all linears"

@@ -14,7 +14,9 @@ from dlora.lora.units import Group
 
 
 def shares(x: Tensor, group: Group, core: bool) -> Sequence[Tensor]:
-    """What each module of a group reads of ``x``: all of it, or under placement core its own r columns."""
+    """What each module of a group reads of ``x``: all of it, or under placement core its own r
+    columns.
+    """
     return torch.split(x, list(group.out_features), dim=-1) if core else [x] * len(group.modules)
 
 
@@ -26,8 +28,12 @@ def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
 
 
 def as_factors(handed_off: Tensor, group: Group, r: int, core: bool) -> list[list[Tensor]] | None:
-    """What `Adapter.handed_off` made flat, of each module: A (r, I) and B (O, r), or M (r, r); None: not of that size."""
-    shapes = [[(r, r)] if core else [(r, group.in_features), (out, r)] for out in group.out_features]
+    """What `Adapter.handed_off` made flat, of each module: A (r, I) and B (O, r), or M (r, r);
+    None: not of that size.
+    """
+    shapes = [
+        [(r, r)] if core else [(r, group.in_features), (out, r)] for out in group.out_features
+    ]
     sizes = [rows * columns for own in shapes for rows, columns in own]
     if handed_off.numel() != sum(sizes):
         return None

@@ -16,7 +16,9 @@ class FrameError(ValueError):
 
 
 def parse(message_type: Any, data: bytes) -> tuple[str, Any]:
-    """The kind of frame these bytes are, and its message. Raises FrameError for no frame, no known kind, unknown fields."""
+    """The kind of frame these bytes are, and its message. Raises FrameError for no frame, no known
+    kind, unknown fields.
+    """
     try:
         message = message_type.FromString(data)
     except DecodeError:
@@ -41,28 +43,37 @@ class FrameKind:
     service: str  # gRPC's name for it
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]  # raises FrameError
-    max_bytes: int  # of one frame; a longer one is refused by its announced length, before memory is taken
+    # of one frame; a longer one is refused by its announced length, before memory is taken
+    max_bytes: int
     frames_per_s: float = 1e9  # small ones of one member; more wait at its end
     frames_at_once: int = 1  # before that
 
     @property
     def as_bytes(self) -> FrameKind:
-        """The same for a link whose frames are bytes already: a `Channel` reads and writes them in threads of its own."""
+        """The same for a link whose frames are bytes already: a `Channel` reads and writes them in
+        threads of its own.
+        """
         return replace(self, encode=bytes, decode=bytes)
 
 
 class Link(Protocol):
-    """One connection with one neighbour, whose identity the wire has proved. A frame is what the network's kind says."""
+    """One connection with one neighbour, whose identity the wire has proved. A frame is what the
+    network's kind says.
+    """
 
     async def send(self, frame: Any) -> None:
-        """Hand a frame to the wire; waits while the other end is slow to take frames. Raises LinkDown."""
+        """Hand a frame to the wire; waits while the other end is slow to take frames. Raises
+        LinkDown.
+        """
 
     async def receive(self) -> Any:
         """The next frame, checked against the limits of its kind. Raises LinkDown at the end."""
 
 
 class Misbehaviour(ValueError):
-    """The other side said what nobody says who keeps the rules: its link is ended, nothing of it is used."""
+    """The other side said what nobody says who keeps the rules: its link is ended, nothing of it is
+    used.
+    """
 
 
 class ChannelDown(Exception):

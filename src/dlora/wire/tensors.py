@@ -15,7 +15,8 @@ from torch import Tensor
 
 Expected: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype, shape
 
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors' names
+# safetensors' names
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class MessageError(ValueError):
@@ -24,20 +25,26 @@ class MessageError(ValueError):
 
 def encode(tensors: Mapping[str, Tensor], wire: torch.dtype) -> bytes:
     """One message: header and payload of one participant's tensors in the wire's dtype."""
-    return save({name: tensor.detach().to("cpu", wire).contiguous() for name, tensor in tensors.items()})
+    return save(
+        {name: tensor.detach().to("cpu", wire).contiguous() for name, tensor in tensors.items()}
+    )
 
 
 def message_num_bytes(expected: Expected) -> int:
-    """The length that ``encode`` gives tensors of these dtypes and shapes; a message of another length is not one."""
+    """The length that ``encode`` gives tensors of these dtypes and shapes; a message of another
+    length is not one.
+    """
     header_bytes, payload_bytes = _sizes(expected)
     return 8 + header_bytes + payload_bytes
 
 
 def held(data: bytes | Path, known: Expected) -> Expected:
-    """Those of the ``known`` tensors that a message says it holds, for `decode_tensors` to check; made for messages that may
-    leave some out. Reads the header alone, and no more of it than one of all known tensors would have.
+    """Those of the ``known`` tensors that a message says it holds, for `decode_tensors` to check;
+    made for messages that may leave some out. Reads the header alone, and no more of it than one of
+    all known tensors would have.
 
-    Raises MessageError for a header that is longer, is none, or names anything else; OSError when the file cannot be opened.
+    Raises MessageError for a header that is longer, is none, or names anything else; OSError when
+    the file cannot be opened.
     """
     most = 8 + _sizes(known)[0]
     if isinstance(data, Path):
@@ -47,25 +54,34 @@ def held(data: bytes | Path, known: Expected) -> Expected:
         start = data[:most]
     header_bytes = int.from_bytes(start[:8], "little")
     if header_bytes > len(start) - 8:
-        raise MessageError(f"the header announces {header_bytes} bytes; it should be at most {most - 8}")
+        raise MessageError(
+            f"the header announces {header_bytes} bytes; it should be at most {most - 8}"
+        )
     header = _header(start[8 : 8 + header_bytes])
     if not isinstance(header, dict) or not header or not header.keys() <= known.keys():
         odd = sorted(set(header) - set(known))[:3] if isinstance(header, dict) else []
-        raise MessageError(f"the message does not hold known tensors: {', '.join(map(_short, odd)) or 'no names'}")
+        raise MessageError(
+            f"the message does not hold known tensors: {', '.join(map(_short, odd)) or 'no names'}"
+        )
     return {name: known[name] for name in known if name in header}
 
 
 def decode_tensors(data: bytes | Path, expected: Expected) -> dict[str, Tensor]:
-    """The tensors of a message, exactly those expected, in their order; a file is mapped, not read, and must stay as it is.
+    """The tensors of a message, exactly those expected, in their order; a file is mapped, not read,
+    and must stay as it is.
 
-    Raises MessageError, before any tensor is made, for another length, header, set of names, dtype, shape or place of a
-    tensor; then for a value that is not finite; OSError when the file cannot be opened.
+    Raises MessageError, before any tensor is made, for another length, header, set of names, dtype,
+    shape or place of a tensor; then for a value that is not finite; OSError when the file cannot be
+    opened.
     """
     num_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
     if num_bytes != message_num_bytes(expected):
-        raise MessageError(f"the message has {num_bytes} bytes; it should have {message_num_bytes(expected)}")
+        raise MessageError(
+            f"the message has {num_bytes} bytes; it should have {message_num_bytes(expected)}"
+        )
     if isinstance(data, bytes):
-        return _decode(bytearray(data), expected)  # a copy, because a tensor's memory must be writable
+        # a copy, because a tensor's memory must be writable
+        return _decode(bytearray(data), expected)
     with data.open("rb") as file:
         return _decode(mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY), expected)
 
@@ -73,11 +89,16 @@ def decode_tensors(data: bytes | Path, expected: Expected) -> dict[str, Tensor]:
 def _decode(buffer: bytearray | mmap.mmap, expected: Expected) -> dict[str, Tensor]:
     header_bytes, _ = _sizes(expected)
     if int.from_bytes(buffer[:8], "little") != header_bytes:
-        raise MessageError(f"the header announces {int.from_bytes(buffer[:8], 'little')} bytes; it should be {header_bytes}")
+        raise MessageError(
+            f"the header announces {int.from_bytes(buffer[:8], 'little')} bytes; it should be"
+            f" {header_bytes}"
+        )
     starts = _starts(_header(buffer[8 : 8 + header_bytes]), expected)
     tensors = {}
     for name, (dtype, shape) in expected.items():
-        tensor = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=8 + header_bytes + starts[name])
+        tensor = torch.frombuffer(
+            buffer, dtype=dtype, count=math.prod(shape), offset=8 + header_bytes + starts[name]
+        )
         if not tensor.isfinite().all():
             raise MessageError(f"{name} holds a value that is not finite")
         tensors[name] = tensor.view(shape)
@@ -94,21 +115,30 @@ def _header(text: bytes | bytearray) -> object:
 
 
 def _starts(header: object, expected: Expected) -> dict[str, int]:
-    """Where in the payload each tensor begins; the payload's length is already known to be right."""
+    """Where in the payload each tensor begins; the payload's length is already known to be
+    right.
+    """
     if not isinstance(header, dict) or header.keys() != expected.keys():
         odd = sorted(set(header) ^ set(expected))[:3] if isinstance(header, dict) else []
         raise MessageError(
-            f"the message does not hold exactly the expected tensors: {', '.join(map(_short, odd)) or 'no names'}"
+            "the message does not hold exactly the expected tensors:"
+            f" {', '.join(map(_short, odd)) or 'no names'}"
         )
     starts: dict[str, int] = {}
     for name, (dtype, shape) in expected.items():
         entry, size = header[name], math.prod(shape) * dtype.itemsize
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-            raise MessageError(f"{name}: its header has other keys than dtype, shape and data_offsets")
+            raise MessageError(
+                f"{name}: its header has other keys than dtype, shape and data_offsets"
+            )
         if entry["dtype"] != _DTYPES[dtype]:
-            raise MessageError(f"{name}: dtype {_short(entry['dtype'])}; it should be {_DTYPES[dtype]}")
+            raise MessageError(
+                f"{name}: dtype {_short(entry['dtype'])}; it should be {_DTYPES[dtype]}"
+            )
         if not _is_list(entry["shape"]) or entry["shape"] != list(shape):
-            raise MessageError(f"{name}: shape {_short(entry['shape'])}; it should be {list(shape)}")
+            raise MessageError(
+                f"{name}: shape {_short(entry['shape'])}; it should be {list(shape)}"
+            )
         offsets = entry["data_offsets"]
         if not _is_list(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != size:
             raise MessageError(f"{name}: data_offsets {_short(offsets)} do not hold {size} bytes")
@@ -116,13 +146,17 @@ def _starts(header: object, expected: Expected) -> dict[str, int]:
     end = 0
     for name in sorted(starts, key=lambda name: starts[name]):
         if starts[name] != end:
-            raise MessageError(f"{name}: its data begin at byte {_short(starts[name])}; they should begin at {end}")
+            raise MessageError(
+                f"{name}: its data begin at byte {_short(starts[name])}; they should begin at {end}"
+            )
         end += math.prod(expected[name][1]) * expected[name][0].itemsize
     return starts
 
 
 def _sizes(expected: Expected) -> tuple[int, int]:
-    """Bytes of header and payload: safetensors puts wider dtypes first, then goes by name, and pads the header to 8 bytes."""
+    """Bytes of header and payload: safetensors puts wider dtypes first, then goes by name, and pads
+    the header to 8 bytes.
+    """
     header, end = {}, 0
     for name in sorted(expected, key=lambda name: (-expected[name][0].itemsize, name)):
         dtype, shape = expected[name]

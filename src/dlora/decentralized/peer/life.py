@@ -23,7 +23,8 @@ from dlora.errors import NeighbourError, RunError
 from dlora.lora.factors import Factors
 
 PARTING_S = 2.0  # for a neighbour in another run to read why this peer goes
-FASTER = 10  # times as many rounds as this peer would have done alone, the others may have done meanwhile
+# times as many rounds as this peer would have done alone, the others may have done meanwhile
+FASTER = 10
 
 
 @dataclass
@@ -32,21 +33,26 @@ class Progress:
 
     rounds_done: int = 0
     position: int = 0  # of the ledger: the entries up to here are in the factors
-    since_round: int = 0  # the round to which the peer last caught up; differences of earlier ones are moot
-    mixed_at: float = 0.0  # when it last finished a round in which it mixed an edge, by its own clock; 0: not known
+    # the round to which the peer last caught up; differences of earlier ones are moot
+    since_round: int = 0
+    # when it last finished a round in which it mixed an edge, by its own clock; 0: not known
+    mixed_at: float = 0.0
     round_s: float = 0.0  # its fastest round; 0: not known
-    spread: dict[str, float] = field(default_factory=dict)  # tensor's name -> how far neighbours were (`spread`)
+    # tensor's name -> how far neighbours were (`spread`)
+    spread: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class PeerGossip:
-    """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends committed.
+    """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends
+    committed.
 
-    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round, names)``, which returns the
-    names of what took part and so is to be sent; ``standing``, the function that the average is taken of (the factors without
-    what a schedule has dropped); ``encode`` and ``decode`` (tensors <-> a message of that name); ``commit`` (factors,
-    optimiser and progress to disk, all or nothing); ``skip``, which hears how many rounds were passed over; and ``clock``, in
-    seconds, which goes on while this program does not run.
+    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round,
+    names)``, which returns the names of what took part and so is to be sent; ``standing``, the
+    function that the average is taken of (the factors without what a schedule has dropped);
+    ``encode`` and ``decode`` (tensors <-> a message of that name); ``commit`` (factors, optimiser
+    and progress to disk, all or nothing); ``skip``, which hears how many rounds were passed over;
+    and ``clock``, in seconds, which goes on while this program does not run.
     """
 
     name: str
@@ -72,13 +78,23 @@ class PeerGossip:
         return self.topology.names.index(self.name)
 
     async def run(self) -> tuple[Factors, int]:
-        """All rounds that are left, then the average of all peers ((1, ...) each) and how many of them are in it."""
+        """All rounds that are left, then the average of all peers ((1, ...) each) and how many of
+        them are in it.
+        """
         first, self.exchange.since = self.progress.rounds_done == 0, self.progress.since_round
         if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
             self.ledger.forget_reduction()  # who was missing then may be here now
         self.exchange.enter(self.progress.rounds_done)
-        await self.exchange.greeted(self.exchange.patience.round_limit_s if first else self.exchange.patience.silence_s / BEATS)
-        refused = [neighbour.refused for neighbour in self.exchange.neighbours.values() if neighbour.refused]
+        await self.exchange.greeted(
+            self.exchange.patience.round_limit_s
+            if first
+            else self.exchange.patience.silence_s / BEATS
+        )
+        refused = [
+            neighbour.refused
+            for neighbour in self.exchange.neighbours.values()
+            if neighbour.refused
+        ]
         if first and refused:
             await asyncio.sleep(PARTING_S)
             raise NeighbourError(refused[0])
@@ -101,14 +117,21 @@ class PeerGossip:
 
     def _has_average_of_all(self) -> bool:
         own = self.ledger.own("average")
-        return own is not None and self.decode("average", own.path)["num_peers"].item() == self.topology.num_peers
+        return (
+            own is not None
+            and self.decode("average", own.path)["num_peers"].item() == self.topology.num_peers
+        )
 
     async def _round(self) -> None:
         """Algorithm 1 at one peer."""
         number, began_at = self.progress.rounds_done, self.clock()
         self.exchange.enter(number)
         names = await self.train(number, trained(self.factors, self.rule, number))
-        sent = {name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number) and name in names}
+        sent = {
+            name: tensor
+            for name, tensor in self.factors.items()
+            if self.rule.sends(name, number) and name in names
+        }
         message = round_message(number)
         content = self.encode(message, sent)
         kept = self.ledger.keep(message, content)
@@ -116,13 +139,17 @@ class PeerGossip:
             self.decode(message, kept.path)
         except ValueError as error:
             if kept.num_bytes != len(content):
-                raise RunError(f"{kept.path} is not what was kept there ({error}); restore it from a copy") from error
+                raise RunError(
+                    f"{kept.path} is not what was kept there ({error}); restore it from a copy"
+                ) from error
             raise RunError(
-                f"the factors of {self.name} cannot be sent in round {number}: {error}; lower train.learning_rate and start"
-                " anew in another output_dir"
+                f"the factors of {self.name} cannot be sent in round {number}: {error}; lower"
+                " train.learning_rate and start anew in another output_dir"
             ) from error
         older = self.progress.position  # of the commit before this round's, which stays beside it
-        await self.exchange.mix_round(self.topology.names[other] for other in self.topology.neighbours(self.index, number))
+        await self.exchange.mix_round(
+            self.topology.names[other] for other in self.topology.neighbours(self.index, number)
+        )
         self.progress.spread = faded(self.progress.spread)
         mixed, now = self._mix(), self.clock()
         self.progress.rounds_done = number + 1
@@ -134,13 +161,15 @@ class PeerGossip:
         self.ledger.clean(number, older)
 
     def _mix(self) -> int:
-        """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix: this round's, and doubts now settled.
+        """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix: this round's,
+        and doubts now settled.
 
         Returns how many there were.
         """
         position, mixed = self.ledger.position, 0
         names = self.topology.names
-        # In one order, whoever came first: sums of floats depend on it, and AdamW makes much of the last bit.
+        # In one order, whoever came first: sums of floats depend on it, and AdamW makes much of the
+        # last bit.
         dues = self.ledger.due(self.progress.position, self.progress.since_round)
         for due in sorted(dues, key=lambda due: (due.round, names.index(due.neighbour))):
             weight = self.topology.mixing(due.round)[self.index, names.index(due.neighbour)]
@@ -153,12 +182,14 @@ class PeerGossip:
         return mixed
 
     async def _catch_up(self) -> None:
-        """Far behind the neighbours: take the median of what they last sent, and go on from their round.
+        """Far behind the neighbours: take the median of what they last sent, and go on from their
+        round.
 
-        It takes more than half of all neighbours, those that are away counted too, and no jump beyond what this peer's clock
-        allows. With a single neighbour that one is more than half: the clock alone bounds what it can make this peer skip.
-        The mean over peers is not kept here; what this peer learnt since it left is given up, save in units that none of
-        those messages holds: killed there, they stay as they are here.
+        It takes more than half of all neighbours, those that are away counted too, and no jump
+        beyond what this peer's clock allows. With a single neighbour that one is more than half:
+        the clock alone bounds what it can make this peer skip. The mean over peers is not kept
+        here; what this peer learnt since it left is given up, save in units that none of those
+        messages holds: killed there, they stay as they are here.
         """
         neighbours = self.exchange.neighbours.values()
         needed, was, most = len(neighbours) // 2 + 1, self.progress.rounds_done, self._most_missed()
@@ -168,15 +199,27 @@ class PeerGossip:
             if jump > self.catch_up_after and jump <= most:
                 ahead[neighbour.name] = neighbour.offers["round"].name
             elif jump > self.catch_up_after:
-                reason = f"it says it is {jump} rounds ahead; by this peer's clock at most {most:.0f} can have been missed"
+                reason = (
+                    f"it says it is {jump} rounds ahead; by this peer's clock at most {most:.0f}"
+                    " can have been missed"
+                )
                 self.exchange.disbelieve(neighbour.name, reason)
         if len(ahead) < needed:
             for name in ahead:  # one neighbour that is ahead, or says so, is not the run
-                reason = f"{len(ahead)} of {len(neighbours)} neighbours say they are ahead, and {needed} are needed"
+                reason = (
+                    f"{len(ahead)} of {len(neighbours)} neighbours say they are ahead, and {needed}"
+                    " are needed"
+                )
                 self.exchange.disbelieve(name, reason)
             return
-        paths = await asyncio.gather(*(self.exchange.fetch(name, message) for name, message in ahead.items()))
-        states = [(message, path) for message, path in zip(ahead.values(), paths, strict=True) if path is not None]
+        paths = await asyncio.gather(
+            *(self.exchange.fetch(name, message) for name, message in ahead.items())
+        )
+        states = [
+            (message, path)
+            for message, path in zip(ahead.values(), paths, strict=True)
+            if path is not None
+        ]
         if len(states) < needed:
             return
         taken = [self.decode(message, path) for message, path in states]
@@ -187,7 +230,11 @@ class PeerGossip:
         rounds = sorted(round_of(message) or 0 for message, _ in states)
         now = rounds[(len(rounds) - 1) // 2]
         self.skip(now - was)
-        self.progress.rounds_done, self.progress.position, self.progress.since_round = now, self.ledger.position, now
+        self.progress.rounds_done, self.progress.position, self.progress.since_round = (
+            now,
+            self.ledger.position,
+            now,
+        )
         self.commit(self.progress)
         self.exchange.since = now
         self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
@@ -200,9 +247,10 @@ class PeerGossip:
     def _most_missed(self) -> float:
         """How many rounds the others can have done since this peer last mixed with one of them.
 
-        They wait for a peer that is there, so none can be far ahead of one that mixes. While it is away they go at their own
-        pace: ``FASTER`` times its fastest round is allowed. A peer that has done no round here knows no pace; it believes more
-        than half of several neighbours, and a single one not before it has done a round.
+        They wait for a peer that is there, so none can be far ahead of one that mixes. While it is
+        away they go at their own pace: ``FASTER`` times its fastest round is allowed. A peer that
+        has done no round here knows no pace; it believes more than half of several neighbours, and
+        a single one not before it has done a round.
         """
         progress = self.progress
         if not progress.round_s:
@@ -210,29 +258,47 @@ class PeerGossip:
         return FASTER * max(0.0, self.clock() - progress.mixed_at) // progress.round_s
 
     async def _reduce(self) -> tuple[Factors, int]:
-        """The exact average of all peers over a tree of neighbours: sums go up to the first peer, the average comes down.
+        """The exact average of all peers over a tree of neighbours: sums go up to the first peer,
+        the average comes down.
 
-        2 (n - 1) messages in all, in float32, on the CPU. What cannot be reached is left out: below a peer that is gone each
-        branch has the average of its own. So is a sum that counts more peers than there are below, or that overflows. A sum or
-        an average that is far from all that this peer has seen is taken, and its sender named. Every neighbour is told the
-        average's hash.
+        2 (n - 1) messages in all, in float32, on the CPU. What cannot be reached is left out: below
+        a peer that is gone each branch has the average of its own. So is a sum that counts more
+        peers than there are below, or that overflows. A sum or an average that is far from all that
+        this peer has seen is taken, and its sender named. Every neighbour is told the average's
+        hash.
         """
         parent, children = self.topology.tree(self.index)
         names = self.topology.names
-        paths = await asyncio.gather(*(self.exchange.fetch(names[child], "sum") for child in children))
-        total = {name: tensor.cpu() for name, tensor in self.standing().items()} | {"num_peers": torch.ones(1, 1)}
+        paths = await asyncio.gather(
+            *(self.exchange.fetch(names[child], "sum") for child in children)
+        )
+        total = {name: tensor.cpu() for name, tensor in self.standing().items()} | {
+            "num_peers": torch.ones(1, 1)
+        }
         for (child, num_below), path in zip(children.items(), paths, strict=True):
             if path is None:
                 continue
             part = self.decode("sum", path)
             joined = {name: tensor + part[name] for name, tensor in total.items()}
-            if part["num_peers"].item() > num_below or not all(tensor.isfinite().all() for tensor in joined.values()):
-                self.exchange.report("left-out", neighbour=names[child], reason=f"its sum is not that of {num_below} peers")
+            if part["num_peers"].item() > num_below or not all(
+                tensor.isfinite().all() for tensor in joined.values()
+            ):
+                self.exchange.report(
+                    "left-out",
+                    neighbour=names[child],
+                    reason=f"its sum is not that of {num_below} peers",
+                )
                 continue
-            self._judge(names[child], "sum", {name: tensor / part["num_peers"].item() for name, tensor in part.items()})
+            self._judge(
+                names[child],
+                "sum",
+                {name: tensor / part["num_peers"].item() for name, tensor in part.items()},
+            )
             total = joined
         num_peers = round(total["num_peers"].item())
-        average = {name: tensor / num_peers for name, tensor in total.items()} | {"num_peers": total["num_peers"]}
+        average = {name: tensor / num_peers for name, tensor in total.items()} | {
+            "num_peers": total["num_peers"]
+        }
         if parent is not None:
             self.ledger.keep("sum", self.encode("sum", total))
             self.exchange.offer([names[parent]], "sum")
@@ -251,7 +317,10 @@ class PeerGossip:
         own = {name: tensor.cpu() for name, tensor in self.standing().items()}
         far = too_far(self.progress.spread, self.topology.num_peers, own, mean)
         if far:
-            reason = f"it is far from all that this peer has seen, in {len(far)} of {len(own)} tensors, such as {far[0]}"
+            reason = (
+                f"it is far from all that this peer has seen, in {len(far)} of {len(own)} tensors,"
+                f" such as {far[0]}"
+            )
             self.exchange.report("doubtful", neighbour=sender, message=message, reason=reason)
 
 

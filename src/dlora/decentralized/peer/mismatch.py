@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# What follows from the rest of a manifest, and so is looked at last; what to do where it differs all the same.
+# What follows from the rest of a manifest, and so is looked at last; what to do where it differs
+# all the same.
 _FOLLOW = {
-    "frame": "an SVD differs from machine to machine: let one make the file that lora.frame names, and hand it round",
+    "frame": (
+        "an SVD differs from machine to machine: let one make the file that lora.frame names, and"
+        " hand it round"
+    ),
     "initial_factors": "make them alike",
 }
 
@@ -26,10 +30,17 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
         if own.get(key) != other.get(key):
             name = key if key in own else json.dumps(key)[:80]
             where, *values = _leaf(name, own.get(key), other.get(key))
-            mine, theirs = (json.dumps(value)[:200] for value in values)  # ASCII: it goes to a terminal
+            # ASCII: it goes to a terminal
+            mine, theirs = (json.dumps(value)[:200] for value in values)
             remedy = _FOLLOW.get(key, "make them alike")
-            return f"{there} is in another run: {where} is {mine} at {here} and {theirs} at {there}; {remedy}"
-    return f"{there} is in another run, though the manifests read alike; the versions of dlora may differ"
+            return (
+                f"{there} is in another run: {where} is {mine} at {here} and {theirs} at {there};"
+                f" {remedy}"
+            )
+    return (
+        f"{there} is in another run, though the manifests read alike; the versions of dlora may"
+        " differ"
+    )
 
 
 def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
@@ -39,7 +50,10 @@ def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
             if mine[key] != theirs.get(key):
                 return _leaf(f"{name}.{key}", mine[key], theirs.get(key))
     if isinstance(mine, list) and isinstance(theirs, list):
-        only = [value for value in mine if value not in theirs], [value for value in theirs if value not in mine]
+        only = (
+            [value for value in mine if value not in theirs],
+            [value for value in theirs if value not in mine],
+        )
         if any(only):
             return f"{name} (where they differ)", *only
     return name, mine, theirs

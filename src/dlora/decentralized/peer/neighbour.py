@@ -1,4 +1,6 @@
-"""One neighbour as it is now: its link, what is to be said to it, and the message that is coming from it."""
+"""One neighbour as it is now: its link, what is to be said to it, and the message that is coming
+from it.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +28,20 @@ class Neighbour:
     stalls: int = 0  # rounds in a row in which it was there and delivered nothing
     disbelieved: bool = False  # on this link: it says that it is far ahead
     refused: str | None = None  # why it is not in this run
-    offers: dict[str, Offer] = field(default_factory=dict)  # its latest round's, and any others by name
+    # its latest round's, and any others by name
+    offers: dict[str, Offer] = field(default_factory=dict)
     ledger: str = ""  # of the folder that it runs from, as it said on this link
-    promised: dict[int, bytes] = field(default_factory=dict)  # rounds whose message of ours it holds -> its signature
-    implausible: dict[str, str] = field(default_factory=dict)  # messages of it that are not taken, and why
+    # rounds whose message of ours it holds -> its signature
+    promised: dict[int, bytes] = field(default_factory=dict)
+    # messages of it that are not taken, and why
+    implausible: dict[str, str] = field(default_factory=dict)
     incoming: Offer | None = None  # being fetched on this link
     stored_at: float = float("-inf")  # loop time of the last chunk of it
     queue: deque[Frame] = field(default_factory=deque)  # to be said on this link
     outgoing: tuple[str, int] | None = None  # our message it wants, and from which byte on
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    all_said: asyncio.Event = field(default_factory=asyncio.Event)  # the wire has taken what was queued
+    # the wire has taken what was queued
+    all_said: asyncio.Event = field(default_factory=asyncio.Event)
 
     def linked(self, link: Link) -> None:
         """A new link: what was under way on the last one starts again from what is on disk."""
@@ -46,14 +52,21 @@ class Neighbour:
         self.promised.clear()
 
     def say(self, frame: Frame) -> None:
-        """Queue a frame; without a link it is lost, and said again on the next where that matters."""
-        if self.link is not None and frame not in self.queue:  # so that who asks again and again fills no memory
+        """Queue a frame; without a link it is lost, and said again on the next where that
+        matters.
+        """
+        # so that who asks again and again fills no memory
+        if self.link is not None and frame not in self.queue:
             self.queue.append(frame)
             self.wake.set()
             self.all_said.clear()
 
-    async def write(self, link: Link, ledger: Ledger, round: Callable[[], int], beat_s: float) -> None:
-        """Send what is queued, then what is wanted, chunk by chunk; with neither, every ``beat_s``, the round we are in."""
+    async def write(
+        self, link: Link, ledger: Ledger, round: Callable[[], int], beat_s: float
+    ) -> None:
+        """Send what is queued, then what is wanted, chunk by chunk; with neither, every ``beat_s``,
+        the round we are in.
+        """
         queue = self.queue  # of this link; the next has another
         while True:
             if queue:
@@ -91,10 +104,14 @@ class Neighbour:
             partial.unlink()
         self.say(Want(offer.name, have))
 
-    def store(self, chunk: Chunk, ledger: Ledger, check: Callable[[str, str, Path], object]) -> bool:
-        """Append to the message that is coming; once it is whole, check it. Returns whether one has arrived.
+    def store(
+        self, chunk: Chunk, ledger: Ledger, check: Callable[[str, str, Path], object]
+    ) -> bool:
+        """Append to the message that is coming; once it is whole, check it. Returns whether one has
+        arrived.
 
-        Raises Misbehaviour for what no peer sends, Implausible for a message that ``check`` does not believe.
+        Raises Misbehaviour for what no peer sends, Implausible for a message that ``check`` does
+        not believe.
         """
         offer, name = self.incoming, chunk.name
         if offer is None or offer.name != name:
@@ -102,7 +119,10 @@ class Neighbour:
         partial = ledger.partial(self.name, name, offer.sha256)
         have = partial.stat().st_size if partial.exists() else 0
         if chunk.offset != have or have + len(chunk.data) > offer.num_bytes:
-            raise Misbehaviour(f"it sent bytes from {chunk.offset} of {name}, expected from {have} of {offer.num_bytes}")
+            raise Misbehaviour(
+                f"it sent bytes from {chunk.offset} of {name}, expected from {have} of"
+                f" {offer.num_bytes}"
+            )
         with open(partial, "ab") as file:
             file.write(chunk.data)
         self.stored_at = asyncio.get_running_loop().time()

@@ -1,9 +1,11 @@
 """How long a peer waits for a neighbour, and what ends a wait; time is the event loop's.
 
-- A neighbour that was silent for ``silence_s`` is not waited for until it links again. Anything that comes counts as news, and
-  a peer says where it is while it trains. After ``round_limit_s`` a wait ends whatever still comes.
-- Who delivered nothing in ``STALLS`` rounds of waiting is waited for ``silence_s``, until an edge with it is mixed again. It
-  gets a whole ``round_limit_s`` once more after 4, 8, 16, ... such rounds, should it only be slow.
+- A neighbour that was silent for ``silence_s`` is not waited for until it links again. Anything
+  that comes counts as news, and a peer says where it is while it trains. After ``round_limit_s`` a
+  wait ends whatever still comes.
+- Who delivered nothing in ``STALLS`` rounds of waiting is waited for ``silence_s``, until an edge
+  with it is mixed again. It gets a whole ``round_limit_s`` once more after 4, 8, 16, ... such
+  rounds, should it only be slow.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class Waits:
         self.patience = patience
         self._changed = asyncio.Event()
 
-    async def until(self, other: Neighbour, done: Callable[[], bool], started_at: float) -> str | None:
+    async def until(
+        self, other: Neighbour, done: Callable[[], bool], started_at: float
+    ) -> str | None:
         """Wait for ``done``; else say why the wait ended."""
         loop = asyncio.get_running_loop()
         short = other.stalls >= STALLS and other.stalls & (other.stalls - 1) != 0
@@ -50,7 +54,9 @@ class Waits:
                 other.away = True
                 return f"nothing came for {self.patience.silence_s:g} s"
             if loop.time() >= limit_at:
-                return f"the round has waited {limit_s:g} s" + (f", after {other.stalls} in vain" if short else "")
+                return f"the round has waited {limit_s:g} s" + (
+                    f", after {other.stalls} in vain" if short else ""
+                )
             await self.change(min(silent_at, limit_at))
         return None
 

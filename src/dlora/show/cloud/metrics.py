@@ -9,7 +9,14 @@ from types import TracebackType
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, make_wsgi_app
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    make_wsgi_app,
+)
 
 from dlora.events.log import Event
 
@@ -47,27 +54,53 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 
 class CloudMetrics:
-    """A listener of the cloud's events; serves what it heard on ``host``:``port`` while it is entered, port 0: any free one."""
+    """A listener of the cloud's events; serves what it heard on ``host``:``port`` while it is
+    entered, port 0: any free one.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self.host, self.port = host, port
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each of ours, of no use here
         self.registry = registry = CollectorRegistry()
         device = ["device"]
-        self._linked = Gauge("dlora_devices_linked", "Devices that are linked now", registry=registry)
-        self._parts = Gauge("dlora_parts_in_flight", "Micro-batches in the cloud now", device, registry=registry)
-        self._tokens_here = Gauge("dlora_tokens_in_flight", "Tokens in the cloud now", device, registry=registry)
-        self._tokens = Counter("dlora_tokens", "Tokens that went through the body", device, registry=registry)
-        self._steps = Counter("dlora_steps", "Micro-batches whose backward is done", device, registry=registry)
-        self._sent = Counter("dlora_sent_bytes", "Serialised frames, down", device, registry=registry)
-        self._received = Counter("dlora_received_bytes", "Serialised frames, up", device, registry=registry)
-        self._waited = Counter(
-            "dlora_waited_seconds", "Time of micro-batches for the device's answers", device, registry=registry
+        self._linked = Gauge(
+            "dlora_devices_linked", "Devices that are linked now", registry=registry
         )
-        self._failures = Counter("dlora_failures", "Micro-batches given up", [*device, "why"], registry=registry)
-        self._refused = Counter("dlora_refused_links", "Links refused or ended for what was sent", registry=registry)
+        self._parts = Gauge(
+            "dlora_parts_in_flight", "Micro-batches in the cloud now", device, registry=registry
+        )
+        self._tokens_here = Gauge(
+            "dlora_tokens_in_flight", "Tokens in the cloud now", device, registry=registry
+        )
+        self._tokens = Counter(
+            "dlora_tokens", "Tokens that went through the body", device, registry=registry
+        )
+        self._steps = Counter(
+            "dlora_steps", "Micro-batches whose backward is done", device, registry=registry
+        )
+        self._sent = Counter(
+            "dlora_sent_bytes", "Serialised frames, down", device, registry=registry
+        )
+        self._received = Counter(
+            "dlora_received_bytes", "Serialised frames, up", device, registry=registry
+        )
+        self._waited = Counter(
+            "dlora_waited_seconds",
+            "Time of micro-batches for the device's answers",
+            device,
+            registry=registry,
+        )
+        self._failures = Counter(
+            "dlora_failures", "Micro-batches given up", [*device, "why"], registry=registry
+        )
+        self._refused = Counter(
+            "dlora_refused_links", "Links refused or ended for what was sent", registry=registry
+        )
         self._step_s = Histogram(
-            "dlora_step_seconds", "A micro-batch, there and back", registry=registry, buckets=STEP_BUCKETS_S
+            "dlora_step_seconds",
+            "A micro-batch, there and back",
+            registry=registry,
+            buckets=STEP_BUCKETS_S,
         )
         self._so_far: dict[tuple[str, str], int] = {}  # (device, way) -> bytes counted
 
@@ -84,7 +117,10 @@ class CloudMetrics:
             case "load":
                 self._parts.labels(device).set(event["parts"])
                 self._tokens_here.labels(device).set(event["tokens"])
-                for way, counter in (("sent_bytes", self._sent), ("received_bytes", self._received)):
+                for way, counter in (
+                    ("sent_bytes", self._sent),
+                    ("received_bytes", self._received),
+                ):
                     counter.labels(device).inc(event[way] - self._so_far.get((device, way), 0))
                     self._so_far[device, way] = event[way]
             case "part":
@@ -99,17 +135,26 @@ class CloudMetrics:
                 self._refused.inc()
 
     def __enter__(self) -> CloudMetrics:
-        family, _, _, _, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, place = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[
+            0
+        ]
         room = threading.Semaphore(MAX_READERS)
         server = type("Server", (_Server,), {"address_family": family, "_room": room})
         app = make_wsgi_app(self.registry)
         self._server: WSGIServer = make_server(str(place[0]), self.port, app, server, _Reader)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, name="metrics", daemon=True
+        )
         self._thread.start()
         self.port = self._server.server_port
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

@@ -20,10 +20,12 @@ REFRESHES_A_SECOND = 4
 
 
 class CloudView:
-    """A listener of the cloud's events: a table of the devices that are linked, and what went wrong last.
+    """A listener of the cloud's events: a table of the devices that are linked, and what went wrong
+    last.
 
-    Draws on standard error. Where that is no terminal, a line says that the cloud serves, who comes and goes, and what went
-    wrong, for the log of a service; with ``quiet`` none does. A context manager.
+    Draws on standard error. Where that is no terminal, a line says that the cloud serves, who comes
+    and goes, and what went wrong, for the log of a service; with ``quiet`` none does. A context
+    manager.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
@@ -46,12 +48,18 @@ class CloudView:
         if event["event"] == "serving":
             self._waiting = None
         text = _said(event)
-        if text is not None and not self._quiet and (event["event"] == "serving" or not self._console.is_terminal):
+        if (
+            text is not None
+            and not self._quiet
+            and (event["event"] == "serving" or not self._console.is_terminal)
+        ):
             self._console.print(Text(text), soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line of its own, above the table where there is one."""
-        self._console.print(Text(f"\n{text}" if self._console.is_terminal else text), soft_wrap=True)
+        self._console.print(
+            Text(f"\n{text}" if self._console.is_terminal else text), soft_wrap=True
+        )
 
     def close(self) -> None:
         """Take the table away."""
@@ -64,18 +72,27 @@ class CloudView:
             self._console.print(Text(f"{datetime.now():%H:%M:%S} {STARTING}"), soft_wrap=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _drawn(self) -> Group:
         if self._waiting is not None:
             return Group(self._waiting)
-        table = Table("device", "here since", "wire", "tokens", "down", "up", "a step", "now", box=None)
+        table = Table(
+            "device", "here since", "wire", "tokens", "down", "up", "a step", "now", box=None
+        )
         for name, served in sorted(self._record.devices.copy().items()):
             if served.since is not None:
                 table.add_row(*map(Text, (name, *_cells(served))))
         news = [Text(f"{_clock(time)} {text}", style="dim") for time, text in [*self._record.news]]
-        return Group(*([table] if table.row_count else [Text("no device is here", style="dim")]), *news)
+        return Group(
+            *([table] if table.row_count else [Text("no device is here", style="dim")]), *news
+        )
 
 
 def _said(event: Event) -> str | None:
@@ -84,7 +101,10 @@ def _said(event: Event) -> str | None:
         case "serving":
             metrics = f"; metrics on {event['metrics']}" if event["metrics"] else ""
             place, devices = event["listen"], event["federation"]
-            return f"serving {event['model']} on {place} for devices of {devices}{metrics}; Ctrl-C stops"
+            return (
+                f"serving {event['model']} on {place} for devices of {devices}{metrics}; Ctrl-C"
+                " stops"
+            )
         case "linked" | "closed" as what:
             return f"{event['device']} {'is here' if what == 'linked' else 'has gone'}"
         case "refused":
@@ -106,7 +126,11 @@ def _cells(served: Served) -> tuple[str, ...]:
         bytes_text(served.sent_bytes),
         bytes_text(served.received_bytes),
         _mean(served.step_s / served.steps) if served.steps else "–",
-        f"{served.parts_here} part{'s' if served.parts_here > 1 else ''}" if served.parts_here else "idle",
+        (
+            f"{served.parts_here} part{'s' if served.parts_here > 1 else ''}"
+            if served.parts_here
+            else "idle"
+        ),
     )
 
 

@@ -12,7 +12,8 @@ from dlora.events.log import Event
 from dlora.events.record import RunRecord
 from dlora.show.words import NBSP, bytes_text, error_text, percent_text, score_text, seconds_text
 
-_LOOKS = {DEC_LORA: (0, 0), DLORA: (0, 0), POOLED: (1, 1), LOCAL: (7, 2), FEDAVG: (2, 3)}  # colour and dashes
+# colour and dashes
+_LOOKS = {DEC_LORA: (0, 0), DLORA: (0, 0), POOLED: (1, 1), LOCAL: (7, 2), FEDAVG: (2, 3)}
 _GRAPHS = {
     "complete": "on a complete graph",
     "erdos-renyi": "on a random graph",
@@ -39,12 +40,25 @@ class Traffic:
 class Page:
     """What the template asks for, beside the pictures; all of it is escaped there."""
 
-    def __init__(self, config: Mapping[str, Any], start: Event, runs: list[RunRecord], summary: Mapping[str, Any]) -> None:
-        self.config, self.start, self.runs, self.summary, self.finished = config, start, runs, summary, bool(summary)
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        start: Event,
+        runs: list[RunRecord],
+        summary: Mapping[str, Any],
+    ) -> None:
+        self.config, self.start, self.runs, self.summary, self.finished = (
+            config,
+            start,
+            runs,
+            summary,
+            bool(summary),
+        )
         self.main = next((run for run in runs if run.arm is DEC_LORA), runs[0])
         self.names = [peer["name"] for peer in start["peers"]]
         self.split: Mapping[str, Any] = start.get("split") or {}
-        self.device = self.names[0] if self.main.arm is DLORA else None  # alone with its cloud: no peers, no graph
+        # alone with its cloud: no peers, no graph
+        self.device = self.names[0] if self.main.arm is DLORA else None
         self.one = self.alone and len(runs) == 1  # nobody to average or to compare with
         every = [event.get("consensus") or {} for run in runs for event in run.scores.values()]
         # Perplexity is the loss in words a reader knows; a task with options is judged by accuracy.
@@ -58,7 +72,11 @@ class Page:
         if self.device is not None:
             return f"{self.device} with its frozen model in the cloud {self.split.get('cloud')}"
         if self.alone:
-            return "One participant with its frozen model in a cloud" if self.split else "One participant"
+            return (
+                "One participant with its frozen model in a cloud"
+                if self.split
+                else "One participant"
+            )
         peers = f"{len(self.names)} peers {_GRAPHS.get(self.topology, f'on a {self.topology}')}"
         return f"{peers} with their frozen model in a cloud" if self.split else peers
 
@@ -84,9 +102,21 @@ class Page:
         if reached is None:
             return f"{self.title} started; nothing is scored yet."
         under_way = not self.finished and self.main.rounds_done < self.main.rounds
-        so_far = f"So far, after {self.main.rounds_done} of {self.main.rounds} rounds: " if under_way else ""
-        figure = f"{self.score(reached)} accuracy" if self.key == "accuracy" else f"a {self.key} of {self.score(reached)}"
-        who = self.title.replace("One participant", "one participant") if so_far and self.device is None else self.title
+        so_far = (
+            f"So far, after {self.main.rounds_done} of {self.main.rounds} rounds: "
+            if under_way
+            else ""
+        )
+        figure = (
+            f"{self.score(reached)} accuracy"
+            if self.key == "accuracy"
+            else f"a {self.key} of {self.score(reached)}"
+        )
+        who = (
+            self.title.replace("One participant", "one participant")
+            if so_far and self.device is None
+            else self.title
+        )
         parts = [f"{so_far}{who} reached {figure}" + ("" if self.alone else " together")]
         averaged = self.main.summary.get("consensus_peers", len(self.names))
         if averaged < len(self.names):
@@ -101,7 +131,11 @@ class Page:
         """The few numbers to remember: (number, what it is)."""
         together = self.final(self.main)
         whose = "the adapter" if self.one else "the averaged adapter"
-        cards = [(self.score(together), f"{self.key} of {whose}{self.judged}")] if together is not None else []
+        cards = (
+            [(self.score(together), f"{self.key} of {whose}{self.judged}")]
+            if together is not None
+            else []
+        )
         for arm in (LOCAL, POOLED):
             other = next((self.final(run) for run in self.others if run.arm is arm), None)
             if together is not None and other is not None:
@@ -115,8 +149,18 @@ class Page:
         cards += [(bytes_text(count), words) for count, words in moved if count is not None]
         if (spent := self.fractions) is not None:
             traffic, flops = (percent_text(1 - fraction) for fraction in spent)
-            cards.append((traffic, f"of the adapter's traffic saved by the schedule ({self.reckoned})"))
-            cards.append((flops, f"of the device's FLOPs for the adapter saved by the schedule ({self.reckoned})"))
+            cards.append(
+                (traffic, f"of the adapter's traffic saved by the schedule ({self.reckoned})")
+            )
+            cards.append(
+                (
+                    flops,
+                    (
+                        "of the device's FLOPs for the adapter saved by the schedule"
+                        f" ({self.reckoned})"
+                    ),
+                )
+            )
         return cards
 
     @property
@@ -128,24 +172,35 @@ class Page:
             for name, edge in edges.items()
             if edge["left_out"]
         ]
-        return [*self.start.get("warnings", []), *(self.main.summary.get("warnings") or []), *left_out]
+        return [
+            *self.start.get("warnings", []),
+            *(self.main.summary.get("warnings") or []),
+            *left_out,
+        ]
 
     @property
     def judged(self) -> str:
         """On how many rows of which file every score is; empty where the log does not say."""
         rows = ((self.start.get("data") or {}).get("eval") or {}).get("rows")
         source = (self.config.get("data") or {}).get("eval")
-        return (f" on {rows:,} rows" + (f" of {Path(source).name}" if isinstance(source, str) else "")) if rows else ""
+        return (
+            (f" on {rows:,} rows" + (f" of {Path(source).name}" if isinstance(source, str) else ""))
+            if rows
+            else ""
+        )
 
     @property
     def steps_done(self) -> int:
-        """Local steps of the first participant in the main run: in whole rounds, or up to the last change of who is active."""
+        """Local steps of the first participant in the main run: in whole rounds, or up to the last
+        change of who is active.
+        """
         whole = self.main.rounds_done * self.main.local_steps[0] if self.main.local_steps else 0
         return max(whole, self.main.activity.last_change)
 
     @property
     def fractions(self) -> tuple[float, float] | None:
-        """Adapter traffic and device FLOPs so far, of those with all units active; None without a schedule.
+        """Adapter traffic and device FLOPs so far, of those with all units active; None without a
+        schedule.
 
         The mean over the participants; of an unfinished run the first one's.
         """
@@ -153,12 +208,16 @@ class Page:
         if activity.first is None or not self.steps_done:
             return None
         reckoned, told = activity.fractions(activity.first, self.steps_done), self.main.summary
-        return told.get("adapter_fraction", reckoned[0]), told.get("device_flops_fraction", reckoned[1])
+        return told.get("adapter_fraction", reckoned[0]), told.get(
+            "device_flops_fraction", reckoned[1]
+        )
 
     @property
     def reckoned(self) -> str:
         """Where the figures of what was saved come from."""
-        return "by the cost model" + ("" if self.split else ": no wire was used, all was computed here")
+        return "by the cost model" + (
+            "" if self.split else ": no wire was used, all was computed here"
+        )
 
     @property
     def traffic(self) -> list[Traffic]:
@@ -167,32 +226,60 @@ class Page:
         between = Traffic(
             of="bytes_on_wire",
             column="Sent",
-            meaning=("and received, by this peer" if own else "by all peers together") + "; 1 MB is 1,000,000 bytes.",
-            card=("sent and received by this peer" if own else "sent by all peers together") + ": adapters, no rows of data",
+            meaning=("and received, by this peer" if own else "by all peers together")
+            + "; 1 MB is 1,000,000 bytes.",
+            card=("sent and received by this peer" if own else "sent by all peers together")
+            + ": adapters, no rows of data",
             axis="sent and received by this peer" if own else "sent by all peers",
-            caption="The same scores against what was sent. Runs that send nothing are level lines at their final score.",
+            caption=(
+                "The same scores against what was sent. Runs that send nothing are level lines at"
+                " their final score."
+            ),
         )
         what = "embedded tokens, hidden states, updates and gradients"
         cloud = Traffic(
             of="cloud_bytes",
             column="With the cloud",
-            meaning=f"sent and received{'' if own else ' by all peers'}, also while scoring: {what}. No text and no labels "
-            "are sent, yet a curious cloud can work out much of both: docs/privacy.md says how."
+            meaning=(
+                f"sent and received{'' if own else ' by all peers'}, also while scoring: {what}. No"
+                " text and no labels are sent, yet a curious cloud can work out much of both:"
+                " docs/privacy.md says how."
+            )
             + (" 1 MB is 1,000,000 bytes." if self.device is not None else ""),
-            card=f"sent to the cloud and received: {what}; no text, no labels. What that hides and does not: docs/privacy.md"
-            if self.device is not None
-            else "to the cloud and back: no text, no labels; what that hides and does not: docs/privacy.md",
+            card=(
+                f"sent to the cloud and received: {what}; no text, no labels. What that hides and"
+                " does not: docs/privacy.md"
+                if self.device is not None
+                else (
+                    "to the cloud and back: no text, no labels; what that hides and does not:"
+                    " docs/privacy.md"
+                )
+            ),
             axis="with the cloud, both ways",
-            caption="The same scores against what went to the cloud and came back, scoring included.",
+            caption=(
+                "The same scores against what went to the cloud and came back, scoring included."
+            ),
         )
         return ([] if self.alone else [between]) + ([cloud] if self.split else [])
 
     def cells(self, run: RunRecord) -> list[tuple[str, bool]]:
-        """(text, whether it is the figure that counts) in the table of runs, behind the run's name."""
+        """(text, whether it is the figure that counts) in the table of runs, behind the run's
+        name.
+        """
         own = [] if self.one else [(self.part(run, "peers_mean"), run.arm.counts == "peers_mean")]
         moved = [bytes_text(run.last(wire.of)) for wire in self.traffic]
-        plain = [self.best(run), *moved, seconds_text(run.last("seconds")), self.speed(run), self.tokens(run)]
-        return [(self.part(run, "consensus"), run.arm.counts == "consensus"), *own, *((text, False) for text in plain)]
+        plain = [
+            self.best(run),
+            *moved,
+            seconds_text(run.last("seconds")),
+            self.speed(run),
+            self.tokens(run),
+        ]
+        return [
+            (self.part(run, "consensus"), run.arm.counts == "consensus"),
+            *own,
+            *((text, False) for text in plain),
+        ]
 
     def run_title(self, run: RunRecord) -> str:
         """What the page calls a run."""
@@ -207,17 +294,23 @@ class Page:
         return run.figure({of: run.last(of) for of in ("consensus", "peers_mean")}, self.key)
 
     def part(self, run: RunRecord, of: str) -> str:
-        """The last score of the average (consensus) or of the peers' mean (peers_mean), of a sample with its standard error."""
+        """The last score of the average (consensus) or of the peers' mean (peers_mean), of a sample
+        with its standard error.
+        """
         error = (run.last("peers_mean_error") or {}).get(self.key) if of == "peers_mean" else None
         return self.score((run.last(of) or {}).get(self.key)) + error_text(error, self.key)
 
     def best(self, run: RunRecord) -> str:
         """The best score of the average and the round it came after; none where nobody talks."""
-        logged = [{"rounds_done": done} | (event.get("consensus") or {}) for done, event in run.scores.items()]
+        logged = [
+            {"rounds_done": done} | (event.get("consensus") or {})
+            for done, event in run.scores.items()
+        ]
         scored = [
             scores
             for scores in (run.summary.get("best"), *logged)
-            if scores and scores.get(self.key) is not None and scores["rounds_done"]  # before the first, nothing was trained
+            # before the first, nothing was trained
+            if scores and scores.get(self.key) is not None and scores["rounds_done"]
         ]
         if run.arm.counts != "consensus" or not scored:
             return "–"
@@ -242,7 +335,9 @@ class Page:
 
     @property
     def times(self) -> list[tuple[str, list[str]]]:
-        """(what for, seconds of each run and of all together): where the time went, once it is over."""
+        """(what for, seconds of each run and of all together): where the time went, once it is
+        over.
+        """
         whole = self.summary.get("spent_s")
         if not whole:
             return []
@@ -254,7 +349,9 @@ class Page:
 
     @property
     def confusion(self) -> list[tuple[str, list[tuple[int, int]]]]:
-        """(label, (rows, per cent of the label's) by the label they were taken for) of the main run's average at the end."""
+        """(label, (rows, per cent of the label's) by the label they were taken for) of the main
+        run's average at the end.
+        """
         counts, names = self.main.summary.get("confusion"), self.summary.get("label_names") or []
         if not counts or len(counts) != len(names) or len(names) > MOST_CONFUSED:
             return []
@@ -265,12 +362,17 @@ class Page:
 
     @property
     def cut(self) -> str:
-        """What data.max_length took from the training rows; empty where nothing, or where the log does not say."""
+        """What data.max_length took from the training rows; empty where nothing, or where the log
+        does not say.
+        """
         facts: Mapping[str, Any] = (self.start.get("data") or {}).get("train") or {}
         if not facts.get("cut_rows"):
             return ""
         share = percent_text(facts["cut_share"])
-        return f"{facts['cut_rows']:,} of {facts['rows']:,} training rows; {share} of what is learned is gone"
+        return (
+            f"{facts['cut_rows']:,} of {facts['rows']:,} training rows; {share} of what is learned"
+            " is gone"
+        )
 
     @property
     def learning_rate(self) -> str:
@@ -280,7 +382,11 @@ class Page:
         last = self.main.latest.get("learning_rate")
         if train.get("learning_rate") is None:
             return "–"
-        ended = "" if kind == "constant" or last is None else f", {last:.3g} in the last step of round {self.main.rounds_done}"
+        ended = (
+            ""
+            if kind == "constant" or last is None
+            else f", {last:.3g} in the last step of round {self.main.rounds_done}"
+        )
         return f"{train['learning_rate']:g}, {kind}{ended}"
 
     def colour(self, run: RunRecord) -> int:
@@ -291,7 +397,11 @@ class Page:
     def table_notes(self) -> list[tuple[str, str]]:
         """(word, what it means) for the runs there are and the columns."""
         better = "higher" if self.higher_is_better else "lower"
-        known = [] if self.one and self.device is None else [run.arm for run in self.runs if run.arm.meaning]
+        known = (
+            []
+            if self.one and self.device is None
+            else [run.arm for run in self.runs if run.arm.meaning]
+        )
         notes = [(arm.title, arm.meaning) for arm in known]
         return [
             *notes,
@@ -324,7 +434,10 @@ class Page:
     @property
     def peer_rows(self) -> list[tuple[str, str, str, str, str]]:
         """(name, rows, labels, its own score in the main run, its score alone)."""
-        own, alone = self._own(self.main), self._own(next((run for run in self.runs if run.arm is LOCAL), None))
+        own, alone = (
+            self._own(self.main),
+            self._own(next((run for run in self.runs if run.arm is LOCAL), None)),
+        )
 
         def score(of: Mapping[str, Any], name: str) -> str:
             return self.score((of.get(name) or {}).get(self.key))
@@ -344,7 +457,10 @@ class Page:
     def edge_rows(self) -> list[tuple[str, ...]]:
         """(neighbour, rounds mixed, rounds left out, in doubt) of a real peer."""
         counts = self.main.summary.get("edges") or {}
-        return [(name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt"))) for name, edge in counts.items()]
+        return [
+            (name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt")))
+            for name, edge in counts.items()
+        ]
 
     @property
     def loading(self) -> str:
@@ -368,6 +484,10 @@ def look(run: RunRecord) -> tuple[int, int]:
 def _label_text(labels: Mapping[str, int], between: str = " ") -> str:
     """The labels a peer holds; when there are many, its largest."""
     held = {name: count for name, count in labels.items() if count}
-    shown = list(held) if len(held) <= MOST_LABELS else sorted(held, key=lambda name: -held[name])[: MOST_LABELS - 1]
+    shown = (
+        list(held)
+        if len(held) <= MOST_LABELS
+        else sorted(held, key=lambda name: -held[name])[: MOST_LABELS - 1]
+    )
     more = f" and {len(held) - len(shown)} more" if len(shown) < len(held) else ""
     return ", ".join(f"{name}{between}{held[name]:,}" for name in shown) + more

@@ -1,4 +1,6 @@
-"""The frozen model without its heads, in the cloud, and the places where devices' updates are added."""
+"""The frozen model without its heads, in the cloud, and the places where devices' updates are
+added.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +28,27 @@ from dlora.split.cloud.part import CloudPart
 from dlora.split.tensors import bits
 
 PROBE_TOKENS = 64
-WORK_LAYERS = 2.0  # that one layer's attention has in hand while it computes, in units of what it keeps
+# that one layer's attention has in hand while it computes, in units of what it keeps
+WORK_LAYERS = 2.0
 PADDING_SEEN = 0.05  # relative; rounding in bfloat16 and of int8 weights stays below
-NEIGHBOUR_SEEN = 1e-4  # relative, by a text of the one before it in its row; 0 where they are kept apart, 0.009 in DistilBERT
+# relative, by a text of the one before it in its row; 0 where they are kept apart, 0.009 in
+# DistilBERT
+NEIGHBOUR_SEEN = 1e-4
 
 
 class Body:
     """A frozen body that many devices go through at once; nothing of theirs stays in it.
 
-    ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input. ``frame``: of placement core.
+    ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input.
+    ``frame``: of placement core.
     """
 
     def __init__(self, network: Any, frame: Frame | None = None) -> None:
         self.network, self.frame = network.eval().requires_grad_(False), frame or {}
         self.groups = find_groups(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
-        self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()  # the same weights
+        # the same weights
+        self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()
         self._here = threading.local()
         for view in (self.network, self._training):
             for name, layer in view.named_modules():
@@ -63,22 +70,33 @@ class Body:
         return device
 
     def forward(self, part: CloudPart, dropout: float | None) -> Tensor:
-        """What the head reads of one part, (rows, H). ``dropout``: instead of the model's own rates; None: its own."""
+        """What the head reads of one part, (rows, H). ``dropout``: instead of the model's own
+        rates; None: its own.
+        """
         begin, index = part.begin, part.index
         tokens = begin.rows * begin.columns
         dtype = next(self.network.parameters()).dtype
-        embedded = torch.zeros(tokens, begin.embedded.shape[1], dtype=dtype if dtype.is_floating_point else torch.float32)
+        embedded = torch.zeros(
+            tokens,
+            begin.embedded.shape[1],
+            dtype=dtype if dtype.is_floating_point else torch.float32,
+        )
         embedded = embedded.to(self.device)
         embedded[index] = begin.embedded.to(embedded.device, embedded.dtype)
         arguments: dict[str, Any] = {
             "inputs_embeds": embedded.view(begin.rows, begin.columns, -1),
-            "attention_mask": None if begin.packed else part.mask.long(),  # without one, transformers looks for texts
+            # without one, transformers looks for texts
+            "attention_mask": None if begin.packed else part.mask.long(),
             "use_cache": False,
         }
         if begin.token_types:
-            arguments["token_type_ids"] = self._spread(part, np.frombuffer(begin.token_types, np.uint8).astype(np.int64))
+            arguments["token_type_ids"] = self._spread(
+                part, np.frombuffer(begin.token_types, np.uint8).astype(np.int64)
+            )
         if begin.positions:
-            arguments["position_ids"] = self._spread(part, np.array(begin.positions, dtype=np.int64))
+            arguments["position_ids"] = self._spread(
+                part, np.array(begin.positions, dtype=np.int64)
+            )
         dropping = begin.seed is not None and dropout != 0.0
         network = self._training if dropping else self.network
         self._here.part = part
@@ -86,9 +104,13 @@ class Body:
             if dropping:
                 seed = derive_seed(0, "body-dropout", str(begin.seed))
                 with SeededDropout(torch.Generator(self.device).manual_seed(seed), dropout):
-                    outputs = network(**{key: value for key, value in arguments.items() if key in self._keys})
+                    outputs = network(
+                        **{key: value for key, value in arguments.items() if key in self._keys}
+                    )
             else:
-                outputs = network(**{key: value for key, value in arguments.items() if key in self._keys})
+                outputs = network(
+                    **{key: value for key, value in arguments.items() if key in self._keys}
+                )
         finally:
             self._here.part = None
         if not begin.needed:
@@ -104,14 +126,19 @@ class Body:
         spread[part.index] = torch.from_numpy(values).to(self.device)
         return spread.view(part.mask.shape)
 
-    def _add_update(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def _add_update(
+        self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
         part: CloudPart | None = getattr(self._here, "part", None)
         update = part.update(name, inputs[0]) if part is not None else None
         return None if update is None else output + update.to(output.dtype)
 
     def _table_sizes(self) -> tuple[int, int]:
-        """Positions and token types that can be looked up: past the end of a table a GPU stops for all devices."""
-        positions, types = 1 << 31, int(self.facts["vocabulary"])  # GPT-2 looks types up among the tokens
+        """Positions and token types that can be looked up: past the end of a table a GPU stops for
+        all devices.
+        """
+        # GPT-2 looks types up among the tokens
+        positions, types = 1 << 31, int(self.facts["vocabulary"])
         for name, layer in self.network.named_modules():
             last = name.rpartition(".")[2]
             if isinstance(layer, nn.Embedding) and ("pos" in last or last == "wpe"):
@@ -121,19 +148,28 @@ class Body:
         return positions, types
 
     def _refuse_if_padding_matters(self) -> None:
-        """Raise ModelError for a body whose real tokens see what stands at padding: the two halves pad differently."""
+        """Raise ModelError for a body whose real tokens see what stands at padding: the two halves
+        pad differently.
+        """
         real, noise = self._noise(4), self._noise(3, 1.0)
         alone = self._hidden(real, attention_mask=torch.ones(1, 4, dtype=torch.long))
         mask = (torch.arange(7) < 4).long()[None]
         padded = self._hidden(torch.cat([real, noise], dim=1), attention_mask=mask)[:, :4]
         if (padded - alone).norm() > PADDING_SEEN * alone.norm():
-            raise ModelError(f"{type(self.network).__name__} cannot be split: its real tokens see what stands at padding")
+            raise ModelError(
+                f"{type(self.network).__name__} cannot be split: its real tokens see what stands at"
+                " padding"
+            )
 
     def _keeps_texts_apart(self) -> bool:
-        """Whether a text sees nothing of one that stands before it in the same row, without a mask: positions begin again."""
+        """Whether a text sees nothing of one that stands before it in the same row, without a mask:
+        positions begin again.
+        """
         positions, text = torch.arange(4).repeat(2)[None], self._noise(4)
         first, second = (
-            self._hidden(torch.cat([before, text], dim=1), attention_mask=None, position_ids=positions)[:, 4:]
+            self._hidden(
+                torch.cat([before, text], dim=1), attention_mask=None, position_ids=positions
+            )[:, 4:]
             for before in (self._noise(4, seed=1), self._noise(4, seed=2))
         )
         return bool((second - first).norm() <= NEIGHBOUR_SEEN * first.norm())
@@ -147,29 +183,41 @@ class Body:
         """The body's own, without updates."""
         weight = next(self.network.parameters())
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        moved = {name: tensor if tensor is None else tensor.to(self.device) for name, tensor in arguments.items()}
+        moved = {
+            name: tensor if tensor is None else tensor.to(self.device)
+            for name, tensor in arguments.items()
+        }
         given = {"inputs_embeds": embedded.to(self.device, dtype), "use_cache": False} | moved
         output = self.network(**{key: value for key, value in given.items() if key in self._keys})
         hidden: Tensor = output.last_hidden_state.float()
         return hidden
 
     def memory(self, columns: int, drops: bool) -> int:
-        """Bytes for one row of so many columns, there and back: what its tokens keep, and what pairs of them do.
+        """Bytes for one row of so many columns, there and back: what its tokens keep, and what
+        pairs of them do.
 
-        Attention that is written out, as its dropout demands and as some models do anyway, keeps numbers for each pair.
+        Attention that is written out, as its dropout demands and as some models do anyway, keeps
+        numbers for each pair.
         """
         a_token, a_pair = self._costs[drops]
         return columns * a_token + int(a_pair * columns * max(0, columns - PROBE_TOKENS))
 
     def _cost(self, drops: bool) -> tuple[int, float]:
-        """What a forward keeps for its backward, a token and a pair of tokens: measured on two texts, every linear adapted."""
+        """What a forward keeps for its backward, a token and a pair of tokens: measured on two
+        texts, every linear adapted.
+        """
         short = min(PROBE_TOKENS, self.max_tokens)
         long = min(2 * PROBE_TOKENS, self.max_tokens)
         a_token = self._kept_bytes(short, drops) / short
-        a_pair = (self._kept_bytes(long, drops) / long - a_token) / (long - short) if long > short else 0.0
+        a_pair = (
+            (self._kept_bytes(long, drops) / long - a_token) / (long - short)
+            if long > short
+            else 0.0
+        )
         layers = max(1, int(getattr(self.network.config, "num_hidden_layers", 1)))
         beside = 1 + WORK_LAYERS / layers  # what one layer has in hand and does not keep
-        updates = 4 * sum(group.width + group.in_features for group in self.groups)  # what devices add, and their inputs
+        # what devices add, and their inputs
+        updates = 4 * sum(group.width + group.in_features for group in self.groups)
         return int(a_token) + updates, max(0.0, a_pair) * beside
 
     def _kept_bytes(self, tokens: int, drops: bool) -> int:
@@ -183,22 +231,42 @@ class Body:
 
         dtype = next(self.network.parameters()).dtype
         width = self.network.get_input_embeddings().embedding_dim
-        embedded = torch.zeros(1, tokens, width, dtype=dtype if dtype.is_floating_point else torch.float32, device=self.device)
+        embedded = torch.zeros(
+            1,
+            tokens,
+            width,
+            dtype=dtype if dtype.is_floating_point else torch.float32,
+            device=self.device,
+        )
         mask = torch.ones(1, tokens, dtype=torch.long, device=self.device)
         mask[0, tokens // 2 + 1 :] = 0  # with padding there is a mask for each pair
-        given = {"inputs_embeds": embedded.requires_grad_(), "attention_mask": mask, "use_cache": False}
+        given = {
+            "inputs_embeds": embedded.requires_grad_(),
+            "attention_mask": mask,
+            "use_cache": False,
+        }
         arguments = {key: value for key, value in given.items() if key in self._keys}
-        dropping = SeededDropout(torch.Generator(self.device).manual_seed(0), 0.1) if drops else contextlib.nullcontext()
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), dropping:
+        dropping = (
+            SeededDropout(torch.Generator(self.device).manual_seed(0), 0.1)
+            if drops
+            else contextlib.nullcontext()
+        )
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            dropping,
+        ):
             outputs = (self._training if drops else self.network)(**arguments)
         del outputs
         return sum(kept.values())
 
 
 def load_body(config: CloudConfig, frame: Frame | None = None) -> Body:
-    """The body of ``config.model``, any that transformers loads as AutoModel; ``frame`` by its modules' names.
+    """The body of ``config.model``, any that transformers loads as AutoModel; ``frame`` by its
+    modules' names.
 
-    A frame that the config names is read, or made and written where there is none. Raises ModelError.
+    A frame that the config names is read, or made and written where there is none. Raises
+    ModelError.
     """
     network = load_body_network(config)
     linears = {name: layer for name, layer in network.named_modules() if isinstance(layer, LINEAR)}
@@ -209,4 +277,6 @@ def load_body(config: CloudConfig, frame: Frame | None = None) -> Body:
         else:
             frame = compute_frame(linears, config.core.r)
             write_frame(path, frame)
-    return Body(network, {name: tensor.to(network.device) for name, tensor in (frame or {}).items()})
+    return Body(
+        network, {name: tensor.to(network.device) for name, tensor in (frame or {}).items()}
+    )

@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 
 class SeededDropout(TorchFunctionMode):
-    """Dropout from a generator of its own, in this thread only: torch's is one for all threads, and no part can be repeated.
+    """Dropout from a generator of its own, in this thread only: torch's is one for all threads, and
+    no part can be repeated.
 
     ``rate`` takes the place of every rate in the model; None: each its own.
     """
@@ -28,7 +29,9 @@ class SeededDropout(TorchFunctionMode):
             return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _dropped(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def _dropped(
+        self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
         rate = p if self.rate is None else self.rate
         if not training or rate == 0.0:
             return x
@@ -48,12 +51,23 @@ class SeededDropout(TorchFunctionMode):
     ) -> Tensor:
         """Torch's own draws from its own generator; so with dropout the product is written out."""
         if enable_gqa:
-            key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-        scores = query @ key.transpose(-2, -1) * (scale if scale is not None else query.shape[-1] ** -0.5)
+            key, value = (
+                tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+                for tensor in (key, value)
+            )
+        scores = (
+            query
+            @ key.transpose(-2, -1)
+            * (scale if scale is not None else query.shape[-1] ** -0.5)
+        )
         least = torch.finfo(scores.dtype).min  # not -inf: padding may see nothing at all
         if is_causal:
             ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(ahead, least)
         if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, least) if attn_mask.dtype == torch.bool else scores + attn_mask
+            scores = (
+                scores.masked_fill(~attn_mask, least)
+                if attn_mask.dtype == torch.bool
+                else scores + attn_mask
+            )
         return self._dropped(scores.softmax(dim=-1), dropout_p) @ value

@@ -1,4 +1,6 @@
-"""What one device may take of a cloud, and how all share it fairly: memory for parts, turns to compute."""
+"""What one device may take of a cloud, and how all share it fairly: memory for parts, turns to
+compute.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,16 @@ class Limits:
     idle_s: float  # that a part waits for the device's next word
 
 
-PATIENCE_S = 5.0  # that a device's own answers may have taken, of a part whose memory another device waits for
+# that a device's own answers may have taken, of a part whose memory another device waits for
+PATIENCE_S = 5.0
 
 
 class Budget:
     """Memory for all devices' activations together, and the turns that their parts take.
 
-    Memory that is free goes to whoever asks. Once it is short, a device that holds less than an equal share of it waits for its
-    share, and nobody above one is given any meanwhile; who holds more and lets the cloud wait loses parts to it.
+    Memory that is free goes to whoever asks. Once it is short, a device that holds less than an
+    equal share of it waits for its share, and nobody above one is given any meanwhile; who holds
+    more and lets the cloud wait loses parts to it.
     """
 
     def __init__(self, num_bytes: int, at_once: int = 1) -> None:
@@ -45,8 +49,12 @@ class Budget:
             self._waiting[device] = self._waiting.get(device, 0) + num_bytes
             return None
 
-    def wait(self, device: str, num_bytes: int, limit_s: float, evict: Callable[[set[str]], object]) -> bool:
-        """Whether what `take` found due is taken now; ``evict`` hears who holds more than a share, again and again."""
+    def wait(
+        self, device: str, num_bytes: int, limit_s: float, evict: Callable[[set[str]], object]
+    ) -> bool:
+        """Whether what `take` found due is taken now; ``evict`` hears who holds more than a share,
+        again and again.
+        """
         until = time.monotonic() + limit_s
         with self._changed:
             self._waiting[device] -= num_bytes
@@ -55,7 +63,11 @@ class Budget:
                     if not self._is_due(device, num_bytes) or time.monotonic() > until:
                         return False
                     share = self._share(device)
-                    greedy = {other for other, held in self._held.items() if held > share and other != device}
+                    greedy = {
+                        other
+                        for other, held in self._held.items()
+                        if held > share and other != device
+                    }
                     self._waiting[device] += num_bytes
                     self._changed.release()
                     try:
@@ -106,8 +118,9 @@ class Budget:
 class Turns:
     """``at_once`` parts compute at a time, and the next is of the device that has computed least.
 
-    Threads of many parts side by side would each get the same time, so a device would get as much as it has parts. A part
-    computes with as many cores as torch has threads, or with the GPU: more parts than there are of these gain nothing.
+    Threads of many parts side by side would each get the same time, so a device would get as much
+    as it has parts. A part computes with as many cores as torch has threads, or with the GPU: more
+    parts than there are of these gain nothing.
     """
 
     def __init__(self, at_once: int = 1) -> None:
@@ -121,7 +134,8 @@ class Turns:
     def part(self, device: str) -> Iterator[Turn]:
         """While a part is here. It has no turn yet."""
         with self._changed:
-            if device not in self._users:  # it begins with the least of those that are here: absence is no credit
+            # it begins with the least of those that are here: absence is no credit
+            if device not in self._users:
                 self._used_s[device] = min(self._used_s.values(), default=0.0)
             self._users[device] = self._users.get(device, 0) + 1
         turn = Turn(self, device)

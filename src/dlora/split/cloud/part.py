@@ -25,7 +25,8 @@ class Hears(Protocol):
 class CloudPart:
     """One part in the cloud: where its real tokens stand, and how it asks the device for updates.
 
-    ``frame``: under placement core, A and B of each module. ``handed_off``: of killed groups, each module's factors.
+    ``frame``: under placement core, A and B of each module. ``handed_off``: of killed groups, each
+    module's factors.
     """
 
     def __init__(
@@ -42,16 +43,23 @@ class CloudPart:
         self._core, self._frame, self._handed_off = agreement.frame is not None, frame, handed_off
         self._say, self.hear = say, hear
         self._places = {
-            name: (number, place) for number, group in enumerate(self.groups) for place, name in enumerate(group.modules)
+            name: (number, place)
+            for number, group in enumerate(self.groups)
+            for place, name in enumerate(group.modules)
         }
-        self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}  # group -> its input, the updates not yet fetched
-        self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)  # below the lowest group nothing has a gradient
+        # group -> its input, the updates not yet fetched
+        self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
+        # below the lowest group nothing has a gradient
+        self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)
         mask = bits(begin.mask, begin.rows * begin.columns)
         self.mask = torch.from_numpy(mask).view(begin.rows, begin.columns).to(device)
-        self.index = torch.from_numpy(mask.nonzero()[0]).to(device)  # (N,) of the real tokens in the flattened part
+        # (N,) of the real tokens in the flattened part
+        self.index = torch.from_numpy(mask.nonzero()[0]).to(device)
 
     def update(self, module: str, x: Tensor) -> Tensor | None:
-        """What is added to the output of ``module`` for the input ``x`` (..., I); None where nothing is."""
+        """What is added to the output of ``module`` for the input ``x`` (..., I); None where
+        nothing is.
+        """
         number, place = self._places.get(module, (0, None))
         if place is None or self._unit(number) == LEFT_OUT:
             return None
@@ -72,35 +80,57 @@ class CloudPart:
         """Of each module of a group, from the device or from what it handed off."""
         group = self.groups[number]
         if self._core:
-            x = torch.cat([F.linear(x.float(), self._of_frame(name, "lora_A", x)) for name in group.modules], dim=-1)
+            x = torch.cat(
+                [F.linear(x.float(), self._of_frame(name, "lora_A", x)) for name in group.modules],
+                dim=-1,
+            )
         if self._unit(number) == ACTIVE:
             updates: Sequence[Tensor] = _Ask.apply(x, self._anchor, self, number)  # type: ignore[no-untyped-call]
         else:
             own = zip(self._handed_off[number], shares(x.float(), group, self._core), strict=True)
-            updates = [through([factor.to(x.device) for factor in factors], share) for factors, share in own]
+            updates = [
+                through([factor.to(x.device) for factor in factors], share)
+                for factors, share in own
+            ]
         if self._core:
             named = zip(group.modules, updates, strict=True)
-            updates = [F.linear(update, self._of_frame(name, "lora_B", update)) for name, update in named]
+            updates = [
+                F.linear(update, self._of_frame(name, "lora_B", update)) for name, update in named
+            ]
         return updates
 
     def _of_frame(self, name: str, half: str, like: Tensor) -> Tensor:
         return self._frame[f"{name}.{half}"].to(like.device)
 
     def forget(self) -> None:
-        """Let go of what a broken forward has left: updates hold the graph, and it holds this part."""
+        """Let go of what a broken forward has left: updates hold the graph, and it holds this
+        part.
+        """
         self._asked.clear()
 
     def say(self, what: What, group: int, tensor: Tensor, reply: bool = False) -> None:
         """Send a tensor of this part."""
-        self._say(Values(what, self.begin.call, self.begin.part, group, tensor.detach().float().cpu(), reply))
+        self._say(
+            Values(
+                what, self.begin.call, self.begin.part, group, tensor.detach().float().cpu(), reply
+            )
+        )
 
     def gather(self, padded: Tensor) -> Tensor:
-        """(..., width) -> (N, width): the real tokens, or a row for each of the part's rows (a pooler's input)."""
+        """(..., width) -> (N, width): the real tokens, or a row for each of the part's rows (a
+        pooler's input).
+        """
         flat = padded.reshape(-1, padded.shape[-1])
-        return flat if len(flat) == len(self.index) or len(flat) == self.begin.rows else flat[self.index]
+        return (
+            flat
+            if len(flat) == len(self.index) or len(flat) == self.begin.rows
+            else flat[self.index]
+        )
 
     def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
-        """The way back: (N, width) -> (..., width) with zeros where no token is; shape, dtype and device of ``like``."""
+        """The way back: (N, width) -> (..., width) with zeros where no token is; shape, dtype and
+        device of ``like``.
+        """
         rows = rows.to(like.device, like.dtype)
         shape = (*like.shape[:-1], rows.shape[-1])
         if len(rows) == like.shape[:-1].numel():
@@ -114,7 +144,9 @@ class _Ask(torch.autograd.Function):
     """y = what the device computes from x; backward asks it for dx."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, part: CloudPart, number: int) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, part: CloudPart, number: int
+    ) -> tuple[Tensor, ...]:
         group, rows = part.groups[number], part.gather(x)
         part.say("input", number, rows)
         update = part.hear("update", number, (len(rows), group.width))
@@ -131,17 +163,27 @@ class _Ask(torch.autograd.Function):
         part.say("update-gradient", ctx.number, rows, reply=wanted)
         if not wanted:
             return None, None, None, None
-        return part.scatter(part.hear("input-gradient", ctx.number, (len(rows), group.in_features)), ctx.like), None, None, None
+        return (
+            part.scatter(
+                part.hear("input-gradient", ctx.number, (len(rows), group.in_features)), ctx.like
+            ),
+            None,
+            None,
+            None,
+        )
 
 
 def through_the_cloud(part: CloudPart, forward: Callable[[CloudPart], Tensor]) -> Values | Done:
-    """One part, there and back; ``forward`` runs the body and gives what the head reads (rows, hidden width).
+    """One part, there and back; ``forward`` runs the body and gives what the head reads (rows,
+    hidden width).
 
-    Returns the last word, to be sent when nothing of the part is left here: the device may fill the place at once.
+    Returns the last word, to be sent when nothing of the part is left here: the device may fill the
+    place at once.
     """
     begin = part.begin
     with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(part.begin.keep):
-        # a slow device holds up this thread only, also where backward would share a thread among all (GPUs)
+        # a slow device holds up this thread only, also where backward would share a thread among
+        # all (GPUs)
         hidden = forward(part)
         if not begin.keep:
             return Values("hidden", begin.call, begin.part, 0, hidden.detach().float().cpu())

@@ -1,4 +1,6 @@
-"""One device in the cloud: its parts, each in a thread of its own, and the bounds that keep it from being a burden."""
+"""One device in the cloud: its parts, each in a thread of its own, and the bounds that keep it from
+being a burden.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class _Gone(Exception):
 
 @dataclass
 class _HandedOff:
-    """A killed group's factors, of each module. Their memory is taken until they are replaced and no part uses them."""
+    """A killed group's factors, of each module. Their memory is taken until they are replaced and
+    no part uses them.
+    """
 
     version: int
     factors: list[list[Tensor]]
@@ -95,8 +99,8 @@ class _Work:
             raise _Gone
         if (frame.what, frame.group, tuple(frame.tensor.shape)) != (what, group, shape):
             raise Misbehaviour(
-                f"{frame.what} of group {frame.group}, shape {tuple(frame.tensor.shape)}, where {what} of group {group},"
-                f" shape {shape}, was due"
+                f"{frame.what} of group {frame.group}, shape {tuple(frame.tensor.shape)}, where"
+                f" {what} of group {group}, shape {shape}, was due"
             )
         return frame.tensor
 
@@ -104,9 +108,10 @@ class _Work:
 class Session:
     """What the cloud knows of one device while a link lasts; nothing of it is worth keeping.
 
-    ``hear`` takes each frame of the device in order and never waits. ``send`` is called from threads of the session, may
-    wait, and raises ChannelDown when the link has ended. ``tell(event, fields)`` hears what happened: opened (before the
-    device does), refused, part, failed; from any thread.
+    ``hear`` takes each frame of the device in order and never waits. ``send`` is called from
+    threads of the session, may wait, and raises ChannelDown when the link has ended. ``tell(event,
+    fields)`` hears what happened: opened (before the device does), refused, part, failed; from any
+    thread.
     """
 
     def __init__(
@@ -120,17 +125,22 @@ class Session:
     ) -> None:
         self.device, self.body, self.limits, self.budget = device, body, limits, budget
         self._send, self._tell = send, tell
-        self.evict_others: Callable[[set[str]], object] = lambda greedy: None  # of these devices, what they let wait
+        # of these devices, what they let wait
+        self.evict_others: Callable[[set[str]], object] = lambda greedy: None
         self.agreement: Agreement | None = None  # from Open on
         self._handed_off: dict[int, _HandedOff] = {}  # by group
         self._work: dict[tuple[int, int], _Work] = {}
         self._lock, self._closed = threading.Lock(), False
         self._answers = 0  # that wait to be sent
         self._idle_frames = 0  # that changed nothing, since a part got through
-        self._threads = ThreadPoolExecutor(limits.max_parts + 1, thread_name_prefix=f"part-{device}")
+        self._threads = ThreadPoolExecutor(
+            limits.max_parts + 1, thread_name_prefix=f"part-{device}"
+        )
 
     def hear(self, frame: SplitFrame) -> None:
-        """Take one frame. Raises Misbehaviour (a ValueError) for what no device says here: the link is to be ended."""
+        """Take one frame. Raises Misbehaviour (a ValueError) for what no device says here: the link
+        is to be ended.
+        """
         if isinstance(frame, Open):
             if self.agreement is not None:
                 raise Misbehaviour("Open on a link that is open already")
@@ -150,7 +160,11 @@ class Session:
                 work.end()
             if not dropped:
                 self._changes_nothing(frame)
-        elif isinstance(frame, Values) and frame.what in ("update", "hidden-gradient", "input-gradient"):
+        elif isinstance(frame, Values) and frame.what in (
+            "update",
+            "hidden-gradient",
+            "input-gradient",
+        ):
             waiting = self._work.get((frame.call, frame.part))
             if waiting is not None:  # else it crossed with the word that the part has failed
                 waiting.put(frame)
@@ -162,10 +176,14 @@ class Session:
     def _changes_nothing(self, frame: SplitFrame) -> None:
         self._idle_frames += 1
         if self._idle_frames > MAX_IDLE_FRAMES:
-            raise Misbehaviour(f"{MAX_IDLE_FRAMES} frames that change nothing, the last a {type(frame).__name__}")
+            raise Misbehaviour(
+                f"{MAX_IDLE_FRAMES} frames that change nothing, the last a {type(frame).__name__}"
+            )
 
     def evict(self) -> None:
-        """Give up the parts for which this device has let the cloud wait: another one waits for its share of the memory."""
+        """Give up the parts for which this device has let the cloud wait: another one waits for its
+        share of the memory.
+        """
         with self._lock:
             slow = [work for work in self._work.values() if work.has_waited_s > PATIENCE_S]
         for work in slow:
@@ -208,16 +226,22 @@ class Session:
     # Parts
 
     def _keep(self, frame: HandOff, agreement: Agreement) -> None:
-        """Factors of a killed group, for the parts to come; those under way keep what they began with.
+        """Factors of a killed group, for the parts to come; those under way keep what they began
+        with.
 
-        Where there is no room for them they are not kept, and the parts that name them fail for want of memory.
+        Where there is no room for them they are not kept, and the parts that name them fail for
+        want of memory.
         """
         if frame.group >= len(agreement.groups):
             raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
         group = agreement.groups[frame.group]
-        factors = as_factors(frame.tensor.to(self.body.device), group, agreement.r, agreement.frame is not None)
+        factors = as_factors(
+            frame.tensor.to(self.body.device), group, agreement.r, agreement.frame is not None
+        )
         if factors is None:
-            raise Misbehaviour(f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}")
+            raise Misbehaviour(
+                f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}"
+            )
         new = _HandedOff(frame.version, factors)
         with self._lock:
             if (before := self._handed_off.pop(frame.group, None)) is not None:
@@ -244,19 +268,36 @@ class Session:
         """What was handed off of the groups that a part says are; None where it is not here."""
         if begin.units and len(begin.units) != len(agreement.groups):
             raise Misbehaviour(f"{len(begin.units)} units for {len(agreement.groups)} groups")
-        named = {number: version for number, version in enumerate(begin.units) if version not in (ACTIVE, LEFT_OUT)}
-        held = {number: kept for number in named if (kept := self._handed_off.get(number)) is not None}
-        if any(number not in held or held[number].version != version for number, version in named.items()):
+        named = {
+            number: version
+            for number, version in enumerate(begin.units)
+            if version not in (ACTIVE, LEFT_OUT)
+        }
+        held = {
+            number: kept for number in named if (kept := self._handed_off.get(number)) is not None
+        }
+        if any(
+            number not in held or held[number].version != version
+            for number, version in named.items()
+        ):
             return None
         return held
 
     def _begin(self, begin: Begin, agreement: Agreement) -> SplitFrame | None:
         width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
         if begin.embedded.shape[1] != width:
-            raise Misbehaviour(f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}")
+            raise Misbehaviour(
+                f"embedded tokens of width {begin.embedded.shape[1]}; the body takes {width}"
+            )
         tokens = len(begin.embedded)
-        if not bits(begin.mask, begin.rows * begin.columns).reshape(begin.rows, begin.columns).any(axis=1).all():
-            raise Misbehaviour("a row without any token")  # it would cost memory that no limit counts
+        if (
+            not bits(begin.mask, begin.rows * begin.columns)
+            .reshape(begin.rows, begin.columns)
+            .any(axis=1)
+            .all()
+        ):
+            # it would cost memory that no limit counts
+            raise Misbehaviour("a row without any token")
         with self._lock:
             if self._closed:
                 return None
@@ -265,7 +306,10 @@ class Session:
             held = sum(len(work.begin.embedded) for work in self._work.values())
             if tokens + held > self.limits.max_tokens or len(self._work) >= self.limits.max_parts:
                 return self._failed(
-                    begin, "tokens", f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is the limit"
+                    begin,
+                    "tokens",
+                    f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is"
+                    " the limit",
                 )
             handed_off = self._named(begin, agreement)
             if handed_off is None:
@@ -273,45 +317,76 @@ class Session:
             padded = begin.rows * begin.columns
             if begin.columns > self.body.max_tokens and not begin.packed:  # then positions decide
                 return self._failed(
-                    begin, "broken", f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}"
+                    begin,
+                    "broken",
+                    f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}",
                 )
             if max(begin.positions, default=0) >= self.body.num_positions:
                 return self._failed(
-                    begin, "broken", f"a position of {max(begin.positions)}; {self.body.num_positions} are known"
+                    begin,
+                    "broken",
+                    f"a position of {max(begin.positions)}; {self.body.num_positions} are known",
                 )
             if max(begin.token_types, default=0) >= self.body.num_token_types:
                 return self._failed(
-                    begin, "broken", f"a token type of {max(begin.token_types)}; {self.body.num_token_types} are known"
+                    begin,
+                    "broken",
+                    f"a token type of {max(begin.token_types)}; {self.body.num_token_types} are"
+                    " known",
                 )
             if begin.packed and not self.body.separates:
                 return self._failed(
                     begin,
                     "broken",
-                    f"{type(self.body.network).__name__} does not keep apart the texts that share a row: give each text a row,"
-                    " or an attention_mask if the row is one text",
+                    f"{type(self.body.network).__name__} does not keep apart the texts that share a"
+                    " row: give each text a row, or an attention_mask if the row is one text",
                 )
             drops = begin.seed is not None and agreement.dropout != 0.0
             need_bytes = begin.rows * self.body.memory(begin.columns, drops)
             taken = self.budget.take(self.device, need_bytes)
             if taken is False:
                 why = ", its attention written out for dropout" if drops else ""
-                needed = f"{need_bytes / 1e6:.3g} MB are needed for {padded} tokens in rows of {begin.columns}{why}"
-                total, free = (f"{num_bytes / 1e6:.3g} MB" for num_bytes in (self.budget.num_bytes, self.budget.free_bytes))
-                return self._failed(begin, "memory", f"{needed}; limits.memory_bytes is {total}, {free} are free")
+                needed = (
+                    f"{need_bytes / 1e6:.3g} MB are needed for {padded} tokens in rows of"
+                    f" {begin.columns}{why}"
+                )
+                total, free = (
+                    f"{num_bytes / 1e6:.3g} MB"
+                    for num_bytes in (self.budget.num_bytes, self.budget.free_bytes)
+                )
+                return self._failed(
+                    begin, "memory", f"{needed}; limits.memory_bytes is {total}, {free} are free"
+                )
             for kept in handed_off.values():
                 kept.users += 1
             work = self._work[key] = _Work(begin, self.limits.idle_s)
             self._threads.submit(self._run, work, agreement, handed_off, need_bytes, taken is None)
         return None
 
-    def _run(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], need_bytes: int, waits: bool) -> None:
+    def _run(
+        self,
+        work: _Work,
+        agreement: Agreement,
+        handed_off: dict[int, _HandedOff],
+        need_bytes: int,
+        waits: bool,
+    ) -> None:
         """One part's life, in its thread."""
-        if waits and not self.budget.wait(self.device, need_bytes, self.limits.idle_s, self.evict_others):
+        if waits and not self.budget.wait(
+            self.device, need_bytes, self.limits.idle_s, self.evict_others
+        ):
             need_bytes = 0
         with self.budget.turns.part(self.device) as turn:
             self._live(work, agreement, handed_off, need_bytes, turn)
 
-    def _live(self, work: _Work, agreement: Agreement, handed_off: dict[int, _HandedOff], held_bytes: int, turn: Turn) -> None:
+    def _live(
+        self,
+        work: _Work,
+        agreement: Agreement,
+        handed_off: dict[int, _HandedOff],
+        held_bytes: int,
+        turn: Turn,
+    ) -> None:
         """From its first turn to its last; with ``held_bytes`` 0 it found no memory."""
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
@@ -330,19 +405,26 @@ class Session:
                     return work.hear(what, group, shape)
 
             turn.begin()
-            part = CloudPart(begin, agreement, self.body.frame, factors, self.body.device, say, hear)
-            answer = through_the_cloud(part, lambda part: self.body.forward(part, agreement.dropout))
+            part = CloudPart(
+                begin, agreement, self.body.frame, factors, self.body.device, say, hear
+            )
+            answer = through_the_cloud(
+                part, lambda part: self.body.forward(part, agreement.dropout)
+            )
             fields = {"tokens": len(begin.embedded), "keep": begin.keep, "waited_s": work.waited_s}
             self._tell("part", {**fields, "seconds": time.monotonic() - began_at})
             self._idle_frames = 0
         except _Gone:
             if work.evicted:
-                answer = self._failed(begin, "expired", "another device waited for its share of the cloud's memory")
+                answer = self._failed(
+                    begin, "expired", "another device waited for its share of the cloud's memory"
+                )
         except ChannelDown:
             pass
         except TimeoutError as error:
             answer = self._failed(begin, "expired", f"the device was silent: {error}")
-        except Exception as error:  # a part must not take the others with it; the device hears what it was
+        # a part must not take the others with it; the device hears what it was
+        except Exception as error:
             answer = self._failed(begin, *_explained(error))
         finally:
             if part is not None:

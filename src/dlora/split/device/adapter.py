@@ -1,4 +1,6 @@
-"""The factors on the device: what they add to a group's outputs, their gradients, and what of them is handed off."""
+"""The factors on the device: what they add to a group's outputs, their gradients, and what of them
+is handed off.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, Hand
 
 
 class Layer(Protocol):
-    """One adapted module: its factors are attributes of their names, a participant dimension of 1 is welcome."""
+    """One adapted module: its factors are attributes of their names, a participant dimension of 1
+    is welcome.
+    """
 
     scaling: float
     dropout: float
@@ -44,13 +48,20 @@ class Call:
 
 
 class Adapter:
-    """The factors on the device, by group: updates forward, gradients backward. ``groups`` as they travel."""
+    """The factors on the device, by group: updates forward, gradients backward. ``groups`` as they
+    travel.
+    """
 
     def __init__(self, groups: Sequence[Group], layers: Mapping[str, Layer], core: bool) -> None:
         self.groups, self.core = tuple(groups), core
         self.layers = layers
         self._factor_names = ("lora_M",) if core else ("lora_A", "lora_B")
-        self.tensors = [(name, factor) for group in groups for name in group.modules for factor in self._factor_names]
+        self.tensors = [
+            (name, factor)
+            for group in groups
+            for name in group.modules
+            for factor in self._factor_names
+        ]
         self._places = {tensor: place for place, tensor in enumerate(self.tensors)}
 
     @property
@@ -63,7 +74,9 @@ class Adapter:
         return [getattr(self.layers[name], factor) for name, factor in self.tensors]
 
     def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
-        """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, or s z M^T of its own share z of x, side by side."""
+        """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, or s z M^T of its own share z of x,
+        side by side.
+        """
         begin, kept, group = call.begins[part], list[Tensor](), self.groups[number]
         with torch.set_grad_enabled(begin.keep):
             x = x.detach().to(call.factors[0].device).requires_grad_(begin.keep)
@@ -71,7 +84,9 @@ class Adapter:
             for name, own in zip(group.modules, shares(x, group, self.core), strict=True):
                 layer = self.layers[name]
                 factors = [
-                    tensor.detach().flatten(0, -2).requires_grad_(begin.keep and tensor.requires_grad)
+                    tensor.detach()
+                    .flatten(0, -2)
+                    .requires_grad_(begin.keep and tensor.requires_grad)
                     for tensor in self._of_module(call.factors, name)
                 ]
                 if begin.seed is not None:
@@ -86,15 +101,26 @@ class Adapter:
     def gradients(
         self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the group's factors."""
+        """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the
+        group's factors.
+        """
         kept = call.kept.pop((part, number))
-        wanted = [*([kept.x] if reply else []), *(tensor for tensor in kept.factors if tensor.requires_grad)]
-        found = iter(torch.autograd.grad(kept.update, wanted, gradient.to(kept.update.device)) if wanted else ())
+        wanted = [
+            *([kept.x] if reply else []),
+            *(tensor for tensor in kept.factors if tensor.requires_grad),
+        ]
+        found = iter(
+            torch.autograd.grad(kept.update, wanted, gradient.to(kept.update.device))
+            if wanted
+            else ()
+        )
         dx = next(found) if reply else None
         return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
 
     def handed_off(self, factors: Sequence[Tensor], number: int) -> Tensor:
-        """A group's factors as a `HandOff` holds them, the scaling in the last of each module; (1, numbers) on the CPU."""
+        """A group's factors as a `HandOff` holds them, the scaling in the last of each module; (1,
+        numbers) on the CPU.
+        """
         flat = []
         for name in self.groups[number].modules:
             *first, last = self._of_module(factors, name)
@@ -102,7 +128,9 @@ class Adapter:
         return torch.cat([tensor.detach().reshape(1, -1).float() for tensor in flat], dim=1).cpu()
 
     def is_zero(self, factors: Sequence[Tensor], number: int) -> bool:
-        """Whether a group adds nothing: its last factors are zero, as they begin and as a dropped unit's are."""
+        """Whether a group adds nothing: its last factors are zero, as they begin and as a dropped
+        unit's are.
+        """
         last = [self._of_module(factors, name)[-1] for name in self.groups[number].modules]
         return not any(tensor.any() for tensor in last)
 
@@ -111,9 +139,10 @@ class Adapter:
 
 
 class HandOffs:
-    """Which version of a killed group's factors the cloud is to use. A version is one content: a group that is revived,
-    trained and killed again has another; one that rests keeps its own and travels no more on this link. What it still costs
-    is a comparison of its content a call: mixing and loading change factors too, and nobody tells.
+    """Which version of a killed group's factors the cloud is to use. A version is one content: a
+    group that is revived, trained and killed again has another; one that rests keeps its own and
+    travels no more on this link. What it still costs is a comparison of its content a call: mixing
+    and loading change factors too, and nobody tells.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -123,7 +152,9 @@ class HandOffs:
     def units(
         self, factors: Sequence[Tensor], killed: frozenset[int], held: dict[int, int]
     ) -> tuple[tuple[int, ...], list[HandOff]]:
-        """What `Begin.units` says, and what must be sent before it to a cloud that has ``held`` (changed in place)."""
+        """What `Begin.units` says, and what must be sent before it to a cloud that has ``held``
+        (changed in place).
+        """
         if not killed:
             return (), []
         units, frames = [], []

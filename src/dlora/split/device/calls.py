@@ -1,4 +1,6 @@
-"""The device's forwards and backwards through the cloud: cut into parts, repeated when the cloud lost them."""
+"""The device's forwards and backwards through the cloud: cut into parts, repeated when the cloud
+lost them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from dlora.wire.frame import ChannelDown, Misbehaviour
 from dlora.wire.split.frames import Drop, Failed, Open, Opened, Refused, SplitFrame
 
 _T = TypeVar("_T")
-MAX_TRIES = 8  # of a call for which the cloud has no memory, or which it frees before the device has answered
+# of a call for which the cloud has no memory, or which it frees before the device has answered
+MAX_TRIES = 8
 CALLS_TO_RECOVER = 100  # after so many without a shortage the cloud is asked for more again
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 8.0  # before the cloud is asked again
 
@@ -31,15 +34,16 @@ class Sent:
 
     request: Request
     ranges: list[range]  # the rows of each part
-    call: Call | None  # what the cloud may still hold; None: its parts go through again, one after the other
+    # what the cloud may still hold; None: its parts go through again, one after the other
+    call: Call | None
 
 
 class Calls:
     """All that one device asks of its cloud, over as many links as it takes.
 
-    ``dial`` waits for a link; the ChannelDown that it raises ends a call. ``wait`` is handed in, as all clocks are. The cloud
-    holds nothing that cannot be made again: a call is repeated with the same numbers, dropout seed and factors, and its
-    gradients count only when it is through.
+    ``dial`` waits for a link; the ChannelDown that it raises ends a call. ``wait`` is handed in, as
+    all clocks are. The cloud holds nothing that cannot be made again: a call is repeated with the
+    same numbers, dropout seed and factors, and its gradients count only when it is through.
     """
 
     def __init__(
@@ -51,7 +55,12 @@ class Calls:
         pipeline: int,
         wait: Callable[[float], None],
     ) -> None:
-        self.dial, self.manifest, self.adapter, self.hidden_width = dial, manifest, adapter, hidden_width
+        self.dial, self.manifest, self.adapter, self.hidden_width = (
+            dial,
+            manifest,
+            adapter,
+            hidden_width,
+        )
         self.pipeline, self.wait = pipeline, wait
         self.repeated = 0  # calls that a lost link or a full cloud cost
         self._link: _Link | None = None
@@ -62,27 +71,37 @@ class Calls:
         self._calls_since = 0  # that went well since it was
         self._open: dict[int, Call] = {}  # what the cloud holds
         self._busy = threading.Lock()  # one call is under way at a time
-        self._thrown: deque[int] = deque()  # calls whose backward will never come; the cloud is to be told
+        # calls whose backward will never come; the cloud is to be told
+        self._thrown: deque[int] = deque()
 
     def forward(self, request: Request, keep: bool) -> tuple[Sent, Tensor]:
-        """What the head reads, (rows, H) with the real tokens or rows in order; ``keep``: a backward will follow."""
+        """What the head reads, (rows, H) with the real tokens or rows in order; ``keep``: a
+        backward will follow.
+        """
         with self._conversation():
             return self._until_through(request, lambda link: self._forward(link, request, keep))
 
     def backward(self, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
-        """The gradients of the factors, in the order of ``adapter.tensors``, from that of what ``forward`` gave.
+        """The gradients of the factors, in the order of ``adapter.tensors``, from that of what
+        ``forward`` gave.
 
         Raises RunError when that is no number any more.
         """
         if not gradient.isfinite().all():
-            raise RunError("the loss is no number any more; lower train.learning_rate and start anew in another output_dir")
+            raise RunError(
+                "the loss is no number any more; lower train.learning_rate and start anew in"
+                " another output_dir"
+            )
         with self._conversation():
-            return self._until_through(sent.request, lambda link: self._backward(link, sent, gradient))
+            return self._until_through(
+                sent.request, lambda link: self._backward(link, sent, gradient)
+            )
 
     def drop(self, sent: Sent) -> None:
         """Let the cloud forget a call whose backward will never come.
 
-        At once, or at the end of the call under way: garbage is collected at any moment, and in any thread.
+        At once, or at the end of the call under way: garbage is collected at any moment, and in any
+        thread.
         """
         if sent.call is not None and sent.call.number in self._open:
             self._thrown.append(sent.call.number)
@@ -98,8 +117,11 @@ class Calls:
         if together:
             call = self._call(link, request, ranges, keep)
             return Sent(request, ranges, call), torch.cat(self._go(link, call))
-        # Too much for the cloud at once: nothing stays there, and a backward goes through each part again.
-        hidden = [self._go(link, self._call(link, request, [rows], keep=False))[0] for rows in ranges]
+        # Too much for the cloud at once: nothing stays there, and a backward goes through each part
+        # again.
+        hidden = [
+            self._go(link, self._call(link, request, [rows], keep=False))[0] for rows in ranges
+        ]
         return Sent(request, ranges, None), torch.cat(hidden)
 
     def _backward(self, link: _Link, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
@@ -107,9 +129,11 @@ class Calls:
             before = sent.ranges
             sent.ranges, together = self._cut(sent.request, before)
             if sent.request.seed is not None and sent.ranges != before:
-                raise CloudError(  # the masks follow the parts: the loss would be of one model, its gradient of another
-                    "the cloud's memory ran short in the middle of a step with dropout; go on with --resume, or lower"
-                    " train.per_device_train_batch_size"
+                # the masks follow the parts: the loss would be of one model, its gradient of
+                # another
+                raise CloudError(
+                    "the cloud's memory ran short in the middle of a step with dropout; go on with"
+                    " --resume, or lower train.per_device_train_batch_size"
                 )
             self._make_room(sent.request, sent.ranges, together)
             if not together:
@@ -171,12 +195,16 @@ class Calls:
 
     @contextmanager
     def _conversation(self) -> Iterator[None]:
-        """Nobody else speaks meanwhile. Raises CloudError where the cloud says what no cloud says."""
+        """Nobody else speaks meanwhile. Raises CloudError where the cloud says what no cloud
+        says.
+        """
         with self._busy:
             try:
                 yield
             except Misbehaviour as error:
-                raise CloudError(f"the cloud breaks the conversation off: {error}; is it another version?") from error
+                raise CloudError(
+                    f"the cloud breaks the conversation off: {error}; is it another version?"
+                ) from error
             finally:
                 self._forget_thrown()
 
@@ -206,7 +234,9 @@ class Calls:
     # The link
 
     def open(self) -> Opened:
-        """Make the link, if there is none; what the cloud takes of this device. Raises CloudError when it refuses."""
+        """Make the link, if there is none; what the cloud takes of this device. Raises CloudError
+        when it refuses.
+        """
         self._linked()
         return self._limits
 
@@ -225,7 +255,10 @@ class Calls:
             if isinstance(answer, Refused):
                 raise CloudError(f"the cloud refuses this device: {answer.reason}")
             if not isinstance(answer, Opened):
-                raise CloudError(f"the cloud answered {type(answer).__name__} instead of opening; is it another version?")
+                raise CloudError(
+                    f"the cloud answered {type(answer).__name__} instead of opening; is it another"
+                    " version?"
+                )
             self._link, self._limits = link, answer
         return self._link
 
@@ -245,20 +278,31 @@ class Calls:
         limit, most, num_rows = self._limits.max_tokens, self._limits.max_parts, len(lengths)
         if max(lengths) > limit:
             raise CloudError(
-                f"a text of {max(lengths)} tokens; the cloud takes {limit} of one device at once: lower data.max_length, or"
-                " raise limits.max_tokens there"
+                f"a text of {max(lengths)} tokens; the cloud takes {limit} of one device at once:"
+                " lower data.max_length, or raise limits.max_tokens there"
             )
-        count = min(num_rows, self.pipeline * 2**self._halvings if self._halvings else min(self.pipeline, most))
-        ranges = before if before is not None and len(before) >= count else row_ranges(num_rows, count)
+        count = min(
+            num_rows,
+            self.pipeline * 2**self._halvings if self._halvings else min(self.pipeline, most),
+        )
+        ranges = (
+            before if before is not None and len(before) >= count else row_ranges(num_rows, count)
+        )
         while any(sum(lengths[rows.start : rows.stop]) > limit for rows in ranges):
             ranges = row_ranges(num_rows, len(ranges) + 1)
         return ranges, len(ranges) <= most and sum(lengths) <= limit and not self._halvings
 
     def _make_room(self, request: Request, ranges: Sequence[range], together: bool) -> None:
-        """Where the cloud cannot hold this call beside the open ones, those go through again at their backward."""
+        """Where the cloud cannot hold this call beside the open ones, those go through again at
+        their backward.
+        """
         held = [begin for call in self._open.values() for begin in call.begins]
         tokens = int(request.mask.sum()) + sum(len(begin.embedded) for begin in held)
-        if not together or len(held) + len(ranges) > self._limits.max_parts or tokens > self._limits.max_tokens:
+        if (
+            not together
+            or len(held) + len(ranges) > self._limits.max_parts
+            or tokens > self._limits.max_tokens
+        ):
             self._forget_all()
 
     def _forget_all(self) -> None:
@@ -271,15 +315,17 @@ class Calls:
             raise CloudError(f"the cloud could not run the body: {failed}")
         if failed.why == "expired":
             if tries >= MAX_TRIES:
-                raise CloudError(f"the cloud does not wait for this device ({failed}): raise limits.idle_s there")
+                raise CloudError(
+                    f"the cloud does not wait for this device ({failed}): raise limits.idle_s there"
+                )
             return tries + 1
         self._forget_all()
         self._calls_since = 0
         smallest = self.pipeline * 2**self._halvings >= len(request.mask)
         if smallest and tries >= MAX_TRIES:
             raise CloudError(
-                f"the cloud has no room for one text of {int(request.mask.sum(1).max())} tokens ({failed}), asked"
-                f" {tries} times: lower data.max_length, or raise limits there"
+                f"the cloud has no room for one text of {int(request.mask.sum(1).max())} tokens"
+                f" ({failed}), asked {tries} times: lower data.max_length, or raise limits there"
             )
         if not smallest:
             self._halvings += 1
@@ -292,16 +338,22 @@ class Calls:
         for frame in hand_offs:
             link.send(frame)
         self._numbers += 1
-        begins = [begin_of(request, rows, self._numbers, part, keep, units) for part, rows in enumerate(ranges)]
+        begins = [
+            begin_of(request, rows, self._numbers, part, keep, units)
+            for part, rows in enumerate(ranges)
+        ]
         return Call(self._numbers, begins, self.hidden_width, request.factors)
 
 
 class _Link:
-    """A channel; it notes which calls the cloud gives up, also when it says so in the midst of another."""
+    """A channel; it notes which calls the cloud gives up, also when it says so in the midst of
+    another.
+    """
 
     def __init__(self, channel: Channel, open_calls: dict[int, Call]) -> None:
         self._channel, self._open = channel, open_calls
-        self.held: dict[int, int] = {}  # group -> the version of its factors that was handed off on this link
+        # group -> the version of its factors that was handed off on this link
+        self.held: dict[int, int] = {}
 
     def send(self, frame: SplitFrame) -> None:
         try:

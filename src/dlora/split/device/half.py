@@ -1,4 +1,6 @@
-"""The device's half of a model: head and factors here, the body elsewhere; loss.backward() just works."""
+"""The device's half of a model: head and factors here, the body elsewhere; loss.backward() just
+works.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ from dlora.wire.split.frames import Opened
 class Half:
     """The device's half: token embedding and head, the factors' places, and no weight of the body.
 
-    ``model`` is what the local steps train (P = 1); ``fingerprint`` hashes the weights that are here.
+    ``model`` is what the local steps train (P = 1); ``fingerprint`` hashes the weights that are
+    here.
     """
 
     model: StackedModel
@@ -43,25 +46,36 @@ class Half:
     fingerprint: str
     body: RemoteBody
 
-    def link(self, dial: Callable[[], Channel], pipeline: int, wait: Callable[[float], None]) -> Calls:
+    def link(
+        self, dial: Callable[[], Channel], pipeline: int, wait: Callable[[float], None]
+    ) -> Calls:
         """From now on forwards and backwards go through the cloud that ``dial`` reaches."""
         prefix = self.body.prefix
         layers = {
-            name: self.model.network.get_submodule(prefix + name) for group in self.agreement.groups for name in group.modules
+            name: self.model.network.get_submodule(prefix + name)
+            for group in self.agreement.groups
+            for name in group.modules
         }
         manifest = proposal_text(self.facts, self.agreement)
         adapter = Adapter(self.agreement.groups, layers, self.agreement.frame is not None)
-        self.body.calls = Calls(dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait)
+        self.body.calls = Calls(
+            dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait
+        )
         return self.body.calls
 
     def open(self) -> Opened:
-        """Reach the cloud now instead of at the first forward; what it takes of this device. Raises CloudError if refused."""
+        """Reach the cloud now instead of at the first forward; what it takes of this device. Raises
+        CloudError if refused.
+        """
         assert self.body.calls is not None
         return self.body.calls.open()
 
 
-def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None, frame: Frame | None = None) -> Half:
-    """Read token embedding and head, draw the factors as PEFT does beside the whole model; ``frame``: of placement core.
+def load_half(
+    config: Config, tokenizer: Any, label_names: Sequence[str] | None, frame: Frame | None = None
+) -> Half:
+    """Read token embedding and head, draw the factors as PEFT does beside the whole model;
+    ``frame``: of placement core.
 
     Raises ModelError.
     """
@@ -72,12 +86,16 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None,
     prefix = f"{small.base_model_prefix}."
     if any(name.startswith(prefix) for name in frozen.head):
         raise ModelError(
-            f"model {config.model}: its folder has no weights for {frozen.head[0]}, which would be trained in the cloud; take"
-            " pooling: mean"
+            f"model {config.model}: its folder has no weights for {frozen.head[0]}, which would be"
+            " trained in the cloud; take pooling: mean"
         )
     model_config = _whole_config(small_body.config, frozen.source)
     with torch.device("meta"):
-        network: Any = MeanPooledClassifier(type(small_body)(model_config)) if mean else type(small)(model_config)
+        network: Any = (
+            MeanPooledClassifier(type(small_body)(model_config))
+            if mean
+            else type(small)(model_config)
+        )
     body = network.body if mean else network.base_model
     groups = find_groups(no_init_weights()(lambda: type(small_body)(model_config)))
     embedding = small_body.get_input_embeddings()
@@ -90,22 +108,30 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None,
         for name, layer in body.named_modules()
     )
     dropout = config.train.model_dropout
-    remote = RemoteBody(model_config, embedding, prefix, "all", dropout != 0.0 or config.lora.lora_dropout > 0)
+    remote = RemoteBody(
+        model_config, embedding, prefix, "all", dropout != 0.0 or config.lora.lora_dropout > 0
+    )
     remote.counts_ids = counts_ids
     for module in _stubs(body, embedding):
         stand_in(module, remote.forward)
     if config.task == "classification" and not mean:
         remote.reads = head_reads(network, _stubs(body, embedding))
-    for layer in body.modules():  # PEFT puts factors where the weight is, and draws nothing on the meta device
+    # PEFT puts factors where the weight is, and draws nothing on the meta device
+    for layer in body.modules():
         if isinstance(layer, LINEAR):
-            layer.weight = nn.Parameter(torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False)
+            layer.weight = nn.Parameter(
+                torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False
+            )
     whole = FrozenModel(network, frozen.source, frozen.head)
     model = attach(whole, config.lora, config.task, config.seed, frame, weights_here=False)
     _empty(body, embedding)
     targets = target_names(model.initial)
     outside = [name for name in targets if not name.startswith(prefix)]
     if outside:
-        raise ModelError(f"lora.target_modules: {outside[0]} is not in the body; only what runs in the cloud is adapted")
+        raise ModelError(
+            f"lora.target_modules: {outside[0]} is not in the body; only what runs in the cloud is"
+            " adapted"
+        )
     assert config.split is not None
     active = active_groups(groups, [name.removeprefix(prefix) for name in targets])
     of_frame = None
@@ -114,7 +140,9 @@ def load_half(config: Config, tokenizer: Any, label_names: Sequence[str] | None,
         of_frame = frame_digest(within, [name.removeprefix(prefix) for name in targets])
         active = core_groups(active, config.lora.r)
     model.loss_positions = config.task == "causal-lm"
-    remote.dropouts = [(layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)]
+    remote.dropouts = [
+        (layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)
+    ]
     as_remote(network, remote, model)
     facts = body_facts(model_config, embedding)
     agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
@@ -132,7 +160,9 @@ def _whole_config(small: Any, source: str) -> Any:
 
 
 def _stubs(body: Any, embedding: nn.Module) -> list[Any]:
-    """The body, and within it the models that heads call as bodies (OPT's decoder): those on the way to the embedding."""
+    """The body, and within it the models that heads call as bodies (OPT's decoder): those on the
+    way to the embedding.
+    """
     [path] = [name for name, module in body.named_modules() if module is embedding]
     parts = path.split(".")
     modules = [body.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
@@ -140,7 +170,9 @@ def _stubs(body: Any, embedding: nn.Module) -> list[Any]:
 
 
 def _empty(body: Any, embedding: nn.Module) -> None:
-    """Take away the tensors without numbers, so that moving and saving the network never meets them."""
+    """Take away the tensors without numbers, so that moving and saving the network never meets
+    them.
+    """
     for module in body.modules():
         if module is embedding:
             continue
@@ -152,7 +184,9 @@ def _empty(body: Any, embedding: nn.Module) -> None:
 
 
 def as_ordinary(half: Half) -> Any:
-    """The network with factors and head as parameters of its own, as any torch program expects them."""
+    """The network with factors and head as parameters of its own, as any torch program expects
+    them.
+    """
     network, model = half.model.network, half.model
     for name, initial in model.initial.items():
         module, _, attribute = name.rpartition(".")
@@ -163,5 +197,6 @@ def as_ordinary(half: Half) -> Any:
             setattr(network.get_submodule(parent), child, layer)
         value = initial.to(model.device, copy=True)
         setattr(layer, attribute, nn.Parameter(value, requires_grad=name not in model.frozen_head))
-    network._keys_to_ignore_on_save = sorted(network.state_dict().keys() - model.initial.keys())  # for a Trainer
+    # for a Trainer
+    network._keys_to_ignore_on_save = sorted(network.state_dict().keys() - model.initial.keys())
     return network.eval()  # as from_pretrained gives it

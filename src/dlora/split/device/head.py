@@ -28,10 +28,14 @@ def head_reads(network: Any, stubs: Sequence[Any]) -> Reads:
         own = hidden.clone()
         if changed is not None:
             own[:, changed] *= -1
-        output = BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=own, pooler_output=pooled)
+        output = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=own, pooler_output=pooled
+        )
         for stub in stubs:
             stub.forward = lambda *args, **kwargs: output
-        result: Tensor = network(input_ids=ids.to(device), attention_mask=(ids != pad).long().to(device)).logits
+        result: Tensor = network(
+            input_ids=ids.to(device), attention_mask=(ids != pad).long().to(device)
+        ).logits
         return result
 
     try:

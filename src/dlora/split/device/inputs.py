@@ -1,4 +1,6 @@
-"""What a forward through the cloud accepts: which inputs go to the body, which stay here, which are refused and why."""
+"""What a forward through the cloud accepts: which inputs go to the body, which stay here, which are
+refused and why.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,36 @@ from torch import Tensor
 
 from dlora.errors import ConfigError
 
-SENT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")  # ids as embedded tokens
-HERE = ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "return_dict", "loss_positions")  # head and loss
-SAID_AGAIN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # must be what position_ids say
-_NO_CACHE = "the body in the cloud keeps no key-value cache; call generate(input_ids, ..., use_cache=False)"
+# ids as embedded tokens
+SENT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+# head and loss
+HERE = (
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "return_dict",
+    "loss_positions",
+)
+# must be what position_ids say
+SAID_AGAIN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_NO_CACHE = (
+    "the body in the cloud keeps no key-value cache; call generate(input_ids, ..., use_cache=False)"
+)
 REFUSED = {  # name -> what to do, unless it is absent, None or False
     "past_key_values": _NO_CACHE,
     "use_cache": _NO_CACHE,
     "cache_position": _NO_CACHE,
     "output_hidden_states": "the last hidden states alone come back from the cloud; remove it",
     "output_attentions": "attention weights stay in the cloud; remove it",
-    "output_router_logits": "router logits stay in the cloud, and with them the loss that balances experts; remove it",
+    "output_router_logits": (
+        "router logits stay in the cloud, and with them the loss that balances experts; remove it"
+    ),
     "is_causal": "the body in the cloud attends as its own config says; remove it",
     "head_mask": "transformers 5 reads none, and neither does the cloud; remove it",
 }
-_IN_CONFIG = ("output_hidden_states", "output_attentions", "output_router_logits")  # a model's config asks for them too
+# a model's config asks for them too
+_IN_CONFIG = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def by_name(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +51,11 @@ def by_name(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
     names = _names(forward)
     if len(args) > len(names) or kwargs.keys() & names[: len(args)]:
         raise ConfigError(f"a forward takes {', '.join(names)}; give each once, by its name")
-    return {name: value for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items() if value is not None}
+    return {
+        name: value
+        for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items()
+        if value is not None
+    }
 
 
 @functools.cache
@@ -44,23 +65,36 @@ def _names(forward: Any) -> tuple[str, ...]:
 
 
 def check_names(given: Mapping[str, Any], config: Any) -> None:
-    """Raise ConfigError for an input that nothing here or in the cloud would read as transformers does."""
+    """Raise ConfigError for an input that nothing here or in the cloud would read as transformers
+    does.
+    """
     for name, value in given.items():
         if name in REFUSED and value is not False:
             raise ConfigError(f"{name}: {REFUSED[name]}")
         if name not in (*SENT, *HERE, *SAID_AGAIN, *REFUSED):
-            raise ConfigError(f"{name}: a split model takes {', '.join((*SENT, 'labels'))}; remove it")
+            raise ConfigError(
+                f"{name}: a split model takes {', '.join((*SENT, 'labels'))}; remove it"
+            )
     for name in _IN_CONFIG:
         if getattr(config, name, False) and name not in given:
-            raise ConfigError(f"{name} in the model's config: {REFUSED[name].replace('remove it', 'set it to False there')}")
+            raise ConfigError(
+                f"{name} in the model's config:"
+                f" {REFUSED[name].replace('remove it', 'set it to False there')}"
+            )
 
 
 def real_tokens(attention_mask: Any, shape: torch.Size) -> Tensor:
-    """(B, L) bool on the CPU: which places hold a token. Raises ConfigError for a mask that is no such thing."""
+    """(B, L) bool on the CPU: which places hold a token. Raises ConfigError for a mask that is no
+    such thing.
+    """
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:
-        came = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        came = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
         raise ConfigError(f"attention_mask has shape {came}; expected {tuple(shape)}: rows, tokens")
     mask = attention_mask.cpu() != 0
     if not mask.any(dim=1).all():
@@ -72,8 +106,14 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | No
     """Whole numbers (B, L) on the CPU, one row for all rows being enough. Raises ConfigError."""
     if value is None:
         return None
-    if value.dim() > 2 or value.shape[-1] != shape[1] or (value.dim() == 2 and len(value) not in (1, shape[0])):
-        raise ConfigError(f"{name} has shape {tuple(value.shape)}; expected {tuple(shape)}: rows, tokens")
+    if (
+        value.dim() > 2
+        or value.shape[-1] != shape[1]
+        or (value.dim() == 2 and len(value) not in (1, shape[0]))
+    ):
+        raise ConfigError(
+            f"{name} has shape {tuple(value.shape)}; expected {tuple(shape)}: rows, tokens"
+        )
     numbers = value.cpu().expand(shape)
     if numbers.is_floating_point() or int(numbers.min()) < 0:
         raise ConfigError(f"{name} holds {numbers.min().item()}; expected whole numbers from 0 on")
@@ -83,8 +123,9 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | No
 def several_texts(given: Mapping[str, Any], positions: Tensor | None, mask: Tensor) -> bool:
     """Whether rows hold several texts that the body is to keep apart, as transformers finds it.
 
-    So it is where positions (B, L) begin again within a row and no mask is given. Raises ConfigError where what else tells
-    texts apart (``SAID_AGAIN``: TRL and the flattening collators give it) says otherwise.
+    So it is where positions (B, L) begin again within a row and no mask is given. Raises
+    ConfigError where what else tells texts apart (``SAID_AGAIN``: TRL and the flattening collators
+    give it) says otherwise.
     """
     begins = torch.zeros_like(mask)
     begins[:, 0] = True
@@ -97,15 +138,17 @@ def several_texts(given: Mapping[str, Any], positions: Tensor | None, mask: Tens
             continue
         value = torch.as_tensor(given[name]).cpu()
         if name == "seq_idx":
-            same = value.shape == begins.shape and bool(((value.diff(dim=1) != 0) == begins[:, 1:]).all())
+            same = value.shape == begins.shape and bool(
+                ((value.diff(dim=1) != 0) == begins[:, 1:]).all()
+            )
         elif name.startswith("cu_seq_lens"):
             same = value.flatten().tolist() == edges.tolist()
         else:
             same = int(value) == int(edges.diff().max())
         if not same:
             raise ConfigError(
-                f"{name} names other texts than position_ids: give position_ids that begin anew with each text, and no"
-                " attention_mask"
+                f"{name} names other texts than position_ids: give position_ids that begin anew"
+                " with each text, and no attention_mask"
             )
     return len(starts) > len(begins)
 
@@ -118,10 +161,19 @@ def loss_positions(given: Mapping[str, Any]) -> Tensor | None:
     labels, shifted = given.get("labels"), given.get("shift_labels")
     if labels is None:
         return None
-    looks: Tensor = shifted != -100 if shifted is not None else torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    looks: Tensor = (
+        shifted != -100
+        if shifted is not None
+        else torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    )
     mask = given.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == looks.shape and (looks & (mask.to(looks.device) == 0)).any():
+    if (
+        isinstance(mask, Tensor)
+        and mask.shape == looks.shape
+        and (looks & (mask.to(looks.device) == 0)).any()
+    ):
         raise ConfigError(
-            "labels hold targets that padding would foretell (attention_mask is 0 there, or just before): set them to -100"
+            "labels hold targets that padding would foretell (attention_mask is 0 there, or just"
+            " before): set them to -100"
         )
     return looks

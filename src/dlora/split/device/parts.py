@@ -19,11 +19,13 @@ class Request:
 
     embedded: Tensor  # (B, L, E)
     mask: Tensor  # (B, L) bool: real tokens
-    needed: Tensor | None  # (B, L) bool: whose final hidden states the head reads; None: the pooled output (B, H)
+    # (B, L) bool: whose final hidden states the head reads; None: the pooled output (B, H)
+    needed: Tensor | None
     token_types: Tensor | None  # (B, L)
     positions: Tensor | None  # (B, L)
     seed: int | None  # of all dropout; None: none
-    factors: Sequence[Tensor] = ()  # that were bound at the forward, in the order of ``Adapter.tensors``
+    # that were bound at the forward, in the order of ``Adapter.tensors``
+    factors: Sequence[Tensor] = ()
     killed: frozenset[int] = frozenset()  # groups for which the device is not asked
     packed: bool = False  # as in `Begin`
 
@@ -31,10 +33,14 @@ class Request:
 def row_ranges(num_rows: int, count: int) -> list[range]:
     """``count`` runs of rows, as equal as they come."""
     edges = [round(part * num_rows / count) for part in range(count + 1)]
-    return [range(first, last) for first, last in zip(edges, edges[1:], strict=False) if last > first]
+    return [
+        range(first, last) for first, last in zip(edges, edges[1:], strict=False) if last > first
+    ]
 
 
-def begin_of(request: Request, rows: range, call: int, part: int, keep: bool, units: tuple[int, ...] = ()) -> Begin:
+def begin_of(
+    request: Request, rows: range, call: int, part: int, keep: bool, units: tuple[int, ...] = ()
+) -> Begin:
     """The part of these rows, without the columns in which none of them has a token."""
     mask = request.mask[rows.start : rows.stop]
     columns = int(mask.any(dim=0).nonzero().max()) + 1
@@ -54,7 +60,9 @@ def begin_of(request: Request, rows: range, call: int, part: int, keep: bool, un
         keep=keep,
         # of the rows, not of the part's number: they may go through again alone
         seed=None if request.seed is None else derive_seed(request.seed, "part", rows.start),
-        token_types=b"" if request.token_types is None else own(request.token_types).to(torch.uint8).numpy().tobytes(),
+        token_types=b""
+        if request.token_types is None
+        else own(request.token_types).to(torch.uint8).numpy().tobytes(),
         positions=() if request.positions is None else tuple(own(request.positions).tolist()),
         units=units,
         embedded=own(request.embedded).detach().float().cpu(),

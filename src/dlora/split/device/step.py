@@ -7,14 +7,15 @@ Forward, one part (micro-batch) of N real tokens:
     device  update           s (x A^T) B^T of its modules (N, sum of O)    up
     cloud   hidden           what the head reads                           down
 
-and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient up for each group, top to
-bottom. The lowest group's input-gradient is not asked for: below it nothing trains. A group moves 2 (I + sum of O) numbers a
-token (DLoRA, arXiv 2404.05182, as PrivSplit, section 2.1, describes it).
+and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient
+up for each group, top to bottom. The lowest group's input-gradient is not asked for: below it
+nothing trains. A group moves 2 (I + sum of O) numbers a token (DLoRA, arXiv 2404.05182, as
+PrivSplit, section 2.1, describes it).
 
-Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud puts x through each module's A and what comes back through its B:
-I and every O are r numbers then. A killed group is not spoken of: the cloud adds nothing, or computes with the factors that it
-was handed (`HandOff`). Which groups are active stands in each part's Begin, so neither a crash nor a repetition can part the
-two halves.
+Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud puts x through each module's A and
+what comes back through its B: I and every O are r numbers then. A killed group is not spoken of:
+the cloud adds nothing, or computes with the factors that it was handed (`HandOff`). Which groups
+are active stands in each part's Begin, so neither a crash nor a repetition can part the two halves.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class PartFailed(Exception):
 
 
 def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Tensor]:
-    """All parts of a call up, every group answered; returns each part's hidden (rows, hidden width)."""
+    """All parts of a call up, every group answered; returns each part's hidden (rows, hidden
+    width).
+    """
     for begin in call.begins:
         channel.send(begin)
     hidden: dict[int, Tensor] = {}
@@ -58,11 +61,17 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
         frame = _of(call, channel.receive())
         if frame is None:
             continue
-        if not isinstance(frame, Values) or frame.what not in ("input", "hidden") or frame.part in hidden:
+        if (
+            not isinstance(frame, Values)
+            or frame.what not in ("input", "hidden")
+            or frame.part in hidden
+        ):
             raise Misbehaviour(f"the cloud sent {_name(frame)} in a forward")
         begin = call.begins[frame.part]
         if frame.what == "hidden":
-            rows = int(bits(begin.needed, len(begin.embedded)).sum()) if begin.needed else begin.rows
+            rows = (
+                int(bits(begin.needed, len(begin.embedded)).sum()) if begin.needed else begin.rows
+            )
             _check(frame, [(rows, call.hidden_width)])
             hidden[frame.part], call.num_rows[frame.part] = frame.tensor, rows
             continue
@@ -80,8 +89,12 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
     return [hidden[part] for part in range(len(call.begins))]
 
 
-def backward_on_device(channel: Channel, call: Call, adapter: Adapter, gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of a call's hidden up; returns those of the factors, in the order of ``adapter.tensors``."""
+def backward_on_device(
+    channel: Channel, call: Call, adapter: Adapter, gradients: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients of a call's hidden up; returns those of the factors, in the order of
+    ``adapter.tensors``.
+    """
     for part, gradient in enumerate(gradients):
         channel.send(Values("hidden-gradient", call.number, part, 0, gradient))
     found: dict[tuple[int, int], list[Tensor | None]] = {}
@@ -97,7 +110,9 @@ def backward_on_device(channel: Channel, call: Call, adapter: Adapter, gradients
         if not isinstance(frame, Values) or frame.what != "update-gradient":
             raise Misbehaviour(f"the cloud sent {_name(frame)} in a backward")
         if (frame.part, frame.group) not in call.kept:
-            raise Misbehaviour(f"the cloud sent a gradient for group {frame.group}, which it never asked for")
+            raise Misbehaviour(
+                f"the cloud sent a gradient for group {frame.group}, which it never asked for"
+            )
         _check(frame, [tuple(call.kept[frame.part, frame.group].update.shape)])
         dx, own = adapter.gradients(call, frame.part, frame.group, frame.tensor, frame.reply)
         if dx is not None:
@@ -106,15 +121,21 @@ def backward_on_device(channel: Channel, call: Call, adapter: Adapter, gradients
     return _summed(adapter, len(call.begins), found)
 
 
-def _summed(adapter: Adapter, num_parts: int, found: Mapping[tuple[int, int], list[Tensor | None]]) -> list[Tensor | None]:
-    """Over parts, in their order and not in that of arrival: sums must not depend on the network."""
+def _summed(
+    adapter: Adapter, num_parts: int, found: Mapping[tuple[int, int], list[Tensor | None]]
+) -> list[Tensor | None]:
+    """Over parts, in their order and not in that of arrival: sums must not depend on the
+    network.
+    """
     totals: list[Tensor | None] = []
     for number, group in enumerate(adapter.groups):
         of_group: list[Tensor | None] = [None] * (adapter.num_factors * len(group.modules))
         for part in range(num_parts):
             for place, gradient in enumerate(found.get((part, number), ())):
                 so_far = of_group[place]
-                of_group[place] = gradient if so_far is None or gradient is None else so_far + gradient
+                of_group[place] = (
+                    gradient if so_far is None or gradient is None else so_far + gradient
+                )
         totals += of_group
     return totals
 
@@ -133,7 +154,9 @@ def _of(call: Call, frame: SplitFrame) -> Values | Done | None:
 
 
 def _check_done(call: Call, part: int, groups: Sequence[int]) -> None:
-    """A backward comes from the top: what it leaves out lies above all that it meets (a pooler that nobody reads)."""
+    """A backward comes from the top: what it leaves out lies above all that it meets (a pooler that
+    nobody reads).
+    """
     for kept_part, group in call.kept:
         if kept_part == part and group < max(groups, default=group + 1):
             raise Misbehaviour(f"the cloud ends a backward without the gradient of group {group}")
@@ -141,7 +164,10 @@ def _check_done(call: Call, part: int, groups: Sequence[int]) -> None:
 
 def _check(frame: Values, shapes: Sequence[tuple[int, ...]]) -> None:
     if tuple(frame.tensor.shape) not in shapes:
-        raise Misbehaviour(f"the cloud sent {_name(frame)} of shape {tuple(frame.tensor.shape)}; it should be {shapes[0]}")
+        raise Misbehaviour(
+            f"the cloud sent {_name(frame)} of shape {tuple(frame.tensor.shape)}; it should be"
+            f" {shapes[0]}"
+        )
 
 
 def _name(frame: SplitFrame) -> str:

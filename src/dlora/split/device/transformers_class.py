@@ -1,4 +1,6 @@
-"""A split model as programs around transformers know a model: what it does as ever, and what it refuses in one line."""
+"""A split model as programs around transformers know a model: what it does as ever, and what it
+refuses in one line.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,32 @@ from dlora.lora.adapter_io import save_adapter, save_trained
 from dlora.lora.stacked import StackedModel
 from dlora.split.device.inputs import by_name, check_names, loss_positions
 
-_TABLE = "the cloud has the model's own token table, and no token can be added; take the model's own tokenizer"
-_ONE_ADAPTER = "this model has its adapter, and a second one would train nothing in the cloud; change lora in the config"
-_ONE_LINK = "a split model is one link to one cloud; make another with dlora.connect, or copy state_dict()"
+_TABLE = (
+    "the cloud has the model's own token table, and no token can be added; take the model's own"
+    " tokenizer"
+)
+_ONE_ADAPTER = (
+    "this model has its adapter, and a second one would train nothing in the cloud; change lora in"
+    " the config"
+)
+_ONE_LINK = (
+    "a split model is one link to one cloud; make another with dlora.connect, or copy state_dict()"
+)
 REFUSED_METHODS = {
-    "gradient_checkpointing_enable": "the body runs in the cloud, which keeps its activations; write"
-    " gradient_checkpointing=False in TrainingArguments or SFTConfig",
+    "gradient_checkpointing_enable": (
+        "the body runs in the cloud, which keeps its activations; write"
+        " gradient_checkpointing=False in TrainingArguments or SFTConfig"
+    ),
     "set_attn_implementation": "the cloud attends in its own way; leave it out",
     "set_input_embeddings": _TABLE,
     "add_adapter": _ONE_ADAPTER,
-    "load_adapter": f"{_ONE_ADAPTER}. Weights of a checkpoint: load_state_dict(load_file('model.safetensors'), strict=False)",
-    "_replicate_for_data_parallel": "DataParallel would copy the link; let the program see one GPU (CUDA_VISIBLE_DEVICES=0)",
+    "load_adapter": (
+        f"{_ONE_ADAPTER}. Weights of a checkpoint: load_state_dict(load_file('model.safetensors'),"
+        " strict=False)"
+    ),
+    "_replicate_for_data_parallel": (
+        "DataParallel would copy the link; let the program see one GPU (CUDA_VISIBLE_DEVICES=0)"
+    ),
     "__deepcopy__": _ONE_LINK,
     "__reduce_ex__": _ONE_LINK,
 }
@@ -46,7 +63,9 @@ class Body(Protocol):
 
 
 def as_remote(network: Any, body: Body, model: StackedModel) -> None:
-    """Make the network an instance of a subclass of its class, which knows what differs when the body is elsewhere."""
+    """Make the network an instance of a subclass of its class, which knows what differs when the
+    body is elsewhere.
+    """
     original = type(network)
 
     class Remote(original):  # type: ignore[misc, valid-type]
@@ -59,7 +78,8 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
             if looks is None and model.loss_positions:
                 looks = loss_positions(given)
                 if looks is not None:
-                    body.unread = float("nan")  # whoever reads logits that did not come shall see it
+                    # whoever reads logits that did not come shall see it
+                    body.unread = float("nan")
             body.loss_positions, body.killed = looks, model.killed
             try:
                 return original.forward(self, **given)
@@ -67,21 +87,36 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
                 body.loss_positions, body.unread = None, 0.0
 
         def save_pretrained(
-            self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **ignored: Any
+            self,
+            save_directory: str | Path,
+            is_main_process: bool = True,
+            push_to_hub: bool = False,
+            **ignored: Any,
         ) -> None:
-            """A PEFT folder; the frozen weights are the cloud's. Beside it, what trains, as a Trainer reads it to go on."""
+            """A PEFT folder; the frozen weights are the cloud's. Beside it, what trains, as a
+            Trainer reads it to go on.
+            """
             if push_to_hub:
-                raise ConfigError("save_pretrained(push_to_hub=True): save to a folder, then call push_to_hub(repository)")
+                raise ConfigError(
+                    "save_pretrained(push_to_hub=True): save to a folder, then call"
+                    " push_to_hub(repository)"
+                )
             if not is_main_process:
                 return
             values = {}
             for name, initial in model.initial.items():
                 module, _, attribute = name.rpartition(".")
-                values[name] = getattr(self.get_submodule(module), attribute).detach().reshape(1, *initial.shape)
+                values[name] = (
+                    getattr(self.get_submodule(module), attribute)
+                    .detach()
+                    .reshape(1, *initial.shape)
+                )
             save_adapter(Path(save_directory), values, model)
             save_trained(Path(save_directory), values)
 
-        def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        def resize_token_embeddings(
+            self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+        ) -> Any:
             table = self.get_input_embeddings()
             if new_num_tokens not in (None, table.num_embeddings):
                 raise ConfigError(f"resize_token_embeddings({new_num_tokens}): {_TABLE}")
@@ -97,7 +132,11 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
         setattr(Remote, name, _refuses(_SAID.get(name, name), reason))
     if hasattr(original, "from_pretrained"):
         Remote.from_pretrained = original.from_pretrained  # a whole model, here
-    Remote.__name__, Remote.__qualname__, Remote.__module__ = original.__name__, original.__qualname__, original.__module__
+    Remote.__name__, Remote.__qualname__, Remote.__module__ = (
+        original.__name__,
+        original.__qualname__,
+        original.__module__,
+    )
     network.__class__ = Remote
 
 

@@ -20,7 +20,8 @@ from dlora.wire.peer.frames import (
     Want,
 )
 
-MAX_FRAME_BYTES = max(MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES) + 1024  # the other fields take less than 400
+# the other fields take less than 400
+MAX_FRAME_BYTES = max(MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES) + 1024
 _KINDS: dict[str, type[Frame]] = {
     "hello": Hello,
     "status": Status,
@@ -40,11 +41,15 @@ def encode_frame(frame: Frame) -> bytes:
     """The bytes of a frame. Raises FrameError where ``decode_frame`` would."""
     _check(frame)
     field = _FIELDS[type(frame)]
-    return peer_pb2.Frame(**{field: getattr(peer_pb2, type(frame).__name__)(**vars(frame))}).SerializeToString()
+    return peer_pb2.Frame(
+        **{field: getattr(peer_pb2, type(frame).__name__)(**vars(frame))}
+    ).SerializeToString()
 
 
 def decode_frame(data: bytes) -> Frame:
-    """The frame these bytes are. Raises FrameError for anything else; holds at most a few times ``MAX_FRAME_BYTES``."""
+    """The frame these bytes are. Raises FrameError for anything else; holds at most a few times
+    ``MAX_FRAME_BYTES``.
+    """
     if len(data) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(data)} bytes; at most {MAX_FRAME_BYTES} are allowed")
     field, inner = parse(peer_pb2.Frame, data)
@@ -65,18 +70,30 @@ def _check(frame: Frame) -> None:
                 raise FrameError(f"{kind} frame: {field} {value} is not between 0 and 2^53")
         elif field == "data":
             if not 0 < len(value) <= MAX_CHUNK_BYTES:
-                raise FrameError(f"{kind} frame: {len(value)} bytes of data; 1 to {MAX_CHUNK_BYTES} are allowed")
+                raise FrameError(
+                    f"{kind} frame: {len(value)} bytes of data; 1 to {MAX_CHUNK_BYTES} are allowed"
+                )
         elif field == "signature":
             if len(value) not in (0, SIGNATURE_BYTES):
-                raise FrameError(f"{kind} frame: a signature of {len(value)} bytes; it has {SIGNATURE_BYTES}, or none is there")
+                raise FrameError(
+                    f"{kind} frame: a signature of {len(value)} bytes; it has {SIGNATURE_BYTES}, or"
+                    " none is there"
+                )
         elif field == "manifest":
             if len(value.encode()) > MAX_MANIFEST_BYTES:
-                raise FrameError(f"{kind} frame: a manifest of more than {MAX_MANIFEST_BYTES} bytes")
+                raise FrameError(
+                    f"{kind} frame: a manifest of more than {MAX_MANIFEST_BYTES} bytes"
+                )
         elif field == "name":
             if not _NAME.fullmatch(value):
-                raise FrameError(f"{kind} frame: the message name {value[:80]!r} is not 1 to 64 of a-z, 0-9 and -")
+                raise FrameError(
+                    f"{kind} frame: the message name {value[:80]!r} is not 1 to 64 of a-z, 0-9"
+                    " and -"
+                )
         elif not _SHA256.fullmatch(value):
             raise FrameError(f"{kind} frame: {field} {value[:80]!r} is not a SHA-256 in hex")
 
 
-PEERS = FrameKind("dlora.Peer", encode_frame, decode_frame, MAX_FRAME_BYTES, frames_per_s=200, frames_at_once=500)
+PEERS = FrameKind(
+    "dlora.Peer", encode_frame, decode_frame, MAX_FRAME_BYTES, frames_per_s=200, frames_at_once=500
+)

@@ -16,9 +16,12 @@ class Hello:
     run: str  # SHA-256 of the manifest, hex
     manifest: str  # canonical JSON, so that a mismatch can be named
     round: int  # the round it is in
-    ledger: str  # drawn when its ledger was made, hex: a copy has the same, a folder that is started anew has another
+    # drawn when its ledger was made, hex: a copy has the same, a folder that is started anew has
+    # another
+    ledger: str
     known: int = 0  # 1 + the newest round that it holds promised or committed on this edge; 0: none
-    since: int = 0  # the round to which it last caught up: what it lacks before that is in the state it took
+    # the round to which it last caught up: what it lacks before that is in the state it took
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Status:
 
 @dataclass(frozen=True)
 class Offer:
-    """A message is ready. A round's never changes; the end's may, when it is gone through again: the hash decides."""
+    """A message is ready. A round's never changes; the end's may, when it is gone through again:
+    the hash decides.
+    """
 
     name: str  # of the message, such as round-000012
     num_bytes: int
@@ -56,7 +61,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Have:
-    """The promise: your message of this round is on my disk, and I mix it if you decide so (again on every new link)."""
+    """The promise: your message of this round is on my disk, and I mix it if you decide so (again
+    on every new link).
+    """
 
     round: int
     signature: bytes = b""  # of `word.statement`, by the sender
@@ -64,7 +71,9 @@ class Have:
 
 @dataclass(frozen=True)
 class Decided:
-    """The decision about (this edge, this round), by the edge's named end, after it is on that end's disk."""
+    """The decision about (this edge, this round), by the edge's named end, after it is on that
+    end's disk.
+    """
 
     round: int
     committed: bool

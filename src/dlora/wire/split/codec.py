@@ -1,7 +1,9 @@
-"""Frames of the split conversation <-> bytes, everything checked before it is made; three ways to write a tensor.
+"""Frames of the split conversation <-> bytes, everything checked before it is made; three ways to
+write a tensor.
 
-float32 and bfloat16 are written as they are. int8 is dynamic and per row, that is per token: a row's scale is its largest
-magnitude / 127, a value is the nearest whole number of scales, so it is off by half a scale at most.
+float32 and bfloat16 are written as they are. int8 is dynamic and per row, that is per token: a
+row's scale is its largest magnitude / 127, a value is the nearest whole number of scales, so it is
+off by half a scale at most.
 """
 
 from __future__ import annotations
@@ -15,25 +17,44 @@ from torch import Tensor
 
 from dlora.wire.frame import MAX_MANIFEST_BYTES, MAX_NUMBER, FrameError, FrameKind, parse
 from dlora.wire.split import split_pb2
-from dlora.wire.split.frames import FIRST_VERSION, WHATS, WHYS, Begin, HandOff, SplitFrame, Values, Wire
+from dlora.wire.split.frames import (
+    FIRST_VERSION,
+    WHATS,
+    WHYS,
+    Begin,
+    HandOff,
+    SplitFrame,
+    Values,
+    Wire,
+)
 
 MAX_SIDE = 1 << 20  # rows of a tensor, its width, tokens of a padded part
-MAX_FACTORS = 1 << 24  # numbers of one group: r 128 at three modules of 32,768 and their input of 32,768
+# numbers of one group: r 128 at three modules of 32,768 and their input of 32,768
+MAX_FACTORS = 1 << 24
 MAX_UNITS = 1 << 16  # groups of a model
 MAX_TEXT_BYTES = 2000
-MAX_HEAD_BYTES = 8 << 20  # of a frame without its tensor: the positions of MAX_SIDE tokens, masks and types take 7.3 MiB
+# of a frame without its tensor: the positions of MAX_SIDE tokens, masks and types take 7.3 MiB
+MAX_HEAD_BYTES = 8 << 20
 
 _KINDS: dict[str, type[SplitFrame]] = {kind.__name__.lower(): kind for kind in SplitFrame.__args__}
-_LIMITS = {"seed": 1 << 63, "positions": 1 << 31, "rows": MAX_SIDE + 1, "columns": MAX_SIDE + 1, "width": MAX_SIDE + 1}
+_LIMITS = {
+    "seed": 1 << 63,
+    "positions": 1 << 31,
+    "rows": MAX_SIDE + 1,
+    "columns": MAX_SIDE + 1,
+    "width": MAX_SIDE + 1,
+}
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-_PAYLOAD_TAG = bytes([split_pb2.Frame.PAYLOAD_FIELD_NUMBER << 3 | 2])  # protobuf: this field, bytes of a length that follows
+# protobuf: this field, bytes of a length that follows
+_PAYLOAD_TAG = bytes([split_pb2.Frame.PAYLOAD_FIELD_NUMBER << 3 | 2])
 _MAX_SCALE = torch.finfo(torch.float32).max / 128  # whatever an int8 makes of it is finite
 
 
 def encode_split(frame: SplitFrame, wire: Wire) -> bytes:
     """The bytes of a frame; a reason or text is cut to one line of ``MAX_TEXT_BYTES``.
 
-    Raises FrameError where ``decode_split`` would, such as for a tensor with a value that is not finite.
+    Raises FrameError where ``decode_split`` would, such as for a tensor with a value that is not
+    finite.
     """
     head, tensor = _head(frame)
     if tensor is None:
@@ -44,7 +65,9 @@ def encode_split(frame: SplitFrame, wire: Wire) -> bytes:
 
 
 def split_num_bytes(frame: SplitFrame, wire: Wire) -> int:
-    """The length that ``encode_split`` gives; only the shape of a tensor is read, so it may lie on the device ``meta``."""
+    """The length that ``encode_split`` gives; only the shape of a tensor is read, so it may lie on
+    the device ``meta``.
+    """
     head, tensor = _head(frame)
     if tensor is None:
         return head.ByteSize()
@@ -55,7 +78,8 @@ def split_num_bytes(frame: SplitFrame, wire: Wire) -> int:
 def decode_split(data: bytes, wire: Wire) -> SplitFrame:
     """The frame these bytes are, its tensor (rows, width) float32 on the CPU in memory of its own.
 
-    Raises FrameError for anything else, before that memory is taken. Whoever receives limits the length of ``data``.
+    Raises FrameError for anything else, before that memory is taken. Whoever receives limits the
+    length of ``data``.
     """
     head, payload = _cut(data)
     field, inner = parse(split_pb2.Frame, head)
@@ -63,7 +87,9 @@ def decode_split(data: bytes, wire: Wire) -> SplitFrame:
     fields = {name: getattr(inner, name) for name in inner.DESCRIPTOR.fields_by_name}
     if kind not in (Begin, Values, HandOff):
         if payload:
-            raise FrameError(f"{kind.__name__} frame: {len(payload)} bytes of a tensor; it has none")
+            raise FrameError(
+                f"{kind.__name__} frame: {len(payload)} bytes of a tensor; it has none"
+            )
         _check(kind.__name__, fields)
         return kind(**fields)
     if kind is Begin:
@@ -78,16 +104,23 @@ def decode_split(data: bytes, wire: Wire) -> SplitFrame:
 
 
 def _dtype(kind: type[SplitFrame], wire: Wire) -> Wire:
-    """How a frame's tensor is written: factors are exact on every wire, for what is handed off is what was trained."""
+    """How a frame's tensor is written: factors are exact on every wire, for what is handed off is
+    what was trained.
+    """
     return "float32" if kind is HandOff else wire
 
 
 def _cut(data: bytes) -> tuple[bytes, memoryview]:
-    """What protobuf reads, and the payload, which it would copy twice; they stand as ``encode_split`` writes them."""
+    """What protobuf reads, and the payload, which it would copy twice; they stand as
+    ``encode_split`` writes them.
+    """
     head_bytes, start = _length_at(data, 1)
     end = start + head_bytes
     if not end <= len(data) or end > MAX_HEAD_BYTES:
-        raise FrameError(f"a frame of {len(data)} bytes with a head of {end}; at most {MAX_HEAD_BYTES} are allowed")
+        raise FrameError(
+            f"a frame of {len(data)} bytes with a head of {end}; at most {MAX_HEAD_BYTES} are"
+            " allowed"
+        )
     if end == len(data):
         return data, memoryview(b"")
     payload_bytes, start = _length_at(data, end + 1)
@@ -107,7 +140,9 @@ def _length_at(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _head(frame: SplitFrame) -> tuple[split_pb2.Frame, Tensor | None]:
-    """The message without its payload, and the tensor that the payload is of; checked but for the tensor's values."""
+    """The message without its payload, and the tensor that the payload is of; checked but for the
+    tensor's values.
+    """
     kind, fields = type(frame).__name__, dict(vars(frame))
     for name in ("reason", "text"):
         if name in fields:
@@ -116,15 +151,24 @@ def _head(frame: SplitFrame) -> tuple[split_pb2.Frame, Tensor | None]:
     if isinstance(frame, Begin | Values | HandOff):
         tensor = fields.pop("embedded" if isinstance(frame, Begin) else "tensor")
         if tensor.dim() != 2 or not tensor.is_floating_point():
-            raise FrameError(f"{kind} frame: a tensor {tuple(tensor.shape)} of {tensor.dtype}; it should be (tokens, width)")
+            raise FrameError(
+                f"{kind} frame: a tensor {tuple(tensor.shape)} of {tensor.dtype}; it should be"
+                " (tokens, width)"
+            )
         fields["width"] = tensor.shape[1]
         if isinstance(frame, Values):
             fields["rows"] = tensor.shape[0]
         elif isinstance(frame, HandOff) and len(tensor) != 1:
             raise FrameError(f"HandOff frame: a tensor of {len(tensor)} rows; factors stand in one")
     _check(kind, fields)
-    if isinstance(frame, Begin) and tensor is not None and len(tensor) != (num_tokens := _num_tokens(fields)):
-        raise FrameError(f"Begin frame: {len(tensor)} rows of embedded; the mask has {num_tokens} tokens")
+    if (
+        isinstance(frame, Begin)
+        and tensor is not None
+        and len(tensor) != (num_tokens := _num_tokens(fields))
+    ):
+        raise FrameError(
+            f"Begin frame: {len(tensor)} rows of embedded; the mask has {num_tokens} tokens"
+        )
     return split_pb2.Frame(**{kind.lower(): getattr(split_pb2, kind)(**fields)}), tensor
 
 
@@ -136,19 +180,40 @@ def _check(kind: str, fields: dict[str, Any]) -> None:
         if name in ("manifest", "reason", "text"):
             limit = MAX_MANIFEST_BYTES if name == "manifest" else MAX_TEXT_BYTES
             if len(value.encode()) > limit:
-                raise FrameError(f"{kind} frame: {name} has {len(value.encode())} bytes; at most {limit} are allowed")
+                raise FrameError(
+                    f"{kind} frame: {name} has {len(value.encode())} bytes; at most {limit} are"
+                    " allowed"
+                )
             if name != "manifest" and not value.isprintable():  # a terminal shows it
-                raise FrameError(f"{kind} frame: {name} has characters that are not for printing, or several lines")
+                raise FrameError(
+                    f"{kind} frame: {name} has characters that are not for printing, or several"
+                    " lines"
+                )
         elif name in ("what", "why"):
             known = WHATS if name == "what" else WHYS
             if value not in known:
-                raise FrameError(f"{kind} frame: {name} {ascii(value[:80])} is none of {', '.join(known)}")
+                raise FrameError(
+                    f"{kind} frame: {name} {ascii(value[:80])} is none of {', '.join(known)}"
+                )
         elif not isinstance(value, bytes):
-            least = FIRST_VERSION if name == "version" else int(name in ("rows", "columns", "width"))
-            limit = MAX_FACTORS + 1 if kind == "HandOff" and name == "width" else _LIMITS.get(name, MAX_NUMBER)
-            low, high = (min(value, default=least), max(value, default=least)) if isinstance(value, tuple) else (value, value)
+            least = (
+                FIRST_VERSION if name == "version" else int(name in ("rows", "columns", "width"))
+            )
+            limit = (
+                MAX_FACTORS + 1
+                if kind == "HandOff" and name == "width"
+                else _LIMITS.get(name, MAX_NUMBER)
+            )
+            low, high = (
+                (min(value, default=least), max(value, default=least))
+                if isinstance(value, tuple)
+                else (value, value)
+            )
             if not least <= low <= high < limit:
-                raise FrameError(f"{kind} frame: {name} {low if low < least else high} is not between {least} and {limit - 1}")
+                raise FrameError(
+                    f"{kind} frame: {name} {low if low < least else high} is not between {least}"
+                    f" and {limit - 1}"
+                )
     if kind == "Begin":
         _check_tokens(fields)
 
@@ -157,7 +222,10 @@ def _check_tokens(fields: dict[str, Any]) -> None:
     """One bit, type or position a token, where there are any."""
     num_places = fields["rows"] * fields["columns"]
     if num_places > MAX_SIDE:
-        raise FrameError(f"Begin frame: {fields['rows']} rows of {fields['columns']} tokens; at most {MAX_SIDE} tokens")
+        raise FrameError(
+            f"Begin frame: {fields['rows']} rows of {fields['columns']} tokens; at most {MAX_SIDE}"
+            " tokens"
+        )
     _check_bits("mask", fields["mask"], num_places)
     num_tokens = _num_tokens(fields)
     if num_tokens == 0:
@@ -165,17 +233,23 @@ def _check_tokens(fields: dict[str, Any]) -> None:
     if fields["needed"]:
         _check_bits("needed", fields["needed"], num_tokens)
     if len(fields["units"]) > MAX_UNITS:
-        raise FrameError(f"Begin frame: {len(fields['units'])} units; at most {MAX_UNITS} are allowed")
+        raise FrameError(
+            f"Begin frame: {len(fields['units'])} units; at most {MAX_UNITS} are allowed"
+        )
     for name in ("token_types", "positions"):
         if len(fields[name]) not in (0, num_tokens):
             raise FrameError(f"Begin frame: {len(fields[name])} {name} for {num_tokens} tokens")
     if fields["packed"] and not (num_tokens == num_places == len(fields["positions"])):
-        raise FrameError("Begin frame: packed texts without a position for each place, or with padding")
+        raise FrameError(
+            "Begin frame: packed texts without a position for each place, or with padding"
+        )
 
 
 def _check_bits(name: str, data: bytes, num_bits: int) -> None:
     if len(data) != (num_bits + 7) // 8:
-        raise FrameError(f"Begin frame: {name} has {len(data)} bytes; {num_bits} bits take {(num_bits + 7) // 8}")
+        raise FrameError(
+            f"Begin frame: {name} has {len(data)} bytes; {num_bits} bits take {(num_bits + 7) // 8}"
+        )
     if data[-1] & (1 << -num_bits % 8) - 1:
         raise FrameError(f"Begin frame: {name} has bits set beyond its {num_bits}")
 
@@ -189,13 +263,17 @@ def _payload_bytes(rows: int, width: int, wire: Wire) -> int:
 
 
 def _payload(tensor: Tensor, wire: Wire, kind: str) -> list[memoryview]:
-    """The tensor's bytes, one part after the other; converted where it lies, so that few bytes leave a GPU."""
+    """The tensor's bytes, one part after the other; converted where it lies, so that few bytes
+    leave a GPU.
+    """
     if wire == "int8":
         rows = tensor.float()
         scales = rows.abs().amax(1, keepdim=True) / 127
         if not bool((scales <= _MAX_SCALE).all()):  # false for NaN
             raise FrameError(f"{kind} frame: a value that is not finite")
-        whole = (rows / torch.where(scales > 0, scales, 1)).round_().clamp_(-127, 127).to(torch.int8)
+        whole = (
+            (rows / torch.where(scales > 0, scales, 1)).round_().clamp_(-127, 127).to(torch.int8)
+        )
         return [_bytes_of(scales), _bytes_of(whole)]
     rows = tensor.to(torch.bfloat16 if wire == "bfloat16" else torch.float32)
     if not _is_finite(rows):
@@ -206,8 +284,12 @@ def _payload(tensor: Tensor, wire: Wire, kind: str) -> list[memoryview]:
 def _tensor(payload: memoryview, rows: int, width: int, wire: Wire, kind: str) -> Tensor:
     expected = _payload_bytes(rows, width, wire)
     if len(payload) != expected:
-        raise FrameError(f"{kind} frame: {len(payload)} bytes of a tensor; ({rows}, {width}) in {wire} takes {expected}")
-    memory = torch.frombuffer(bytearray(payload), dtype=torch.uint8)  # a copy, because a tensor's memory must be writable
+        raise FrameError(
+            f"{kind} frame: {len(payload)} bytes of a tensor; ({rows}, {width}) in {wire} takes"
+            f" {expected}"
+        )
+    # a copy, because a tensor's memory must be writable
+    memory = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
     if wire == "int8":
         scales = memory[: 4 * rows].view(torch.float32)[:, None]  # (rows, 1)
         if not bool(((scales >= 0) & (scales <= _MAX_SCALE)).all()):
@@ -230,7 +312,9 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _one_line(text: str) -> str:
-    """As much of it as may be sent: what one end has to say of a failure must not be a failure itself."""
+    """As much of it as may be sent: what one end has to say of a failure must not be a failure
+    itself.
+    """
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
 
@@ -245,5 +329,12 @@ MAX_FRAME_BYTES = 256 << 20  # 16,384 tokens of width 4096 in float32
 
 
 def split_kind(wire: Wire = "float32", max_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
-    """What links between cloud and device carry; ``wire`` is how tensors travel, which both ends agree on first."""
-    return FrameKind("dlora.split.Cloud", partial(encode_split, wire=wire), partial(decode_split, wire=wire), max_bytes)
+    """What links between cloud and device carry; ``wire`` is how tensors travel, which both ends
+    agree on first.
+    """
+    return FrameKind(
+        "dlora.split.Cloud",
+        partial(encode_split, wire=wire),
+        partial(decode_split, wire=wire),
+        max_bytes,
+    )

@@ -1,7 +1,8 @@
-"""What cloud and device say to each other, frame by frame; how a frame travels is the wire's business.
+"""What cloud and device say to each other, frame by frame; how a frame travels is the wire's
+business.
 
-A *part* is a micro-batch: some rows of a batch, on their way through the body together. Rows of every tensor are the part's
-real tokens, row after row, without padding (N of them).
+A *part* is a micro-batch: some rows of a batch, on their way through the body together. Rows of
+every tensor are the part's real tokens, row after row, without padding (N of them).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from torch import Tensor
 
 PROTOCOL = 2  # 2: `Begin.packed`
 
-Wire: TypeAlias = Literal["float32", "bfloat16", "int8"]  # int8: per token, with a float32 scale each
-What: TypeAlias = Literal["input", "update", "hidden", "hidden-gradient", "update-gradient", "input-gradient"]
+# int8: per token, with a float32 scale each
+Wire: TypeAlias = Literal["float32", "bfloat16", "int8"]
+What: TypeAlias = Literal[
+    "input", "update", "hidden", "hidden-gradient", "update-gradient", "input-gradient"
+]
 Why: TypeAlias = Literal["memory", "tokens", "expired", "broken"]
 WIRES, WHATS, WHYS = get_args(Wire), get_args(What), get_args(Why)
 
@@ -53,22 +57,26 @@ class Begin:
     rows: int
     columns: int  # tokens of a padded row
     mask: bytes  # attention mask, (rows x columns) bits, first bit highest, as numpy.packbits
-    needed: bytes  # which of the N tokens' final hidden states the head reads, N bits; empty: the pooled output
+    # which of the N tokens' final hidden states the head reads, N bits; empty: the pooled output
+    needed: bytes
     keep: bool  # a backward will follow
     seed: int | None  # of the body's own dropout; None: no dropout
     token_types: bytes  # one a token, or empty
     positions: tuple[int, ...]  # one a token, or empty: the body counts
-    units: tuple[int, ...]  # one a group: ACTIVE, LEFT_OUT, or the version that was handed off; empty: all are active
+    # one a group: ACTIVE, LEFT_OUT, or the version that was handed off; empty: all are active
+    units: tuple[int, ...]
     embedded: Tensor  # (N, hidden width)
-    packed: bool = False  # no attention mask was given: where positions begin again within a row, another text begins
+    # no attention mask was given: where positions begin again within a row, another text begins
+    packed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
     """Either: numbers at one place of a part's way.
 
-    down: ``input`` of a group of modules; ``hidden``, the body's output; ``update-gradient``, of the loss by an update.
-    up: ``update`` of a group's modules, side by side; ``hidden-gradient``; ``input-gradient``, what the update adds to it.
+    down: ``input`` of a group of modules; ``hidden``, the body's output; ``update-gradient``, of
+    the loss by an update. up: ``update`` of a group's modules, side by side; ``hidden-gradient``;
+    ``input-gradient``, what the update adds to it.
     """
 
     what: What
@@ -81,11 +89,14 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class HandOff:
-    """Device: the factors of a killed group, for parts begun later; they take the place of an earlier version."""
+    """Device: the factors of a killed group, for parts begun later; they take the place of an
+    earlier version.
+    """
 
     group: int
     version: int  # from 2 on
-    tensor: Tensor  # (1, numbers) float32 on every wire: the factors of each module, one after the other
+    # (1, numbers) float32 on every wire: the factors of each module, one after the other
+    tensor: Tensor
 
 
 @dataclass(frozen=True)
