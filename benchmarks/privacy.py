@@ -26,7 +26,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.data.batches import Batch, collate
 from dlora.data.load import encode_evaluation
-from dlora.model import load_model, load_tokenizer
+from dlora.model.load import load_model, load_tokenizer
 from dlora.split.cloud.body import Body, load_body
 from dlora.split.cloud.limits import Budget, Limits
 from dlora.split.cloud.session import Session

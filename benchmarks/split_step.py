@@ -31,7 +31,7 @@ import dlora
 from dlora.config.run import Config
 from dlora.identity.federation import federation_text
 from dlora.identity.keys import new_identity
-from dlora.model import load_model, load_tokenizer
+from dlora.model.load import load_model, load_tokenizer
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 

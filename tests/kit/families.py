@@ -14,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from dlora.config.run import LoraSection
 from dlora.data.formats import Example
 from dlora.lora.stacked import StackedModel, attach
-from dlora.model import FrozenModel
+from dlora.model.load import FrozenModel
 
 VOCABULARY = 24
 NAMES = {

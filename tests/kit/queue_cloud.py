@@ -18,7 +18,7 @@ from dlora.data.formats import Example
 from dlora.lora.core import Frame
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel, attach
-from dlora.model import load_model, load_tokenizer
+from dlora.model.load import load_model, load_tokenizer
 from dlora.split.cloud.body import Body, load_body
 from dlora.split.cloud.limits import Budget, Limits
 from dlora.split.cloud.session import Session

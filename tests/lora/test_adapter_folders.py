@@ -15,7 +15,7 @@ import transformers
 
 from dlora.config.run import Config
 from dlora.errors import ModelError
-from dlora.model import load_tokenizer
+from dlora.model.load import load_tokenizer
 from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded

@@ -25,7 +25,8 @@ from dlora.events.log import read_log
 from dlora.lora import core, stacked
 from dlora.lora.core import FRAME_FILE, read_frame, top_directions, write_frame
 from dlora.lora.factors import product
-from dlora.model import LINEAR, load_model, load_tokenizer
+from dlora.model.layers import LINEAR
+from dlora.model.load import load_model, load_tokenizer
 from dlora.run.prepare import Prepared, prepare
 from dlora.train import forward
 

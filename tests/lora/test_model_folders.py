@@ -18,7 +18,7 @@ import transformers
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ConfigError, ModelError
-from dlora.model import load_body_network, load_tokenizer
+from dlora.model.load import load_body_network, load_tokenizer
 from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded

@@ -25,7 +25,7 @@ from dlora.errors import ConfigError, ModelError
 from dlora.lora.factors import Factors
 from dlora.lora.stacked import StackedModel
 from dlora.lora.units import active_groups, find_groups
-from dlora.model import load_tokenizer
+from dlora.model.load import load_tokenizer
 from dlora.split.cloud.body import Body, load_body
 from dlora.split.device.half import Half, as_ordinary, load_half
 from dlora.train import Group, forward, learning_rate, local_steps

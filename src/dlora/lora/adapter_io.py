@@ -86,8 +86,7 @@ def model_card(model: StackedModel) -> str:
         "AutoModelForSequenceClassification.from_pretrained(base,"
         f" num_labels={model.network.config.num_labels})"
     )
-    # dlora.model.MeanPooledClassifier
-    if getattr(model.network, "base_model_prefix", "") == "body":
+    if getattr(model.network, "base_model_prefix", "") == "body":  # MeanPooledClassifier
         how = "The classifier reads the mean over the tokens: load it with `dlora eval`."
     else:
         load = factory if classes else "AutoModelForCausalLM.from_pretrained(base)"

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlora.model import FrozenModel, without_bitsandbytes  # first: it quiets what peft brings in
+# first: it quiets what peft brings in
+from dlora.model.load import FrozenModel
+from dlora.model.quiet import without_bitsandbytes
 
 # isort: split
 import torch

@@ -8,8 +8,9 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 
-# first: it quiets peft
-from dlora.model import LINEAR, block_linears, block_lists, is_linear, without_bitsandbytes
+# first: it quiets what peft brings in
+from dlora.model.layers import LINEAR, block_linears, block_lists, is_linear
+from dlora.model.quiet import without_bitsandbytes
 
 # isort: split
 with without_bitsandbytes():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dlora.errors import ModelError
-from dlora.model import LINEAR
+from dlora.model.layers import LINEAR
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dlora.config.run import Config
 from dlora.errors import ConfigError
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
-from dlora.model import load_tokenizer
+from dlora.model.load import load_tokenizer
 from dlora.run.core_directions import handed_frame
 from dlora.run.frozen_model import check_halves, far_cloud
 from dlora.split.device.half import as_ordinary, load_half

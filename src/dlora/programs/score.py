@@ -17,7 +17,7 @@ from dlora.events.log import Listener
 from dlora.lora.adapter_io import load_adapter
 from dlora.lora.core import FRAME_FILE, read_frame
 from dlora.lora.stacked import attach
-from dlora.model import load_model, load_tokenizer
+from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
 
 

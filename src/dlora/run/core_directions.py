@@ -8,7 +8,8 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ConfigError
 from dlora.lora.core import FRAME_FILE, Frame, compute_frame, is_in, read_frame
-from dlora.model import block_linears, load_body_network
+from dlora.model.layers import block_linears
+from dlora.model.load import load_body_network
 
 
 def kept_frame(config: Config, resume: bool) -> Frame | None:

@@ -16,7 +16,7 @@ from dlora.data.formats import Example
 from dlora.errors import RunError
 from dlora.lora.factors import Factors, num_parameters, one, stack
 from dlora.lora.stacked import StackedCore, StackedLora, StackedModel
-from dlora.model import has_dropout
+from dlora.model.layers import has_dropout
 from dlora.run.prepare import Prepared
 from dlora.train import activation_bytes, forward
 

@@ -24,7 +24,8 @@ from dlora.lora.factors import digest, is_head, target_names
 from dlora.lora.stacked import StackedModel, attach
 from dlora.lora.units import Group as Units
 from dlora.lora.units import active_groups, core_groups, find_groups, renamed
-from dlora.model import body_maker, fingerprint, load_model, load_tokenizer, tokenizer_fingerprint
+from dlora.model.fingerprints import fingerprint, tokenizer_fingerprint
+from dlora.model.load import body_maker, load_model, load_tokenizer
 from dlora.run.core_directions import handed_frame, kept_frame, whole_frame
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half, load_half

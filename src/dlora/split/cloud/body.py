@@ -20,7 +20,8 @@ from dlora.config.cloud import CloudConfig
 from dlora.errors import ModelError
 from dlora.lora.core import Frame, compute_frame, frame_of, read_frame, write_frame
 from dlora.lora.units import find_groups
-from dlora.model import LINEAR, body_maker, load_body_network, max_tokens
+from dlora.model.layers import LINEAR, max_tokens
+from dlora.model.load import body_maker, load_body_network
 from dlora.seeds import derive_seed
 from dlora.split.agreement import body_facts
 from dlora.split.cloud.dropout import SeededDropout

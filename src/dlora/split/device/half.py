@@ -20,8 +20,10 @@ from dlora.lora.core import Frame
 from dlora.lora.factors import target_names
 from dlora.lora.stacked import StackedLinear, StackedModel, attach
 from dlora.lora.units import active_groups, core_groups, find_groups
-from dlora.model import LINEAR, FrozenModel, MeanPooledClassifier, fingerprint, load_model
-from dlora.model_files import read_config
+from dlora.model.files import read_config
+from dlora.model.fingerprints import fingerprint
+from dlora.model.layers import LINEAR
+from dlora.model.load import FrozenModel, MeanPooledClassifier, load_model
 from dlora.split.agreement import Agreement, body_facts, frame_digest, proposal_text
 from dlora.split.device.adapter import Adapter
 from dlora.split.device.body import RemoteBody, hidden_width

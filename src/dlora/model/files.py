@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dlora.model.quiet  # noqa: F401  # before transformers is imported
+
+# isort: split
 import transformers
 
 from dlora.errors import ModelError

@@ -1,38 +1,28 @@
-"""The door to transformers: load, quantise, tokenise, find modules."""
+"""Load the frozen model, its tokenizer, or the body alone; quantise it where asked."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import importlib.util
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# before the import: no run of ours phones home
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# it reports an optional kernel that is not installed
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+import dlora.model.quiet  # noqa: F401  # before transformers is imported
 
+# isort: split
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ModelError
-from dlora.model_files import FORMS, NO_CODE, SAFE_WEIGHTS, find_model, read_config
-
-# bitsandbytes' layers are nn.Linear too; Conv1D is GPT-2's transposed linear
-LINEAR = (nn.Linear, Conv1D)
+from dlora.model.files import FORMS, NO_CODE, SAFE_WEIGHTS, find_model, read_config
+from dlora.model.layers import LINEAR, block_linears, dropout_keys, max_tokens
+from dlora.model.quiet import quietly
 
 
 class MeanPooledClassifier(nn.Module):
@@ -87,7 +77,7 @@ class FrozenModel:
 def load_tokenizer(model: str) -> Any:
     """The model's tokenizer, with a pad token (the end-of-text one where the model has none)."""
     source = find_model(model)
-    with _quiet():
+    with quietly():
         try:
             read_config(source)  # what may not be read is said before anything of it is
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **NO_CODE)
@@ -141,14 +131,14 @@ def load_model(
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: index for index, name in enumerate(label_names)},
         }
-    with _quiet():
+    with quietly():
         try:
             model_config = read_config(source)
             _refuse_architecture(config, model_config, factory)
             if not hasattr(model_config, "pad_token_id"):  # RWKV's
                 del arguments["pad_token_id"]
             if config.train.model_dropout is not None:
-                arguments |= dict.fromkeys(_dropout_keys(model_config), config.train.model_dropout)
+                arguments |= dict.fromkeys(dropout_keys(model_config), config.train.model_dropout)
             if config.quantization != "none":
                 arguments["quantization_config"] = _quantization(
                     config.quantization, factory, model_config
@@ -244,7 +234,7 @@ def load_body_network(config: CloudConfig) -> Any:
     """
     source = find_model(config.model)
     arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **NO_CODE, **SAFE_WEIGHTS}
-    with _quiet():
+    with quietly():
         try:
             model_config = read_config(source)
             if config.quantization != "none":
@@ -298,98 +288,11 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def block_linears(network: nn.Module) -> list[str]:
-    """Names of the linears of the transformer blocks: those that stand in a numbered list of
-    modules.
-    """
-    lists = block_lists(network)
-    return [
-        name
-        for name, module in network.named_modules()
-        if is_linear(module) and name.startswith(lists)
-    ]
-
-
-def block_lists(network: nn.Module) -> tuple[str, ...]:
-    """What the names of all that stands in a numbered list of modules begin with."""
-    return tuple(
-        f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList)
-    )
-
-
-@torch.no_grad()
-def is_linear(module: nn.Module) -> bool:
-    """Whether this maps each token by its weight and does nothing else: some routers of experts are
-    made from nn.Linear.
-    """
-    if not isinstance(module, LINEAR):
-        return False
-    kind = type(module)
-    if kind.forward in (nn.Linear.forward, Conv1D.forward) or not kind.__module__.startswith(
-        "transformers.models."
-    ):
-        return True
-    token = torch.zeros(
-        1, 1, module.in_features, dtype=module.weight.dtype, device=module.weight.device
-    )
-    try:
-        mapped = module(token)
-    except (RuntimeError, ValueError, IndexError):
-        return False
-    return isinstance(mapped, Tensor) and mapped.shape == (1, 1, module.out_features)
-
-
 def body_maker(network: Any) -> Callable[[], Any]:
     """Makes another body of this architecture, with weights that mean nothing; all that is the
     head's is left out.
     """
     return no_init_weights()(lambda: transformers.AutoModel.from_config(network.config, **NO_CODE))  # type: ignore[no-any-return]
-
-
-def max_tokens(network: nn.Module) -> int | None:
-    """How many tokens a text may have: as many as there are learned positions; None where positions
-    are computed.
-    """
-    for name, module in network.named_modules():
-        if name.rpartition(".")[2] in (
-            "position_embeddings",
-            "embed_positions",
-            "wpe",
-        ) and isinstance(module, nn.Embedding):
-            # OPT; RoBERTa
-            skipped = (
-                getattr(module, "offset", 0)
-                if module.padding_idx is None
-                else module.padding_idx + 1
-            )
-            return module.num_embeddings - int(skipped)
-    return None
-
-
-def fingerprint(network: nn.Module, but: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights, without the modules named
-    in ``but``.
-    """
-    digest = hashlib.sha256()
-    outside = tuple(f"{name}." for name in but)
-    for name, tensor in sorted(network.state_dict().items()):
-        if isinstance(tensor, torch.Tensor) and not (outside and name.startswith(outside)):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over what turns text into ids: the vocabulary, the fast tokenizer's pipeline, the
-    chat template.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    pipeline = (
-        backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    )
-    return hashlib.sha256(f"{pipeline}\n{tokenizer.chat_template}".encode()).hexdigest()
 
 
 def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, ...]:
@@ -421,24 +324,6 @@ def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, 
     return (*outside, *inside)
 
 
-def has_dropout(model_config: Any) -> bool:
-    """Whether a training forward draws at random."""
-    return any(getattr(model_config, key) for key in _dropout_keys(model_config))
-
-
-def _dropout_keys(model_config: Any) -> list[str]:
-    """The configuration's keys that make a training forward draw at random, as every architecture
-    spells them.
-    """
-    return [
-        key
-        for key, value in model_config.to_dict().items()
-        if isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and ("dropout" in key or key.endswith(("pdrop", "layerdrop")))
-    ]
-
-
 def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any) -> Any:
     """bitsandbytes' configuration; everything beside the transformer blocks keeps its precision."""
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -459,46 +344,6 @@ def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any)
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=beside,
     )
-
-
-@contextlib.contextmanager
-def without_bitsandbytes() -> Iterator[None]:
-    """Keep PEFT from importing bitsandbytes, which takes seconds, where no base is quantised by it:
-    it is not there.
-
-    A quantised base has imported it before, and then nothing changes.
-    """
-    if "bitsandbytes" in sys.modules:
-        yield
-        return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say so
-    try:
-        yield
-    finally:
-        del sys.modules["bitsandbytes"]
-        from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-
-        for found in (is_bnb_available, is_bnb_4bit_available):  # PEFT remembers what it found
-            found.cache_clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports new heads and draws bars of its own; here that is expected and the log
-    says it.
-    """
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

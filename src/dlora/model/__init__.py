@@ -1,0 +1,1 @@
+"""The frozen model: the door to transformers."""
