@@ -1,0 +1,1 @@
+"""What stands behind dlora on the command line: parse, call one function, print."""
