@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlora.config.run import TrainSection
+from dlora.config.training import TrainSection
 from dlora.data.batches import Batch
 from dlora.lora.active import ActiveUnits, Scheduled
 from dlora.lora.factors import Factors, stack

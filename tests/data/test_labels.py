@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dlora.config.reading import parse_section
-from dlora.config.run import DataSection
+from dlora.config.training import DataSection
 from dlora.data.load import FederatedData, load_data, load_own_data
 from dlora.errors import ConfigError
 from kit.character_tokenizer import BERT, PLAIN, make_tokenizer, refusal, section, write

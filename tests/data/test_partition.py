@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dlora.config.names import safe_name
-from dlora.config.run import PartitionSection
+from dlora.config.training import PartitionSection
 from dlora.data.partition import by_owner, partition
 from dlora.data.rows import read_rows
 from dlora.errors import ConfigError, DataError, UserError

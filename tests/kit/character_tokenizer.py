@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dlora.config.run import DataSection
+from dlora.config.training import DataSection
 from dlora.data.formats import Example
 from dlora.data.load import load_data
 from dlora.errors import UserError

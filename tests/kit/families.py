@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from dlora.config.run import LoraSection
+from dlora.config.training import LoraSection
 from dlora.data.formats import Example
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model.load import FrozenModel

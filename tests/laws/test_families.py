@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 import dlora
-from dlora.config.run import Config, TrainSection
+from dlora.config.run import Config
+from dlora.config.training import TrainSection
 from dlora.data.batches import collate
 from dlora.errors import ModelError, RunError
 from dlora.events.log import read_log

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import dlora
-from dlora.config.run import Config, LoraSection, ScheduleSection, TrainSection
+from dlora.config.run import Config, ScheduleSection
+from dlora.config.training import LoraSection, TrainSection
 from dlora.errors import ConfigError
 from dlora.events.log import read_log
 from dlora.lora.active import schedule_units

@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from dlora.config.cloud import CloudConfig
-from dlora.config.run import Config, TrainSection
+from dlora.config.run import Config
+from dlora.config.training import TrainSection
 from dlora.data.batches import Batch
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.factors import Factors

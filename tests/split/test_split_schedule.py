@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import dlora
-from dlora.config.run import Config, TrainSection
+from dlora.config.run import Config
+from dlora.config.training import TrainSection
 from dlora.costs import with_cloud
 from dlora.data.batches import Batch
 from dlora.events.log import read_log

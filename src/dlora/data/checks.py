@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dlora.config.run import DataSection
+from dlora.config.training import DataSection
 from dlora.data.formats import IGNORED, Example
 
 # share of evaluation rows from which on it is said; short texts stand twice in honest data too

@@ -9,7 +9,8 @@ import os
 from collections.abc import Mapping
 
 from dlora.config.launchers import refuse_ranks
-from dlora.config.run import Config, DataSection, PartitionSection
+from dlora.config.run import Config
+from dlora.config.training import DataSection, PartitionSection
 from dlora.data.rows import check_there
 from dlora.errors import ConfigError
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dlora.config.run import DataSection
+from dlora.config.training import DataSection
 from dlora.data.chats import encode_chat, from_sharegpt
 from dlora.data.rows import PlacedRow, Row, as_text
 from dlora.errors import DataError

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from dlora.config.run import DataSection
+from dlora.config.training import DataSection
 from dlora.data.rows import PlacedRow, as_text, is_missing, require_column
 from dlora.errors import ConfigError, DataError
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dlora.config.run import DataSection
+from dlora.config.training import DataSection
 from dlora.data.checks import cut_counts, leaks, seen_share
 from dlora.data.first_look import own_section
 from dlora.data.formats import Choice, Example, encode_causal, ends_by_token

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dlora.config.names import safe_name
-from dlora.config.run import PartitionSection
+from dlora.config.training import PartitionSection
 from dlora.data.rows import Row, require_column
 from dlora.errors import ConfigError, DataError
 from dlora.seeds import derive_seed

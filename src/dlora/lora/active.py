@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from dlora.config.run import LoraSection, ScheduleSection
+from dlora.config.run import ScheduleSection
+from dlora.config.training import LoraSection
 from dlora.errors import ConfigError
 from dlora.lora.factors import Factors
 from dlora.lora.kill_revive import Schedule

@@ -25,7 +25,7 @@ with without_bitsandbytes():
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dlora.config.run import LoraSection
+from dlora.config.training import LoraSection
 from dlora.errors import ModelError
 from dlora.lora.core import Frame, compute_frame, frame_of
 from dlora.lora.factors import Factors

@@ -18,7 +18,7 @@ with without_bitsandbytes():
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from dlora.config.run import LoraSection
+from dlora.config.training import LoraSection
 from dlora.errors import ModelError
 
 _WORTH_SAYING = 0.9  # of the blocks' weights within reach of all-linear: less is said

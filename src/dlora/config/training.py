@@ -1,0 +1,252 @@
+"""The blocks lora, data and train: what one participant trains, and on what."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dlora.config.names import why_unsafe
+from dlora.config.reading import Section, Text
+
+_NOT_YET = {  # PEFT's keys that people will write -> what is so, and what to do instead
+    "use_dora": "dlora does not do DoRA yet; leave it out",
+    "use_rslora": (
+        "dlora does not do rsLoRA yet; the same scaling is lora_alpha x sqrt(r), written as"
+        " lora_alpha"
+    ),
+    "rank_pattern": "dlora gives every linear the same rank; set r, and name fewer target_modules",
+    "alpha_pattern": "dlora gives every linear the same scaling; set lora_alpha",
+    "bias": "dlora trains no biases of the model, which is PEFT's bias: none; leave it out",
+    "init": (
+        "dlora draws A by the seed, B is zero; for the weight's own directions take placement: core"
+    ),
+    "init_lora_weights": (
+        "dlora draws A by the seed, B is zero; for the weight's own directions take placement: core"
+    ),
+    "adapter": (
+        "dlora does not go on from an adapter yet; merge it into its model (PEFT's"
+        " merge_and_unload) and give that"
+    ),
+    "modules_to_save": (
+        "dlora trains a classifier's new head (train_head) and no other module; leave it out"
+    ),
+    "target_parameters": "dlora adapts linears only; name them in target_modules",
+    "exclude_modules": "dlora takes what target_modules names; write that as names or as a regex",
+    "layers_to_transform": (
+        "dlora takes what target_modules names; write the layers into a regex there"
+    ),
+    "task_type": "dlora takes it from task; leave it out",
+}
+
+
+class LoraSection(Section):
+    """The shape of the adapter; names and meaning are PEFT's."""
+
+    r: int = Field(8, ge=1, description="rank of every pair (A, B)")
+    lora_alpha: float = Field(16, gt=0, description="scaling = lora_alpha / r")
+    lora_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "`simulate` draws one mask for all; with peers.group_size 1 one for each, as real"
+            " peers do"
+        ),
+    )
+    target_modules: Literal["all-linear"] | tuple[Text, ...] | Text = Field(
+        "all-linear",
+        description=(
+            "all-linear: the linears of the transformer blocks; else names or one regex, as in PEFT"
+        ),
+    )
+    train_head: bool = Field(
+        True, description="classification: train, mix and send the new head too"
+    )
+    placement: Literal["literal", "core"] = Field(
+        "literal",
+        description=(
+            "literal: A and B train; core: both are the weight's own top directions, an r x r core"
+            " trains"
+        ),
+    )
+    frame: Text | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "core: the file of these directions; read, or written if it is not there; null:"
+            " computed from the model"
+        ),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _not_yet(cls, tree: Any) -> Any:
+        for key in tree if isinstance(tree, dict) else ():
+            if key in _NOT_YET:
+                raise ValueError(f"{key}: {_NOT_YET[key]}")
+        return tree
+
+    @model_validator(mode="after")
+    def _frame_of_a_core(self) -> LoraSection:
+        if self.frame is not None and self.placement != "core":
+            raise ValueError("frame belongs to placement core; remove it")
+        return self
+
+
+class PartitionSection(Section):
+    """Whose rows are whose."""
+
+    kind: Literal["iid", "dirichlet", "label-shares", "by-column", "files"] = Field(
+        "iid",
+        description=(
+            "how rows become the peers'; files: each peer has its own, data.train is {peer: file}"
+        ),
+    )
+    concentration: float | None = Field(
+        None, gt=0, description="dirichlet: small is skewed (0.1), large is iid"
+    )
+    min_rows: int = Field(
+        1, ge=1, description="dirichlet: redraw until every peer has this many rows"
+    )
+    shares: tuple[tuple[float, ...], ...] | None = Field(
+        None,
+        description=(
+            "label-shares: one row a peer, one column a label: the make-up of that peer's data"
+        ),
+    )
+    column: Text | None = Field(
+        None, description="by-column: the column whose values name the clients"
+    )
+    sizes: tuple[float, ...] | None = Field(
+        None, description="iid, label-shares: relative number of rows a peer"
+    )
+
+    @model_validator(mode="after")
+    def _needs(self) -> PartitionSection:
+        if any(size <= 0 for size in self.sizes or ()):
+            raise ValueError(f"sizes must all be above 0, got {min(self.sizes or ()):g}")
+        owner = {
+            "concentration": ("dirichlet",),
+            "shares": ("label-shares",),
+            "column": ("by-column",),
+            "sizes": ("iid", "label-shares"),
+        }
+        for key, kinds in owner.items():
+            given = getattr(self, key) is not None
+            if given and self.kind not in kinds:
+                raise ValueError(
+                    f"{key} belongs to kind {' or '.join(kinds)}, not to {self.kind}; remove it"
+                )
+            if not given and self.kind in kinds and key != "sizes":
+                raise ValueError(f"kind {self.kind} needs {key}")
+        return self
+
+
+class DataSection(Section):
+    """The text, its columns and how it is divided."""
+
+    train: Text | dict[Text, Text] = Field(
+        description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}"
+    )
+    eval: Text | dict[Text, Text] = Field(
+        description="what every score is measured on; same forms as train"
+    )
+    columns: tuple[Text, ...] | None = Field(
+        None, description="names of the columns of a csv or tsv without a header"
+    )
+    text: Text | tuple[Text, Text] = Field(
+        "text", description="classification: one column, or two for pairs"
+    )
+    label: Text = Field("label", description="classification: the column of the label")
+    labels: tuple[Text, ...] | None = Field(
+        None, description="names in order; null: those of the training data, sorted"
+    )
+    no_label: tuple[Text, ...] | None = Field(
+        None,
+        description=(
+            "classification: labels that mean none, such as ['-1', '-']; rows with one of them, or"
+            " with no value, are left out; null: every row needs a label"
+        ),
+    )
+    fold_system: bool = Field(
+        False,
+        description=(
+            "chats: write the turn of the system into the first of the user, for templates without"
+            " that role"
+        ),
+    )
+    max_length: int = Field(128, ge=2, description="tokens; longer examples are cut")
+    limit: int | None = Field(None, ge=1, description="training rows, drawn by the seed; null: all")
+    eval_limit: int | None = Field(
+        None, ge=1, description="evaluation rows, drawn by the seed; null: all"
+    )
+    partition: PartitionSection = PartitionSection()
+
+    @model_validator(mode="after")
+    def _files(self) -> DataSection:
+        if self.train == {}:
+            raise ValueError("train names no peer; expected {peer: file}")
+        if isinstance(self.train, dict) and (wrong := why_unsafe(tuple(self.train))):
+            raise ValueError(f"train: the peer {wrong}")
+        if both := sorted(set(self.labels or ()) & set(self.no_label or ())):
+            raise ValueError(
+                f"labels and no_label both name {both[0]!r}; a label is a class or stands for none"
+            )
+        if isinstance(self.train, dict) != (self.partition.kind == "files"):
+            raise ValueError(
+                "train: {peer: file} and partition: {kind: files} go together; give both or neither"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """Local training between two exchanges; names and meaning are those of transformers'
+    TrainingArguments.
+    """
+
+    rounds: int = Field(20, ge=1, description="exchanges with the neighbours")
+    local_steps: int | None = Field(
+        None, ge=1, description="optimiser steps a peer between two exchanges (default 5)"
+    )
+    local_epochs: float | None = Field(
+        None, gt=0, description="instead of local_steps: passes over the peer's own rows"
+    )
+    per_device_train_batch_size: int = Field(8, ge=1, description="examples a peer and micro-batch")
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="micro-batches in one optimiser step"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="the highest of the run")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, or sgd without momentum"
+    )
+    optimizer_state: Literal["keep", "reset"] = Field(
+        "keep", description="AdamW's moments after a mix: kept, or set to zero"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="of everything that trains")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="per participant; null: no clipping")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how the learning rate falls over the run"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="local steps over which the learning rate rises from 0"
+    )
+    model_dropout: float | None = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description=(
+            "dropout inside the frozen model; null: what its own config says; see lora_dropout"
+        ),
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice to keep fewer"
+    )
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> TrainSection:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError("local_steps and local_epochs are two ways to say one thing; keep one")
+        if self.local_steps is None and self.local_epochs is None:
+            object.__setattr__(self, "local_steps", 5)
+        return self
