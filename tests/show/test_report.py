@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from dlora.errors import RunError
-from dlora.show.drawing import PALETTE, Line, Series, curves, graph, stacked_bars
+from dlora.show.drawing import Line, Series, curves, graph, stacked_bars
 from dlora.show.report.write import write_report
+from dlora.show.svg import PALETTE
 from kit.run_page import CLOUD, Page, make_run
 
 

@@ -1,32 +1,18 @@
-"""Curves and graphs as SVG that takes the page's colours."""
+"""Curves, bars, heat maps and graphs as SVG."""
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from dlora.show.svg import FAINT, INK, PALETTE, PAPER, as_svg, blank, ink
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colour-blind safe hues, each dark enough for a line on white. On the page they are
-# CSS variables, so that dark mode can lighten them: matplotlib draws with a stand-in colour, which
-# is then replaced.
-PALETTE = ("#0072b2", "#c98500", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#d9cc2e", "#8a8f98")
-_INK, _FAINT, _PAPER = "#010101", "#020202", "#030303"
-_ON_PAGE = {_INK: "currentColor", _FAINT: "var(--faint)", _PAPER: "var(--paper)"} | {
-    f"#0{number}0{number}ff": f"var(--c{number})" for number in range(len(PALETTE))
-}
-_ALONE = {_INK: "#1c2430", _FAINT: "#d5dae1", _PAPER: "#ffffff"} | {
-    f"#0{number}0{number}ff": colour for number, colour in enumerate(PALETTE)
-}
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.3)), (0, (6, 2, 1, 2)))
 _WIDTH = 400  # user units: about the width of a phone, so that 12 units of text stay readable there
 _MOST_PANELS = 6
@@ -74,14 +60,14 @@ def curves(
     """
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    with _figure(_WIDTH, 290) as figure:
+    with blank(_WIDTH, 290) as figure:
         axes = figure.add_subplot()
         for one in series:
             _draw(axes, one)
         for line in reference_lines:
             axes.axhline(
                 line.y,
-                color=_colour(line.colour),
+                color=ink(line.colour),
                 linestyle=_DASHES[line.dash],
                 linewidth=1.8,
                 label=line.name,
@@ -97,10 +83,10 @@ def curves(
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axes.grid(axis="y", color=FAINT, linewidth=0.8)
         axes.margins(x=0.03)
         _legend(figure, *axes.get_legend_handles_labels())
-        return _svg(figure, label)
+        return as_svg(figure, label)
 
 
 def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label: str) -> str:
@@ -108,7 +94,7 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label
     most 8 parts.
     """
     parts = list(dict.fromkeys(part for row in rows.values() for part in row))
-    with _figure(_WIDTH, 74 + 17 * len(rows) + 17 * math.ceil(len(parts) / 3)) as figure:
+    with blank(_WIDTH, 74 + 17 * len(rows) + 17 * math.ceil(len(parts) / 3)) as figure:
         axes = figure.add_subplot()
         left = [0.0] * len(rows)
         handles = []
@@ -120,8 +106,8 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label
                     widths,
                     left=left,
                     height=0.76,
-                    color=_colour(number),
-                    edgecolor=_PAPER,
+                    color=ink(number),
+                    edgecolor=PAPER,
                     linewidth=0.8,
                 )
             )
@@ -131,10 +117,10 @@ def stacked_bars(rows: Mapping[str, Mapping[str, float]], x_label: str, *, label
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel(x_label)
-        axes.grid(axis="x", color=_FAINT, linewidth=0.8)
+        axes.grid(axis="x", color=FAINT, linewidth=0.8)
         if len(parts) > 1:
             _legend(figure, handles, [_short(part, 22) for part in parts])
-        return _svg(figure, label)
+        return as_svg(figure, label)
 
 
 def heat_map(
@@ -165,16 +151,14 @@ def heat_map(
                 corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
                 shades.setdefault(shade, []).extend(corners)
                 begins = column + 1
-    with _figure(_WIDTH, 46 + height * len(rows)) as figure:
+    with blank(_WIDTH, 46 + height * len(rows)) as figure:
         axes = figure.add_subplot()
-        axes.barh(range(len(rows)), edges[-1] - edges[0], left=edges[0], height=0.8, color=_FAINT)
+        axes.barh(range(len(rows)), edges[-1] - edges[0], left=edges[0], height=0.8, color=FAINT)
         for shade, corners in sorted(shades.items()):
             if shade:
                 codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * (len(corners) // 5)
                 axes.add_patch(
-                    PathPatch(
-                        Path(corners, codes), facecolor=_colour(0), edgecolor="none", alpha=shade
-                    )
+                    PathPatch(Path(corners, codes), facecolor=ink(0), edgecolor="none", alpha=shade)
                 )
         axes.set_yticks(
             range(0, len(rows), apart),
@@ -188,7 +172,7 @@ def heat_map(
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel(x_label)
-        return _svg(figure, label)
+        return as_svg(figure, label)
 
 
 def graph(
@@ -216,7 +200,7 @@ def graph(
     reach = 1.14 / (1 - min(0.6, 1.2 * text_size * longest * columns / _WIDTH))
     tall = 1.16 + 0.06 * columns
     height = _WIDTH / columns * (tall / reach) + (24 if panels > 1 else 0)
-    with _figure(
+    with blank(
         _WIDTH, height * math.ceil(panels / columns) + (40 if rounds > _MOST_PANELS else 0)
     ) as figure:
         for panel in range(panels):
@@ -235,17 +219,17 @@ def graph(
                 axes.set_title(f"round {panel}, {panel + rounds}, …", fontsize=11)
         if rounds > _MOST_PANELS:
             handles = [
-                axes.plot(
-                    [], [], color=_colour(number), linestyle=_DASHES[number // len(PALETTE) % 4]
-                )[0]
+                axes.plot([], [], color=ink(number), linestyle=_DASHES[number // len(PALETTE) % 4])[
+                    0
+                ]
                 for number in range(rounds)
             ]
             _legend(figure, handles, [f"round {number}" for number in range(rounds)], columns=4)
-        return _svg(figure, label, standalone)
+        return as_svg(figure, label, standalone)
 
 
 def _draw(axes: Axes, one: Series) -> None:
-    colour, few = _colour(one.colour), len(one.x) <= 60
+    colour, few = ink(one.colour), len(one.x) <= 60
     y = [math.nan if value is None else value for value in one.y]
     low, high = (
         [math.nan if value is None else value for value in edge] if edge else y
@@ -260,7 +244,7 @@ def _draw(axes: Axes, one: Series) -> None:
             fmt="D",
             color=colour,
             markersize=5,
-            markerfacecolor=_PAPER,
+            markerfacecolor=PAPER,
             markeredgewidth=1.4,
             elinewidth=1.2,
             capsize=3,
@@ -291,7 +275,7 @@ def _draw_edges(axes: Axes, edges: Sequence[tuple[int, int]], peers: int, number
     axes.add_collection(
         LineCollection(
             segments,
-            colors=_colour(number),
+            colors=ink(number),
             linewidths=width,
             alpha=0.75,
             linestyles=[_DASHES[number // len(PALETTE) % 4]],
@@ -306,8 +290,8 @@ def _draw_peers(axes: Axes, texts: Sequence[str], text_size: float, columns: int
         [x for x, _ in places],
         [y for _, y in places],
         s=size,
-        color=_INK,
-        edgecolors=_PAPER,
+        color=INK,
+        edgecolors=PAPER,
         linewidths=1,
         zorder=3,
     )
@@ -355,70 +339,3 @@ def _power_text(value: float, _tick: float = 0) -> str:
 
 def _short(text: str, letters: int) -> str:
     return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
-def _colour(number: int) -> str:
-    number %= len(PALETTE)
-    return f"#0{number}0{number}ff"
-
-
-@contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
-    """A figure of that many user units under our own settings, whatever the user's matplotlibrc
-    says; no window.
-    """
-    import matplotlib
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    off = ("axes.spines.top", "axes.spines.right", "axes.formatter.useoffset", "text.parse_math")
-    ours: dict[str, Any] = dict.fromkeys(inked, _INK) | dict.fromkeys(off, False)
-    ours |= {
-        "font.size": 12,
-        "legend.fontsize": 11,
-        "axes.linewidth": 0.8,
-        "axes.axisbelow": True,
-        "svg.fonttype": "none",
-    }
-    with matplotlib.style.context(["default", ours]), warnings.catch_warnings():
-        # the reader's fonts draw the text, not ours
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        yield Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-
-
-def _svg(figure: Figure, label: str, standalone: bool = False) -> str:
-    """matplotlib's SVG without its fonts and colours, with ids unique to this picture and a name
-    for screen readers.
-    """
-    import matplotlib
-
-    # within _figure's context; pictures on one page share no ids
-    matplotlib.rcParams["svg.hashsalt"] = label
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer,
-        format="svg",
-        transparent=True,
-        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
-    )
-    text = buffer.getvalue()
-    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
-    assert size, "matplotlib wrote an SVG without a viewBox"
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    body = re.sub(r'<(g|text|use) id="[^"]*"', r"<\1", body)
-    body = re.sub(
-        r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</defs>", "", body, flags=re.S
-    )
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r"\n\s*", "\n", body)
-    for stand_in, colour in (_ALONE if standalone else _ON_PAGE).items():
-        body = body.replace(f": {stand_in}", f": {colour}")
-    shape = f'viewBox="0 0 {size[1]} {size[2]}" role="img" aria-label="{html.escape(label)}"'
-    if not standalone:
-        return f"<svg {shape}>{body.replace('xlink:href', 'href')}".strip()
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'width="{size[1]}" height="{size[2]}" {shape} font-family="system-ui, sans-serif">'
-        f'<rect width="100%" height="100%" fill="#ffffff"/>{body}'
-    )
