@@ -10,10 +10,11 @@ from typing import Any
 from dlora.config.arms import DEC_LORA, DLORA, FEDAVG, LOCAL, POOLED
 from dlora.events.log import Event
 from dlora.events.record import RunRecord
-from dlora.show.words import NBSP, bytes_text, error_text, percent_text, score_text, seconds_text
+from dlora.show.words import NBSP, bytes_text, percent_text, score_text
 
 # colour and dashes
 _LOOKS = {DEC_LORA: (0, 0), DLORA: (0, 0), POOLED: (1, 1), LOCAL: (7, 2), FEDAVG: (2, 3)}
+MOST_LABELS = 8
 _GRAPHS = {
     "complete": "on a complete graph",
     "erdos-renyi": "on a random graph",
@@ -21,8 +22,6 @@ _GRAPHS = {
     "edges": "on a graph of their own",
     "base-k": "on a base-k graph",
 }
-MOST_LABELS = 8
-MOST_CONFUSED = 30  # labels of a table that people still read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,25 +261,6 @@ class Page:
         )
         return ([] if self.alone else [between]) + ([cloud] if self.split else [])
 
-    def cells(self, run: RunRecord) -> list[tuple[str, bool]]:
-        """(text, whether it is the figure that counts) in the table of runs, behind the run's
-        name.
-        """
-        own = [] if self.one else [(self.part(run, "peers_mean"), run.arm.counts == "peers_mean")]
-        moved = [bytes_text(run.last(wire.of)) for wire in self.traffic]
-        plain = [
-            self.best(run),
-            *moved,
-            seconds_text(run.last("seconds")),
-            self.speed(run),
-            self.tokens(run),
-        ]
-        return [
-            (self.part(run, "consensus"), run.arm.counts == "consensus"),
-            *own,
-            *((text, False) for text in plain),
-        ]
-
     def run_title(self, run: RunRecord) -> str:
         """What the page calls a run."""
         return "Alone" if self.one and self.device is None else run.arm.title
@@ -293,201 +273,16 @@ class Page:
         """The last score of the figure that counts."""
         return run.figure({of: run.last(of) for of in ("consensus", "peers_mean")}, self.key)
 
-    def part(self, run: RunRecord, of: str) -> str:
-        """The last score of the average (consensus) or of the peers' mean (peers_mean), of a sample
-        with its standard error.
-        """
-        error = (run.last("peers_mean_error") or {}).get(self.key) if of == "peers_mean" else None
-        return self.score((run.last(of) or {}).get(self.key)) + error_text(error, self.key)
-
-    def best(self, run: RunRecord) -> str:
-        """The best score of the average and the round it came after; none where nobody talks."""
-        logged = [
-            {"rounds_done": done} | (event.get("consensus") or {})
-            for done, event in run.scores.items()
-        ]
-        scored = [
-            scores
-            for scores in (run.summary.get("best"), *logged)
-            # before the first, nothing was trained
-            if scores and scores.get(self.key) is not None and scores["rounds_done"]
-        ]
-        if run.arm.counts != "consensus" or not scored:
-            return "–"
-        best = (max if self.higher_is_better else min)(scored, key=lambda scores: scores[self.key])
-        return f"{self.score(best[self.key])} after{NBSP}{best['rounds_done']}{NBSP}rounds"
-
-    def state(self, run: RunRecord) -> str:
-        """Empty for a run that is done."""
-        if run.done or run.summary:
-            return ""
-        return f"{run.rounds_done} of {run.rounds} rounds" if run.rounds else "not started"
-
-    def speed(self, run: RunRecord) -> str:
-        """Local steps in a second."""
-        value = run.summary.get("participant_steps_per_second")
-        return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-    def tokens(self, run: RunRecord) -> str:
-        """Tokens in a second."""
-        value = run.summary.get("tokens_per_second")
-        return "–" if value is None else f"{value:,.0f}"
-
-    @property
-    def times(self) -> list[tuple[str, list[str]]]:
-        """(what for, seconds of each run and of all together): where the time went, once it is
-        over.
-        """
-        whole = self.summary.get("spent_s")
-        if not whole:
-            return []
-        rows = [("Start-up", [*("" for _ in self.runs), seconds_text(whole["start_up"])])]
-        for kind in ("training", "exchange", "scoring", "saving"):
-            own = [seconds_text((run.summary.get("spent_s") or {}).get(kind)) for run in self.runs]
-            rows.append((kind.capitalize(), [*own, seconds_text(whole[kind])]))
-        return rows
-
-    @property
-    def confusion(self) -> list[tuple[str, list[tuple[int, int]]]]:
-        """(label, (rows, per cent of the label's) by the label they were taken for) of the main
-        run's average at the end.
-        """
-        counts, names = self.main.summary.get("confusion"), self.summary.get("label_names") or []
-        if not counts or len(counts) != len(names) or len(names) > MOST_CONFUSED:
-            return []
-        return [
-            (name, [(count, round(100 * count / max(1, sum(row)))) for count in row])
-            for name, row in zip(names, counts, strict=True)
-        ]
-
-    @property
-    def cut(self) -> str:
-        """What data.max_length took from the training rows; empty where nothing, or where the log
-        does not say.
-        """
-        facts: Mapping[str, Any] = (self.start.get("data") or {}).get("train") or {}
-        if not facts.get("cut_rows"):
-            return ""
-        share = percent_text(facts["cut_share"])
-        return (
-            f"{facts['cut_rows']:,} of {facts['rows']:,} training rows; {share} of what is learned"
-            " is gone"
-        )
-
-    @property
-    def learning_rate(self) -> str:
-        """As configured, and where it ended."""
-        train: Mapping[str, Any] = self.config.get("train") or {}
-        kind = train.get("lr_scheduler_type", "constant")
-        last = self.main.latest.get("learning_rate")
-        if train.get("learning_rate") is None:
-            return "–"
-        ended = (
-            ""
-            if kind == "constant" or last is None
-            else f", {last:.3g} in the last step of round {self.main.rounds_done}"
-        )
-        return f"{train['learning_rate']:g}, {kind}{ended}"
-
     def colour(self, run: RunRecord) -> int:
         """The number of the page's colour."""
         return look(run)[0]
-
-    @property
-    def table_notes(self) -> list[tuple[str, str]]:
-        """(word, what it means) for the runs there are and the columns."""
-        better = "higher" if self.higher_is_better else "lower"
-        known = (
-            []
-            if self.one and self.device is None
-            else [run.arm for run in self.runs if run.arm.meaning]
-        )
-        notes = [(arm.title, arm.meaning) for arm in known]
-        return [
-            *notes,
-            (
-                self.key.capitalize(),
-                f"{better} is better" + ("." if self.one else "; the bold figure is the result."),
-            ),
-            *((wire.column, wire.meaning) for wire in self.traffic),
-            ("Steps/s", f"local steps{'' if self.one else ' of all participants'} in a second."),
-            ("Tokens/s", "tokens of training texts in a second, padding left out."),
-        ]
-
-    @property
-    def has_local(self) -> bool:
-        """Whether there are scores of peers that never talked."""
-        return any(run.arm is LOCAL and self._own(run) for run in self.runs)
 
     @property
     def has_labels(self) -> bool:
         """Whether rows have labels that can be counted."""
         return any(peer.get("labels") for peer in self.start["peers"])
 
-    @property
-    def held(self) -> str:
-        """The rows of a device and their labels."""
-        peer = self.start["peers"][0]
-        labels = _label_text(peer.get("labels") or {}, ": ")
-        return f"{peer['rows']:,}" + (f" ({labels})" if labels else "")
-
-    @property
-    def peer_rows(self) -> list[tuple[str, str, str, str, str]]:
-        """(name, rows, labels, its own score in the main run, its score alone)."""
-        own, alone = (
-            self._own(self.main),
-            self._own(next((run for run in self.runs if run.arm is LOCAL), None)),
-        )
-
-        def score(of: Mapping[str, Any], name: str) -> str:
-            return self.score((of.get(name) or {}).get(self.key))
-
-        return [
-            (
-                name,
-                "–" if peer["rows"] is None else f"{peer['rows']:,}",
-                _label_text(peer.get("labels") or {}),
-                score(own, name),
-                score(alone, name),
-            )
-            for name, peer in zip(self.names, self.start["peers"], strict=True)
-        ]
-
-    @property
-    def edge_rows(self) -> list[tuple[str, ...]]:
-        """(neighbour, rounds mixed, rounds left out, in doubt) of a real peer."""
-        counts = self.main.summary.get("edges") or {}
-        return [
-            (name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt")))
-            for name, edge in counts.items()
-        ]
-
-    @property
-    def loading(self) -> str:
-        """Python that loads the averaged adapter with PEFT."""
-        run = str(self.config.get("output_dir", "RUN"))
-        return (
-            "import dlora, peft\n\n"
-            f"base, tokenizer = dlora.load_base({run!r})  # the frozen model of this run\n"
-            f"model = peft.PeftModel.from_pretrained(base, {run + '/consensus'!r})"
-        )
-
-    def _own(self, run: RunRecord | None) -> Mapping[str, Any]:
-        return (run.last("peers") or {}) if run else {}
-
 
 def look(run: RunRecord) -> tuple[int, int]:
     """The colour and the dashes of a run, the same all over the page."""
     return _LOOKS.get(run.arm, (5, 3))
-
-
-def _label_text(labels: Mapping[str, int], between: str = " ") -> str:
-    """The labels a peer holds; when there are many, its largest."""
-    held = {name: count for name, count in labels.items() if count}
-    shown = (
-        list(held)
-        if len(held) <= MOST_LABELS
-        else sorted(held, key=lambda name: -held[name])[: MOST_LABELS - 1]
-    )
-    more = f" and {len(held) - len(shown)} more" if len(shown) < len(held) else ""
-    return ", ".join(f"{name}{between}{held[name]:,}" for name in shown) + more

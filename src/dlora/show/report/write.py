@@ -14,6 +14,7 @@ from dlora.events.record import run_records
 from dlora.files import write_atomically
 from dlora.show.report.page import Page
 from dlora.show.report.pictures import Pictures
+from dlora.show.report.tables import Tables
 from dlora.show.words import bytes_text, seconds_text
 
 
@@ -52,6 +53,7 @@ def write_report(run_dir: str | Path) -> Path:
     environment.globals |= {"bytes_text": bytes_text, "seconds_text": seconds_text}
     told = {
         "page": page,
+        "tables": Tables(page),
         "drawn": Pictures(page),
         "config_text": config_text,
         "start": start,
