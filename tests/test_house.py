@@ -111,7 +111,7 @@ MAX_LINES = 400  # of at most 100 columns, as ruff holds them
 # Over MAX_LINES since lines have at most 100 columns: each is to be split by job.
 TO_SPLIT = {
     "decentralized/peer/exchange", "model", "net/grpc", "run/real_peer",
-    "split/cloud/session",
+    
 }  # fmt: skip
 
 FILES = {

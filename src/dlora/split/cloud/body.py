@@ -27,6 +27,7 @@ from dlora.split.agreement import body_facts
 from dlora.split.cloud.dropout import SeededDropout
 from dlora.split.cloud.part import CloudPart
 from dlora.split.tensors import bits
+from dlora.wire.split.frames import Begin
 
 PROBE_TOKENS = 64
 # that one layer's attention has in hand while it computes, in units of what it keeps
@@ -69,6 +70,22 @@ class Body:
         """Where embedded tokens go in."""
         device: torch.device = self.network.get_input_embeddings().weight.device
         return device
+
+    def cannot(self, begin: Begin) -> str | None:
+        """Why this model takes no such part; None where it does."""
+        # of packed rows the positions decide
+        if begin.columns > self.max_tokens and not begin.packed:
+            return f"a text of {begin.columns} tokens; this model takes {self.max_tokens}"
+        if max(begin.positions, default=0) >= self.num_positions:
+            return f"a position of {max(begin.positions)}; {self.num_positions} are known"
+        if max(begin.token_types, default=0) >= self.num_token_types:
+            return f"a token type of {max(begin.token_types)}; {self.num_token_types} are known"
+        if begin.packed and not self.separates:
+            return (
+                f"{type(self.network).__name__} does not keep apart the texts that share a row:"
+                " give each text a row, or an attention_mask if the row is one text"
+            )
+        return None
 
     def forward(self, part: CloudPart, dropout: float | None) -> Tensor:
         """What the head reads of one part, (rows, H). ``dropout``: instead of the model's own

@@ -5,12 +5,10 @@ being a burden.
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +16,13 @@ from torch import Tensor
 
 from dlora.split.agreement import Agreement, agree
 from dlora.split.cloud.body import Body
+from dlora.split.cloud.handed_off import HandedOff, HandOffs
 from dlora.split.cloud.limits import PATIENCE_S, Budget, Limits, Turn
 from dlora.split.cloud.part import CloudPart, through_the_cloud
+from dlora.split.cloud.work import Gone, Work
 from dlora.split.tensors import as_factors, bits
 from dlora.wire.frame import ChannelDown, Misbehaviour
 from dlora.wire.split.frames import (
-    ACTIVE,
-    LEFT_OUT,
     Begin,
     Drop,
     Failed,
@@ -39,70 +37,6 @@ from dlora.wire.split.frames import (
 )
 
 MAX_IDLE_FRAMES = 1000  # that change nothing, between two parts that get through
-
-
-class _Gone(Exception):
-    """The part was dropped, or the session is over."""
-
-
-@dataclass
-class _HandedOff:
-    """A killed group's factors, of each module. Their memory is taken until they are replaced and
-    no part uses them.
-    """
-
-    version: int
-    factors: list[list[Tensor]]
-    users: int = 0
-    replaced: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for own in self.factors for tensor in own)
-
-
-class _Work:
-    """A part under way: what it waits for, and where that is put."""
-
-    def __init__(self, begin: Begin, idle_s: float) -> None:
-        self.begin, self.idle_s = begin, idle_s
-        self.waited_s, self._since, self.evicted = 0.0, 0.0, False
-        self._inbox: queue.Queue[Values | None] = queue.Queue()
-        self._gone = False
-
-    @property
-    def has_waited_s(self) -> float:
-        """For its device, so far."""
-        return self.waited_s + (time.monotonic() - since if (since := self._since) else 0.0)
-
-    def put(self, frame: Values) -> None:
-        """Hand over a frame; only one is ever waited for."""
-        if not self._inbox.empty():
-            raise Misbehaviour(f"{frame.what} for a part that has not taken the one before")
-        self._inbox.put(frame)
-
-    def end(self) -> None:
-        """Wake the part up to go."""
-        self._gone = True
-        self._inbox.put(None)
-
-    def hear(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
-        """Wait for one frame and check it. Raises TimeoutError after ``idle_s``."""
-        began_at = self._since = time.monotonic()
-        try:
-            frame = self._inbox.get(timeout=self.idle_s)
-        except queue.Empty:
-            raise TimeoutError(f"no {what} within {self.idle_s:g} s") from None
-        finally:
-            self.waited_s, self._since = self.waited_s + time.monotonic() - began_at, 0.0
-        if frame is None or self._gone:
-            raise _Gone
-        if (frame.what, frame.group, tuple(frame.tensor.shape)) != (what, group, shape):
-            raise Misbehaviour(
-                f"{frame.what} of group {frame.group}, shape {tuple(frame.tensor.shape)}, where"
-                f" {what} of group {group}, shape {shape}, was due"
-            )
-        return frame.tensor
 
 
 class Session:
@@ -128,8 +62,8 @@ class Session:
         # of these devices, what they let wait
         self.evict_others: Callable[[set[str]], object] = lambda greedy: None
         self.agreement: Agreement | None = None  # from Open on
-        self._handed_off: dict[int, _HandedOff] = {}  # by group
-        self._work: dict[tuple[int, int], _Work] = {}
+        self._handed_off = HandOffs(device, budget)
+        self._work: dict[tuple[int, int], Work] = {}
         self._lock, self._closed = threading.Lock(), False
         self._answers = 0  # that wait to be sent
         self._idle_frames = 0  # that changed nothing, since a part got through
@@ -194,8 +128,6 @@ class Session:
         """End all parts; their threads end as soon as they look."""
         with self._lock:
             self._closed, works = True, [*self._work.values()]
-            for kept in self._handed_off.values():
-                self._replaced(kept)
             self._handed_off.clear()
         for work in works:
             work.end()
@@ -226,12 +158,7 @@ class Session:
     # Parts
 
     def _keep(self, frame: HandOff, agreement: Agreement) -> None:
-        """Factors of a killed group, for the parts to come; those under way keep what they began
-        with.
-
-        Where there is no room for them they are not kept, and the parts that name them fail for
-        want of memory.
-        """
+        """Factors of a killed group, for the parts to come."""
         if frame.group >= len(agreement.groups):
             raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
         group = agreement.groups[frame.group]
@@ -242,46 +169,9 @@ class Session:
             raise Misbehaviour(
                 f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}"
             )
-        new = _HandedOff(frame.version, factors)
         with self._lock:
-            if (before := self._handed_off.pop(frame.group, None)) is not None:
-                self._replaced(before)
-            taken = None if self._closed else self.budget.take(self.device, new.num_bytes)
-            if taken is None and not self._closed:
-                self.budget.forgo(self.device, new.num_bytes)
-            if taken:
-                self._handed_off[frame.group] = new
-
-    def _replaced(self, kept: _HandedOff) -> None:
-        """With the lock held, as `_unused`."""
-        kept.replaced = True
-        if not kept.users:
-            self.budget.give_back(self.device, kept.num_bytes)
-
-    def _unused(self, kept: _HandedOff) -> None:
-        """A part that used it has ended."""
-        kept.users -= 1
-        if kept.replaced and not kept.users:
-            self.budget.give_back(self.device, kept.num_bytes)
-
-    def _named(self, begin: Begin, agreement: Agreement) -> dict[int, _HandedOff] | None:
-        """What was handed off of the groups that a part says are; None where it is not here."""
-        if begin.units and len(begin.units) != len(agreement.groups):
-            raise Misbehaviour(f"{len(begin.units)} units for {len(agreement.groups)} groups")
-        named = {
-            number: version
-            for number, version in enumerate(begin.units)
-            if version not in (ACTIVE, LEFT_OUT)
-        }
-        held = {
-            number: kept for number in named if (kept := self._handed_off.get(number)) is not None
-        }
-        if any(
-            number not in held or held[number].version != version
-            for number, version in named.items()
-        ):
-            return None
-        return held
+            if not self._closed:
+                self._handed_off.keep(frame.group, HandedOff(frame.version, factors))
 
     def _begin(self, begin: Begin, agreement: Agreement) -> SplitFrame | None:
         width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
@@ -311,41 +201,17 @@ class Session:
                     f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is"
                     " the limit",
                 )
-            handed_off = self._named(begin, agreement)
+            handed_off = self._handed_off.named(begin, len(agreement.groups))
             if handed_off is None:
                 return self._failed(begin, "memory", "what was handed off found no room here")
-            padded = begin.rows * begin.columns
-            if begin.columns > self.body.max_tokens and not begin.packed:  # then positions decide
-                return self._failed(
-                    begin,
-                    "broken",
-                    f"a text of {begin.columns} tokens; this model takes {self.body.max_tokens}",
-                )
-            if max(begin.positions, default=0) >= self.body.num_positions:
-                return self._failed(
-                    begin,
-                    "broken",
-                    f"a position of {max(begin.positions)}; {self.body.num_positions} are known",
-                )
-            if max(begin.token_types, default=0) >= self.body.num_token_types:
-                return self._failed(
-                    begin,
-                    "broken",
-                    f"a token type of {max(begin.token_types)}; {self.body.num_token_types} are"
-                    " known",
-                )
-            if begin.packed and not self.body.separates:
-                return self._failed(
-                    begin,
-                    "broken",
-                    f"{type(self.body.network).__name__} does not keep apart the texts that share a"
-                    " row: give each text a row, or an attention_mask if the row is one text",
-                )
+            if (why := self.body.cannot(begin)) is not None:
+                return self._failed(begin, "broken", why)
             drops = begin.seed is not None and agreement.dropout != 0.0
             need_bytes = begin.rows * self.body.memory(begin.columns, drops)
             taken = self.budget.take(self.device, need_bytes)
             if taken is False:
                 why = ", its attention written out for dropout" if drops else ""
+                padded = begin.rows * begin.columns
                 needed = (
                     f"{need_bytes / 1e6:.3g} MB are needed for {padded} tokens in rows of"
                     f" {begin.columns}{why}"
@@ -359,15 +225,15 @@ class Session:
                 )
             for kept in handed_off.values():
                 kept.users += 1
-            work = self._work[key] = _Work(begin, self.limits.idle_s)
+            work = self._work[key] = Work(begin, self.limits.idle_s)
             self._threads.submit(self._run, work, agreement, handed_off, need_bytes, taken is None)
         return None
 
     def _run(
         self,
-        work: _Work,
+        work: Work,
         agreement: Agreement,
-        handed_off: dict[int, _HandedOff],
+        handed_off: dict[int, HandedOff],
         need_bytes: int,
         waits: bool,
     ) -> None:
@@ -381,9 +247,9 @@ class Session:
 
     def _live(
         self,
-        work: _Work,
+        work: Work,
         agreement: Agreement,
-        handed_off: dict[int, _HandedOff],
+        handed_off: dict[int, HandedOff],
         held_bytes: int,
         turn: Turn,
     ) -> None:
@@ -414,7 +280,7 @@ class Session:
             fields = {"tokens": len(begin.embedded), "keep": begin.keep, "waited_s": work.waited_s}
             self._tell("part", {**fields, "seconds": time.monotonic() - began_at})
             self._idle_frames = 0
-        except _Gone:
+        except Gone:
             if work.evicted:
                 answer = self._failed(
                     begin, "expired", "another device waited for its share of the cloud's memory"
@@ -434,8 +300,7 @@ class Session:
             with self._lock:
                 if self._work.get((begin.call, begin.part)) is work:
                     del self._work[begin.call, begin.part]
-                for kept in handed_off.values():
-                    self._unused(kept)
+                self._handed_off.unused(handed_off.values())
             if held_bytes:
                 self.budget.give_back(self.device, held_bytes)
         if answer is not None:
