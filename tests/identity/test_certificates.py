@@ -353,7 +353,7 @@ def test_a_certificate_that_ended_during_the_run_is_named(
     """Field case 30: both ends say whose it is, where TLS tells the one who dials no more than that
     the line went dead.
     """
-    monkeypatch.setattr("dlora.net.grpc.HANG_UPS", 2)
+    monkeypatch.setattr("dlora.net.options.HANG_UPS", 2)
     watched = Watched(tmp_path, pair_of({"a": 100 * DAY_S, "b": -60.0}))
     talked: list[str] = []
 

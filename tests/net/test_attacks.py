@@ -80,7 +80,7 @@ def test_a_certificate_of_an_older_file_is_no_good_at_once(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the handler, while TLS still lets it through."""
-    monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 1000)
+    monkeypatch.setattr("dlora.net.options.RELOAD_S", 1000)
 
     async def main() -> None:
         async with target.listening() as port:
@@ -100,7 +100,7 @@ def test_a_certificate_of_an_older_file_is_no_good_for_tls_either(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Soon after, without a restart; the new one is good, and a link that was up stays up."""
-    monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 0.01)
+    monkeypatch.setattr("dlora.net.options.RELOAD_S", 0.01)
 
     async def main() -> None:
         stays = asyncio.Event()
@@ -283,7 +283,7 @@ def pour_garbage(target: Target, layer: str) -> None:
 def test_a_slow_drip_holds_nothing_but_its_own_link(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlora.net.grpc.FIRST_FRAME_S", 0.5)
+    monkeypatch.setattr("dlora.net.links.FIRST_FRAME_S", 0.5)
 
     async def main() -> None:
         async with target.listening() as port, connected(port, tls(target.key("b"))) as raw:

@@ -183,8 +183,8 @@ def grpc_net(tmp_path: Path, loop: LoopThread) -> Loopback:
 
 @pytest.fixture(autouse=True)
 def quick_redial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlora.net.grpc.MAX_PAUSE_S", 0.05)
-    monkeypatch.setattr("dlora.net.grpc.MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr("dlora.net.options.MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr("dlora.net.options.MIN_PAUSE_S", 0.01)
 
 
 @contextlib.contextmanager
@@ -414,7 +414,7 @@ def test_a_failure_of_the_network_is_heard_by_whoever_dials(loop: LoopThread) ->
 def test_a_device_that_is_listed_later_is_let_in(
     tmp_path: Path, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 0.01)
+    monkeypatch.setattr("dlora.net.options.RELOAD_S", 0.01)
     net = Loopback(tmp_path, loop)
     with dialling(net, "tablet") as dialler:
         with pytest.raises(ChannelDown, match="given up"):
@@ -459,7 +459,7 @@ def test_a_device_that_becomes_a_peer_is_let_in_no_more(
     tmp_path: Path, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the handler, whose word counts before TLS knows."""
-    monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 1000)
+    monkeypatch.setattr("dlora.net.options.RELOAD_S", 1000)
     net = Loopback(tmp_path, loop)
     with dialling(net) as dialler:
         channel = dialler.dial()

@@ -41,7 +41,7 @@ def test_a_member_struck_off_that_stays_silent_loses_its_link(
     target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Field case 37: not one frame comes from it after the file has changed."""
-    monkeypatch.setattr("dlora.net.grpc.RELOAD_S", 0.05)
+    monkeypatch.setattr("dlora.net.options.RELOAD_S", 0.05)
 
     async def main() -> None:
         async with target.listening() as port, channel(target, port) as call:

@@ -70,8 +70,8 @@ def grpc_pair(request: pytest.FixtureRequest, tmp_path: Path) -> Loopback:
 
 @pytest.fixture(autouse=True)
 def quick_redial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlora.net.grpc.MAX_PAUSE_S", 0.05)
-    monkeypatch.setattr("dlora.net.grpc.MIN_PAUSE_S", 0.01)
+    monkeypatch.setattr("dlora.net.options.MAX_PAUSE_S", 0.05)
+    monkeypatch.setattr("dlora.net.options.MIN_PAUSE_S", 0.01)
 
 
 async def take(link: Link, num_frames: int) -> list[Frame]:

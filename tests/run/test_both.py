@@ -415,14 +415,14 @@ def test_no_certificate_serves_in_anothers_place(
             split_kind().as_bytes if whom == "hub" else PEERS,
         )
         dialler = network(who, [whom], None, kind)
-        attempt = dialler._dial
+        attempt = dialler._dialling._dial
 
         async def counted(*place: str) -> float:
             lived_s = await attempt(*place)
             attempts.put_nowait(None)
             return lived_s
 
-        monkeypatch.setattr(dialler, "_dial", counted)
+        monkeypatch.setattr(dialler._dialling, "_dial", counted)
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             serving = [tasks.create_task(listener.serve(talk))]
             await listener.bound.wait()

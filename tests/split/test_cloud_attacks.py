@@ -330,7 +330,7 @@ def test_a_flood_of_garbage(target: Target, layer: str) -> None:
 def test_a_slow_drip_holds_nothing_but_its_own_link(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dlora.net.grpc.FIRST_FRAME_S", 0.5)
+    monkeypatch.setattr("dlora.net.links.FIRST_FRAME_S", 0.5)
 
     async def main() -> None:
         async with connected(target.port, tls(target.members.key("phone"))) as raw:

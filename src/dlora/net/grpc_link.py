@@ -12,6 +12,8 @@ from dlora.net.slot import Slot
 from dlora.net.transport import LinkDown, Traffic
 from dlora.wire.frame import FrameKind
 
+METHOD = "Talk"  # of a service that is named after what the links carry
+
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+# Before gRPC is imported: else every stranger that is turned away prints a line here.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 10.0  # between two attempts to dial; doubled each time
 DIAL_S = 20.0  # for name lookup, TCP, TLS and the other end's consent
 COURTESY_S = 1.0  # a call waits for our own attempt to dial the caller
