@@ -42,6 +42,15 @@ def disk_of_a_virtual_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process write no report.html: its pictures take as long as a small run.
+
+    Pages are tested in tests/show, tests/cli and with the real peers.
+    """
+    monkeypatch.setattr("dlora.run.account.write_report", lambda folder: None)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """(family, task) -> the folder of a tiny checkpoint, made once."""

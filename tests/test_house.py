@@ -324,6 +324,7 @@ def test_every_python_file_is_type_checked() -> None:
     )
 
 
+@pytest.mark.slow
 def test_bitsandbytes_is_imported_for_a_quantised_base_only() -> None:
     """It takes seconds, and PEFT imports it wherever it is installed; what it finds later is what
     is there.

@@ -325,7 +325,10 @@ def test_two_mistakes_are_two_lines(work: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["no-such-config", "edge-to-nobody-by-name"])
+@pytest.mark.parametrize(
+    "name",
+    ["no-such-config", pytest.param("edge-to-nobody-by-name", marks=pytest.mark.slow)],
+)
 def test_a_real_process_says_the_same(name: str, work: Path) -> None:
     """Nothing of the libraries below comes through, whatever they print when they are imported."""
     if name in CONFIGS:
@@ -387,7 +390,16 @@ def test_a_full_disk_at_the_start_leaves_nothing(disk: Disk, work: Path) -> None
     assert call(*arguments).exit_code == 0
 
 
-@pytest.mark.parametrize(("checkpoints", "saved"), [(0.1, 0), (0.5, 0), (1.1, 1), (1.7, 1)])
+@pytest.mark.usefixtures("no_page")
+@pytest.mark.parametrize(
+    ("checkpoints", "saved"),
+    [
+        pytest.param(0.1, 0, marks=pytest.mark.slow),
+        (0.5, 0),
+        (1.1, 1),
+        pytest.param(1.7, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_disk_that_fills_during_the_run_keeps_the_last_checkpoint(
     disk: Disk, after_a_run: Path, checkpoints: float, saved: int
 ) -> None:

@@ -54,7 +54,7 @@ OPTIONS = {
     "topology": ["KIND", "--peers", "--p", "--seed", "-k", "--weights", "--output", "--json"],
 }
 # time to interrupt one
-LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 60, "peers.count": 2, "save_every": 2}
+LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 30, "peers.count": 2, "save_every": 2}
 CLOCKS = {"seconds", "spent_s", "participant_steps_per_second", "tokens_per_second"}
 
 
@@ -210,6 +210,8 @@ def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path,
         "start-up", "training", "exchange", "scoring", "saving", "report", "other", "in all",
     ]  # fmt: skip
     assert told[-1][-1] == plain(seconds_text(summary["spent_s"]["in_all"]))
+    parts = [seconds for part, seconds in summary["spent_s"].items() if part != "in_all"]
+    assert summary["spent_s"]["in_all"] == pytest.approx(sum(parts))
     for row, (name, run) in zip(rows, summary["runs"].items(), strict=True):
         scores = [
             f"{100 * run[of]['accuracy']:.1f} %" for of in ("consensus", "peers_mean", "best")
@@ -218,6 +220,7 @@ def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path,
         assert f"{scores[2]} ({run['best']['rounds_done']})" in row
 
 
+@pytest.mark.slow
 def test_the_table_says_where_all_of_the_time_went(work: Path) -> None:
     """The parts add up to what a clock outside measures, but for the end of the process."""
     began = time.monotonic()
@@ -526,6 +529,7 @@ def test_a_signal_while_loading_ends_at_once_and_the_same_command_starts_anew(
     assert not (folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigusr1_is_heard_as_sigterm_is(fresh: Path, whole: Path) -> None:
     """Field case 15: Slurm sends it before a job's end."""
     process = start(fresh, "simulate", "run.yaml")
@@ -557,10 +561,15 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(fresh: Path, whole: Path)
     ("arguments", "says"),
     [
         (["simulate", "run.yaml"], "train.jsonl does not exist"),
-        (["simulate", "run.yaml", "--dry-run"], "train.jsonl does not exist"),
-        (
+        pytest.param(
+            ["simulate", "run.yaml", "--dry-run"],
+            "train.jsonl does not exist",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"],
             "peers.members is missing",
+            marks=pytest.mark.slow,
         ),
         (
             [

@@ -15,6 +15,8 @@ from dlora.config.run import Config
 from dlora.programs.plan import plan
 from dlora.show.tables import cost_table
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 slow = pytest.mark.slow
 CASES = [
     pytest.param("bert", "classification", {"pooling": "mean"}, {"wire": "float32"}, marks=slow),
@@ -22,11 +24,12 @@ CASES = [
     pytest.param(
         "roberta", "classification", {"lora.lora_dropout": 0.1}, {"wire": "bfloat16"}, marks=slow
     ),
-    (
+    pytest.param(
         "llama",
         "causal-lm",
         {"eval_every": 1, "lora.target_modules": ["v_proj", "down_proj"]},
         {"wire": "bfloat16", "pipeline": 2},
+        marks=slow,
     ),
     pytest.param(
         "opt",

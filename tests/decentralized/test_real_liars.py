@@ -82,6 +82,7 @@ def test_a_liar_takes_over_nobody_while_another_neighbour_is_away(tmp_path: Path
             assert ends[1].get((round, "north"), "dropped") == state
 
 
+@pytest.mark.slow
 def test_an_average_that_was_turned_round_is_named(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -104,6 +105,7 @@ def test_an_average_that_was_turned_round_is_named(
         assert (peers.run(name) / "consensus" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_average_of_some_says_so(tmp_path: Path, model_folder: ModelFolder) -> None:
     """Field case 39: one that is alone at the end has an average of 1 of 3."""
     peers = Federation(

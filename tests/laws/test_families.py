@@ -27,6 +27,8 @@ from dlora.run.trial import try_model
 from dlora.train import Group, local_steps
 from kit import families, tiny_models
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 BOUND = 1e-4  # on the updates of A, B and head together, as the laws have it
 LEARNING_RATE = 0.1
 

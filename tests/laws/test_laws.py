@@ -32,6 +32,8 @@ from kit.updates import (
     update_of,
 )
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 
 def train_with_peft(
     config: Config, prepared: Prepared, peers: range
@@ -76,8 +78,15 @@ def train_with_peft(
     return losses, {name: final[name] - initial[name] for name in initial}
 
 
-@pytest.mark.parametrize(("family", "task"), SERVED)
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+# every model with one optimiser, in turn, and the slow ones with the other
+@pytest.mark.parametrize(
+    ("family", "task", "optimizer"),
+    [
+        pytest.param(*model, optimizer, marks=[pytest.mark.slow] * ((index + turn) % 2))
+        for index, model in enumerate(SERVED)
+        for turn, optimizer in enumerate(("adamw", "sgd"))
+    ],
+)
 def test_one_participant_is_plain_peft(
     make_config: Callable[..., Config], family: str, task: str, optimizer: str
 ) -> None:
@@ -108,7 +117,7 @@ def test_one_participant_is_plain_peft(
     )
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_one_participant_is_plain_peft_with_dropout(
     make_config: Callable[..., Config], family: str
 ) -> None:
@@ -131,10 +140,21 @@ def test_one_participant_is_plain_peft_with_dropout(
     assert_same(update, reference, UPDATE_BOUND["adamw"], config.task)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize(
-    ("family", "task"),
-    [("bert", "classification"), ("llama", "causal-lm"), ("gpt2", "classification")],
+    ("family", "task", "optimizer"),
+    [
+        ("bert", "classification", "adamw"),
+        ("llama", "causal-lm", "sgd"),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [
+                ("bert", "classification", "sgd"),
+                ("llama", "causal-lm", "adamw"),
+                ("gpt2", "classification", "adamw"),
+                ("gpt2", "classification", "sgd"),
+            ]
+        ),
+    ],
 )
 def test_stacked_participants_are_separate_runs(
     make_config: Callable[..., Config], family: str, task: str, optimizer: str

@@ -20,10 +20,14 @@ from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 MakeConfig = Callable[..., Config]
 
 
-@pytest.mark.parametrize("family", ["modernbert", "modernbert-decoder"])
+@pytest.mark.parametrize(
+    "family", ["modernbert", pytest.param("modernbert-decoder", marks=pytest.mark.slow)]
+)
 def test_a_head_with_weights_that_are_no_linears(
     make_config: MakeConfig, tmp_path: Path, family: str
 ) -> None:
@@ -87,7 +91,7 @@ def test_linears_that_peft_takes_for_experts(make_config: MakeConfig, tmp_path: 
         prepare(named)
 
 
-@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+@pytest.mark.parametrize("family", ["mamba", pytest.param("falcon_h1", marks=pytest.mark.slow)])
 def test_all_linear_leaves_out_what_peft_refuses(
     make_config: MakeConfig, tmp_path: Path, family: str
 ) -> None:
@@ -129,9 +133,10 @@ def test_a_head_that_shares_the_embedding_is_refused(
             "all-linear",
             ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
         ),
-        (
+        pytest.param(
             r".*layers\.1\..*(q|v)_proj",
             ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"],
+            marks=pytest.mark.slow,
         ),
         (["v_proj", "q_proj"], ["q_proj", "v_proj"]),
     ],

@@ -30,6 +30,8 @@ from dlora.model.load import load_model, load_tokenizer
 from dlora.run.prepare import Prepared, prepare
 from dlora.train import forward
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 MakeConfig = Callable[..., Config]
 CORE = {"lora.placement": "core", "eval_every": 0}
 TARGETS = {
@@ -112,10 +114,9 @@ def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tens
     ("family", "optimizer"),
     [
         ("bert", "adamw"),
-        ("gpt2", "sgd"),
         *(
             pytest.param(*slow, marks=pytest.mark.slow)
-            for slow in [("bert", "sgd"), ("llama", "adamw")]
+            for slow in [("gpt2", "sgd"), ("bert", "sgd"), ("llama", "adamw")]
         ),
     ],
 )
@@ -189,7 +190,7 @@ def test_the_mean_of_cores_is_the_mean_of_products(
     assert (off(delta_weights(config), mean) < 1e-5) == exact
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_the_adapter_is_an_ordinary_one(make_config: MakeConfig, family: str) -> None:
     """PEFT reads it, and computes the logits that the cores give; `dlora eval` reads the cores back
     bit for bit.
@@ -361,7 +362,10 @@ def test_of_long_values_the_part_that_differs_is_told() -> None:
     assert 'and "none" at south' in said
 
 
-@pytest.mark.parametrize(("family", "quantization"), [("llama", "nf4"), ("bert", "int8")])
+@pytest.mark.parametrize(
+    ("family", "quantization"),
+    [pytest.param("llama", "nf4", marks=pytest.mark.slow), ("bert", "int8")],
+)
 def test_a_quantised_base_has_a_frame_of_what_it_computes(
     make_config: MakeConfig, family: str, quantization: str
 ) -> None:

@@ -31,6 +31,8 @@ from dlora.run.prepare import prepare
 from dlora.train import Group as Training
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 MakeConfig = Callable[..., Config]
 
 COSTS = st.lists(st.integers(1, 40), min_size=1, max_size=10)

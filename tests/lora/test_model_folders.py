@@ -24,6 +24,8 @@ from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded
 from kit.call_cli import call, contents, furnish
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 MakeConfig = Callable[..., Config]
 
 

@@ -135,6 +135,7 @@ def test_a_flood_of_status_is_read_at_a_pace(
     run(main(), 40)
 
 
+@pytest.mark.slow
 def test_a_member_that_links_again_and_again_is_slowed(target: Target) -> None:
     """Field case 40: 16 of them at once, who come back as soon as they were let in; the good
     neighbour comes in meanwhile.

@@ -17,6 +17,8 @@ import pytest
 from dlora.run.lock import LOCK_FILE, sole_use
 from kit.call_cli import assert_identical, call, final_factors, furnish
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 LAST, BEFORE = (f"run/checkpoints/dec-lora/round-00000{number}" for number in (3, 2))
 Damage = Callable[[Path], object]
 

@@ -23,6 +23,8 @@ from kit.processes import Split, running
 from kit.serving_cloud import Members, Serving, serving
 from kit.updates import UPDATE_BOUND, assert_same, relative_difference, update_of
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 ModelFolder = Callable[..., Path]
 WIRE_BOUND = 1e-5  # of two runs over the same wire
 FRAME = "frame.safetensors"

@@ -103,6 +103,7 @@ def test_a_cloud_killed_at_any_moment(
     cloud_killed_at(share, tmp_path, model_folder("bert"), relay, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_device_that_waits_is_interrupted_killed_and_goes_on(
     tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
 ) -> None:

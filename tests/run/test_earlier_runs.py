@@ -56,6 +56,7 @@ def test_a_simulation_of_an_earlier_version_goes_on(
         torch.testing.assert_close(final_factors(Path("run"))[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_peers_that_ran_an_earlier_version_go_on(
     version: str, tmp_path: Path, model_folder: Callable[..., Path]

@@ -41,7 +41,7 @@ class Finished(NamedTuple):
     plan: Outcome
 
 
-@pytest.fixture(scope="module", params=TOPOLOGIES)
+@pytest.fixture(scope="module", params=["ring", pytest.param("base-k", marks=pytest.mark.slow)])
 def finished(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,

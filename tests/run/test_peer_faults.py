@@ -23,6 +23,8 @@ from kit.as_simulated import assert_as_simulated
 from kit.call_cli import Outcome
 from kit.processes import NAMES, Federation, running, until
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 ModelFolder = Callable[..., Path]
 PATIENT_S = 60.0  # longer than any restart takes: the others wait
 
@@ -138,6 +140,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(survived: Survived) -> None:
     assert message.endswith(" --resume") and f"--name {INTERRUPTED}" in message
 
 
+@pytest.mark.slow
 def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -188,6 +191,7 @@ def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(
     assert [event["was"] < event["round"] for event in peers.events("east", "caught-up")] == [True]
 
 
+@pytest.mark.slow
 def test_stopped_before_anybody_came_and_resumed_after_the_end(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:

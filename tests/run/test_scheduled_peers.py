@@ -27,6 +27,8 @@ from dlora.run.real_peer import PeerRun
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 from kit.scheduled_peers import KR, NAMES, RANDOM, MakeConfig, Peers, federation
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 
 @pytest.mark.parametrize(
     ("schedule", "more"),

@@ -17,6 +17,8 @@ from dlora.errors import ConfigError, Interrupted
 from dlora.evaluate import standard_errors
 from dlora.events.log import Event, read_log
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 MakeConfig = Callable[..., Config]
 
 

@@ -24,37 +24,9 @@ from dlora.run.grouping import find_grouping
 from dlora.run.prepare import prepare
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 MakeConfig = Callable[..., Config]
-
-
-def test_a_run_leaves_the_folder_of_the_design(make_config: MakeConfig) -> None:
-    config = make_config(**{"compare": ["pooled", "local", "fedavg"], "eval_every": 1})
-    summary = dlora.simulate(config)
-    run = Path(config.output_dir)
-    assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "manifest.json", "log.jsonl", "summary.json", "report.html", "consensus",
-        "peers", "checkpoints",
-    }  # fmt: skip
-    assert json.loads((run / "summary.json").read_text()) == summary
-    assert Config.load(run / "config.yaml") == config
-    assert list(summary["runs"]) == ["dec-lora", "pooled", "local", "fedavg"]
-    for name, result in summary["runs"].items():
-        assert set(result["consensus"]) == {"accuracy", "f1", "loss"}
-        assert list(result["peers"]) == (
-            [] if name == "pooled" else [f"peer-{i}" for i in range(4)]
-        )
-        assert (result["bytes_on_wire"] > 0) == (name in ("dec-lora", "fedavg"))
-        assert result["participant_steps_per_second"] > 0
-    messages = 4 * 2 * config.train.rounds  # a ring of four: eight messages a round
-    assert summary["runs"]["dec-lora"]["bytes_on_wire"] == messages * summary["message_bytes"]
-    assert (
-        summary["runs"]["fedavg"]["consensus_distance"]
-        < 1e-9
-        < summary["runs"]["local"]["consensus_distance"]
-    )
-    manifest = json.loads((run / "manifest.json").read_text())
-    assert manifest["labels"] == ["0", "1"]
-    assert len(manifest["initial_factors"]) == len(manifest["model"]) == 64
 
 
 @pytest.mark.parametrize("pooling", [None, "mean"])
@@ -94,18 +66,27 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(
     "overrides",
     [
         {"train.optimizer": "adamw", "peers.topology": {"kind": "base-k"}, "peers.count": 5},
-        {"train.optimizer": "sgd", "train.model_dropout": None, "lora.lora_dropout": 0.1},
-        {
-            "peers.rule": "alternate",
-            "peers.period": 2,
-            "peers.wire": "bfloat16",
-            "train.lr_scheduler_type": "linear",
-        },
-        {
-            "train.local_steps": None,
-            "train.local_epochs": 1,
-            "data.partition": {"kind": "dirichlet", "concentration": 0.5},
-        },
+        pytest.param(
+            {"train.optimizer": "sgd", "train.model_dropout": None, "lora.lora_dropout": 0.1},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {
+                "peers.rule": "alternate",
+                "peers.period": 2,
+                "peers.wire": "bfloat16",
+                "train.lr_scheduler_type": "linear",
+            },
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {
+                "train.local_steps": None,
+                "train.local_epochs": 1,
+                "data.partition": {"kind": "dirichlet", "concentration": 0.5},
+            },
+            marks=pytest.mark.slow,
+        ),
         {
             "peers.group_size": 3,
             "train.gradient_accumulation_steps": 2,
@@ -285,7 +266,8 @@ def test_ffa_leaves_A_alone_and_sends_half(make_config: MakeConfig, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("family", "quantization"), [("llama", "nf4"), ("bert", "int8"), ("bert", "nf4")]
+    ("family", "quantization"),
+    [("llama", "nf4"), ("bert", "int8"), pytest.param("bert", "nf4", marks=pytest.mark.slow)],
 )
 def test_a_quantised_base_trains_and_the_loss_falls(
     make_config: MakeConfig, family: str, quantization: str
@@ -334,14 +316,6 @@ def test_language_models_are_scored_by_perplexity_and_by_choice(
     assert scores["perplexity"] == pytest.approx(
         torch.tensor(scores["loss"], dtype=torch.float64).exp().item()
     )
-
-
-def test_a_dry_run_writes_nothing(make_config: MakeConfig) -> None:
-    config = make_config()
-    plan = program.dry_run(config)
-    assert plan["local_steps"] == [2] * 4
-    assert sum(peer["rows"] for peer in plan["peers"]) == 64
-    assert not Path(config.output_dir).exists()
 
 
 def test_a_run_that_diverges_says_so(make_config: MakeConfig) -> None:

@@ -29,6 +29,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Page:
     return Page(folder / "report.html")
 
 
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn in them: for tests that read only the words around."""
+    for kind in ("curves", "graph", "stacked_bars"):
+        monkeypatch.setattr(
+            f"dlora.show.report.pictures.{kind}",
+            lambda *what, **how: '<svg viewBox="0 0 400 290" role="img"></svg>',
+        )
+
+
 def test_a_finished_run_in_words_and_numbers(finished: Page) -> None:
     page = finished
     sentence = (
@@ -54,6 +64,7 @@ def change_summary(folder: Path, **changes: Any) -> dict[str, Any]:
     return summary
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_times_tokens_learning_rate_and_what_was_taken_for_what(tmp_path: Path) -> None:
     spent = {"training": 9.0, "exchange": 3.0, "scoring": 4.5, "saving": 0.5}
     folder = make_run(tmp_path, labels=["<i>no", "yes"], runs=("dec-lora",))
@@ -80,6 +91,7 @@ def test_times_tokens_learning_rate_and_what_was_taken_for_what(tmp_path: Path) 
     assert "25.3" not in page.text() and "Where the time went" in page.text()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_rows_that_were_cut_are_told(tmp_path: Path) -> None:
     """Field case 14: on the page too; an older log says nothing of it."""
     folder = make_run(tmp_path, runs=("dec-lora",))
@@ -94,6 +106,7 @@ def test_rows_that_were_cut_are_told(tmp_path: Path) -> None:
     ).text("dd")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_what_is_doubtful_of_the_data_stands_under_the_headline(tmp_path: Path) -> None:
     folder = make_run(tmp_path, runs=("dec-lora",))
     assert "Warning" not in Page(write_report(folder)).text("b")
@@ -112,6 +125,7 @@ def test_what_is_doubtful_of_the_data_stands_under_the_headline(tmp_path: Path) 
     assert "of the averaged adapter on 1,045 rows" in page.text("li")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_scores_before_training_are_no_best_ones(tmp_path: Path) -> None:
     """A run that only lost by training names the best of what it trained, not what it began
     with.
@@ -163,6 +177,7 @@ def test_one_file_without_network_or_scripts_in_the_pages_colours(finished: Page
     assert all(f"{name}:" in dark for name in named), named
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_an_unfinished_run_shows_how_far_it_came(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, stop_at=4, runs=("dec-lora", "pooled"))))
     assert (
@@ -174,6 +189,7 @@ def test_an_unfinished_run_shows_how_far_it_came(tmp_path: Path) -> None:
     assert len(page.pictures()) == 7
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_run_without_any_score_yet(tmp_path: Path) -> None:
     log = make_run(tmp_path, stop_at=0, runs=("dec-lora",)) / "log.jsonl"
     log.write_text(log.read_text().splitlines(keepends=True)[0])
@@ -182,6 +198,7 @@ def test_a_run_without_any_score_yet(tmp_path: Path) -> None:
     assert len(page.pictures()) == 2  # the graph and the rows
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_one_score_is_no_curve(tmp_path: Path) -> None:
     for name, rounds in {"once": 0, "twice": 1}.items():
         (tmp_path / name).mkdir()
@@ -189,6 +206,7 @@ def test_one_score_is_no_curve(tmp_path: Path) -> None:
         assert ("How the score grew" in page.text("h2")) == (name == "twice")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_causal_lm_speaks_of_perplexity_and_lower_is_better(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, metric="loss", runs=("dec-lora", "local"))))
     assert f"reached a perplexity of {math.exp(4 - 2 * 0.843):.2f} together" in page.text("p")
@@ -221,6 +239,7 @@ def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:
     assert "<b>train</b>.tsv" in page.text("code")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_how_to_load_the_adapter_is_python(tmp_path: Path) -> None:
     page = Page(
         write_report(
@@ -334,6 +353,7 @@ def test_bars_as_long_as_their_rows() -> None:
     } >= {10, 20}
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path: Path) -> None:
     folder = make_run(
         tmp_path, runs=("dec-lora",), names=["north", "south", "west"], labels=["no", "yes"]
@@ -358,6 +378,7 @@ def test_the_page_of_a_real_peer_knows_its_own_rows_and_its_neighbours(tmp_path:
     assert "north was left out of 1 of 6 rounds." in page.text("p")
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_an_average_of_some_is_not_the_result_of_all(tmp_path: Path) -> None:
     folder = make_run(tmp_path, runs=("dec-lora",), names=["north", "south", "west"])
     summary = json.loads((folder / "summary.json").read_text())
@@ -408,6 +429,7 @@ def test_a_device_has_a_cloud_and_no_peers(tmp_path: Path) -> None:
         assert foreign not in words.replace("peft", ""), foreign
 
 
+@pytest.mark.usefixtures("blank_pictures")
 @pytest.mark.parametrize(
     ("stop_at", "said"), [(0, "reached 54.3 %"), (3, "So far, after 3 of 6 rounds: phone with")]
 )
@@ -443,6 +465,7 @@ def test_a_run_without_a_cloud_speaks_of_none(finished: Page) -> None:
     assert "cloud" not in finished.source.lower()
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_one_participant_is_said_to_be_one_and_on_no_graph(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, runs=("dec-lora",), names=["solo"], stop_at=4)))
     assert page.text("h1") == "One participant"

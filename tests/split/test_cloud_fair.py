@@ -118,6 +118,7 @@ def test_the_next_turn_is_of_whoever_had_least() -> None:
     assert order[:last].count("thief") <= 3 * order[:last].count("honest")
 
 
+@pytest.mark.slow
 def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path) -> None:
     """Field case 41: while the honest device does its forwards, the thief's 60 parts do not fill
     the cloud.
@@ -369,6 +370,8 @@ def test_idle_readers_of_the_metrics_hold_a_few_files_and_not_for_long(
     metrics are read after.
     """
     monkeypatch.setattr("dlora.show.cloud.metrics._Reader.timeout", 1.0)
+    # the crowd comes at once: of more than 5 that wait, the system has the others dial again
+    monkeypatch.setattr("dlora.show.cloud.metrics._Server.request_queue_size", 128)
     members = Members(tmp_path)
     with (
         serving(members, bert, {"metrics": "127.0.0.1:0"}) as served,

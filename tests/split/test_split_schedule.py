@@ -45,6 +45,8 @@ from kit.queue_cloud import (
     whole_model,
 )
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 Folder = Callable[[str, str], Path]
 SCHEDULES: dict[str, dict[str, Any]] = {
     "kr": {"kind": "kr", "active_fraction": 0.4, "period": 5, "warmup_steps": 6},
@@ -241,7 +243,9 @@ def cut_at(place: int) -> Callable[[bool, SplitFrame], None]:
     return seen
 
 
-@pytest.mark.parametrize("section", [{}, CORE], ids=["literal", "core"])
+@pytest.mark.parametrize(
+    "section", [{}, pytest.param(CORE, marks=pytest.mark.slow)], ids=["literal", "core"]
+)
 def test_a_link_lost_at_any_frame_hands_off_again(
     model_folder: Folder, section: dict[str, Any]
 ) -> None:
@@ -466,9 +470,10 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        *((name, 1) for name in RUNS),
-        ("kr", 3),
-        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("drop", "random")),
+        ("kr", 1),
+        ("core", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("drop", "random", "static")),
+        *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("kr", "drop", "random")),
     ],
 )
 def test_the_plan_is_what_is_counted(
@@ -490,7 +495,7 @@ def test_the_plan_is_what_is_counted(
         assert counted == pytest.approx(before["cloud_bytes"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["kr", "drop", "core"])
+@pytest.mark.parametrize("name", ["kr", pytest.param("drop", marks=pytest.mark.slow), "core"])
 def test_a_run_over_the_wire_is_the_run_without(
     make_config: Callable[..., Config], tmp_path: Path, name: str
 ) -> None:
