@@ -13,7 +13,7 @@ from rich.console import Console
 import dlora
 from dlora.config.run import Config
 from dlora.programs.plan import plan
-from dlora.show.tables import cost_table
+from dlora.show.tables import plan_table
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -75,7 +75,7 @@ def test_a_plan_of_what_scores_will_choose_says_about(
     assert ("about" not in costs["cloud"]) is known
     console = Console(width=200)
     with console.capture() as said:
-        console.print(cost_table(costs))
+        console.print(plan_table(costs))
     assert ("in all about" not in said.get()) is known
 
 

@@ -12,7 +12,7 @@ from dlora.commands.options import AsJson, ConfigPath, Overrides
 from dlora.events.log import to_json
 from dlora.files import write_atomically
 from dlora.show.progress import Progress
-from dlora.show.tables import cost_table, scores_table
+from dlora.show.tables import plan_table, scores_table
 from dlora.stopping import Stop
 
 # What takes time to import is imported by the command that needs it, after it has said that it is
@@ -40,7 +40,7 @@ def plan(
         from dlora.programs.plan import plan as program
 
         costs = program(loaded, name)
-    print_document(costs, as_json, cost_table)
+    print_document(costs, as_json, plan_table)
 
 
 @app.command(name="eval")

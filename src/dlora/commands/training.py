@@ -13,7 +13,7 @@ from dlora.commands.options import AsJson, ConfigPath, FederationPath, KeyPath, 
 from dlora.errors import ConfigError
 from dlora.events.log import Listener
 from dlora.show.progress import Progress
-from dlora.show.tables import plan_table, served_table, summary_table
+from dlora.show.tables import dry_run_table, served_table, summary_table
 from dlora.stopping import Stop, resumable
 
 # What takes time to import is imported by the command that needs it, after it has said that it is
@@ -57,7 +57,7 @@ def simulate(
         from dlora.programs import simulate as program
 
         plan = program.dry_run(loaded, listeners=[progress])
-    print_document(plan, as_json, plan_table)
+    print_document(plan, as_json, dry_run_table)
 
 
 @app.command()

@@ -174,7 +174,7 @@ def read_frame(path: Path) -> Frame:
 @torch.no_grad()
 def _weight(name: str, layer: nn.Module, r: int) -> Tensor:
     """The dense weight of a linear as (O, I) float32, dequantised where it is quantised."""
-    # here: model.py quiets what peft brings in, and comes first
+    # here: dlora.model quiets what peft brings in, and comes first
     from peft.utils.integrations import dequantize_module_weight
 
     weight: Tensor = dequantize_module_weight(layer).detach().float()

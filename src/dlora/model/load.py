@@ -268,9 +268,9 @@ def load_body_network(config: CloudConfig) -> Any:
 def _freeze(network: Any) -> None:
     network.requires_grad_(False)
     for layer in network.modules():
-        # bitsandbytes repacks 4-bit weights at the first evaluation on a
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # CPU, into a form without a backward: training after it would be wrong
+            # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU, into a form
+            # without a backward: training after it would be wrong
             layer.support_avx512bf16_for_cpu = False
 
 

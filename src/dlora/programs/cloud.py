@@ -21,7 +21,7 @@ from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.net.channel import Channel
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.listening import check_listen, listen_address
+from dlora.net.listen_address import check_listen, listen_address
 from dlora.net.transport import Traffic
 from dlora.show.cloud.metrics import CloudMetrics
 from dlora.split.cloud.body import Body, load_body

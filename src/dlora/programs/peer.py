@@ -23,7 +23,7 @@ from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.listening import certificate_teller, listen_address
+from dlora.net.listen_address import certificate_teller, listen_address
 from dlora.run.account import Summary, conclude, introduction, summary
 from dlora.run.findings import Findings
 from dlora.run.folder import RunFolder

@@ -20,7 +20,7 @@ from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.net.channel import Channel, Dialler, LoopThread, WatchedChannel
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.listening import certificate_teller
+from dlora.net.listen_address import certificate_teller
 from dlora.net.memory import MemoryHub
 from dlora.run.prepare import Prepared
 from dlora.split.cloud.body import load_body

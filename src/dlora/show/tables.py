@@ -86,7 +86,7 @@ def scores_table(scores: dict[str, Any]) -> Table:
     return table
 
 
-def plan_table(plan: dict[str, Any]) -> Group:
+def dry_run_table(plan: dict[str, Any]) -> Group:
     """What a dry run found."""
     table = Table("peer", "rows", "local steps a round", "labels", box=None)
     for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
@@ -136,7 +136,7 @@ def _cut_text(what: str, facts: dict[str, Any]) -> str:
     )
 
 
-def cost_table(costs: dict[str, Any]) -> Group:
+def plan_table(costs: dict[str, Any]) -> Group:
     """What a run will cost: bytes over each edge, time, memory."""
     edges = Table("edge", "on wire", box=None)
     for edge, count in costs["edges"].items():
