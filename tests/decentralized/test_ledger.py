@@ -4,13 +4,15 @@ edge at one end only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dlora.decentralized.peer.ledger import Ledger, round_message
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.errors import RunError
 
 Lines = list[bytes]
@@ -25,8 +27,9 @@ def written(folder: Path) -> tuple[int, str, Path]:
         if round == 2:
             position = ledger.position
         ledger.keep(round_message(round), b"own %d" % round)
-        partial = ledger.partial("b", round_message(round), "0" * 64)
-        partial.write_bytes(b"theirs %d" % round)
+        theirs = b"theirs %d" % round
+        partial = ledger.partial("b", round_message(round), hashlib.sha256(theirs).hexdigest())
+        partial.write_bytes(theirs)
         ledger.arrived("b", round_message(round), partial)
         ledger.record(round, "b", "promised")
         ledger.record(round, "b", "committed")
@@ -83,7 +86,7 @@ def test_a_damaged_ledger_is_one_line(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["sent/round-000002.safetensors", "received/b/round-000002.safetensors"]
+    "message", ["sent/round-000002.*.safetensors", "received/b/round-000002.*.safetensors"]
 )
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_a_damaged_message_that_is_due_is_one_line(
@@ -93,7 +96,7 @@ def test_a_damaged_message_that_is_due_is_one_line(
     learning rate.
     """
     position, chain, _ = written(tmp_path)
-    path = tmp_path / message
+    [path] = tmp_path.glob(message)
     content = path.read_bytes()
     if damage == "gone":
         path.unlink()
@@ -128,4 +131,5 @@ def test_messages_stay_until_both_checkpoints_hold_them(tmp_path: Path) -> None:
     ledger.clean(3, position)
     ledger.close()
     read(tmp_path, position, chain)
-    assert sorted(path.stem for path in (tmp_path / "sent").iterdir()) == ["round-000002"]
+    kept = [path.name.partition(".")[0] for path in (tmp_path / "sent").iterdir()]
+    assert kept == ["round-000002"]

@@ -25,8 +25,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from dlora.decentralized.peer.ledger import Due, round_message, round_of
+from dlora.decentralized.peer.ledger import Due
 from dlora.decentralized.peer.life import FASTER
+from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.errors import RunError
 from dlora.wire.peer.frames import Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
 from dlora.wire.tensors import decode_tensors, encode
@@ -219,8 +220,8 @@ class Member:
         return []
 
     def world_own(self, name: str) -> Path | None:
-        path = self.world.folder / self.name / "sent" / f"{name}.safetensors"
-        return path if path.exists() else None
+        sent = self.world.folder / self.name / "sent"
+        return next(sent.glob(f"{name}.*.safetensors"), None)
 
     def _content(self, there: str, frame: Frame) -> Frame:
         """An offer and its bytes, as the lies about contents make them."""

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load, save
 
 from dlora.decentralized.peer.exchange import Exchange
-from dlora.decentralized.peer.ledger import round_message
+from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.wire.frame import Link
 from dlora.wire.peer.frames import Chunk, Frame, Offer, Status, Want
 from kit import processes

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlora.decentralized.peer.ledger import round_of
+from dlora.decentralized.peer.messages_on_disk import round_of
 from kit import processes
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from dlora.config.run import Config
-from dlora.decentralized.peer.ledger import Ledger, Message, round_of
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages_on_disk import Message, round_of
 from dlora.events.log import RunLog, read_log
 from dlora.net.memory import MemoryHub
 from dlora.run.folder import RunFolder

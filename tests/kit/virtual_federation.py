@@ -18,8 +18,9 @@ from torch import Tensor
 from dlora.config.run import PeersSection
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.exchange import Exchange
-from dlora.decentralized.peer.ledger import Ledger, round_of
+from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
+from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.lora.factors import Factors

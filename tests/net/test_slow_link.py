@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from dlora.decentralized.peer.exchange import Exchange
-from dlora.decentralized.peer.ledger import Ledger, round_message
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.decentralized.peer.patience import Patience
 from dlora.identity.federation import Federation, FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity

@@ -73,7 +73,8 @@ def in_commit(peers: Federation, name: str) -> bool:
 
 
 def has_offered(peers: Federation, name: str, round: int) -> bool:
-    return (peers.run(name) / "exchange" / "sent" / f"round-{round:06d}.safetensors").exists()
+    sent = peers.run(name) / "exchange" / "sent"
+    return any(sent.glob(f"round-{round:06d}.*.safetensors"))
 
 
 class Survived(NamedTuple):

@@ -8,7 +8,7 @@ from functools import partial
 
 from dlora.costs.scheduled import sent_names
 from dlora.decentralized.mixing import build_rule
-from dlora.decentralized.peer.ledger import round_message
+from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.decentralized.topology import Topology
 from dlora.run.manifest import manifest_text
 from dlora.run.messages import REDUCTION, message_bytes

@@ -11,7 +11,7 @@ from dlora.config.run import Config
 from dlora.costs.between_peers import edge_bytes
 from dlora.costs.scheduled import CHOSEN
 from dlora.costs.with_cloud import LINES_MBIT_S, split_costs
-from dlora.decentralized.peer.ledger import round_message
+from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.lora.factors import num_parameters, stack
 from dlora.run.messages import message_bytes
 from dlora.run.prepare import prepare

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dlora.decentralized.mixing import build_rule
-from dlora.decentralized.peer.ledger import round_of
+from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.run.prepare import WIRE_DTYPES, Prepared
 from dlora.wire.tensors import Expected, decode_tensors, encode, held, message_num_bytes
 

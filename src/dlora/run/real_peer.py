@@ -16,8 +16,9 @@ from dlora.config.arms import DEC_LORA
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.belief import Belief, copied
 from dlora.decentralized.peer.exchange import Exchange
-from dlora.decentralized.peer.ledger import Ledger, round_of
+from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
+from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.patience import BEATS, Patience
 from dlora.decentralized.peer.word import Signatures
 from dlora.decentralized.topology import Topology

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dlora.decentralized.peer.belief import Implausible
-from dlora.decentralized.peer.ledger import Ledger, round_message, round_of
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.decentralized.peer.mismatch import difference
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import BEATS, Patience, Waits
@@ -124,7 +125,8 @@ class Exchange:
         self.wanted.discard((neighbour, message))
         if reason is not None:
             self.report("not-fetched", neighbour=neighbour, message=message, reason=reason)
-        return self.ledger.received(neighbour, message)
+        came = self.ledger.received(neighbour, message)
+        return None if came is None else came.path
 
     def offer(self, neighbours: Iterable[str], message: str) -> None:
         """Tell ``neighbours`` that a message of ours is there."""

@@ -1,4 +1,4 @@
-"""What one peer sent, received, promised and decided: on its disk before any neighbour hears of it.
+"""What one peer promised and decided about its edges: on its disk before any neighbour hears of it.
 
 The life of an edge (a, b) with a < b in one round, as its two ledgers see it:
 
@@ -11,7 +11,6 @@ The life of an edge (a, b) with a < b in one round, as its two ledgers see it:
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dlora.decentralized.peer.messages_on_disk import (
+    MessagesOnDisk,
+    file_sha256,
+    round_message,
+    round_of,
+)
 from dlora.errors import RunError
 from dlora.events.log import RunLog, read_log
-from dlora.files import sync_folder, write_atomically
+from dlora.files import write_atomically
 
 State = Literal["promised", "committed", "dropped"]
 _NAME = re.compile(r"(?!\.\.?$)[^/\0]{1,255}")  # of a member: a folder is named by it
@@ -30,32 +35,9 @@ _MEND = (
     " ends. Without such a copy, start anew without --resume in another output_dir: this peer then"
     " takes its neighbours' state"
 )
-_ROUND = re.compile(r"round-(\d{6,})")
 _ID = re.compile(r"[0-9a-f]{64}")
 # of what an entry may have
 _FORMS = {"own": _ID, "theirs": _ID, "ledger": _ID, "signature": re.compile(r"[0-9a-f]{128}")}
-
-
-def round_message(round: int) -> str:
-    """The name of the message a peer sends in a round."""
-    return f"round-{round:06d}"
-
-
-def round_of(message: str) -> int | None:
-    """The round of such a name; None for any other message, and for any other spelling: a round has
-    one name.
-    """
-    match = _ROUND.fullmatch(message)
-    return int(match[1]) if match and round_message(int(match[1])) == message else None
-
-
-@dataclass(frozen=True)
-class Message:
-    """A whole message on this peer's disk."""
-
-    path: Path
-    num_bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -77,25 +59,22 @@ class Word:
     signature: bytes  # empty: there is none
 
 
-class Ledger:
-    """One folder: ``edges.jsonl`` (states, the last line of an edge counts), ``sent/`` and
-    ``received/`` (messages), ``id``.
+class Ledger(MessagesOnDisk):
+    """The messages of one folder, with ``edges.jsonl`` (states, the last line of an edge counts)
+    and ``id``.
 
     Each entry has a number and a hash over itself and all before it (``chain``); a promise or a
     commit has the hashes of both messages too, and the neighbour's ledger; a commit also the
     neighbour's signature. ``id`` is drawn once: a copy of the folder has the same, another folder
     of the same peer has another. Everything is synced before a method returns.
 
-    Raises RunError when the disk is full or cannot be written, and when the file is not what was
-    written. Entries of dlora 0.1.0, which have no hash, are read as they are. A ledger that has no
-    id gets one that follows from its first line.
+    Raises RunError when the disk is full or cannot be written, and when anything in the folder is
+    not what was written there. Entries of dlora 0.1.0, which have no hash, are read as they are. A
+    ledger that has no id gets one that follows from its first line.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for part in ("sent", "received"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        sync_folder(folder)
+        super().__init__(folder)
         path = folder / "edges.jsonl"
         self._log = RunLog(path)  # cuts off a line that a crash tore
         self._entries: list[tuple[int, str, State]] = []
@@ -106,81 +85,17 @@ class Ledger:
         try:
             self._load(path)
             self.id = self._identify(path)
+            self._states: dict[tuple[int, str], State] = {
+                (round, name): state for round, name, state in self._entries
+            }
+            self._refuse_damage()
         except RunError:
             self._log.close()
             raise
-        self._states: dict[tuple[int, str], State] = {
-            (round, name): state for round, name, state in self._entries
-        }
-        self._own: dict[str, Message] = {}
 
     def close(self) -> None:
         """Close the file."""
         self._log.close()
-
-    # Messages
-
-    def keep(self, name: str, content: bytes) -> Message:
-        """This peer's message ``name``: what is there already stays, for what was once offered
-        never changes.
-        """
-        kept = self.own(name)
-        if kept is None:
-            write_atomically(self._sent(name), content)
-            kept = self._own[name] = Message(
-                self._sent(name), len(content), hashlib.sha256(content).hexdigest()
-            )
-        return kept
-
-    def own(self, name: str) -> Message | None:
-        """This peer's message, if it is there."""
-        if name not in self._own and self._sent(name).exists():
-            self._own[name] = Message(
-                self._sent(name), self._sent(name).stat().st_size, file_sha256(self._sent(name))
-            )
-        return self._own.get(name)
-
-    def newest_round_sent(self) -> int | None:
-        """The last round whose message this peer has on disk."""
-        rounds = [
-            round_of(path.stem) for path in (self.folder / "sent").glob("round-*.safetensors")
-        ]
-        return max((round for round in rounds if round is not None), default=None)
-
-    def received(self, neighbour: str, name: str) -> Path | None:
-        """A neighbour's whole, checked message, if it is there."""
-        path = self._received(neighbour, name)
-        return path if path.exists() else None
-
-    def partial(self, neighbour: str, name: str, sha256: str) -> Path:
-        """Where an incoming message grows. One of another hash, or of another message, from that
-        neighbour goes.
-        """
-        path = self._received(neighbour, name).with_suffix(f".{sha256}.partial")
-        path.parent.mkdir(exist_ok=True)
-        for other in path.parent.glob("*.partial"):
-            if other != path:
-                other.unlink()
-        return path
-
-    def arrived(self, neighbour: str, name: str, partial: Path) -> None:
-        """An incoming message is whole and was checked."""
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, self._received(neighbour, name))
-        sync_folder(partial.parent)
-
-    def forget_reduction(self) -> None:
-        """Remove the messages that are no round's: the end of the run is to be gone through
-        again.
-        """
-        for path in [
-            *(self.folder / "sent").glob("*.safetensors"),
-            *(self.folder / "received").glob("*/*.safetensors"),
-        ]:
-            if round_of(path.stem) is None:
-                path.unlink()
-                self._own.pop(path.stem, None)
 
     # Edges
 
@@ -217,7 +132,7 @@ class Ledger:
         if (round, neighbour) in self._sums:
             return self._sums[round, neighbour]
         own, theirs = self.own(round_message(round)), self.received(neighbour, round_message(round))
-        return None if own is None or theirs is None else (own.sha256, file_sha256(theirs))
+        return None if own is None or theirs is None else (own.sha256, theirs.sha256)
 
     def is_without_hashes(self, round: int, neighbour: str) -> bool:
         """Whether dlora 0.1.0 wrote the entries of an edge."""
@@ -254,17 +169,8 @@ class Ledger:
                 f"{path} holds {self.position} entries, and the checkpoint was made after"
                 f" {position}{'' if position > self.position else ' others'}; {_MEND}"
             )
-        for due in self.due(position, since_round):
-            for message, sha256 in zip(
-                (due.own, due.theirs),
-                self._sums.get((due.round, due.neighbour), (None, None)),
-                strict=True,
-            ):
-                if not message.exists() or sha256 not in (None, file_sha256(message)):
-                    what = "is not what was kept" if message.exists() else "is missing"
-                    raise RunError(
-                        f"{message} {what}, and the edge with {due.neighbour} needs it; {_MEND}"
-                    )
+        for _ in self.due(position, since_round):
+            pass
 
     def _load(self, path: Path) -> None:
         for number, entry in enumerate(_read(path), start=1):
@@ -287,18 +193,37 @@ class Ledger:
             )
             self._words.setdefault(entry["neighbour"], {})[word.round] = word
 
+    def _refuse_damage(self) -> None:
+        """Raise RunError where a message is not what its name tells, or what an entry says."""
+        for (round, neighbour), sums in self._sums.items():
+            for sender, sha256 in zip(("", neighbour), sums, strict=True):
+                message = self._messages.get((sender, round_message(round)))
+                if message is None or self._states[round, neighbour] == "dropped":
+                    continue
+                if message.sha256 != sha256:
+                    raise RunError(_damaged(message.path, neighbour))
+        for sender, name in self.damaged:
+            path = self._messages[sender, name].path
+            if not sender and round_of(name) is not None:
+                raise RunError(f"{path} is not what was kept, and neighbours may have it; {_MEND}")
+            comes = f"{sender} sends it again" if sender else "it is made again"
+            raise RunError(
+                f"{path} is not what was kept; remove that file, then add --resume: {comes} if it"
+                " is needed"
+            )
+
     def _identify(self, path: Path) -> str:
         """This ledger's id; a new one where there is none."""
         place = self.folder / "id"
         if not place.exists():
             first, newline, _ = path.read_bytes().partition(b"\n")
-            write_atomically(
-                place, hashlib.sha256(first).hexdigest() if newline else secrets.token_hex(32)
-            )
-        text = place.read_text(errors="replace")
-        if not _ID.fullmatch(text):
+            drawn = hashlib.sha256(first).hexdigest() if newline else secrets.token_hex(32)
+            write_atomically(place, f"{drawn}\n{_sha256(drawn)}\n")
+        id, _, checksum = place.read_text(errors="replace").partition("\n")
+        # an earlier dlora wrote no checksum
+        if not _ID.fullmatch(id) or checksum not in ("", f"{_sha256(id)}\n"):
             raise RunError(f"{place} is not what was written there; {_MEND}")
-        return text
+        return id
 
     def _hashed(self, entry: Mapping[str, Any]) -> str:
         told = [
@@ -306,7 +231,7 @@ class Ledger:
             *(str(entry.get(key)) for key in ("event", "round", "neighbour", "own", "theirs")),
         ]
         told += [entry[key] for key in ("ledger", "signature") if key in entry]
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+        return _sha256("\n".join(told))
 
     def in_doubt(self, neighbour: str) -> list[int]:
         """Rounds in which this peer promised and has not heard the decision."""
@@ -330,12 +255,18 @@ class Ledger:
     def due(self, position: int, since_round: int = 0) -> Iterator[Due]:
         """The edges committed after ``position``, in order; those before ``since_round`` are moot
         (the peer caught up).
+
+        Raises RunError where a message of one is gone, or not what was signed.
         """
         for round, neighbour, state in self._entries[position:]:
             # the last entry of an edge counts, should a write that failed have left one before it
             if state == "committed" == self._states[round, neighbour] and round >= since_round:
-                name = round_message(round)
-                yield Due(round, neighbour, self._sent(name), self._received(neighbour, name))
+                sums = self._sums.get((round, neighbour), (None, None))
+                own, theirs = (
+                    self._read_through(sender, round_message(round), sha256, neighbour)
+                    for sender, sha256 in zip(("", neighbour), sums, strict=True)
+                )
+                yield Due(round, neighbour, own, theirs)
 
     def clean(self, round: int, position: int) -> None:
         """Remove the messages of rounds before ``round`` that nothing can need: no edge of theirs
@@ -351,23 +282,30 @@ class Ledger:
         }
         keep |= {round_message(number) for number, _, _ in self._entries[position:]}
         newest = self.newest_round_sent()
-        for path in [
-            *(self.folder / "sent").glob("*.safetensors"),
-            *(self.folder / "received").glob("*/*.safetensors"),
-        ]:
-            number = round_of(path.stem)
-            own = path.parent.name == "sent"
-            if number is None or number >= round or path.stem in keep or (own and number == newest):
+        for sender, name in [*self._messages]:
+            number = round_of(name)
+            if number is None or number >= round or name in keep:
                 continue
-            path.unlink()
-            if own:
-                self._own.pop(path.stem, None)
+            if sender or number != newest:
+                self._forget(sender, name)
 
-    def _sent(self, name: str) -> Path:
-        return self.folder / "sent" / f"{name}.safetensors"
+    def _read_through(self, sender: str, name: str, sha256: str | None, neighbour: str) -> Path:
+        """A message that the edge with ``neighbour`` needs, once its file still has this hash."""
+        message = self._messages.get((sender, name))
+        if message is None or not message.path.exists():
+            place = self._place(sender, name, sha256 or "") if message is None else message.path
+            raise RunError(_damaged(place, neighbour, "is missing"))
+        if file_sha256(message.path) != (sha256 or message.sha256):
+            raise RunError(_damaged(message.path, neighbour))
+        return message.path
 
-    def _received(self, neighbour: str, name: str) -> Path:
-        return self.folder / "received" / neighbour / f"{name}.safetensors"
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _damaged(path: Path, neighbour: str, what: str = "is not what was kept") -> str:
+    return f"{path} {what}, and the edge with {neighbour} needs it; {_MEND}"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -391,9 +329,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
         ):
             raise RunError(f"{path}, line {number} is no promise and no decision; {_MEND}")
     return entries
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hex; a chunk at a time."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,8 @@ from torch import Tensor
 from dlora.decentralized.gossip import trained
 from dlora.decentralized.mixing import Rule, mix_edge
 from dlora.decentralized.peer.exchange import Exchange
-from dlora.decentralized.peer.ledger import Ledger, round_message, round_of
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import BEATS
 from dlora.decentralized.peer.spread import faded, too_far, widened
@@ -133,15 +134,10 @@ class PeerGossip:
             if self.rule.sends(name, number) and name in names
         }
         message = round_message(number)
-        content = self.encode(message, sent)
-        kept = self.ledger.keep(message, content)
+        kept = self.ledger.keep(message, self.encode(message, sent))
         try:
             self.decode(message, kept.path)
         except ValueError as error:
-            if kept.num_bytes != len(content):
-                raise RunError(
-                    f"{kept.path} is not what was kept there ({error}); restore it from a copy"
-                ) from error
             raise RunError(
                 f"the factors of {self.name} cannot be sent in round {number}: {error}; lower"
                 " train.learning_rate and start anew in another output_dir"

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dlora.decentralized.peer.belief import Implausible
-from dlora.decentralized.peer.ledger import Ledger, file_sha256
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages_on_disk import file_sha256
 from dlora.wire.frame import Link, Misbehaviour
 from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk, Frame, Offer, Status, Want
 
@@ -36,6 +37,7 @@ class Neighbour:
     # messages of it that are not taken, and why
     implausible: dict[str, str] = field(default_factory=dict)
     incoming: Offer | None = None  # being fetched on this link
+    began: int = 0  # the bytes of it that had been here before
     stored_at: float = float("-inf")  # loop time of the last chunk of it
     queue: deque[Frame] = field(default_factory=deque)  # to be said on this link
     outgoing: tuple[str, int] | None = None  # our message it wants, and from which byte on
@@ -102,6 +104,7 @@ class Neighbour:
         if have == offer.num_bytes:  # whole, but it was not checked to the end
             have = 0
             partial.unlink()
+        self.began = have
         self.say(Want(offer.name, have))
 
     def store(
@@ -131,6 +134,10 @@ class Neighbour:
         self.incoming = None
         try:
             if file_sha256(partial) != offer.sha256:
+                if self.began:  # what lay here since an earlier link may be damaged: all anew
+                    partial.unlink()
+                    self.fetch(offer, ledger)
+                    return False
                 raise ValueError("it is not the content that was offered")
             check(self.name, name, partial)
         except Implausible as error:

@@ -1,0 +1,139 @@
+"""Which messages lie on this peer's disk, and is each the content that was written there?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlora.files import sync_folder, write_atomically
+
+_ROUND = re.compile(r"round-(\d{6,})")
+# the second part is missing where an earlier dlora wrote the file
+_FILE = re.compile(r"([^.]+)(?:\.([0-9a-f]{64}))?\.safetensors")
+
+
+def round_message(round: int) -> str:
+    """The name of the message a peer sends in a round."""
+    return f"round-{round:06d}"
+
+
+def round_of(message: str) -> int | None:
+    """The round of such a name; None for any other message, and for any other spelling: a round has
+    one name.
+    """
+    match = _ROUND.fullmatch(message)
+    return int(match[1]) if match and round_message(int(match[1])) == message else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hex; a chunk at a time."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Message:
+    """A whole message on this peer's disk; its file is named by ``sha256``, the hash of the
+    content that was written.
+    """
+
+    path: Path
+    num_bytes: int
+    sha256: str
+
+
+class MessagesOnDisk:
+    """``sent/`` and ``received/NEIGHBOUR/`` of one folder. Everything is synced before a method
+    returns.
+
+    The files are looked through once, when the folder is opened. ``damaged``: the messages whose
+    content is not the one that their names tell, each with its sender (empty: this peer). An
+    earlier dlora wrote no hash into the name; such a file is taken as it is.
+
+    Raises RunError when the disk is full or cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for part in ("sent", "received"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        sync_folder(folder)
+        # (sender, name); the sender is empty for this peer's own
+        self._messages: dict[tuple[str, str], Message] = {}
+        self.damaged: list[tuple[str, str]] = []
+        for path in [
+            *(folder / "sent").glob("*.safetensors"),
+            *(folder / "received").glob("*/*.safetensors"),
+        ]:
+            if (parts := _FILE.fullmatch(path.name)) is None:
+                continue
+            key = ("" if path.parent == folder / "sent" else path.parent.name, parts[1])
+            message = Message(path, path.stat().st_size, file_sha256(path))
+            if parts[2] not in (None, message.sha256):
+                self.damaged.append(key)
+            self._messages[key] = message
+
+    def keep(self, name: str, content: bytes) -> Message:
+        """This peer's message ``name``: what is there already stays, for what was once offered
+        never changes.
+        """
+        kept = self.own(name)
+        if kept is None:
+            sha256 = hashlib.sha256(content).hexdigest()
+            kept = Message(self._place("", name, sha256), len(content), sha256)
+            write_atomically(kept.path, content)
+            self._messages["", name] = kept
+        return kept
+
+    def own(self, name: str) -> Message | None:
+        """This peer's message, if it is there."""
+        return self._messages.get(("", name))
+
+    def newest_round_sent(self) -> int | None:
+        """The last round whose message this peer has on disk."""
+        rounds = [round_of(name) for sender, name in self._messages if not sender]
+        return max((round for round in rounds if round is not None), default=None)
+
+    def received(self, neighbour: str, name: str) -> Message | None:
+        """A neighbour's whole, checked message, if it is there."""
+        return self._messages.get((neighbour, name))
+
+    def partial(self, neighbour: str, name: str, sha256: str) -> Path:
+        """Where an incoming message grows. One of another hash, or of another message, from that
+        neighbour goes.
+        """
+        path = self._place(neighbour, name, sha256).with_suffix(".partial")
+        path.parent.mkdir(exist_ok=True)
+        for other in path.parent.glob("*.partial"):
+            if other != path:
+                other.unlink()
+        return path
+
+    def arrived(self, neighbour: str, name: str, partial: Path) -> None:
+        """An incoming message is whole and was checked: it has the hash that was offered."""
+        path = partial.with_suffix(".safetensors")
+        with open(partial, "rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+        sha256 = path.name.split(".")[1]
+        self._messages[neighbour, name] = Message(path, num_bytes, sha256)
+
+    def forget_reduction(self) -> None:
+        """Remove the messages that are no round's: the end of the run is to be gone through
+        again.
+        """
+        for sender, name in [*self._messages]:
+            if round_of(name) is None:
+                self._forget(sender, name)
+
+    def _forget(self, sender: str, name: str) -> None:
+        self._messages.pop((sender, name)).path.unlink(missing_ok=True)
+
+    def _place(self, sender: str, name: str, sha256: str) -> Path:
+        folder = self.folder / "received" / sender if sender else self.folder / "sent"
+        return folder / f"{name}.{sha256}.safetensors"
