@@ -1,4 +1,4 @@
-"""Which messages lie on this peer's disk, and is each the content that was written there?"""
+"""Which messages lie on this peer's disk; each is the content that was written there."""
 
 from __future__ import annotations
 
