@@ -144,10 +144,10 @@ def test_one_participant_is_plain_peft_with_dropout(
     ("family", "task", "optimizer"),
     [
         ("bert", "classification", "adamw"),
-        ("llama", "causal-lm", "sgd"),
         *(
             pytest.param(*slow, marks=pytest.mark.slow)
             for slow in [
+                ("llama", "causal-lm", "sgd"),
                 ("bert", "classification", "sgd"),
                 ("llama", "causal-lm", "adamw"),
                 ("gpt2", "classification", "adamw"),

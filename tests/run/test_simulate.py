@@ -87,11 +87,14 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(
             },
             marks=pytest.mark.slow,
         ),
-        {
-            "peers.group_size": 3,
-            "train.gradient_accumulation_steps": 2,
-            "train.optimizer_state": "reset",
-        },
+        pytest.param(
+            {
+                "peers.group_size": 3,
+                "train.gradient_accumulation_steps": 2,
+                "train.optimizer_state": "reset",
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["adamw-base-k", "sgd-dropout", "alternate-bfloat16", "local-epochs-dirichlet", "groups"],
 )
