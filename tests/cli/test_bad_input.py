@@ -6,80 +6,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from dlora.config.cloud import CloudConfig
 from dlora.errors import ConfigError
-from dlora.run.folder import RunFolder
-from kit.bad_inputs import CLOUDS, COMMANDS, CONFIGS, DATA
+from kit.bad_configs import CLOUDS, CONFIGS
+from kit.bad_inputs import COMMANDS, DATA
 from kit.call_cli import (
-    Outcome,
-    assert_identical,
     call,
-    change,
     contents,
-    final_factors,
     finish,
-    furnish,
     start,
 )
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
-    """A folder with a config that works and its finished run; the tests damage copies."""
-    folder = furnish(tmp_path_factory.mktemp("template") / "work", model_folder("bert"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        outcome = call("simulate", "run.yaml")
-    assert (outcome.exit_code, outcome.err) == (0, "")
-    return folder
-
-
-@pytest.fixture
-def after_a_run(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder is a copy of the template, with the finished run in run/."""
-    folder = shutil.copytree(template, tmp_path / "work")
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def work(after_a_run: Path) -> Path:
-    """The same before any run."""
-    shutil.rmtree("run")
-    return after_a_run
-
-
-def write(files: dict[str, str | bytes]) -> None:
-    for name, content in files.items():
-        Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def set_keys(changes: dict[str, Any]) -> None:
-    tree = yaml.safe_load(Path("run.yaml").read_text())
-    change(tree, changes)
-    Path("run.yaml").write_text(yaml.safe_dump(tree))
-
-
-def assert_refuses(says: list[str], *arguments: str) -> None:
-    before = contents(Path())
-    assert_one_line(call(*arguments), says)
-    assert contents(Path()) == before
-
-
-def assert_one_line(outcome: Outcome, says: list[str]) -> None:
-    assert outcome.exit_code == 2, outcome
-    assert outcome.out == ""
-    assert outcome.err.startswith("error: ")
-    assert outcome.err.endswith("\n") and outcome.err.count("\n") == 1, outcome.err
-    assert [part for part in says if part not in outcome.err] == [], outcome.err
+from kit.refusals import assert_one_line, assert_refuses, set_keys, write
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -340,86 +282,3 @@ def test_a_real_process_says_the_same(name: str, work: Path) -> None:
     before = contents(work)
     assert_one_line(finish(start(work, *arguments)), says)
     assert contents(work) == before
-
-
-class Disk:
-    """A file system of its own, in memory, that can be full."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def resize(self, size_bytes: int) -> None:
-        subprocess.run(
-            ["mount", "-o", f"remount,size={size_bytes}", self.path],
-            check=True,
-            capture_output=True,
-        )
-
-    def fill(self) -> Path:
-        filler = self.path / "filler"
-        with pytest.raises(OSError, match="No space left"), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        return filler
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"mounting a small file system is not permitted here: {done.stderr.strip()}")
-    try:
-        yield Disk(path)
-    finally:
-        # lazy: tensors may still map the files of a checkpoint
-        subprocess.run(["umount", "--lazy", path], check=True)
-
-
-def test_a_full_disk_at_the_start_leaves_nothing(disk: Disk, work: Path) -> None:
-    filler = disk.fill()
-    before = contents(disk.path)
-    arguments = ["simulate", "run.yaml", "--set", f"output_dir={disk.path}/runs/run"]
-    assert_refuses([f"output_dir {disk.path}/runs/run cannot be made", "No space left"], *arguments)
-    assert contents(disk.path) == before
-    filler.unlink()
-    disk.resize(50_000_000)
-    assert call(*arguments).exit_code == 0
-
-
-@pytest.mark.usefixtures("no_page")
-@pytest.mark.parametrize(
-    ("checkpoints", "saved"),
-    [
-        pytest.param(0.1, 0, marks=pytest.mark.slow),
-        (0.5, 0),
-        (1.1, 1),
-        pytest.param(1.7, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_a_disk_that_fills_during_the_run_keeps_the_last_checkpoint(
-    disk: Disk, after_a_run: Path, checkpoints: float, saved: int
-) -> None:
-    """There is room for so many checkpoints; with space, --resume gives the factors of the run that
-    always had it.
-    """
-    *_, checkpoint = sorted(Path("run/checkpoints/dec-lora").iterdir())
-    size_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
-    disk.resize(int(checkpoints * size_bytes) + 40_000)
-    run = disk.path / "run"
-    arguments = ["simulate", "run.yaml", "--set", f"output_dir={run}"]
-    says = ["no space left on device", str(run), "free some", "--resume"]
-    assert_one_line(call(*arguments), says)
-    assert [path.name for path in run.glob("checkpoints/dec-lora/*")] == ["round-000001"] * saved
-    stored = RunFolder(run).latest("dec-lora")
-    assert (stored.rounds_done if stored else 0) == saved
-
-    assert_one_line(call(*arguments, "--resume"), says)  # still full
-    disk.resize(50_000_000)
-    resumed = call(*arguments, "--resume")
-    assert (resumed.exit_code, resumed.err) == (0, "")
-    assert_identical(final_factors(run), final_factors(Path("run")))
-    assert [str(path) for path in run.rglob(".*")] == []

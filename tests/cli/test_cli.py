@@ -1,16 +1,10 @@
-"""The command line from outside: help, output for people and for machines, and runs that are
-interrupted.
-"""
+"""The command line from outside: output for people and for machines."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,53 +14,16 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-import dlora
-from dlora.events.log import read_log
-from dlora.show.words import NBSP, seconds_text
+from dlora.show.words import seconds_text
 from kit.call_cli import (
     Outcome,
-    assert_identical,
     call,
     contents,
-    final_factors,
     finish,
     furnish,
     start,
-    without_news,
 )
-
-REPOSITORY = Path(__file__).parents[2]
-OPTIONS = {
-    "simulate": ["CONFIG", "--set", "--resume", "--json", "--dry-run"],
-    "peer": [
-        "CONFIG",
-        "--name",
-        "--key",
-        "--federation",
-        "--listen",
-        "--set",
-        "--resume",
-        "--json",
-    ],
-    "plan": ["CONFIG", "--name", "--set", "--json"],
-    "eval": ["RUN", "--data", "--json"],
-    "report": ["RUN"],
-    "topology": ["KIND", "--peers", "--p", "--seed", "-k", "--weights", "--output", "--json"],
-}
-# time to interrupt one
-LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 30, "peers.count": 2, "save_every": 2}
-CLOCKS = {"seconds", "spent_s", "participant_steps_per_second", "tokens_per_second"}
-
-
-def one_document(outcome: Outcome) -> Any:
-    """What a command with --json says: one JSON document on one line, nothing else, no NaN in
-    it.
-    """
-    assert (outcome.exit_code, outcome.err) == (0, "")
-    assert outcome.out.endswith("\n") and outcome.out.count("\n") == 1
-    return json.loads(
-        outcome.out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON")
-    )
+from kit.cli_text import one_document, plain, words
 
 
 @pytest.fixture(scope="module")
@@ -88,112 +45,6 @@ def work(template: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = shutil.copytree(template[0], tmp_path / "work")
     monkeypatch.chdir(folder)
     return folder
-
-
-def plain(text: str) -> str:
-    """The text with spaces where no line may break."""
-    return text.replace(NBSP, " ")
-
-
-def words(text: str) -> str:
-    """The text without the frames around it and the line breaks in it."""
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
-
-
-def test_help_names_the_commands_and_the_exit_codes() -> None:
-    outcome = call("--help")
-    assert (outcome.exit_code, outcome.err) == (0, "")
-    text = words(outcome.out)
-    assert [command for command in OPTIONS if f" {command} " not in text] == []
-    codes = (
-        "0 done, 2 your mistake (the message says how to fix it), 3 the other side's, 4 interrupted"
-        " and resumable."
-    )
-    assert f"Exit codes: {codes}" in text
-
-
-def test_without_a_command_there_is_the_help() -> None:
-    outcome = call()
-    assert outcome.exit_code == 2
-    assert words(outcome.out) == words(call("--help").out)
-    assert outcome.err.count("\n") == 1
-
-
-@pytest.mark.parametrize("command", OPTIONS)
-def test_the_help_of_a_command_shows_its_options_and_an_example(command: str) -> None:
-    outcome = call(command, "--help")
-    assert (outcome.exit_code, outcome.err) == (0, "")
-    assert [option for option in OPTIONS[command] if option not in outcome.out] == []
-    assert f"Example: dlora {command} " in words(outcome.out)
-    assert call(command, "-h").out == outcome.out
-
-
-def test_the_examples_in_the_help_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = re.search(
-        r"Example: dlora (simulate (\S+) .*?) Options", words(call("simulate", "--help").out)
-    )
-    assert example is not None
-    assert (REPOSITORY / example[2]).is_file()
-    example = re.search(
-        r"Example: dlora (topology .*?\.svg)", words(call("topology", "--help").out)
-    )
-    assert example is not None
-    monkeypatch.chdir(tmp_path)
-    assert call(*shlex.split(example[1])).exit_code == 0
-
-
-def test_the_version() -> None:
-    assert call("--version") == Outcome(0, f"dlora {dlora.__version__}\n", "")
-
-
-def test_shell_completion_can_be_installed() -> None:
-    assert "--install-completion" in call("--help").out
-
-
-@pytest.mark.parametrize(
-    "arguments", [["simulate"], ["plan"], ["eval"], ["peer", "run.yaml"], ["topology"]]
-)
-def test_what_is_missing_on_the_command_line_is_shown_by_an_example(arguments: list[str]) -> None:
-    outcome = call(*arguments)
-    assert outcome.exit_code == 2 and outcome.err.count("\n") == 1
-    assert f"example: dlora {arguments[0]} " in outcome.err
-    assert ("dlora config > run.yaml" in outcome.err) == ("CONFIG" in outcome.err)
-
-
-@pytest.mark.parametrize("command", ["simulate", "peer", "device", "plan", "eval", "cloud"])
-def test_the_first_line_comes_before_anything_slow_is_imported(
-    command: str, tmp_path: Path
-) -> None:
-    """At that moment neither torch nor transformers is there; the line is no slower than Python and
-    typer are.
-    """
-    needed = (
-        []
-        if command in ("simulate", "plan", "eval")
-        else ["--name", "a", "--key", "a.key", "--federation", "f.yaml"]
-    )
-    code = f"""
-import sys
-from dlora import cli
-
-class Watching:
-    def __getattr__(self, name):
-        return getattr(sys.__stderr__, name)
-
-    def write(self, text):
-        if text.strip():
-            heavy = {{"torch", "transformers", "numpy"}} & sys.modules.keys()
-            print(text.strip()[9:17], *sorted(heavy))
-            sys.exit(0)
-
-sys.stderr = Watching()
-sys.argv = {["dlora", command, "run.yaml", *needed]!r}
-cli.main()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=tmp_path
-    )
-    assert (done.stdout, done.stderr) == ("starting\n", "")
 
 
 def test_the_table_says_what_summary_json_says(work: Path, template: tuple[Path, Any]) -> None:
@@ -404,208 +255,6 @@ def test_report_writes_the_page_again(work: Path) -> None:
     outcome = call("report", "run")
     assert outcome == Outcome(0, "run/report.html\n", "")
     assert page.read_text() == first
-
-
-# --- interrupted runs, in processes of their own
-# -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path]) -> Path:
-    """A folder with a run of a few long rounds that nobody interrupted."""
-    folder = furnish(tmp_path_factory.mktemp("long") / "work", model_folder("bert"), LONG_ROUNDS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call("simulate", "run.yaml").exit_code == 0
-    return folder
-
-
-@pytest.fixture
-def fresh(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder has the same config and data, and no run."""
-    folder = shutil.copytree(whole, tmp_path / "work", ignore=shutil.ignore_patterns("run"))
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def wait_for_round(process: subprocess.Popen[str], run: Path, number: int) -> None:
-    """Until the log of ``run`` holds that round; fails when the process ends before it."""
-    deadline = time.monotonic() + 100
-    while number not in rounds_logged(run):
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline, "the run did not get that far"
-        time.sleep(0.005)
-
-
-def rounds_logged(run: Path) -> list[int]:
-    log = run / "log.jsonl"
-    return (
-        [event["round"] for event in read_log(log) if event["event"] == "round"]
-        if log.exists()
-        else []
-    )
-
-
-def assert_as_if_uninterrupted(run: Path, whole: Path) -> None:
-    """Factors bit for bit, the summary but for its clocks, and every round once in the log."""
-    assert_identical(final_factors(run), final_factors(whole / "run"))
-    results = [
-        json.loads((folder / "summary.json").read_text())["runs"]["dec-lora"]
-        for folder in (run, whole / "run")
-    ]
-    ours, theirs = (
-        {key: value for key, value in result.items() if key not in CLOCKS} for result in results
-    )
-    assert ours == theirs
-    assert rounds_logged(run) == [0, 1, 2, 3]
-
-
-def resume(message: str) -> None:
-    """Do what the message says."""
-    _, _, command = message.rpartition("go on with: ")
-    name, *arguments = shlex.split(command)
-    assert name == "dlora"
-    outcome = call(*arguments)
-    assert (outcome.exit_code, outcome.err) == (0, "")
-
-
-def test_ctrl_c_finishes_the_round_and_says_how_to_go_on(fresh: Path, whole: Path) -> None:
-    process = start(fresh, "simulate", "run.yaml", "--set", "output_dir=my run")
-    wait_for_round(process, fresh / "my run", 0)
-    process.send_signal(signal.SIGINT)
-    outcome = finish(process)
-    assert (outcome.exit_code, outcome.out) == (4, "")
-    # and nothing else: no bars where there is no terminal
-    announcement, message = outcome.err.splitlines()
-    assert announcement == "stopping after this round; Ctrl-C again discards it"
-    stopped = re.match(
-        r"dec-lora stopped after round (\d) of 4, finished and saved; go on with: ", message
-    )
-    assert stopped is not None, message
-    *_, checkpoint = sorted(Path("my run/checkpoints/dec-lora").iterdir())
-    assert checkpoint.name == f"round-00000{stopped[1]}"
-    resume(message)
-    assert_as_if_uninterrupted(Path("my run"), whole)
-
-
-@pytest.mark.slow
-def test_ctrl_c_twice_discards_the_round(fresh: Path, whole: Path) -> None:
-    process = start(fresh, "simulate", "run.yaml")
-    wait_for_round(process, fresh / "run", 1)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    said = next(line for line in process.stderr if without_news(line))
-    assert said == "stopping after this round; Ctrl-C again discards it\n"
-    process.send_signal(signal.SIGINT)
-    outcome = finish(process)
-    assert (outcome.exit_code, outcome.out) == (4, "")
-    [message] = outcome.err.splitlines()
-    assert message.startswith(
-        "the round under way is discarded, what was saved stands; go on with: dlora simulate "
-    )
-    resume(message)
-    assert_as_if_uninterrupted(Path("run"), whole)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1], ids=["Ctrl-C", "SIGUSR1"])
-def test_a_signal_while_loading_ends_at_once_and_the_same_command_starts_anew(
-    number: signal.Signals, tmp_path: Path, model_folder: Callable[..., Path]
-) -> None:
-    """Field case 15: nothing is written yet, and libraries that are being imported cannot swallow
-    the signal.
-    """
-    folder = furnish(tmp_path / "work", model_folder("bert"))
-    process = start(folder, "simulate", "run.yaml")
-    assert process.stderr is not None
-    assert "starting" in process.stderr.readline()
-    process.send_signal(number)
-    outcome = finish(process)
-    assert (outcome.exit_code, outcome.out) == (4, "")
-    assert (
-        outcome.err
-        == "stopped before it began; nothing was written; start it again with: dlora simulate"
-        " run.yaml\n"
-    )
-    assert not (folder / "run").exists()
-
-
-@pytest.mark.slow
-def test_sigusr1_is_heard_as_sigterm_is(fresh: Path, whole: Path) -> None:
-    """Field case 15: Slurm sends it before a job's end."""
-    process = start(fresh, "simulate", "run.yaml")
-    wait_for_round(process, fresh / "run", 0)
-    process.send_signal(signal.SIGUSR1)
-    outcome = finish(process)
-    assert (
-        outcome.exit_code == 4
-        and "finished and saved; go on with: dlora simulate run.yaml --resume" in outcome.err
-    )
-    resume(outcome.err)
-    assert_as_if_uninterrupted(Path("run"), whole)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint(fresh: Path, whole: Path) -> None:
-    process = start(fresh, "simulate", "run.yaml")
-    wait_for_round(process, fresh / "run", 2)
-    process.kill()
-    assert finish(process) == Outcome(-signal.SIGKILL, "", "")
-    # round 2 is lost
-    assert [path.name for path in Path("run/checkpoints/dec-lora").iterdir()] == ["round-000002"]
-    outcome = call("simulate", "run.yaml", "--resume")
-    assert (outcome.exit_code, outcome.err) == (0, "")
-    assert_as_if_uninterrupted(Path("run"), whole)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["simulate", "run.yaml"], "train.jsonl does not exist"),
-        pytest.param(
-            ["simulate", "run.yaml", "--dry-run"],
-            "train.jsonl does not exist",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ["peer", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"],
-            "peers.members is missing",
-            marks=pytest.mark.slow,
-        ),
-        (
-            [
-                "peer",
-                "run.yaml",
-                "--name",
-                "a",
-                "--key",
-                "k",
-                "--federation",
-                "f",
-                "--set",
-                "peers.members=[a,b]",
-            ],
-            "data.labels is missing",
-        ),
-        (
-            ["device", "run.yaml", "--name", "a", "--key", "k", "--federation", "f"],
-            "train.jsonl does not exist",
-        ),
-    ],
-)
-def test_what_the_config_tells_is_said_before_torch_is_loaded(
-    arguments: list[str], says: str, tmp_path: Path
-) -> None:
-    (tmp_path / "run.yaml").write_text(
-        "model: none\ndata: {train: train.jsonl, eval: eval.jsonl}\n"
-    )
-    code = (
-        "import sys\nfrom dlora import cli\ntry:\n    cli.main()\nfinally:\n    print('torch' in"
-        " sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (2, "False\n") and says in done.stderr
 
 
 @pytest.mark.filterwarnings("always")

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from kit import tiny_models
-from kit.processes import free_ports
+from kit.ports import free_ports
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("table_line",)  # of another one, which runs it

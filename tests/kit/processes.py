@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import urllib.request
@@ -25,6 +24,7 @@ from dlora.identity.federation import federation_text
 from dlora.identity.keys import new_identity
 from kit import tiny_models
 from kit.call_cli import Outcome, change, without_news
+from kit.ports import free_ports
 
 HUB = "hub"
 # in the order of the ring, which is not that of the letters
@@ -59,21 +59,6 @@ def run_dlora(arguments: Sequence[str], out: Path, err: Path) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those the system gives to whoever dials out."""
-    found: list[int] = []
-    port = 12_000 + os.getpid() * 37 % 18_000
-    while len(found) < count:
-        port += 1
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        found.append(port)
-    return found
 
 
 def until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:

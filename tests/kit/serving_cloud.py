@@ -21,7 +21,8 @@ from dlora.split.device.half import Half
 from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Open, Opened, Refused
 from kit.call_cli import change
-from kit.processes import free_ports, until
+from kit.ports import free_ports
+from kit.processes import until
 
 DEVICES = ("phone", "tablet")
 PATIENCE_S = 30.0

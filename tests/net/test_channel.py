@@ -6,66 +6,20 @@ import asyncio
 import contextlib
 import gc
 import os
-import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 import torch
-import yaml
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dlora.errors import IdentityError
-from dlora.identity.federation import Federation, FederationFile, federation_text, member_of_role
-from dlora.identity.keys import Identity, new_identity
 from dlora.net.channel import WINDOW_FRAMES, Channel, Dialler, LoopThread
-from dlora.net.grpc import GrpcNetwork
-from dlora.net.memory import MemoryHub
-from dlora.net.transport import LinkDown, Network
-from dlora.wire.frame import ChannelDown, FrameError, Link
+from dlora.wire.frame import ChannelDown, FrameError
 from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Done, Drop, Open, Refused, SplitFrame, Values
-
-LIMIT_S = 10  # for what must happen at once; nothing waits that long
-
-
-class Cloud:
-    """What a cloud does with a link: keeps its channel, and hands what it hears to the test or
-    back.
-    """
-
-    def __init__(self, max_frame_bytes: int = 1 << 24) -> None:
-        self.kind = split_kind(max_bytes=max_frame_bytes)
-        self.channels: queue.Queue[tuple[str, Channel]] = queue.Queue()
-        self.heard: queue.Queue[tuple[str, SplitFrame]] = queue.Queue()
-        self.on_frame: Callable[[str, SplitFrame], object] = lambda name, frame: self.heard.put(
-            (name, frame)
-        )
-        self.refused: list[str] = []
-
-    async def talk(self, name: str, link: Link) -> None:
-        channel = Channel(link, self.kind)
-        self.channels.put((name, channel))
-        await channel.carry(lambda frame: self.on_frame(name, frame))
-
-    def channel(self) -> Channel:
-        return self.channels.get(timeout=LIMIT_S)[1]
-
-
-class Stuck:
-    """A link whose other end takes nothing, and from which nothing comes any more."""
-
-    async def send(self, frame: bytes) -> None:
-        await asyncio.sleep(LIMIT_S)
-
-    async def receive(self) -> bytes:
-        raise LinkDown("the link has ended")
+from kit.channels import LIMIT_S, InMemory, Loopback, Stuck, dialling, give_up_after
 
 
 def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() -> None:
@@ -88,117 +42,6 @@ def test_a_carrier_that_is_cancelled_while_it_flushes_leaves_nothing_behind() ->
     asyncio.run(main())
     gc.collect()
     assert not unheard
-
-
-class InMemory:
-    def __init__(self, folder: Path, loop: LoopThread) -> None:
-        self.loop, self.cloud = loop, Cloud()
-        self.hub = MemoryHub(
-            {"box": ["phone"], "phone": ["box"]}, redial_s=0.01, kind=self.cloud.kind.as_bytes
-        )
-        self.start()
-
-    def start(self) -> None:
-        self.serving = self.loop.start(self.hub.network("box").serve(self.cloud.talk))
-
-    def network(self, name: str) -> Network:
-        return self.hub.network(name)
-
-
-class Loopback:
-    """A cloud, two devices and a peer; the federation file lists those named and says where the
-    cloud is.
-    """
-
-    def __init__(self, folder: Path, loop: LoopThread, listed: str = "box phone") -> None:
-        self.folder, self.loop, self.cloud, self.listed = folder, loop, Cloud(), listed.split()
-        roles: dict[str, Any] = {
-            "box": "cloud",
-            "phone": "device",
-            "tablet": "device",
-            "friend": "peer",
-        }
-        for name, role in roles.items():
-            new_identity(name, None, role, folder)
-        self.path, self.address = folder / "federation.yaml", "127.0.0.1:1"
-        self.write()
-        self.start()
-
-    def start(self) -> None:
-        """The cloud, on any free port, which the federation file then names."""
-        federation = FederationFile(self.path)
-        identity = Identity.load("box", self.folder / "box.key", federation.current)
-        kind = self.cloud.kind.as_bytes
-        network = GrpcNetwork(
-            identity, federation, None, "127.0.0.1:0", kind, self.cloud.refused.append
-        )
-        self.serving = self.loop.start(network.serve(self.cloud.talk))
-        self.loop.start(network.bound.wait()).result(LIMIT_S)  # type: ignore[arg-type]
-        self.address = f"127.0.0.1:{network.port}"
-        self.write()
-
-    def write(self, **roles: str) -> None:
-        members = [
-            yaml.safe_load((self.folder / f"{name}.member.yaml").read_text())
-            for name in self.listed
-        ]
-        for member in members:
-            member["role"] = roles.get(member["name"], member["role"])
-            member["address"] = self.address if member["role"] == "cloud" else None
-        new = self.path.with_suffix(".new")
-        new.write_text(yaml.safe_dump({"members": members}))
-        new.replace(self.path)
-
-    def network(self, name: str) -> GrpcNetwork:
-        """A device's. A stranger's own federation file lists it; the cloud's does not."""
-        own = self.folder / f"{name}-federation.yaml"
-        own.write_text(
-            federation_text([self.folder / f"{member}.member.yaml" for member in ("box", name)])
-        )
-        tree = yaml.safe_load(own.read_text())
-        for member in tree["members"]:
-            member["address"] = self.address if member["name"] == "box" else None
-        own.write_text(yaml.safe_dump(tree))
-        federation = FederationFile(self.path if name in self.listed else own)
-        identity = Identity.load(name, self.folder / f"{name}.key", federation.current)
-        return GrpcNetwork(identity, federation, ["box"], None, kind=self.cloud.kind.as_bytes)
-
-
-@pytest.fixture
-def loop() -> Iterator[LoopThread]:
-    with LoopThread() as made:
-        yield made
-
-
-@pytest.fixture(params=[InMemory, Loopback], ids=["memory", "grpc"])
-def net(request: pytest.FixtureRequest, tmp_path: Path, loop: LoopThread) -> InMemory | Loopback:
-    made: InMemory | Loopback = request.param(tmp_path, loop)
-    return made
-
-
-@pytest.fixture
-def grpc_net(tmp_path: Path, loop: LoopThread) -> Loopback:
-    return Loopback(tmp_path, loop)
-
-
-@pytest.fixture(autouse=True)
-def quick_redial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dlora.net.options.MAX_PAUSE_S", 0.05)
-    monkeypatch.setattr("dlora.net.options.MIN_PAUSE_S", 0.01)
-
-
-@contextlib.contextmanager
-def dialling(net: InMemory | Loopback, name: str = "phone") -> Iterator[Dialler]:
-    dialler = Dialler(net.network(name), net.loop, net.cloud.kind)
-    try:
-        yield dialler
-    finally:
-        dialler.close()
-
-
-def give_up_after(limit_s: float) -> Callable[[], bool]:
-    end = time.monotonic() + limit_s
-    return lambda: time.monotonic() > end
 
 
 def test_frames_go_both_ways_in_order_and_are_counted(net: InMemory | Loopback) -> None:
@@ -406,112 +249,3 @@ def test_a_failure_of_the_network_is_heard_by_whoever_dials(loop: LoopThread) ->
     dialler = Dialler(Failing(), loop, split_kind())  # type: ignore[arg-type]
     with pytest.raises(OSError, match="no wire"):
         dialler.dial(give_up_after(LIMIT_S))
-
-
-# Who is let in
-
-
-def test_a_device_that_is_listed_later_is_let_in(
-    tmp_path: Path, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dlora.net.options.RELOAD_S", 0.01)
-    net = Loopback(tmp_path, loop)
-    with dialling(net, "tablet") as dialler:
-        with pytest.raises(ChannelDown, match="given up"):
-            dialler.dial(give_up_after(0.1))
-        net.listed.append("tablet")
-        net.write()
-        dialler.dial(give_up_after(LIMIT_S)).send(Drop(1))
-        assert net.cloud.heard.get(timeout=LIMIT_S) == ("tablet", Drop(1))
-
-
-def test_two_devices_have_a_link_each_and_a_newer_one_replaces(
-    tmp_path: Path, loop: LoopThread
-) -> None:
-    net = Loopback(tmp_path, loop, "box phone tablet")
-    with (
-        dialling(net, "phone") as phone,
-        dialling(net, "tablet") as tablet,
-        dialling(net, "phone") as other,
-    ):
-        one, two = phone.dial(), tablet.dial()
-        one.send(Drop(1))
-        two.send(Drop(2))
-        heard = {net.cloud.heard.get(timeout=LIMIT_S) for _ in range(2)}
-        assert heard == {("phone", Drop(1)), ("tablet", Drop(2))}
-        other.dial()
-        with pytest.raises(ChannelDown):
-            one.receive(LIMIT_S)
-        two.send(Drop(3))
-        assert net.cloud.heard.get(timeout=LIMIT_S) == ("tablet", Drop(3))
-
-
-def test_a_peer_is_not_let_into_a_cloud(tmp_path: Path, loop: LoopThread) -> None:
-    net = Loopback(tmp_path, loop, "box phone friend")
-    with dialling(net, "friend") as dialler, pytest.raises(ChannelDown, match="given up"):
-        dialler.dial(give_up_after(0.3))
-    with dialling(net) as dialler:  # and it still serves
-        dialler.dial(give_up_after(LIMIT_S))
-    assert net.cloud.channels.get(timeout=LIMIT_S)[0] == "phone"
-
-
-def test_a_device_that_becomes_a_peer_is_let_in_no_more(
-    tmp_path: Path, loop: LoopThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the handler, whose word counts before TLS knows."""
-    monkeypatch.setattr("dlora.net.options.RELOAD_S", 1000)
-    net = Loopback(tmp_path, loop)
-    with dialling(net) as dialler:
-        channel = dialler.dial()
-        net.write(phone="peer")
-        channel.send(Drop(0))
-        with pytest.raises(ChannelDown):
-            channel.receive(LIMIT_S)
-        with pytest.raises(ChannelDown, match="given up"):
-            dialler.dial(give_up_after(0.3))
-    assert net.cloud.refused[0] == "phone: its certificates in the federation file have changed"
-    assert "'phone' is not a device in the federation file of box" in net.cloud.refused[1]
-
-
-def test_who_has_another_role_is_named(grpc_net: Loopback) -> None:
-    federation = Federation.load(grpc_net.path)
-    assert member_of_role(federation, "box", "cloud").name == "box"
-    with pytest.raises(
-        IdentityError, match=r"phone is a device in .*, not a cloud; name one .* role is cloud: box"
-    ):
-        member_of_role(federation, "phone", "cloud")
-    with pytest.raises(IdentityError, match="role is peer: none"):
-        member_of_role(federation, "box", "peer")
-
-
-@pytest.mark.parametrize(
-    ("name", "lets_in"), [("phone", True), ("tablet", False), ("friend", False)]
-)
-def test_a_health_check_is_answered_to_devices_only(
-    grpc_net: Loopback, name: str, lets_in: bool
-) -> None:
-    async def check() -> int:
-        key, box = (
-            (grpc_net.folder / f"{name}.key").read_bytes(),
-            Federation.load(grpc_net.path).trusted(["box"]),
-        )
-        certificate = Federation.load(grpc_net.folder / "all.yaml").trusted([name])
-        options = [("grpc.ssl_target_name_override", "box")]
-        credentials = grpc.ssl_channel_credentials(box, key, certificate)
-        async with grpc.aio.secure_channel(grpc_net.address, credentials, options) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            answer = await stub.Check(
-                health_pb2.HealthCheckRequest(service="dlora.split.Cloud"), timeout=LIMIT_S
-            )
-            return int(answer.status)
-
-    members = [
-        grpc_net.folder / f"{member}.member.yaml" for member in ("box", "phone", "tablet", "friend")
-    ]
-    (grpc_net.folder / "all.yaml").write_text(federation_text(members))
-    if lets_in:
-        assert asyncio.run(check()) == health_pb2.HealthCheckResponse.SERVING
-    else:
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            asyncio.run(check())
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

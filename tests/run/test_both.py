@@ -4,87 +4,23 @@ neighbours without it.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-import yaml
 
 import dlora
-from dlora.config.run import Config
-from dlora.identity.federation import Federation, FederationFile, Role, federation_text
-from dlora.identity.keys import Identity, new_identity
-from dlora.net.grpc import GrpcNetwork
 from dlora.show.words import bytes_text
-from dlora.wire.frame import FrameKind
-from dlora.wire.peer.codec import PEERS
-from dlora.wire.split.codec import split_kind
-from kit.call_cli import Outcome, call, change, contents
-from kit.processes import HUB, Split, free_ports, running, until
+from kit.both_devices import ATTIC, DEVICES, Both
+from kit.call_cli import Outcome, call
+from kit.processes import HUB, running, until
 from kit.relay import Relay
 from kit.updates import UPDATE_BOUND, assert_same, relative_difference, update_of
 
 ModelFolder = Callable[..., Path]
-DEVICES = ("phone", "tablet")
-LISTENS = "phone"  # the other one only dials
-ATTIC = "attic"  # another cloud
-
-
-class Both(Split):
-    """Devices that are each other's neighbours, the first of them with an address; hub is there for
-    all.
-    """
-
-    def __init__(
-        self, folder: Path, model: Path, changes: Mapping[str, Any] | None = None, **more: Any
-    ) -> None:
-        super().__init__(folder, model, changes, devices=DEVICES, **more)
-        members = [folder / f"{name}.member.yaml" for name in (HUB, *DEVICES)]
-        port, self.attic = free_ports(4)[2:]  # the first two are the hub's
-        members.append(new_identity(ATTIC, f"127.0.0.1:{self.attic}", "cloud", folder)[1])
-        tree = yaml.safe_load(federation_text(members))
-        for member in tree["members"]:
-            if member["name"] == LISTENS:
-                member["address"] = f"127.0.0.1:{port}"
-        (folder / "federation.yaml").write_text(yaml.safe_dump(tree))
-
-    def config(self, name: str, changes: Mapping[str, Any] | None = None) -> Config:
-        files = {each: str(self.folder / f"{each}.jsonl") for each in DEVICES}
-        shared = {
-            "data.train": files,
-            "peers.members": list(DEVICES),
-            "peers.weights": "laplacian",
-            "eval_every": 2,
-        }
-        return super().config(name, {**shared, **self.changes, **(changes or {})})
-
-    def arguments(self, name: str, *more: str) -> list[str]:
-        if name == ATTIC:
-            listen = ["--set", f"listen=127.0.0.1:{self.attic}", "--set", "metrics=null"]
-            return [
-                "cloud",
-                str(self.folder / "cloud.yaml"),
-                *self.credentials(name),
-                *listen,
-                *more,
-            ]
-        return super().arguments(name, *more)
-
-    def start_all(self, *more: str) -> None:
-        for name in DEVICES:
-            self.start(name, *more)
-
-    def finish_all(self) -> dict[str, Outcome]:
-        return {name: self.finish(name) for name in DEVICES}
-
-    def result(self, name: str) -> dict[str, Any]:
-        result: dict[str, Any] = self.summary(name)["runs"]["dec-lora"]
-        return result
 
 
 class Undisturbed(NamedTuple):
@@ -177,9 +113,6 @@ def test_both_counts_are_in_the_log_the_table_and_the_report(undisturbed: Undist
             assert bytes_text(both.result(name)[axis]) in undisturbed.outcomes[name].out
         page = (both.run(name) / "report.html").read_text(encoding="utf-8")
         assert "sent and received by this peer" in page and "to the cloud and back" in page
-
-
-# What goes wrong
 
 
 @pytest.mark.slow
@@ -295,147 +228,3 @@ def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(
     assert both.adapter("phone") == both.adapter("tablet")
     for name in DEVICES:
         assert [event["round"] for event in both.events(name, "round")] == list(range(8))
-
-
-# Who may be whose neighbour
-
-
-@pytest.fixture(scope="module")
-def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with keys of a cloud, two devices that listen and a peer, and their federation
-    file.
-    """
-    folder, ports = tmp_path_factory.mktemp("members"), free_ports(4)
-    roles: dict[str, Role] = {
-        "hub": "cloud",
-        "phone": "device",
-        "tablet": "device",
-        "north": "peer",
-    }
-    files = [
-        new_identity(name, f"127.0.0.1:{port}", role, folder)[1]
-        for (name, role), port in zip(roles.items(), ports, strict=True)
-    ]
-    (folder / "federation.yaml").write_text(federation_text(files))
-    return folder
-
-
-# what has none is told of that first
-OWN_FILE = {"data.train": {"north": __file__, "phone": __file__}}
-# Program; who; changes to the config; what is said.
-MISTAKES: dict[str, tuple[str, str, dict[str, Any], str]] = {
-    "cloud-as-neighbour": ("device", "phone", {"peers.members": ["phone", "hub"]},
-        "peers.members: hub is a cloud in"),
-    "peer-beside-device": ("device", "phone", {"peers.members": ["phone", "north"]},
-        "with split all members are devices"),
-    "device-beside-peer": (
-        "peer", "north", {"peers.members": ["north", "phone"], "split": None} | OWN_FILE,
-        "without split all members are peers",
-    ),
-    "device-is-the-cloud": ("device", "phone", {"split.cloud": "tablet"},
-        "split.cloud tablet is a device in"),
-    "peer-with-a-cloud": ("peer", "north", {"peers.members": ["north", "phone"]} | OWN_FILE,
-        "north is a peer in"),
-    "device-without-split": ("device", "phone", {"split": None},
-        "split is missing; a device needs the name of its cloud"),
-    "not-a-member": ("device", "phone", {"peers.members": ["tablet"]},
-        "--name phone is not in peers.members (tablet)"),
-    "nobody-to-listen-for": ("device --listen 127.0.0.1:7000", "phone", {"peers": {}},
-        "--listen is for neighbours to dial"),
-    "no-labels": ("device", "phone", {"data.labels": None}, "data.labels is missing"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    mistake: str, members: Path, model_folder: ModelFolder, tmp_path: Path
-) -> None:
-    words, name, changes, says = MISTAKES[mistake]
-    program, *more = words.split()
-    both = Both(tmp_path, model_folder("bert"))
-    tree = yaml.safe_load(both.config(name).dump())
-    tree["data"]["train"].setdefault(name, tree["data"]["train"]["phone"])
-    change(tree, changes)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
-    credentials = [
-        "--name",
-        name,
-        "--key",
-        str(members / f"{name}.key"),
-        "--federation",
-        str(members / "federation.yaml"),
-    ]
-    before = contents(tmp_path)
-    outcome = call(program, tmp_path / "run.yaml", *credentials, *more)
-    assert (outcome.exit_code, outcome.out) == (2, ""), outcome
-    assert says in outcome.err and outcome.err.count("\n") == 1, outcome.err
-    assert contents(tmp_path) == before
-
-
-# Who dials whom, as whose neighbour, carrying what; whether there is a link.
-DIALS: dict[str, tuple[str, str, FrameKind, bool]] = {
-    "a neighbour, as neighbours do": ("tablet", "phone", PEERS, True),
-    "a neighbour, as devices dial clouds": ("tablet", "phone", split_kind().as_bytes, False),
-    "the cloud, as neighbours do": ("hub", "phone", PEERS, False),
-    "a peer, as neighbours do": ("north", "phone", PEERS, False),
-    "a device at the cloud, as devices dial clouds": ("tablet", "hub", split_kind().as_bytes, True),
-    "a device at the cloud, as neighbours do": ("tablet", "hub", PEERS, False),
-    "a peer at the cloud, as devices dial clouds": ("north", "hub", split_kind().as_bytes, False),
-}
-
-
-@pytest.mark.parametrize("dial", DIALS)
-def test_no_certificate_serves_in_anothers_place(
-    dial: str, members: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The device phone listens for its neighbour tablet, hub for devices, each on its own
-    protocol.
-    """
-    who, whom, kind, links = DIALS[dial]
-
-    def network(
-        name: str, neighbours: list[str] | None, listen: str | None, kind: FrameKind
-    ) -> GrpcNetwork:
-        federation = FederationFile(members / "federation.yaml")
-        identity = Identity.load(name, members / f"{name}.key", federation.current)
-        return GrpcNetwork(identity, federation, neighbours, listen, kind, refused.append)
-
-    async def main() -> None:
-        attempts, linked = asyncio.Queue[None](), asyncio.Event()
-
-        async def talk(name: str, link: Any) -> None:
-            linked.set()
-            await asyncio.Event().wait()
-
-        address = Federation.load(members / "federation.yaml").member(whom).address
-        listener = network(
-            whom,
-            None if whom == "hub" else ["tablet"],
-            address,
-            split_kind().as_bytes if whom == "hub" else PEERS,
-        )
-        dialler = network(who, [whom], None, kind)
-        attempt = dialler._dialling._dial
-
-        async def counted(*place: str) -> float:
-            lived_s = await attempt(*place)
-            attempts.put_nowait(None)
-            return lived_s
-
-        monkeypatch.setattr(dialler._dialling, "_dial", counted)
-        async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
-            serving = [tasks.create_task(listener.serve(talk))]
-            await listener.bound.wait()
-            serving.append(tasks.create_task(dialler.serve(talk)))
-            if links:
-                await linked.wait()
-            else:
-                await attempts.get()
-                await attempts.get()
-            for task in serving:
-                task.cancel()
-        assert linked.is_set() == links
-
-    refused: list[str] = []
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(main())

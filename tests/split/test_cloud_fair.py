@@ -25,7 +25,7 @@ from dlora.split.device.half import Half
 from dlora.split.device.step import forward_on_device
 from dlora.train import forward
 from dlora.wire.frame import ChannelDown, Misbehaviour
-from dlora.wire.split.frames import Begin, Drop, Failed, SplitFrame, Values
+from dlora.wire.split.frames import Begin, Drop, Failed, Open, SplitFrame, Values
 from kit import queue_cloud
 from kit.attackers import resident_bytes
 from kit.processes import until
@@ -126,7 +126,7 @@ def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path)
     cloud = queue_cloud.QueueCloud(queue_cloud.cloud_body(bert), Limits(16384, 64, 20.0))
     manifest = manifest_of(half)
     thief = cloud.dial("thief")()
-    thief.send(halves_open(manifest))
+    thief.send(Open(manifest))
     thief.receive()
     stop = threading.Event()
     widths = [group.width for group in cloud.body.groups]
@@ -162,12 +162,6 @@ def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path)
     # Without turns 312 of the thief's came through, with them 126 on a busy machine: it computes
     # shorter parts.
     assert stolen <= 20 * 10, f"{stolen} of the thief's while 20 of the honest one's were through"
-
-
-def halves_open(manifest: str) -> SplitFrame:
-    from dlora.wire.split.frames import Open
-
-    return Open(manifest)
 
 
 def through(cloud: queue_cloud.QueueCloud, tokens: int) -> int:
@@ -309,7 +303,7 @@ def test_a_text_whose_attention_finds_no_room_is_refused(model_folder: Callable[
     assert room < body.memory(LONG, True)
     cloud = queue_cloud.QueueCloud(body, memory_bytes=room)
     channel = cloud.dial()()
-    channel.send(halves_open(manifest_of(half)))
+    channel.send(Open(manifest_of(half)))
     channel.receive()
     width = body.facts["embedding_width"]
     channel.send(begin(1, LONG, keep=False, seed=7, width=width))
@@ -355,7 +349,7 @@ def test_a_device_answers_a_question_once(half: Half, bert: Path) -> None:
 def test_a_flood_that_changes_nothing_ends_the_link(half: Half, bert: Path) -> None:
     """Field case 41, its sibling: a device that has the cloud forget calls that it never made."""
     channel = queue_cloud.QueueCloud(queue_cloud.cloud_body(bert)).dial()()
-    channel.send(halves_open(manifest_of(half)))
+    channel.send(Open(manifest_of(half)))
     channel.receive()
     for number in range(MAX_IDLE_FRAMES):
         channel.send(Drop(number))

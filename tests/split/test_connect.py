@@ -5,17 +5,8 @@ loop and for a Trainer.
 from __future__ import annotations
 
 import gc
-import os
-import re
-import signal
-import subprocess
-import sys
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +16,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import dlora
 from dlora.config.run import Config
-from dlora.errors import ConfigError, Interrupted
-from kit import queue_cloud
-from kit.processes import until
+from dlora.errors import ConfigError
+from kit.connected import TASKS, batches, config, connect, connected, train
 from kit.serving_cloud import Members, serving
 from kit.updates import LOSS_BOUND, UPDATE_BOUND, assert_same, peft_oracle
 
 ModelFolder = Callable[..., Path]
-STEPS = 10
-TARGETS = {
-    "bert": ["query", "key", "value", "dense"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
-}
-TASKS = {"bert": "classification", "llama": "causal-lm"}
+
+
 CLASSES = {
     "bert": transformers.BertForSequenceClassification,
     "llama": transformers.LlamaForCausalLM,
@@ -67,58 +52,6 @@ def cloud(members: Members, folder: Path) -> Iterator[None]:
     """Of the family's model."""
     with serving(members, folder):
         yield
-
-
-def config(folder: Path, family: str, **changes: Any) -> Config:
-    labels = {"data.labels": ["no", "yes"]} if TASKS[family] == "classification" else {}
-    return queue_cloud.config(
-        folder,
-        TASKS[family],
-        **{"split.cloud": "hub", "lora.target_modules": TARGETS[family], **labels, **changes},
-    )
-
-
-def connect(members: Members, config: Config, name: str = "phone") -> Any:
-    return dlora.connect(config, name=name, key=members.key(name), federation=members.federation)
-
-
-@contextmanager
-def connected(members: Members, config: Config, name: str = "phone") -> Iterator[Any]:
-    model = connect(members, config, name)
-    try:
-        yield model
-    finally:
-        model.disconnect()
-
-
-def batches(family: str, count: int = STEPS) -> list[dict[str, torch.Tensor]]:
-    made = []
-    for seed in range(count):
-        batch = queue_cloud.batch(TASKS[family], lengths=(5, 9, 3, 7), seed=seed)
-        made.append(
-            {
-                "input_ids": batch.input_ids,
-                "attention_mask": batch.attention_mask,
-                "labels": batch.labels,
-            }
-        )
-    return made
-
-
-def train(model: Any, family: str, accumulate: int = 1) -> list[float]:
-    """Anybody's loop."""
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=5e-3), []
-    for step, batch in enumerate(batches(family)):
-        loss = model(**batch).loss / accumulate
-        loss.backward()
-        losses.append(loss.item())
-        if (step + 1) % accumulate == 0:
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    return losses
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -367,80 +300,6 @@ def test_a_disconnected_or_forgotten_model_leaves_no_thread(
     assert wires() == 0
 
 
-SCRIPT = """
-import sys, torch, dlora
-from kit import queue_cloud
-folder, key, federation, task = sys.argv[1:]
-settings = queue_cloud.config(folder, **{"split.cloud": "hub", "data.labels": ["no", "yes"]})
-model = dlora.connect(settings, name="phone", key=key, federation=federation)
-batch = queue_cloud.batch()
-inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-loss = model(**inputs, labels=batch.labels).loss
-if task == "backward":
-    loss.backward()
-print("done", flush=True)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["forward", "backward"])
-def test_a_program_that_just_ends_ends_at_once(
-    tmp_path: Path, model_folder: ModelFolder, task: str
-) -> None:
-    """Without disconnect(), even with a graph that waits for its backward; the cloud has nothing of
-    it any more.
-    """
-    members, bert = Members(tmp_path), model_folder("bert")
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", SCRIPT]
-    with serving(members, bert) as served:
-        program = subprocess.Popen(
-            [*command, str(bert), str(members.key("phone")), str(members.federation), task],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "HF_HUB_OFFLINE": "1",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        with program:
-            assert program.stdout is not None and program.stderr is not None
-            assert program.stdout.readline() == "done\n", program.stderr.read()
-            since = time.monotonic()
-            out, err = program.communicate(timeout=60)
-            assert (program.returncode, out, err) == (0, "", "")
-            assert time.monotonic() - since < 10
-        served.wait_for("closed", device="phone")
-        assert served.heard("load", device="phone")[-1]["tokens"] == 0
-
-
-def test_ctrl_c_while_the_cloud_is_away_gets_out(tmp_path: Path, model_folder: ModelFolder) -> None:
-    members, [batch] = Members(tmp_path), batches("bert", 1)
-
-    def interrupt() -> None:
-        main = threading.main_thread().ident
-        assert main is not None
-        until(lambda: "dial" in functions_of(main), "the program to wait for the cloud")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with connected(members, config(model_folder("bert"), "bert")) as model:
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            model(**batch)
-        thread.join()
-    assert all(thread.name != "dlora-wire" for thread in threading.enumerate())
-
-
-def functions_of(thread: int) -> list[str]:
-    """Their names, on the thread's stack."""
-    return [
-        frame.f_code.co_name for frame, _ in traceback.walk_stack(sys._current_frames()[thread])
-    ]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("cloud")
 def test_a_trainer_goes_on_from_a_checkpoint_and_takes_the_best(
@@ -522,34 +381,3 @@ def test_with_ends_the_link(members: Members, folder: Path, family: str) -> None
     assert all(thread.name != "dlora-wire" for thread in threading.enumerate())
     with pytest.raises(ConfigError, match="disconnected; make another with dlora.connect"):
         model(**batch)
-
-
-def test_a_wait_for_the_cloud_is_said(
-    tmp_path: Path, model_folder: ModelFolder, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Within two seconds: which cloud, where, since when, how to stop it; once more later, and not
-    five times a second.
-    """
-    members, [batch] = Members(tmp_path), batches("bert", 1)
-    began_at = time.monotonic()
-    said_at: list[float] = []
-    with (
-        connected(members, config(model_folder("bert"), "bert")) as model,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        forward = pool.submit(lambda: model(**batch))
-        until(lambda: len(caplog.messages) > 0, "the first word")
-        said_at.append(time.monotonic() - began_at)
-        until(lambda: len(caplog.messages) > 1, "the second")
-        said_at.append(time.monotonic() - began_at)
-        model.disconnect()
-        with pytest.raises(Interrupted, match="phone stopped while its cloud was away"):
-            forward.result(timeout=30)
-    assert said_at[0] >= 1 and said_at[1] - said_at[0] > 2
-    for message in caplog.messages:
-        assert re.fullmatch(
-            rf"cloud away: no link to hub at {re.escape(members.address)} since \d\d:\d\d:\d\d;"
-            r" start dlora cloud there,"
-            " or stop the wait with Ctrl-C",
-            message,
-        )
