@@ -113,6 +113,12 @@ TO_SPLIT = {
     "decentralized/peer/exchange", "run/real_peer",
 }  # fmt: skip
 
+# The same of files beside the source.
+TO_SPLIT_BESIDE = {
+    "benchmarks/privacy.py", "tests/decentralized/test_protocol.py",
+    "tests/decentralized/test_topology.py", "tests/kit/histories.py",
+}  # fmt: skip
+
 FILES = {
     path.relative_to(SOURCE).with_suffix("").as_posix(): path
     for path in sorted(SOURCE.rglob("*.py"))
@@ -285,6 +291,17 @@ def test_files_are_small_rooms_with_a_caption(name: str) -> None:
     assert (len(text.splitlines()) > MAX_LINES) == (name in TO_SPLIT)
     caption = (ast.get_docstring(parse(name)) or "").partition("\n\n")[0]
     assert caption.endswith("."), "the first paragraph is a sentence"
+
+
+def test_tests_benchmarks_and_examples_are_small_too() -> None:
+    root = SOURCE.parents[1]
+    long = {
+        path.relative_to(root).as_posix()
+        for folder in ("tests", "benchmarks", "examples")
+        for path in (root / folder).rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES
+    }
+    assert long - TO_SPLIT_BESIDE == set()
 
 
 def test_importing_is_cheap() -> None:

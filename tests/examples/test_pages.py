@@ -104,14 +104,15 @@ LEFT_OUT = {
         "dlora device run.yaml --name phone --key phone.key --federation federation.yaml"
         " --set output_dir=run2": ("Ctrl-C and --resume; tests/run/test_device_faults.py"),
         "from datasets import load_dataset": (
-            "a language model in a second cloud; tests/split/test_inputs.py trains so, against PEFT"
+            "a language model in a second cloud; tests/split/test_packed_rows.py trains so against"
+            " PEFT"
         ),
         "dlora identity new tablet": (
             "three devices; tests/examples/test_phones_with_neighbours.py runs them"
         ),
         "[Unit]": "a systemd unit",
         "dlora cloud cloud.yaml --name hub --key hub.key --federation federation.yaml"
-        " --set model=t5": ("a refusal; tests/split/test_split.py has it"),
+        " --set model=t5": ("a refusal; tests/split/test_split_torch.py has it"),
     },
     "docs/architecture.md": {"x_i += sum_j": "a formula", "y = W x": "a formula"},
 }
