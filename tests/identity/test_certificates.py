@@ -1,6 +1,4 @@
-"""Certificates that are not dlora's, that end soon or not yet begin: what is said of them, and to
-whom.
-"""
+"""Certificates that are not dlora's, and members that can never meet: what is said of them."""
 
 from __future__ import annotations
 

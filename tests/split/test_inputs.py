@@ -1,6 +1,4 @@
-"""Law 6 or a refusal for every input of a transformers forward; packed rows among them. PEFT is the
-oracle.
-"""
+"""Law 6 or a refusal for every input of a transformers forward. PEFT is the oracle."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What goes wrong between the halves: lost links, full clouds, silence, nonsense; a repeated step
-is the same step.
+"""Lost links between the halves and parts that fail: a repeated step is the same step, and no
+thread is left.
 """
 
 from __future__ import annotations
@@ -38,11 +38,6 @@ from kit.split_faults import (
 from kit.split_steps import loss_of
 
 Folder = Callable[[str, str], Path]
-
-
-@pytest.fixture(scope="module")
-def half(model_folder: Folder) -> Half:
-    return small_half(model_folder)
 
 
 # Lost links

@@ -1,5 +1,5 @@
-"""Bytes from outside: what is not exactly a frame or the expected tensors is refused in one line,
-in bounded memory.
+"""Bytes from outside: what is not exactly a frame of peers is refused in one line, in bounded
+memory.
 """
 
 from __future__ import annotations

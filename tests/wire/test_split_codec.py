@@ -1,5 +1,5 @@
-"""The frames of the split conversation as bytes: they come back, int8 is as near as it says, and
-nothing odd gets in.
+"""The frames of the split conversation as bytes: they come back, and int8 is as near as it
+says.
 """
 
 from __future__ import annotations
