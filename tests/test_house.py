@@ -115,7 +115,7 @@ TO_SPLIT = {
 
 # The same of files beside the source.
 TO_SPLIT_BESIDE = {
-    "benchmarks/privacy.py", "tests/decentralized/test_protocol.py",
+    "tests/decentralized/test_protocol.py",
     "tests/decentralized/test_topology.py", "tests/kit/histories.py",
 }  # fmt: skip
 

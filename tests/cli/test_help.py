@@ -18,8 +18,6 @@ from kit.call_cli import (
 from kit.cli_text import words
 
 REPOSITORY = Path(__file__).parents[2]
-
-
 OPTIONS = {
     "simulate": ["CONFIG", "--set", "--resume", "--json", "--dry-run"],
     "peer": [

@@ -21,7 +21,7 @@ from kit import tiny_models
 from kit.ports import free_ports
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PARTS = ("table_line",)  # of another one, which runs it
+PARTS = ("table_line", "eavesdropper")  # of another one, which runs it
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

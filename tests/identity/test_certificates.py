@@ -55,14 +55,8 @@ RSA, AUTHORITY, OWN, ODD = (
     ec.generate_private_key(ec.SECP256R1()),
     ec.generate_private_key(ec.SECP384R1()),
 )
-
-
 ROOT = signed(AUTHORITY, "Hospital CA", "Hospital CA", AUTHORITY)
-
-
 LEAF = signed(OWN, "Hospital CA", "north", AUTHORITY)
-
-
 FOREIGN = {
     "an RSA key": (RSA, [signed(RSA, "north", "north", RSA)], "an RSA key of 2048 bits"),
     "an RSA leaf of a hospital": (
@@ -74,8 +68,6 @@ FOREIGN = {
     "the leaf with its authority behind it": (OWN, [LEAF, ROOT], "a chain of 2 certificates"),
     "another curve": (ODD, [signed(ODD, "north", "north", ODD)], "a key of the kind secp384r1"),
 }
-
-
 TAKEN = "dlora takes a certificate that an ECDSA P-256 key has signed for itself"
 
 

@@ -90,8 +90,6 @@ def test_one_of_two_neighbours_must_be_dialable(work: Path) -> None:
 
 
 GOOD: dict[str, Any] = {"role": "peer", "address": None}
-
-
 # the content of the file; "PEM" stands for anna's certificate -> what is said
 BROKEN: dict[str, tuple[Any, list[str]]] = {
     "empty": ("", ["is empty"]),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 TOPOLOGY = "peers.topology"
-
-
 # keys of a config that runs -> their mistaken values; what is said
 CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no-model": ({"model": None}, ["model", "None"]),
@@ -257,8 +255,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "output-dir-of-others": ({"output_dir": "model"},
         ["output_dir model holds files that are no run"]),
 }  # fmt: skip
-
-
 # keys of a cloud's config beside `model` -> their mistaken values; what is said
 CLOUDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no-model": ({"model": None}, ["model", "None"]),

@@ -83,8 +83,6 @@ DATA: dict[str, tuple[dict[str, Any], dict[str, str | bytes], list[str]]] = {
         ["bad.jsonl is empty"],
     ),
 }
-
-
 # the arguments after `dlora`; what is said
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "no-such-config": (

@@ -16,11 +16,7 @@ from kit.ports import free_ports
 from kit.processes import HUB, Split
 
 DEVICES = ("phone", "tablet")
-
-
 LISTENS = "phone"  # the other one only dials
-
-
 ATTIC = "attic"  # another cloud
 
 

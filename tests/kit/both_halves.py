@@ -38,8 +38,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "static": {"kind": "static", "units": ["layer.1.attention.self.query"]},
     "probe": {"kind": "probe", "active_fraction": 0.4, "warmup_steps": 4},
 }
-
-
 CORE = {"lora.placement": "core"}
 
 

@@ -15,14 +15,10 @@ from kit import queue_cloud
 from kit.serving_cloud import Members
 
 STEPS = 10
-
-
 TARGETS = {
     "bert": ["query", "key", "value", "dense"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
 }
-
-
 TASKS = {"bert": "classification", "llama": "causal-lm"}
 
 

@@ -13,6 +13,4 @@ def mutated(data: bytes, edits: list[tuple[int, int]], cut: int | None) -> bytes
 
 
 edits = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=8)
-
-
 cuts = st.none() | st.integers(0, 400)

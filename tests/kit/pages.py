@@ -9,6 +9,4 @@ PAGES = [
     "CONTRIBUTING.md",
     *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
-
-
 LOG = "docs/lab-log.md"  # what was measured once, with the commands of that day

@@ -27,14 +27,8 @@ from dlora.wire.split.frames import (
 )
 
 each_wire = pytest.mark.parametrize("wire", WIRES)
-
-
 numbers = st.integers(0, 2**53 - 1)
-
-
 texts = st.text(st.characters(categories=["L", "N", "P"]), max_size=400)
-
-
 wires: st.SearchStrategy[Wire] = st.sampled_from(WIRES)
 
 

@@ -25,8 +25,6 @@ from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_aft
 from kit.scheduled_runs import active_events, scheduled
 
 pytestmark = pytest.mark.usefixtures("no_page")
-
-
 MakeConfig = Callable[..., Config]
 
 

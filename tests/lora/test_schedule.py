@@ -13,8 +13,6 @@ from dlora.config.run import ScheduleSection
 from dlora.lora.kill_revive import Schedule
 
 COSTS = st.lists(st.integers(1, 40), min_size=1, max_size=10)
-
-
 SECTIONS = st.builds(
     ScheduleSection,
     kind=st.sampled_from(["all", "random", "probe", "kr"]),

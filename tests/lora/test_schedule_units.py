@@ -15,8 +15,6 @@ from dlora.run.prepare import prepare
 from kit.scheduled_runs import active_events, scheduled
 
 pytestmark = pytest.mark.usefixtures("no_page")
-
-
 MakeConfig = Callable[..., Config]
 
 

@@ -46,8 +46,6 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # what has none is told of that first
 OWN_FILE = {"data.train": {"north": __file__, "phone": __file__}}
-
-
 # Program; who; changes to the config; what is said.
 MISTAKES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "cloud-as-neighbour": ("device", "phone", {"peers.members": ["phone", "hub"]},

@@ -23,11 +23,7 @@ from kit.call_cli import Outcome
 from kit.processes import NAMES, Federation, running, until
 
 pytestmark = pytest.mark.usefixtures("no_page")
-
-
 ModelFolder = Callable[..., Path]
-
-
 PATIENT_S = 60.0  # longer than any restart takes: the others wait
 
 
@@ -88,8 +84,6 @@ class Survived(NamedTuple):
 
 
 KILLS = {"north": in_local_steps, "east": after_an_offer, "west": in_doubt, "south": in_commit}
-
-
 INTERRUPTED = "west"
 
 

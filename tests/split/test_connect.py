@@ -23,8 +23,6 @@ from kit.serving_cloud import Members, serving
 from kit.updates import LOSS_BOUND, UPDATE_BOUND, assert_same, peft_oracle
 
 ModelFolder = Callable[..., Path]
-
-
 CLASSES = {
     "bert": transformers.BertForSequenceClassification,
     "llama": transformers.LlamaForCausalLM,

@@ -22,8 +22,6 @@ from kit.processes import until
 from kit.serving_cloud import Members, serving
 
 ModelFolder = Callable[..., Path]
-
-
 SCRIPT = """
 import sys, torch, dlora
 from kit import queue_cloud

@@ -27,14 +27,8 @@ from kit.remote_inputs import (
 )
 
 SHAPE = ROWS.input_ids.shape
-
-
 GENERATOR = torch.Generator().manual_seed(3)
-
-
 FAR = torch.arange(SHAPE[1]).expand(SHAPE) + 4
-
-
 # name -> what is given beside input_ids, attention_mask and labels; None takes one of these away
 ACCEPTED: dict[str, Given] = {
     "input_ids": {},
@@ -131,8 +125,6 @@ QUICK = (
     "GPT2ForSequenceClassification",
     "OPTForCausalLM",
 )
-
-
 ALL = sorted(
     name
     for mapping in (

@@ -20,8 +20,9 @@ from dlora.wire.split.frames import WIRES, Wire
 from kit import queue_cloud
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-# the attacks; run as a script it prints the page's tables
+# run as a script it prints the page's tables
 privacy: Any = importlib.import_module("privacy")
+eavesdropper: Any = importlib.import_module("eavesdropper")  # the attacks
 sys.path.pop()
 
 STEPS, SEED = 6, 3
@@ -64,7 +65,7 @@ def session(model_folder: Callable[[str, str], Path]) -> Session:
     @cache
     def watched(task: str, wire: Wire) -> Any:
         config, body, batches = made(task, wire)
-        return config, body, privacy.watch(config, body, batches, STEPS)
+        return config, body, eavesdropper.watch(config, body, batches, STEPS)
 
     return watched
 
@@ -90,12 +91,14 @@ def test_a_public_head_tells_every_next_token(session: Session, wire: Wire) -> N
     weight = watched.half.model.network.lm_head.weight
     assert len(truth) > 400
     assert (
-        share(privacy.labels_of(hidden, gradient, (weight, torch.zeros(len(weight))))[0], truth)
+        share(
+            eavesdropper.labels_of(hidden, gradient, (weight, torch.zeros(len(weight))))[0], truth
+        )
         == 1.0
     )
     mixed = weight.flip(0)  # not the head
     assert (
-        share(privacy.labels_of(hidden, gradient, (mixed, torch.zeros(len(weight))))[0], truth)
+        share(eavesdropper.labels_of(hidden, gradient, (mixed, torch.zeros(len(weight))))[0], truth)
         < 0.3
     )
 
@@ -106,7 +109,7 @@ def test_a_head_drawn_from_a_seed_gives_seed_and_labels_away(session: Session, w
     hidden, gradient, truth = watched.top(mean=True)
     first = slice(len(LENGTHS))  # the head is as it was drawn
     guesses = [
-        privacy.labels_of(hidden[first], gradient[first], privacy.drawn_head(config, seed))
+        eavesdropper.labels_of(hidden[first], gradient[first], privacy.drawn_head(config, seed))
         for seed in range(5)
     ]
     fits = [fit.mean().item() for _, fit in guesses]
@@ -121,7 +124,7 @@ def test_a_head_drawn_from_a_seed_gives_seed_and_labels_away(session: Session, w
 def test_two_classes_part_without_knowing_the_head(session: Session, wire: Wire) -> None:
     _, _, watched = session("classification", wire)
     _, gradient, truth = watched.top(mean=True)
-    right = share(privacy.sides_of(gradient), truth)
+    right = share(eavesdropper.sides_of(gradient), truth)
     assert max(right, 1 - right) == 1.0 and 0.3 < truth.float().mean().item() < 0.7
 
 
@@ -145,8 +148,8 @@ def test_one_secret_vector_for_all_positions_hides_no_token() -> None:
         torch.randint(2000, (300,), generator=generator),
     )
     masked = table[ids] - 10 * torch.randn(48, generator=generator)
-    assert share(privacy.tokens_of(masked, table), ids) < 0.05  # a lookup alone does not do
-    assert share(privacy.unmask(masked, table), ids) == 1.0
+    assert share(eavesdropper.tokens_of(masked, table), ids) < 0.05  # a lookup alone does not do
+    assert share(eavesdropper.unmask(masked, table), ids) == 1.0
 
 
 def watched_real(num_batches: int) -> tuple[Any, Any, Any]:
@@ -159,7 +162,11 @@ def watched_real(num_batches: int) -> tuple[Any, Any, Any]:
     data = f"{os.environ['DLORA_ASSETS']}/data/glue/SST-2/dev.tsv"
     config = privacy.settings(privacy.MODEL, data, "int8", "classification")
     body = privacy.load_body(privacy.CloudConfig.parse({"model": config.model, "device": "cpu"}))
-    return config, body, privacy.watch(config, body, privacy.read_batches(config)[:num_batches], 1)
+    return (
+        config,
+        body,
+        eavesdropper.watch(config, body, privacy.read_batches(config)[:num_batches], 1),
+    )
 
 
 def test_real_texts_and_labels_on_the_narrowest_wire() -> None:
@@ -168,7 +175,8 @@ def test_real_texts_and_labels_on_the_narrowest_wire() -> None:
     hidden, gradient, truth = watched.top(mean=True)
     assert (
         share(
-            privacy.labels_of(hidden, gradient, privacy.drawn_head(config, config.seed))[0], truth
+            eavesdropper.labels_of(hidden, gradient, privacy.drawn_head(config, config.seed))[0],
+            truth,
         )
         == 1.0
     )

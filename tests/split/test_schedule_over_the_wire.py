@@ -43,8 +43,6 @@ WIRED: dict[str, Any] = {
     "train.local_steps": 5,
     "eval_every": 2,
 }
-
-
 RUNS: dict[str, dict[str, Any]] = {
     "kr": {
         "schedule": SCHEDULES["kr"],

@@ -28,11 +28,7 @@ from kit.split_steps import cloud_of, step_of
 from kit.split_training import assert_same_step, assert_same_training, some_steps, train
 
 UPDATE_BOUND, LOSS_BOUND = updates.UPDATE_BOUND, updates.LOSS_BOUND
-
-
 Folder = Callable[[str, str], Path]
-
-
 # name -> family, task, optimiser, pipeline, what of the config; every feature at least once
 CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
     "bert-pooled-adamw": ("bert", "classification", "adamw", 1, {}),
@@ -63,8 +59,6 @@ CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
     "gpt2-classes-sgd": ("gpt2", "classification", "sgd", 1, {"lora.train_head": False}),
     "gpt2-adamw": ("gpt2", "causal-lm", "adamw", 1, {}),
 }
-
-
 QUICK = ("bert-pooled-adamw", "roberta-adamw", "llama-sgd", "opt-adamw", "gpt2-classes-sgd")
 
 

@@ -24,8 +24,6 @@ from kit.queue_cloud import (
 )
 
 pytestmark = pytest.mark.usefixtures("no_page")
-
-
 Folder = Callable[[str, str], Path]
 
 

@@ -34,17 +34,9 @@ from dlora.wire.tensors import encode
 from kit.mutations import cuts, edits, mutated
 
 numbers = st.integers(0, 2**53 - 1)
-
-
 names = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=64)
-
-
 hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
-
-
 signatures = st.just(b"") | st.binary(min_size=64, max_size=64)
-
-
 frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(
         Hello, hashes, st.text(st.characters(codec="utf-8")), numbers, hashes, numbers, numbers

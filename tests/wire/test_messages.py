@@ -27,14 +27,10 @@ EXPECTED = {
     "a": (torch.float32, (5,)),
     "ü": (torch.float32, (2, 1, 2)),
 }
-
-
 TENSORS = {
     name: torch.arange(math.prod(shape), dtype=dtype).view(shape) - 2
     for name, (dtype, shape) in EXPECTED.items()
 }
-
-
 MESSAGE = encode(TENSORS, torch.float32)
 
 
