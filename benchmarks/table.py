@@ -100,7 +100,7 @@ def flops(prepared: Prepared, settings: list[str], num_tokens: int) -> Flops:
         schedule = _schedule(prepared)
         for _ in range(steps):
             schedule.observe({})
-        return Flops(schedule.device_flops / steps, head)
+        return Flops(schedule.meter.device_flops / steps, head)
     assert prepared.half is not None
     groups = prepared.half.agreement.groups
     lora = prepared.config.lora

@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/units",
     ),
     ("lora/factors", "lora/kill_revive"),
+    ("lora/meter",),
     ("data/load", "events/", "identity/", "model/load"),
     ("model/",),
     (

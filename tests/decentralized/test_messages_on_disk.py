@@ -89,13 +89,14 @@ def test_a_message_of_a_promise_is_read_through_before_it_is_mixed(tmp_path: Pat
     world = World(tmp_path, num_peers=2, rounds=2)
     flipped: list[Path] = []
 
-    def damage(world: World, name: str, event: str) -> None:
+    def damage(name: str, event: str) -> bool:
         if (name, event) == ("b", "after promised") and not flipped:
             [path] = (tmp_path / "b" / "received" / "a").glob("*.safetensors")
             flip(path, -1)
             flipped.append(path)
+        return False
 
-    world.fault = lambda name, what: bool(damage(world, name, what))
+    world.fault = damage
 
     async def plan(world: World) -> None:
         [outcome] = await asyncio.gather(world.tasks["b"], return_exceptions=True)

@@ -90,10 +90,10 @@ def test_an_eighth_saves_what_was_promised_whatever_the_scores(scores: str) -> N
     schedule = Schedule(ScheduleSection(kind="kr"), COSTS, LITERAL, 0)
     for step in range(1000):
         schedule.observe({unit: SCORES[scores](chance, unit, step) for unit in schedule.active})
-    assert schedule.after_warmup is not None
-    traffic, flops = schedule.after_warmup
+    assert schedule.meter.after_warmup is not None
+    traffic, flops = schedule.meter.after_warmup
     assert 1 - traffic >= 0.875 and 1 - flops >= 0.82
-    assert 1 - schedule.fraction >= 0.80 and 1 - schedule.flops_fraction >= 0.80
+    assert 1 - schedule.meter.fraction >= 0.80 and 1 - schedule.meter.flops_fraction >= 0.80
 
 
 def test_no_set_that_an_eighth_allows_costs_more_than_18_percent_of_the_flops() -> None:
@@ -142,8 +142,8 @@ def test_a_resumed_schedule_keeps_the_account(
         sets.append(schedule.active)
         schedule.observe({unit: float(score * unit) for unit in schedule.active})
     spent = [LITERAL(active) / LITERAL(EVERY) for active in sets]
-    assert schedule.flops_fraction == pytest.approx(sum(spent) / 30)
+    assert schedule.meter.flops_fraction == pytest.approx(sum(spent) / 30)
     behind = spent[schedule.warmup_steps :]
-    assert schedule.after_warmup is not None and schedule.after_warmup[1] == pytest.approx(
-        sum(behind) / len(behind)
-    )
+    assert schedule.meter.after_warmup is not None and schedule.meter.after_warmup[
+        1
+    ] == pytest.approx(sum(behind) / len(behind))

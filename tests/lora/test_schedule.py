@@ -47,7 +47,7 @@ def test_the_active_set_never_costs_more_than_its_fraction(
         assert active and sum(costs[unit] for unit in active) <= budget
     for active in sets[:probed]:
         assert active == frozenset(range(len(costs)))
-    assert schedule.numbers == sum(costs[unit] for active in sets for unit in active)
+    assert schedule.meter.numbers == sum(costs[unit] for active in sets for unit in active)
     assert schedule.epoch == sum(
         one != other for one, other in zip(sets, [*sets[1:], schedule.active], strict=True)
     )
@@ -116,7 +116,7 @@ def test_an_eighth_saves_seven_eighths_warm_up_included(kind: str) -> None:
     schedule = Schedule(ScheduleSection(kind=kind), costs, len, 0)
     drive(schedule, 1000, 0)
     assert schedule.warmup_steps == (80 if kind == "kr" else 0)
-    assert 0.11 < schedule.fraction <= 0.125
+    assert 0.11 < schedule.meter.fraction <= 0.125
 
 
 @given(SECTIONS, COSTS, st.integers(0, 9), st.integers(0, 40), st.integers(0, 40))

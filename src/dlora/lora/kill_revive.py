@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from dlora.config.run import ScheduleSection
+from dlora.lora.meter import Meter
 from dlora.seeds import derive_seed
 
 TRIALS_A_PERIOD = 5  # would fit: a trial takes that part of one
@@ -42,11 +43,10 @@ class Schedule:
       again after `longest_rest` steps at most; until then it competes with the utility of its
       latest turn.
 
-    ``flops(units)``: what the device computes for them, a token of a local step; it is counted and
-    chooses nobody. Scores are not negative. Utility: the mean score of the unit's steps in its
-    latest turn, divided by its cost; units are compared by it relative to those next to them in the
-    model, for the scale of gradients changes with depth. Same seed and same scores give the same
-    sets; `state` and `load` resume exactly.
+    ``meter`` counts what the active units cost; it chooses nobody. Scores are not negative.
+    Utility: the mean score of the unit's steps in its latest turn, divided by its cost; units are
+    compared by it relative to those next to them in the model, for the scale of gradients changes
+    with depth. Same seed and same scores give the same sets; `state` and `load` resume exactly.
     """
 
     def __init__(
@@ -57,14 +57,11 @@ class Schedule:
         seed: int,
         named: frozenset[int] = frozenset(),
     ) -> None:
-        self.section, self.costs, self.flops, self.seed = section, tuple(costs), flops, seed
+        self.section, self.costs, self.seed = section, tuple(costs), seed
         self.units = range(len(self.costs))
         self.budget = max(section.active_fraction * sum(self.costs), max(self.costs))
         self.steps_done = 0
         self.epoch = 0
-        self.numbers = 0  # a token, so far, summed over the steps: the traffic of the active units
-        self.device_flops = 0  # likewise
-        self._in_warmup = (0, 0)  # both, of the steps of the warm-up
         # the step from which a unit is what it is now, active or killed
         self.changed_at = [0] * len(self.costs)
         self.utility: list[float | None] = [None] * len(self.costs)  # None: never scored
@@ -72,6 +69,7 @@ class Schedule:
         self._scores: dict[int, tuple[float, int]] = {}
         self._warmup = self._rotation() if section.kind == "kr" else []
         self.active = self._first(named)
+        self.meter = Meter(self.costs, flops, self.warmup_steps)
 
     @property
     def warmup_steps(self) -> int:
@@ -109,57 +107,20 @@ class Schedule:
             self._pass()
 
     def _pass(self) -> None:
-        self.numbers += sum(self.costs[unit] for unit in self.active)
-        self.device_flops += self.flops(self.active)
+        self.meter.count(self.active)
         self.steps_done += 1
-        if self.steps_done == self.warmup_steps:
-            self._in_warmup = self.numbers, self.device_flops
         self._become(self._next())
 
     def age(self, unit: int) -> int | None:
         """Steps since an active unit was revived; None where it has been active from the start."""
         return None if self.changed_at[unit] == 0 else self.steps_done - self.changed_at[unit]
 
-    @property
-    def fraction(self) -> float:
-        """The adapter's traffic so far, as a fraction of what it would be had all units been
-        active; before a step, 1.
-        """
-        return (
-            self._fractions(self.numbers, self.device_flops, self.steps_done)[0]
-            if self.steps_done
-            else 1.0
-        )
-
-    @property
-    def flops_fraction(self) -> float:
-        """The device's FLOPs for the adapter so far, likewise."""
-        return (
-            self._fractions(self.numbers, self.device_flops, self.steps_done)[1]
-            if self.steps_done
-            else 1.0
-        )
-
-    @property
-    def after_warmup(self) -> tuple[float, float] | None:
-        """`fraction` and `flops_fraction` of the steps behind the warm-up alone; None before the
-        first of them.
-        """
-        steps, (numbers, flops) = self.steps_done - self.warmup_steps, self._in_warmup
-        return (
-            self._fractions(self.numbers - numbers, self.device_flops - flops, steps)
-            if steps > 0
-            else None
-        )
-
     def state(self) -> dict[str, Any]:
         """All that changes, as JSON can hold it."""
         return {
             "steps_done": self.steps_done,
             "epoch": self.epoch,
-            "numbers": self.numbers,
-            "device_flops": self.device_flops,
-            "in_warmup": list(self._in_warmup),
+            **self.meter.state(),
             "active": sorted(self.active),
             "changed_at": list(self.changed_at),
             "utility": list(self.utility),
@@ -168,23 +129,11 @@ class Schedule:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        self.steps_done, self.epoch, self.numbers = (
-            state["steps_done"],
-            state["epoch"],
-            state["numbers"],
-        )
-        self.device_flops, self._in_warmup = (
-            state["device_flops"],
-            (state["in_warmup"][0], state["in_warmup"][1]),
-        )
+        self.steps_done, self.epoch = state["steps_done"], state["epoch"]
+        self.meter.load(state, self.steps_done)
         self.active = frozenset(state["active"])
         self.changed_at, self.utility = list(state["changed_at"]), list(state["utility"])
         self._scores = {unit: (total, count) for unit, total, count in state["scores"]}
-
-    def _fractions(self, numbers: int, flops: int, steps: int) -> tuple[float, float]:
-        return numbers / (steps * sum(self.costs)), flops / (
-            steps * self.flops(frozenset(self.units))
-        )
 
     # Who is next
 

@@ -67,8 +67,8 @@ class Schedules:
 
         The mean over the participants; of the whole run, and of what follows the warm-up.
         """
-        whole = [(one.fraction, one.flops_fraction) for one in self.each]
-        after = [one.after_warmup for one in self.each]
+        whole = [(one.meter.fraction, one.meter.flops_fraction) for one in self.each]
+        after = [one.meter.after_warmup for one in self.each]
         means = {"": whole, "_after_warmup": [both for both in after if both is not None]}
         return {
             f"{name}_fraction{part}": sum(both[place] for both in of_all) / len(of_all)
@@ -93,9 +93,9 @@ class Schedules:
             epoch=schedule.epoch,
             units=sorted(schedule.active),
             utility=list(schedule.utility),
-            device_flops=schedule.flops(schedule.active),
-            adapter_fraction=schedule.fraction,
-            device_flops_fraction=schedule.flops_fraction,
+            device_flops=schedule.meter.flops(schedule.active),
+            adapter_fraction=schedule.meter.fraction,
+            device_flops_fraction=schedule.meter.flops_fraction,
         )
 
 
