@@ -22,7 +22,7 @@ import transformers
 from safetensors.torch import save_file
 
 from dlora.config.run import Config
-from dlora.lora.core import write_frame
+from dlora.lora.core import write_directions
 from dlora.model.load import load_tokenizer
 from dlora.programs.plan import plan
 
@@ -74,7 +74,7 @@ def make_frame(path: Path) -> None:
         for name, (width_in, width_out) in LINEARS.items():
             frame[f"layers.{layer}.{name}.lora_A"] = torch.zeros(CORE_R, width_in)
             frame[f"layers.{layer}.{name}.lora_B"] = torch.zeros(width_out, CORE_R)
-    write_frame(path, frame)
+    write_directions(path, frame)
 
 
 def config(folder: Path, row: dict[str, dict[str, object]], wire: str, steps: int) -> Config:

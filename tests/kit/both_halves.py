@@ -47,7 +47,7 @@ class Both:
     def __init__(self, folder: Path, task: str = "classification", /, **overrides: Any) -> None:
         self.config = config(folder, task, **overrides)
         self.whole = whole_model(self.config)
-        frame = self.whole.frame or None
+        frame = self.whole.directions or None
         self.half = device_half(self.config, frame)
         self.cloud = QueueCloud(cloud_body(folder, frame))
 

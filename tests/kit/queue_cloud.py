@@ -15,7 +15,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.data.batches import Batch, collate
 from dlora.data.formats import Example
-from dlora.lora.core import Frame
+from dlora.lora.core import Directions
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model.load import load_model, load_tokenizer
@@ -128,14 +128,14 @@ def config(folder: Path, task: str = "classification", /, **overrides: Any) -> C
     return Config.parse(tree)
 
 
-def cloud_body(folder: Path, frame: Frame | None = None) -> Body:
+def cloud_body(folder: Path, frame: Directions | None = None) -> Body:
     """``frame``: by the names that a model around the body has for its modules."""
     body = load_body(CloudConfig.parse({"model": str(folder), "device": "cpu"}))
-    body.frame = {name.partition(".")[2]: tensor for name, tensor in (frame or {}).items()}
+    body.directions = {name.partition(".")[2]: tensor for name, tensor in (frame or {}).items()}
     return body
 
 
-def device_half(config: Config, frame: Frame | None = None) -> Half:
+def device_half(config: Config, frame: Directions | None = None) -> Half:
     return load_half(config, load_tokenizer(config.model), labels(config), frame)
 
 

@@ -23,7 +23,7 @@ from dlora.data.batches import collate
 from dlora.decentralized.peer.mismatch import difference
 from dlora.events.log import read_log
 from dlora.lora import core, stacked
-from dlora.lora.core import FRAME_FILE, read_frame, top_directions, write_frame
+from dlora.lora.core import DIRECTIONS_FILE, read_directions, top_directions, write_directions
 from dlora.lora.factors import product
 from dlora.model.layers import LINEAR
 from dlora.model.load import load_model, load_tokenizer
@@ -90,7 +90,9 @@ def train_dense(config: Config, prepared: Prepared, peer: int) -> dict[str, Tens
                 weights[name] = tensor
                 continue
             layer = network.get_submodule(module)
-            added = model.frame[f"{module}.lora_B"] @ tensor @ model.frame[f"{module}.lora_A"]
+            added = (
+                model.directions[f"{module}.lora_B"] @ tensor @ model.directions[f"{module}.lora_A"]
+            )
             added = (added.T if isinstance(layer, Conv1D) else added) * (
                 config.lora.lora_alpha / config.lora.r
             )
@@ -143,7 +145,7 @@ def test_stacked_cores_are_separate_runs(
         "lora_M",
         "weight",
         "bias",
-    } and prepared.model.frame
+    } and prepared.model.directions
     for peer in range(2):
         reference = train_dense(config, prepared, peer)
         update = {name: ends[name][peer] - prepared.model.initial[name] for name in reference}
@@ -173,7 +175,9 @@ def test_complete_graph_with_one_sgd_step_is_pooled_sgd_also_in_products(
         Path(config.output_dir, "checkpoints/pooled/round-000006/factors.safetensors")
     )
     assert (
-        off(delta_weights(config), deltas(core.pairs(pooled, prepare(config).model.frame), 2.0))
+        off(
+            delta_weights(config), deltas(core.pairs(pooled, prepare(config).model.directions), 2.0)
+        )
         < 1e-5
     )
 
@@ -258,14 +262,14 @@ def test_resume_reads_the_frame(
 
     dlora.simulate(config(2, "long"))
     dlora.simulate(config(1, "short"))
-    monkeypatch.setattr(stacked, "compute_frame", refuse_to_compute)
+    monkeypatch.setattr(stacked, "compute_directions", refuse_to_compute)
     dlora.simulate(config(2, "short"), resume=True)
     whole, resumed = adapter(config(2, "long")), adapter(config(2, "short"))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-    frame = read_frame(tmp_path / "short" / FRAME_FILE)
+    frame = read_directions(tmp_path / "short" / DIRECTIONS_FILE)
     # another machine's SVD: as good, and not the same
     turned = {name: -tensor for name, tensor in frame.items()}
-    write_frame(tmp_path / "short" / FRAME_FILE, turned)
+    write_directions(tmp_path / "short" / DIRECTIONS_FILE, turned)
     with pytest.raises(dlora.UserError, match="resume: the frame of manifest.json was"):
         dlora.simulate(config(3, "short"), resume=True)
 
@@ -276,27 +280,29 @@ def test_a_frame_is_made_once_and_handed_round(
     file = tmp_path / "handed.safetensors"
     keys = {**CORE, "lora.frame": str(file), "train.rounds": 1}
     dlora.simulate(make_config(**keys, output_dir=str(tmp_path / "one")))
-    monkeypatch.setattr(stacked, "compute_frame", refuse_to_compute)
+    monkeypatch.setattr(stacked, "compute_directions", refuse_to_compute)
     dlora.simulate(make_config(**keys, output_dir=str(tmp_path / "two")))
     digests = {
         json.loads((tmp_path / run / "manifest.json").read_text())["frame"]
         for run in ("one", "two")
     }
-    assert len(digests) == 1 and file.read_bytes() == (tmp_path / "two" / FRAME_FILE).read_bytes()
-    frame = read_frame(file)
+    assert (
+        len(digests) == 1 and file.read_bytes() == (tmp_path / "two" / DIRECTIONS_FILE).read_bytes()
+    )
+    frame = read_directions(file)
     # a part of it is a frame too
-    fewer = prepare(make_config(**keys | {"lora.target_modules": ["query"]})).model.frame
+    fewer = prepare(make_config(**keys | {"lora.target_modules": ["query"]})).model.directions
     assert 0 < len(fewer) < len(frame) and all(
         torch.equal(frame[name], tensor) for name, tensor in fewer.items()
     )
     with pytest.raises(dlora.UserError, match=r"made for another lora\.r"):
         prepare(make_config(**keys | {"lora.r": 3}))
-    write_frame(file, fewer)
+    write_directions(file, fewer)
     with pytest.raises(dlora.UserError, match="is adapted here but not in the frame"):
         prepare(make_config(**keys))
     name = next(name for name in frame if name.endswith("lora_A"))
     for spoilt in (frame[name] * 1.01, frame[name] * torch.nan):
-        write_frame(file, frame | {name: spoilt})
+        write_directions(file, frame | {name: spoilt})
         with pytest.raises(dlora.UserError, match="is not of this model's weight"):
             prepare(make_config(**keys))
     for content in ({name: frame[name].half()}, {name: frame[name][0].clone()}):
@@ -316,7 +322,7 @@ def test_a_resumed_core_run_names_what_changed(make_config: MakeConfig, tmp_path
         dlora.simulate(make_config(**keys | {"lora.r": 3}), resume=True)
     handed = keys | {"train.rounds": 2, "lora.frame": str(file)}
     dlora.simulate(make_config(**handed), resume=True)
-    write_frame(file, {name: -tensor for name, tensor in read_frame(file).items()})
+    write_directions(file, {name: -tensor for name, tensor in read_directions(file).items()})
     with pytest.raises(
         dlora.UserError, match="handed.safetensors is another frame than .*run/frame.safetensors"
     ):
@@ -382,7 +388,7 @@ def test_a_quantised_base_has_a_frame_of_what_it_computes(
         if event["event"] == "round"
     ]
     assert losses[-1] < losses[0] - 0.05
-    frame, plain = read_frame(Path(config.output_dir, FRAME_FILE)), make_config(family)
+    frame, plain = read_directions(Path(config.output_dir, DIRECTIONS_FILE)), make_config(family)
     network = load_model(plain, load_tokenizer(plain.model), ["no", "yes"]).network
     for name, layer in network.named_modules():
         if f"{name}.lora_A" in frame and isinstance(layer, LINEAR):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dlora
-from dlora.lora.core import frame_of
+from dlora.lora.core import directions_of
 from dlora.split.agreement import agree, proposal_text
 from dlora.wire.split.codec import split_num_bytes
 from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, HandOff, SplitFrame, Values
@@ -145,15 +145,15 @@ def test_halves_with_different_frames_do_not_agree(model_folder: Folder) -> None
     def answer(frame: dict[str, Tensor]) -> object:
         return agree(proposal, body.facts, body.groups, frame)
 
-    assert answer(body.frame) == both.half.agreement
+    assert answer(body.directions) == both.half.agreement
     assert "this cloud has no frame" in str(answer({}))
     assert "the device has 4, the cloud's frame 3" in str(
-        answer({name: tensor[:3] for name, tensor in body.frame.items()})
+        answer({name: tensor[:3] for name, tensor in body.directions.items()})
     )
-    name = next(iter(body.frame))
-    other = body.frame | {name: body.frame[name] * 1.0001}
+    name = next(iter(body.directions))
+    other = body.directions | {name: body.directions[name] * 1.0001}
     assert "the device's is not the cloud's; copy the cloud's file" in str(answer(other))
-    some = {name: tensor for name, tensor in body.frame.items() if "query" in name}
+    some = {name: tensor for name, tensor in body.directions.items() if "query" in name}
     assert "the cloud's has no encoder.layer.0.attention.self.key" in str(answer(some))
 
 
@@ -170,13 +170,13 @@ def test_dropout_with_what_the_cloud_computes_is_refused(model_folder: Folder) -
 def test_a_frame_is_found_by_its_names_in_the_body_or_around_it(model_folder: Folder) -> None:
     both = Both(model_folder("bert", "classification"), **CORE)
     layers = dict(both.whole.network.named_modules())
-    names = sorted({name.rpartition(".")[0] for name in both.whole.frame})
+    names = sorted({name.rpartition(".")[0] for name in both.whole.directions})
     linears = {name: layers[name].base_layer for name in names}
-    within = {name.partition(".")[2]: tensor for name, tensor in both.whole.frame.items()}
+    within = {name.partition(".")[2]: tensor for name, tensor in both.whole.directions.items()}
     for given in (
-        both.whole.frame,
+        both.whole.directions,
         within,
         {f"model.{name}": tensor for name, tensor in within.items()},
     ):
-        found = frame_of(given, linears, 4)
-        assert found.keys() == both.whole.frame.keys()
+        found = directions_of(given, linears, 4)
+        assert found.keys() == both.whole.directions.keys()

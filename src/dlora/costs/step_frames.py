@@ -57,7 +57,7 @@ def frames_of(
 
 def hand_off_of(agreement: Agreement, number: int) -> HandOff:
     """That of one group, as long as any of its versions that is not far."""
-    group, core = agreement.groups[number], agreement.frame is not None
+    group, core = agreement.groups[number], agreement.directions is not None
     sizes = (agreement.r * (out if core else group.in_features + out) for out in group.out_features)
     return HandOff(number, FIRST_VERSION, _numberless(1, sum(sizes)))
 

@@ -38,7 +38,8 @@ def save_adapter(
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
     weights = {
-        _to_peft(name): tensor[0].contiguous() for name, tensor in pairs(own, model.frame).items()
+        _to_peft(name): tensor[0].contiguous()
+        for name, tensor in pairs(own, model.directions).items()
     }
     weights |= {_to_peft(name): tensor for name, tensor in model.head_rest.items()}
     cores = {

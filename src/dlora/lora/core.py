@@ -1,7 +1,6 @@
-"""The frozen frame of a weight: its top singular directions, computed once, between which a small
-core trains.
+"""Core directions: the top singular directions of a weight, between which a small core trains.
 
-Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the frame is
+Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the core directions are
 
     lora_A = V^T, the top R rows (R, I)        lora_B = U, the top R columns (O, R)
 
@@ -10,9 +9,10 @@ LoRA-XS (arXiv 2405.17604) has S V^T for A; without S it was one point better at
 held higher rates (docs/lab-log.md). M starts at zero, the frozen model itself: its gradient there
 is B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
 
-``Frame`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An SVD is
-not the same to the last bit from machine to machine, and where singular values are close not the
-same at all: hence it is kept in a file and handed round.
+``Directions`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An
+SVD differs in the last bits from machine to machine, and where singular values are close it differs
+altogether. So the directions are kept in a file, which participants hand round. The config names
+that file ``lora.frame``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from dlora.errors import ConfigError, ModelError, RunError
 from dlora.files import write_atomically
 from dlora.lora.factors import Factors
 
-Frame = dict[str, Tensor]
-FRAME_FILE = "frame.safetensors"  # within a run folder
+Directions = dict[str, Tensor]
+DIRECTIONS_FILE = "frame.safetensors"  # within a run folder
 _OF_THE_WEIGHT = (
     # |A - directions of B^T W| / |A|: above the rounding of any machine, far below what another
     # checkpoint gives
@@ -38,15 +38,19 @@ _OF_THE_WEIGHT = (
 )
 
 
-def compute_frame(layers: Mapping[str, nn.Module], r: int) -> Frame:
-    """The frame of rank ``r`` of every linear in ``layers``, by name; ConfigError where a weight
-    has fewer directions.
+def compute_directions(layers: Mapping[str, nn.Module], r: int) -> Directions:
+    """The core directions of rank ``r`` of every linear in ``layers``, by name.
+
+    Raises ConfigError where a weight has fewer directions.
     """
-    frame: Frame = {}
+    directions: Directions = {}
     for name, layer in layers.items():
         lora_A, lora_B = top_directions(_weight(name, layer, r), r)
-        frame |= {f"{name}.lora_A": lora_A.float().cpu(), f"{name}.lora_B": lora_B.float().cpu()}
-    return frame
+        directions |= {
+            f"{name}.lora_A": lora_A.float().cpu(),
+            f"{name}.lora_B": lora_B.float().cpu(),
+        }
+    return directions
 
 
 @torch.no_grad()
@@ -68,16 +72,19 @@ def top_directions(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return _directions(lora_B.T @ weight_OI, 1).contiguous(), lora_B.contiguous()  # of S V^T; U
 
 
-def frame_of(
-    frame: Mapping[str, Tensor], layers: Mapping[str, nn.Module], r: int, weights_here: bool = True
-) -> Frame:
-    """Of a frame that was read, the part of these linears; raises ModelError unless it is theirs
-    and of rank ``r``.
+def directions_of(
+    directions: Mapping[str, Tensor],
+    layers: Mapping[str, nn.Module],
+    r: int,
+    weights_here: bool = True,
+) -> Directions:
+    """The part of the directions of a file that belongs to these linears.
 
     A file names modules within the body or within a model around it; both are found.
-    ``weights_here``: the linears have their weights, so that the frame can be compared with them.
+    ``weights_here``: the linears have their weights, so the directions are compared with them.
+    Raises ModelError unless they are of these linears and of rank ``r``.
     """
-    find, found = _by_name(frame), Frame()
+    find, found = _by_name(directions), Directions()
     for name, layer in layers.items():
         for half in ("lora_A", "lora_B"):
             tensor = find(f"{name}.{half}")
@@ -108,19 +115,21 @@ def frame_of(
     return found
 
 
-def is_in(frame: Frame, other: Frame) -> bool:
-    """Whether ``other`` says the same of each module of ``frame``, within the body or within a
+def is_in(directions: Directions, other: Directions) -> bool:
+    """Whether ``other`` has the same directions for each module, within the body or within a
     model around it.
     """
     find = _by_name(other)
     return all(
         (same := find(name)) is not None and torch.equal(tensor, same)
-        for name, tensor in frame.items()
+        for name, tensor in directions.items()
     )
 
 
-def _by_name(frame: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
-    known = {name.partition(".")[2]: tensor for name, tensor in frame.items()} | dict(frame)
+def _by_name(directions: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]:
+    known = {name.partition(".")[2]: tensor for name, tensor in directions.items()} | dict(
+        directions
+    )
     return lambda name: known.get(name, known.get(name.partition(".")[2]))
 
 
@@ -137,7 +146,7 @@ def _directions(vectors: Tensor, dim: int) -> Tensor:
     return vectors / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def pairs(factors: Mapping[str, Tensor], frame: Mapping[str, Tensor]) -> Factors:
+def pairs(factors: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> Factors:
     """Cores as ordinary pairs of the same scaling, A and B' = B M; all else as it is. (P, ...)
     each.
     """
@@ -147,28 +156,30 @@ def pairs(factors: Mapping[str, Tensor], frame: Mapping[str, Tensor]) -> Factors
             ordinary[name] = tensor
             continue
         module = name.removesuffix(".lora_M")
-        lora_A, lora_B = (frame[f"{module}.{half}"].to(tensor) for half in ("lora_A", "lora_B"))
+        lora_A, lora_B = (
+            directions[f"{module}.{half}"].to(tensor) for half in ("lora_A", "lora_B")
+        )
         ordinary[f"{module}.lora_A"] = lora_A.expand(len(tensor), *lora_A.shape)
         ordinary[f"{module}.lora_B"] = lora_B @ tensor
     return ordinary
 
 
-def write_frame(path: Path, frame: Frame) -> None:
-    """Keep a frame. Raises RunError when it cannot be written."""
-    write_atomically(path, save(frame))
+def write_directions(path: Path, directions: Directions) -> None:
+    """Write the directions to a file. Raises RunError when it cannot be written."""
+    write_atomically(path, save(directions))
 
 
-def read_frame(path: Path) -> Frame:
-    """A frame that `write_frame` kept. Raises RunError when the file is none."""
+def read_directions(path: Path) -> Directions:
+    """The directions in a file. Raises RunError when it is not a file of `write_directions`."""
     try:
-        frame: Frame = load_file(path)
+        directions: Directions = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise RunError(
             f"frame {path} cannot be read ({error}); copy it anew from where it was made"
         ) from error
-    if any(tensor.dtype != torch.float32 or tensor.dim() != 2 for tensor in frame.values()):
+    if any(tensor.dtype != torch.float32 or tensor.dim() != 2 for tensor in directions.values()):
         raise RunError(f"{path} is no frame; copy it anew from where it was made")
-    return frame
+    return directions
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dlora.config.training import LoraSection
 from dlora.errors import ModelError
-from dlora.lora.core import Frame, compute_frame, frame_of
+from dlora.lora.core import Directions, compute_directions, directions_of
 from dlora.lora.factors import Factors
 from dlora.lora.targets import find_targets, short_names
 
@@ -84,8 +84,8 @@ class StackedLora(_Adapted):
 
 
 class StackedCore(_Adapted):
-    """y = base(x) + scaling * (x A^T) M_p^T B^T: the frame (A, B) is everybody's, the core M_p each
-    participant's own.
+    """y = base(x) + scaling * (x A^T) M_p^T B^T: all participants share the core
+    directions A and B, and each has a core M_p of its own.
 
     ``lora_M`` (P, R, R) is bound by `StackedModel.use`.
     """
@@ -141,8 +141,8 @@ class StackedModel:
     ``initial``: name -> the value every participant starts from (on the CPU, no participant
     dimension). ``frozen_head``: what of ``initial`` rests for the whole run (a new head under
     ``train_head: false``). ``peft_config``: what an adapter folder of this model says of itself.
-    ``frame``: under placement core, what the cores stand in. ``head_rest``: the head's weights that
-    are no linear's; they rest, and an adapter folder holds them too. ``loss_positions``: the
+    ``directions``: under placement core, A and B of each module. ``head_rest``: the head's weights
+    that are no linear's; they rest, and an adapter folder holds them too. ``loss_positions``: the
     network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
     whose factors rest in the factors that are bound now; a body in a cloud spends nothing on them.
     """
@@ -151,7 +151,7 @@ class StackedModel:
     initial: dict[str, Tensor]
     frozen_head: frozenset[str]
     peft_config: peft.LoraConfig
-    frame: Frame = field(default_factory=dict)
+    directions: Directions = field(default_factory=dict)
     head_rest: dict[str, Tensor] = field(default_factory=dict)
     loss_positions: bool = False
     killed: frozenset[int] = frozenset()
@@ -175,15 +175,16 @@ def attach(
     section: LoraSection,
     task: str,
     seed: int,
-    frame: Frame | None = None,
+    directions: Directions | None = None,
     weights_here: bool = True,
 ) -> StackedModel:
     """Let PEFT place and initialise the modules, then put the stacked layer where PEFT's was.
 
-    A is drawn on the CPU from ``seed``, B is zero; under placement core both are the ``frame``,
-    computed here when it is not given, and the core is zero. The network is changed in place.
-    Raises ModelError when a target matches nothing or is no linear, or the frame is another
-    model's; ``weights_here`` is false where the adapted linears have none to compare it with.
+    A is drawn on the CPU from ``seed``, B is zero; under placement core both are the
+    ``directions``, computed here when they are not given, and the core is zero. The network is
+    changed in place. Raises ModelError when a target matches nothing or is no linear, or the
+    directions are of another model; ``weights_here`` is false where the adapted linears have no
+    weights to compare with.
     """
     network, head = frozen.network, frozen.head
     targets = find_targets(network, section, head)
@@ -212,7 +213,7 @@ def attach(
     }
     assert set(placed) == set(targets), f"PEFT adapted {set(placed) ^ set(targets)}"
     if section.placement == "core":
-        frame = _place_cores(network, placed, section, frame, weights_here)
+        directions = _place_cores(network, placed, section, directions, weights_here)
         initial = {f"{name}.lora_M": torch.zeros(section.r, section.r) for name in placed}
     else:
         initial = {}
@@ -245,7 +246,7 @@ def attach(
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
     return StackedModel(
-        network, initial | head_factors, resting, peft_config, frame or {}, head_rest
+        network, initial | head_factors, resting, peft_config, directions or {}, head_rest
     )
 
 
@@ -253,19 +254,19 @@ def _place_cores(
     network: nn.Module,
     placed: Mapping[str, Any],
     section: LoraSection,
-    frame: Frame | None,
+    directions: Directions | None,
     weights_here: bool,
-) -> Frame:
-    """Put a core in its frame where PEFT's layers were; returns the frame."""
+) -> Directions:
+    """Put cores between their directions where PEFT's layers were; returns the directions."""
     linears: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in placed.items()}
-    frame = (
-        compute_frame(linears, section.r)
-        if frame is None
-        else frame_of(frame, linears, section.r, weights_here)
+    directions = (
+        compute_directions(linears, section.r)
+        if directions is None
+        else directions_of(directions, linears, section.r, weights_here)
     )
     for name, layer in placed.items():
         device = next(linears[name].parameters()).device
-        lora_A, lora_B = (frame[f"{name}.{half}"].to(device) for half in ("lora_A", "lora_B"))
+        lora_A, lora_B = (directions[f"{name}.{half}"].to(device) for half in ("lora_A", "lora_B"))
         _replace(
             network,
             name,
@@ -273,7 +274,7 @@ def _place_cores(
                 linears[name], lora_A, lora_B, layer.scaling["default"], section.lora_dropout
             ),
         )
-    return frame
+    return directions
 
 
 def whole(number: float) -> float:

@@ -1,4 +1,4 @@
-"""Which modules share an input, and so a frame: found by a forward that computes nothing."""
+"""Units: modules that share an input, found by a forward on the meta device, without numbers."""
 
 from __future__ import annotations
 

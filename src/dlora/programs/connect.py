@@ -14,7 +14,7 @@ from dlora.errors import ConfigError
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.model.load import load_tokenizer
-from dlora.run.core_directions import handed_frame
+from dlora.run.core_directions import handed_directions
 from dlora.run.frozen_model import check_halves, far_cloud
 from dlora.split.device.half import as_ordinary, load_half
 
@@ -46,7 +46,9 @@ def connect(
             " simulate",
             stacklevel=2,
         )
-    half = load_half(config, load_tokenizer(config.model), config.data.labels, handed_frame(config))
+    half = load_half(
+        config, load_tokenizer(config.model), config.data.labels, handed_directions(config)
+    )
     network = as_ordinary(half)
     stack = contextlib.ExitStack()
     stack.enter_context(

@@ -15,7 +15,7 @@ from dlora.errors import RunError
 from dlora.evaluate import Scores, evaluate
 from dlora.events.log import Listener
 from dlora.lora.adapter_io import load_adapter
-from dlora.lora.core import FRAME_FILE, read_frame
+from dlora.lora.core import DIRECTIONS_FILE, read_directions
 from dlora.lora.stacked import attach
 from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
@@ -53,9 +53,9 @@ def score(
     )
     tokenizer = load_tokenizer(config.model)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
-    frame = read_frame(run / FRAME_FILE) if config.lora.placement == "core" else None
+    directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
     model = attach(
-        load_model(config, tokenizer, labels), config.lora, config.task, config.seed, frame
+        load_model(config, tokenizer, labels), config.lora, config.task, config.seed, directions
     )
     folders = {
         "consensus": run / "consensus",

@@ -7,38 +7,40 @@ from pathlib import Path
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ConfigError
-from dlora.lora.core import FRAME_FILE, Frame, compute_frame, is_in, read_frame
+from dlora.lora.core import DIRECTIONS_FILE, Directions, compute_directions, is_in, read_directions
 from dlora.model.layers import block_linears
 from dlora.model.load import load_body_network
 
 
-def kept_frame(config: Config, resume: bool) -> Frame | None:
-    """The frame of the run that goes on, else the one that was handed round; None: it is to be
-    computed.
+def kept_directions(config: Config, resume: bool) -> Directions | None:
+    """The directions of the run that goes on, else those of the file that was handed round.
+
+    None where they are to be computed.
     """
     kept, handed = (
-        Path(config.output_dir, FRAME_FILE),
+        Path(config.output_dir, DIRECTIONS_FILE),
         Path(config.lora.frame) if config.lora.frame else None,
     )
     if resume and kept.exists():
-        frame = read_frame(kept)
-        if handed and handed.exists() and not is_in(frame, read_frame(handed)):
+        directions = read_directions(kept)
+        if handed and handed.exists() and not is_in(directions, read_directions(handed)):
             raise ConfigError(
                 f"lora.frame: {handed} is another frame than {kept}, which this run began with;"
                 " give that one"
             )
-        return frame
+        return directions
     if handed and not handed.parent.is_dir():
         raise ConfigError(
             f"lora.frame: {handed} can neither be read nor made, for {handed.parent} is no folder;"
             " make it"
         )
-    return read_frame(handed) if handed and handed.exists() else None
+    return read_directions(handed) if handed and handed.exists() else None
 
 
-def handed_frame(config: Config) -> Frame | None:
-    """The frame that a device was handed, under placement core: it has no weights to make one
-    of.
+def handed_directions(config: Config) -> Directions | None:
+    """The directions in the file that a device was handed, under placement core.
+
+    A device has no weights to compute them from.
     """
     if config.lora.placement != "core":
         return None
@@ -49,12 +51,12 @@ def handed_frame(config: Config) -> Frame | None:
             f"lora.frame: {what}; a device has no weights to find its frame in: copy the cloud's"
             " file (core.frame in its config) here, and name it"
         )
-    return read_frame(Path(given))
+    return read_directions(Path(given))
 
 
-def whole_frame(config: Config) -> Frame:
-    """The frame of all linears of the body, by their names in it."""
+def whole_directions(config: Config) -> Directions:
+    """The core directions of all linears of the body, by their names in it."""
     network = load_body_network(CloudConfig.parse({"model": config.model, "device": config.device}))
-    return compute_frame(
+    return compute_directions(
         {name: network.get_submodule(name) for name in block_linears(network)}, config.lora.r
     )

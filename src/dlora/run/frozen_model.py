@@ -139,7 +139,8 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
     assert config.split is not None
     kind = split_kind(config.split.wire)
     frame = {
-        name.removeprefix(half.body.prefix): tensor for name, tensor in half.model.frame.items()
+        name.removeprefix(half.body.prefix): tensor
+        for name, tensor in half.model.directions.items()
     }
     body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}), frame)
     limits = Limits(max_tokens=1 << 20, max_parts=256, idle_s=3600.0)

@@ -19,14 +19,14 @@ from dlora.data.load import FederatedData, load_data, load_own_data
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.evaluate import Scored, evaluate
 from dlora.lora.active import named_units
-from dlora.lora.core import FRAME_FILE, write_frame
+from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_names
 from dlora.lora.stacked import StackedModel, attach
 from dlora.lora.units import Group as Units
 from dlora.lora.units import active_groups, core_groups, find_groups, renamed
 from dlora.model.fingerprints import fingerprint, tokenizer_fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer
-from dlora.run.core_directions import handed_frame, kept_frame, whole_frame
+from dlora.run.core_directions import handed_directions, kept_directions, whole_directions
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half, load_half
 from dlora.wire.tensors import encode
@@ -119,14 +119,14 @@ class Prepared:
     def hand_frame(self) -> None:
         """Under placement core: write the frame where ``lora.frame`` says, if nothing is there."""
         given = self.config.lora.frame
-        if self.model.frame and given and not Path(given).exists():
-            write_frame(Path(given), self.model.frame)
+        if self.model.directions and given and not Path(given).exists():
+            write_directions(Path(given), self.model.directions)
 
     def keep_frame(self) -> None:
         """Under placement core: write the frame into the run folder, if it is not there."""
-        path = Path(self.config.output_dir, FRAME_FILE)
-        if self.model.frame and not path.exists():
-            write_frame(path, self.model.frame)
+        path = Path(self.config.output_dir, DIRECTIONS_FILE)
+        if self.model.directions and not path.exists():
+            write_directions(path, self.model.directions)
 
 
 def prepare(
@@ -167,16 +167,20 @@ def prepare(
     phase("loading model")
     half = None
     if config.split is not None:
-        frame = kept_frame(config, resume) if own is None or resume else handed_frame(config)
+        frame = (
+            kept_directions(config, resume) if own is None or resume else handed_directions(config)
+        )
         # a simulation has the weights as well
         if own is None and frame is None and config.lora.placement == "core":
-            frame = whole_frame(config)
+            frame = whole_directions(config)
         half = load_half(config, tokenizer, data.label_names, frame)
         model, weights_hash = half.model, half.fingerprint
     else:
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)
-        model = attach(frozen, config.lora, config.task, config.seed, kept_frame(config, resume))
+        model = attach(
+            frozen, config.lora, config.task, config.seed, kept_directions(config, resume)
+        )
         try_model(model, next(iter(data.peers.values()))[:2], tokenizer.pad_token_id, config.model)
     _doubt_rank(config.lora.r, model.initial)
     units = () if config.schedule.kind == "all" else _units(config, model, half)
@@ -205,7 +209,7 @@ def prepare(
     }
     if config.lora.placement == "core":
         manifest["lora"]["placement"] = "core"
-        manifest["frame"] = digest(model.frame)
+        manifest["frame"] = digest(model.directions)
     if config.schedule.kind != "all":
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())

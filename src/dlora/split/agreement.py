@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlora.errors import ModelError
-from dlora.lora.core import Frame
+from dlora.lora.core import Directions
 from dlora.lora.factors import digest
 from dlora.lora.units import Group, active_groups, core_groups
 from dlora.wire.split.frames import PROTOCOL, WIRES, Wire
@@ -27,8 +27,8 @@ class Agreement:
     wire: Wire
     dropout: float | None  # of the body in training, instead of its own rates; None: its own
     r: int
-    # placement core: the digest of the modules' frame, by their names in the body; None: literal
-    frame: str | None
+    # SHA-256 of the modules' core directions, by their names in the body; None: placement literal
+    directions: str | None
 
 
 def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
         "wire": agreement.wire,
         "dropout": agreement.dropout,
         "r": agreement.r,
-        "frame": agreement.frame,
+        "frame": agreement.directions,
     }
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
 
 def agree(
-    text: str, facts: Mapping[str, Any], groups: Sequence[Group], frame: Frame
+    text: str, facts: Mapping[str, Any], groups: Sequence[Group], directions: Directions
 ) -> Agreement | str:
     """What the cloud makes of a proposal: the agreement, or one line that says why there is
     none.
@@ -102,7 +102,7 @@ def agree(
     except ModelError as error:
         return ascii(str(error)[:300])[1:-1]
     if core is not None:
-        refusal = _other_frame(core, targets, frame, r)
+        refusal = _other_directions(core, targets, directions, r)
         if refusal is not None:
             return refusal
         active = core_groups(active, r)
@@ -114,31 +114,33 @@ def agree(
     return Agreement(active, wire, None if dropout is None else float(dropout), r, core)
 
 
-def frame_digest(frame: Frame, modules: Sequence[str]) -> str:
-    """Of the part of a frame that is these modules', by their names in the body."""
+def directions_digest(directions: Directions, modules: Sequence[str]) -> str:
+    """SHA-256 of the core directions of these modules, by their names in the body."""
     return digest(
         {
-            f"{name}.{half}": frame[f"{name}.{half}"]
+            f"{name}.{half}": directions[f"{name}.{half}"]
             for name in modules
             for half in ("lora_A", "lora_B")
         }
     )
 
 
-def _other_frame(proposed: str, targets: Sequence[str], frame: Frame, r: int) -> str | None:
-    """Why the device's frame is not the cloud's, in one line."""
-    if not frame:
+def _other_directions(
+    proposed: str, targets: Sequence[str], directions: Directions, r: int
+) -> str | None:
+    """Why the core directions of the device are not those of the cloud, in one line."""
+    if not directions:
         return (
             "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame:"
             " FILE})"
         )
-    missing = next((name for name in targets if f"{name}.lora_A" not in frame), None)
+    missing = next((name for name in targets if f"{name}.lora_A" not in directions), None)
     if missing is not None:
         return f"lora.frame: the cloud's has no {missing}; make it anew there for all linears"
-    here = len(frame[f"{targets[0]}.lora_A"]) if targets else r
+    here = len(directions[f"{targets[0]}.lora_A"]) if targets else r
     if here != r:
         return f"lora.r: the device has {r}, the cloud's frame {here}; both need the same"
-    if frame_digest(frame, targets) != proposed:
+    if directions_digest(directions, targets) != proposed:
         return "lora.frame: the device's is not the cloud's; copy the cloud's file to the device"
     return None
 

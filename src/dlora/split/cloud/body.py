@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from dlora.config.cloud import CloudConfig
 from dlora.errors import ModelError
-from dlora.lora.core import Frame, compute_frame, frame_of, read_frame, write_frame
+from dlora.lora.core import (
+    Directions,
+    compute_directions,
+    directions_of,
+    read_directions,
+    write_directions,
+)
 from dlora.lora.units import find_groups
 from dlora.model.layers import LINEAR, max_tokens
 from dlora.model.load import body_maker, load_body_network
@@ -42,11 +48,11 @@ class Body:
     """A frozen body that many devices go through at once; nothing of theirs stays in it.
 
     ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input.
-    ``frame``: of placement core.
+    ``directions``: for devices with placement core.
     """
 
-    def __init__(self, network: Any, frame: Frame | None = None) -> None:
-        self.network, self.frame = network.eval().requires_grad_(False), frame or {}
+    def __init__(self, network: Any, directions: Directions | None = None) -> None:
+        self.network, self.directions = network.eval().requires_grad_(False), directions or {}
         self.groups = find_groups(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
         # the same weights
@@ -279,11 +285,11 @@ class Body:
         return sum(kept.values())
 
 
-def load_body(config: CloudConfig, frame: Frame | None = None) -> Body:
-    """The body of ``config.model``, any that transformers loads as AutoModel; ``frame`` by its
-    modules' names.
+def load_body(config: CloudConfig, directions: Directions | None = None) -> Body:
+    """The body of ``config.model``, any that transformers loads as AutoModel.
 
-    A frame that the config names is read, or made and written where there is none. Raises
+    ``directions``: core directions by the body's names. Where the config names a file of them, it
+    is read, or computed and written where there is none. Raises
     ModelError.
     """
     network = load_body_network(config)
@@ -291,10 +297,10 @@ def load_body(config: CloudConfig, frame: Frame | None = None) -> Body:
     if config.core is not None:
         path = Path(config.core.frame)
         if path.exists():
-            frame = frame_of(read_frame(path), linears, config.core.r)
+            directions = directions_of(read_directions(path), linears, config.core.r)
         else:
-            frame = compute_frame(linears, config.core.r)
-            write_frame(path, frame)
+            directions = compute_directions(linears, config.core.r)
+            write_directions(path, directions)
     return Body(
-        network, {name: tensor.to(network.device) for name, tensor in (frame or {}).items()}
+        network, {name: tensor.to(network.device) for name, tensor in (directions or {}).items()}
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlora.lora.core import Frame
+from dlora.lora.core import Directions
 from dlora.split.agreement import Agreement
 from dlora.split.tensors import bits, shares, through
 from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, Done, Values, What
@@ -25,22 +25,26 @@ class Hears(Protocol):
 class CloudPart:
     """One part in the cloud: where its real tokens stand, and how it asks the device for updates.
 
-    ``frame``: under placement core, A and B of each module. ``handed_off``: of killed groups, each
-    module's factors.
+    ``directions``: under placement core, A and B of each module. ``handed_off``: of killed groups,
+    each module's factors.
     """
 
     def __init__(
         self,
         begin: Begin,
         agreement: Agreement,
-        frame: Frame,
+        directions: Directions,
         handed_off: Mapping[int, list[list[Tensor]]],
         device: torch.device,
         say: Callable[[Values], None],
         hear: Hears,
     ) -> None:
         self.begin, self.groups, self.device = begin, agreement.groups, device
-        self._core, self._frame, self._handed_off = agreement.frame is not None, frame, handed_off
+        self._core, self._directions, self._handed_off = (
+            agreement.directions is not None,
+            directions,
+            handed_off,
+        )
         self._say, self.hear = say, hear
         self._places = {
             name: (number, place)
@@ -81,7 +85,7 @@ class CloudPart:
         group = self.groups[number]
         if self._core:
             x = torch.cat(
-                [F.linear(x.float(), self._of_frame(name, "lora_A", x)) for name in group.modules],
+                [F.linear(x.float(), self._direction(name, "lora_A", x)) for name in group.modules],
                 dim=-1,
             )
         if self._unit(number) == ACTIVE:
@@ -95,12 +99,12 @@ class CloudPart:
         if self._core:
             named = zip(group.modules, updates, strict=True)
             updates = [
-                F.linear(update, self._of_frame(name, "lora_B", update)) for name, update in named
+                F.linear(update, self._direction(name, "lora_B", update)) for name, update in named
             ]
         return updates
 
-    def _of_frame(self, name: str, half: str, like: Tensor) -> Tensor:
-        return self._frame[f"{name}.{half}"].to(like.device)
+    def _direction(self, name: str, half: str, like: Tensor) -> Tensor:
+        return self._directions[f"{name}.{half}"].to(like.device)
 
     def forget(self) -> None:
         """Let go of what a broken forward has left: updates hold the graph, and it holds this

@@ -147,7 +147,7 @@ class Session:
     # Opening
 
     def _open(self, manifest: str) -> SplitFrame:
-        agreed = agree(manifest, self.body.facts, self.body.groups, self.body.frame)
+        agreed = agree(manifest, self.body.facts, self.body.groups, self.body.directions)
         if isinstance(agreed, str):
             self._tell("refused", {"reason": agreed})
             return Refused(agreed)
@@ -163,7 +163,7 @@ class Session:
             raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
         group = agreement.groups[frame.group]
         factors = as_factors(
-            frame.tensor.to(self.body.device), group, agreement.r, agreement.frame is not None
+            frame.tensor.to(self.body.device), group, agreement.r, agreement.directions is not None
         )
         if factors is None:
             raise Misbehaviour(
@@ -272,7 +272,7 @@ class Session:
 
             turn.begin()
             part = CloudPart(
-                begin, agreement, self.body.frame, factors, self.body.device, say, hear
+                begin, agreement, self.body.directions, factors, self.body.device, say, hear
             )
             answer = through_the_cloud(
                 part, lambda part: self.body.forward(part, agreement.dropout)

@@ -16,7 +16,7 @@ from transformers.initialization import no_init_weights
 
 from dlora.config.run import Config
 from dlora.errors import ModelError
-from dlora.lora.core import Frame
+from dlora.lora.core import Directions
 from dlora.lora.factors import target_names
 from dlora.lora.stacked import StackedLinear, StackedModel, attach
 from dlora.lora.units import active_groups, core_groups, find_groups
@@ -24,7 +24,7 @@ from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint
 from dlora.model.layers import LINEAR
 from dlora.model.load import FrozenModel, MeanPooledClassifier, load_model
-from dlora.split.agreement import Agreement, body_facts, frame_digest, proposal_text
+from dlora.split.agreement import Agreement, body_facts, directions_digest, proposal_text
 from dlora.split.device.adapter import Adapter
 from dlora.split.device.body import RemoteBody, hidden_width
 from dlora.split.device.calls import Calls
@@ -59,7 +59,7 @@ class Half:
             for name in group.modules
         }
         manifest = proposal_text(self.facts, self.agreement)
-        adapter = Adapter(self.agreement.groups, layers, self.agreement.frame is not None)
+        adapter = Adapter(self.agreement.groups, layers, self.agreement.directions is not None)
         self.body.calls = Calls(
             dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait
         )
@@ -74,12 +74,14 @@ class Half:
 
 
 def load_half(
-    config: Config, tokenizer: Any, label_names: Sequence[str] | None, frame: Frame | None = None
+    config: Config,
+    tokenizer: Any,
+    label_names: Sequence[str] | None,
+    directions: Directions | None = None,
 ) -> Half:
-    """Read token embedding and head, draw the factors as PEFT does beside the whole model;
-    ``frame``: of placement core.
+    """Read token embedding and head, and draw the factors as PEFT does beside the whole model.
 
-    Raises ModelError.
+    ``directions``: under placement core, A and B of each module. Raises ModelError.
     """
     frozen = load_model(config, tokenizer, label_names, blocks=False)
     weights_hash = fingerprint(frozen.network, but=frozen.head)
@@ -125,7 +127,7 @@ def load_half(
                 torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False
             )
     whole = FrozenModel(network, frozen.source, frozen.head)
-    model = attach(whole, config.lora, config.task, config.seed, frame, weights_here=False)
+    model = attach(whole, config.lora, config.task, config.seed, directions, weights_here=False)
     _empty(body, embedding)
     targets = target_names(model.initial)
     outside = [name for name in targets if not name.startswith(prefix)]
@@ -138,8 +140,8 @@ def load_half(
     active = active_groups(groups, [name.removeprefix(prefix) for name in targets])
     of_frame = None
     if config.lora.placement == "core":
-        within = {name.removeprefix(prefix): tensor for name, tensor in model.frame.items()}
-        of_frame = frame_digest(within, [name.removeprefix(prefix) for name in targets])
+        within = {name.removeprefix(prefix): tensor for name, tensor in model.directions.items()}
+        of_frame = directions_digest(within, [name.removeprefix(prefix) for name in targets])
         active = core_groups(active, config.lora.r)
     model.loss_positions = config.task == "causal-lm"
     remote.dropouts = [
