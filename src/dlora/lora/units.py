@@ -1,4 +1,4 @@
-"""Units: modules that share an input, found by a forward on the meta device, without numbers."""
+"""Units: modules that share an input, found by a forward on fake tensors."""
 
 from __future__ import annotations
 

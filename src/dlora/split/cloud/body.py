@@ -289,8 +289,7 @@ def load_body(config: CloudConfig, directions: Directions | None = None) -> Body
     """The body of ``config.model``, any that transformers loads as AutoModel.
 
     ``directions``: core directions by the body's names. Where the config names a file of them, it
-    is read, or computed and written where there is none. Raises
-    ModelError.
+    is read, or computed and written where there is none. Raises ModelError.
     """
     network = load_body_network(config)
     linears = {name: layer for name, layer in network.named_modules() if isinstance(layer, LINEAR)}
