@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.call_cli import (
-    call,
-    furnish,
-)
+from kit.call_cli import call, furnish
 
 
 @pytest.fixture(scope="module")

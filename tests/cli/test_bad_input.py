@@ -15,12 +15,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.errors import ConfigError
 from kit.bad_configs import CLOUDS, CONFIGS
 from kit.bad_inputs import COMMANDS, DATA
-from kit.call_cli import (
-    call,
-    contents,
-    finish,
-    start,
-)
+from kit.call_cli import call, contents, finish, start
 from kit.refusals import assert_one_line, assert_refuses, set_keys, write
 
 

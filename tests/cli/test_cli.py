@@ -15,14 +15,7 @@ import pytest
 import yaml
 
 from dlora.show.words import seconds_text
-from kit.call_cli import (
-    Outcome,
-    call,
-    contents,
-    finish,
-    furnish,
-    start,
-)
+from kit.call_cli import Outcome, call, contents, finish, furnish, start
 from kit.cli_text import one_document, plain, words
 
 

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlora.run.folder import RunFolder
-from kit.call_cli import (
-    assert_identical,
-    call,
-    contents,
-    final_factors,
-)
+from kit.call_cli import assert_identical, call, contents, final_factors
 from kit.refusals import assert_one_line, assert_refuses
 
 

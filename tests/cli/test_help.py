@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 
 import dlora
-from kit.call_cli import (
-    Outcome,
-    call,
-)
+from kit.call_cli import Outcome, call
 from kit.cli_text import words
 
 REPOSITORY = Path(__file__).parents[2]

@@ -15,15 +15,7 @@ from dlora.lora.stacked import StackedModel
 from dlora.lora.units import renamed
 from dlora.train import Group, local_steps
 from kit import updates
-from kit.queue_cloud import (
-    QueueCloud,
-    batch,
-    cloud_body,
-    config,
-    device_half,
-    factors,
-    whole_model,
-)
+from kit.queue_cloud import QueueCloud, batch, cloud_body, config, device_half, factors, whole_model
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "kr": {"kind": "kr", "active_fraction": 0.4, "period": 5, "warmup_steps": 6},

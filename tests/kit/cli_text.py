@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from dlora.show.words import NBSP
-from kit.call_cli import (
-    Outcome,
-)
+from kit.call_cli import Outcome
 
 
 def one_document(outcome: Outcome) -> Any:

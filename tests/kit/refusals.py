@@ -7,12 +7,7 @@ from typing import Any
 
 import yaml
 
-from kit.call_cli import (
-    Outcome,
-    call,
-    change,
-    contents,
-)
+from kit.call_cli import Outcome, call, change, contents
 
 
 def write(files: dict[str, str | bytes]) -> None:

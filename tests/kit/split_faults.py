@@ -14,12 +14,7 @@ from dlora.lora.factors import Factors
 from dlora.split.device.calls import Calls
 from dlora.split.device.half import Half
 from dlora.wire.frame import ChannelDown
-from dlora.wire.split.frames import (
-    Begin,
-    Drop,
-    Failed,
-    SplitFrame,
-)
+from dlora.wire.split.frames import Begin, Drop, Failed, SplitFrame
 from kit.queue_cloud import QueueCloud, batch, config, device_half, factors, link
 from kit.split_steps import cloud_of, step_of
 

@@ -12,9 +12,7 @@ from dlora.lora.factors import Factors
 from dlora.lora.stacked import StackedModel
 from dlora.train import Group, learning_rate, local_steps
 from kit import updates
-from kit.queue_cloud import (
-    batch,
-)
+from kit.queue_cloud import batch
 
 
 def train(

@@ -19,11 +19,7 @@ from dlora.train import forward
 from dlora.wire.frame import ChannelDown, Misbehaviour
 from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, Failed, HandOff, SplitFrame
 from kit.both_halves import CORE, Both
-from kit.queue_cloud import (
-    batch,
-    factors,
-    link,
-)
+from kit.queue_cloud import batch, factors, link
 
 pytestmark = pytest.mark.usefixtures("no_page")
 Folder = Callable[[str, str], Path]

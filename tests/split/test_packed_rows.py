@@ -11,15 +11,7 @@ import transformers
 
 from dlora.errors import CloudError, ConfigError
 from kit import tiny_models
-from kit.remote_inputs import (
-    CLASSES,
-    LM,
-    Folder,
-    Given,
-    assert_same,
-    loss_looks,
-    remote_and_whole,
-)
+from kit.remote_inputs import CLASSES, LM, Folder, Given, assert_same, loss_looks, remote_and_whole
 from kit.updates import LOSS_BOUND
 
 

@@ -16,14 +16,7 @@ import transformers
 from dlora.data.batches import Batch
 from dlora.errors import ConfigError
 from kit import updates
-from kit.queue_cloud import (
-    batch,
-    config,
-    device_half,
-    factors,
-    link,
-    whole_model,
-)
+from kit.queue_cloud import batch, config, device_half, factors, link, whole_model
 from kit.split_steps import cloud_of, step_of
 from kit.split_training import assert_same_step, assert_same_training, some_steps, train
 

@@ -15,13 +15,7 @@ import torch
 
 from dlora.split.device.half import Half
 from dlora.wire.frame import ChannelDown
-from dlora.wire.split.frames import (
-    Begin,
-    Drop,
-    Failed,
-    SplitFrame,
-    Values,
-)
+from dlora.wire.split.frames import Begin, Drop, Failed, SplitFrame, Values
 from kit.queue_cloud import batch, factors, link
 from kit.split_faults import (
     Failing,

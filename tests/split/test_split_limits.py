@@ -17,10 +17,7 @@ from dlora.errors import CloudError
 from dlora.split.cloud.part import CloudPart
 from dlora.split.device.calls import MAX_TRIES
 from dlora.split.device.half import Half
-from dlora.wire.split.frames import (
-    SplitFrame,
-    Values,
-)
+from dlora.wire.split.frames import SplitFrame, Values
 from kit.queue_cloud import LIMITS, QueueCloud, batch, factors, link
 from kit.split_faults import (
     Failing,

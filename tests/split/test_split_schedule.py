@@ -18,10 +18,7 @@ from dlora.split.agreement import agree, proposal_text
 from dlora.wire.split.codec import split_num_bytes
 from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, HandOff, SplitFrame, Values
 from kit.both_halves import CORE, SCHEDULES, Both, assert_same, some_steps, train
-from kit.queue_cloud import (
-    config,
-    link,
-)
+from kit.queue_cloud import config, link
 
 pytestmark = pytest.mark.usefixtures("no_page")
 Folder = Callable[[str, str], Path]

@@ -17,14 +17,7 @@ from dlora.data.batches import Batch
 from dlora.lora.factors import Factors
 from dlora.split.device.half import Half
 from dlora.wire.split.frames import Begin, SplitFrame, Values
-from kit.queue_cloud import (
-    QueueCloud,
-    batch,
-    config,
-    device_half,
-    factors,
-    link,
-)
+from kit.queue_cloud import QueueCloud, batch, config, device_half, factors, link
 from kit.split_steps import cloud_of, step_of
 from kit.split_training import some_steps, train
 

@@ -12,18 +12,8 @@ from hypothesis import given
 
 from dlora.wire.frame import FrameError
 from dlora.wire.split import split_pb2 as pb
-from dlora.wire.split.codec import (
-    decode_split,
-    encode_split,
-    split_num_bytes,
-)
-from dlora.wire.split.frames import (
-    WIRES,
-    HandOff,
-    SplitFrame,
-    Values,
-    Wire,
-)
+from dlora.wire.split.codec import decode_split, encode_split, split_num_bytes
+from dlora.wire.split.frames import WIRES, HandOff, SplitFrame, Values, Wire
 from kit.split_frames import each_wire, frames, plain, tensor_of, wires
 
 

@@ -12,23 +12,8 @@ from hypothesis import strategies as st
 
 from dlora.wire.frame import MAX_MANIFEST_BYTES, FrameError
 from dlora.wire.split import split_pb2 as pb
-from dlora.wire.split.codec import (
-    MAX_FACTORS,
-    MAX_SIDE,
-    MAX_UNITS,
-    decode_split,
-    encode_split,
-)
-from dlora.wire.split.frames import (
-    Begin,
-    Drop,
-    Failed,
-    HandOff,
-    Refused,
-    SplitFrame,
-    Values,
-    Wire,
-)
+from dlora.wire.split.codec import MAX_FACTORS, MAX_SIDE, MAX_UNITS, decode_split, encode_split
+from dlora.wire.split.frames import Begin, Drop, Failed, HandOff, Refused, SplitFrame, Values, Wire
 from kit.split_frames import frames, plain, tensor_of, wires
 
 
