@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,9 @@ from safetensors.torch import load_file
 from dlora.config.run import Config
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.messages_on_disk import Message, round_of
-from dlora.events.log import RunLog, read_log
+from dlora.events.log import read_log
 from dlora.net.memory import MemoryHub
-from dlora.run.folder import RunFolder
-from dlora.run.manifest import manifest_text
-from dlora.run.prepare import prepare
+from dlora.run.opening import opened
 from dlora.run.real_peer import RUN, PeerRun
 from dlora.wire.peer.codec import PEERS
 from kit import tiny_models
@@ -121,37 +120,19 @@ class Peers:
         }
         hub = MemoryHub(edges, PEERS, redial_s=0.01)
         lives = []
-        for name, config in self.configs.items():
-            prepared = prepare(config, own=name, resume=resume)
-            manifest = prepared.manifest | {"rounds": config.train.rounds}
-            folder = (
-                RunFolder.resume(config, manifest_text(manifest))
-                if resume
-                else RunFolder.create(config)
-            )
-            prepared.keep_frame()
-            ledger: Any = Recorded(folder.path / "exchange")
-            network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
-            log, latest = RunLog(folder.log_path), folder.latest(RUN)
-            peer = Gated(
-                name,
-                prepared,
-                manifest,
-                folder,
-                log,
-                ledger,
-                network,
-                Signer(name),
-                lambda: False,
-                latest,
-            )
-            lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
-        while Gated.here < len(names) and not all(life.done() for life in lives):
-            await asyncio.sleep(0.01)
-        for life in lives:
-            life.cancel()
-        for ended in await asyncio.gather(*lives, return_exceptions=True):
-            assert ended is None or isinstance(ended, asyncio.CancelledError), ended
+        with contextlib.ExitStack() as folders:
+            for name, config in self.configs.items():
+                run = folders.enter_context(opened(config, [RUN], own=name, resume=resume))
+                ledger: Any = Recorded(run.folder.path / "exchange")
+                network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
+                peer = Gated(run, ledger, network, Signer(name))
+                lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
+            while Gated.here < len(names) and not all(life.done() for life in lives):
+                await asyncio.sleep(0.01)
+            for life in lives:
+                life.cancel()
+            for ended in await asyncio.gather(*lives, return_exceptions=True):
+                assert ended is None or isinstance(ended, asyncio.CancelledError), ended
 
     async def _live(self, peer: PeerRun, ledger: Recorded, neighbours: list[str]) -> None:
         try:
@@ -161,7 +142,6 @@ class Peers:
         finally:
             self.lengths[peer.name] |= ledger.lengths
             self.bytes[peer.name] = peer._bytes_on_wire()
-            peer.log.close()
             ledger.close()
 
     def active(self, name: str) -> list[tuple[int, list[int]]]:

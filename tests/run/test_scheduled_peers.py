@@ -4,6 +4,7 @@ mixed, kept and exported.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from functools import partial
@@ -19,11 +20,11 @@ from dlora.costs.between_peers import edge_bytes
 from dlora.costs.scheduled import sent_names
 from dlora.decentralized import gossip, mixing
 from dlora.decentralized.peer.ledger import Ledger
-from dlora.events.log import RunLog, read_log
-from dlora.run.folder import RunFolder
+from dlora.events.log import read_log
 from dlora.run.messages import message_bytes, message_sizes
+from dlora.run.opening import opened
 from dlora.run.prepare import prepare
-from dlora.run.real_peer import PeerRun
+from dlora.run.real_peer import RUN, PeerRun
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 from kit.scheduled_peers import KR, NAMES, RANDOM, MakeConfig, Peers, federation
 
@@ -218,25 +219,16 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(
     config = federation(make_config, {**KR, "kind": "random"}).model_copy(
         update={"output_dir": str(tmp_path / "here")}
     )
-    prepared = prepare(config, own="north")
     made: list[PeerRun] = []
-    opened: list[Any] = []
+    opened_here = contextlib.ExitStack()
     for folder in ("late", "there"):
-        log, ledger = RunLog(tmp_path / f"{folder}.jsonl"), Ledger(tmp_path / folder)
-        opened += [log, ledger]
-        arguments: Any = (
-            "north",
-            prepared,
-            {},
-            RunFolder(tmp_path / folder),
-            log,
-            ledger,
-            None,
-            None,
-            lambda: False,
-            None,
+        own = config.model_copy(update={"output_dir": str(tmp_path / folder)})
+        run = opened_here.enter_context(opened(own, [RUN], own="north"))
+        ledger = opened_here.enter_context(
+            contextlib.closing(Ledger(tmp_path / f"{folder}-ledger"))
         )
-        made.append(PeerRun(*arguments))
+        nobody: Any = None
+        made.append(PeerRun(run, ledger, nobody, nobody))
     late, there = made
     late.training.round(0, frozenset(late.training.trained))
     utility = [*late.schedules.each[0].utility]
@@ -251,8 +243,7 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(
     )
     late.training.round(4, frozenset(late.training.trained))
     assert late.training.participants.optimizer_state()
-    for file in opened:
-        file.close()
+    opened_here.close()
 
 
 def test_peers_must_agree_on_the_schedule_and_sizes_are_bounded(make_config: MakeConfig) -> None:

@@ -14,13 +14,11 @@ from dlora.events.log import RunLog
 
 
 def listen_address(listen: str | None, address: str | None) -> str | None:
-    """``listen``, else all interfaces at the port of the member's ``address``, checked; None where
-    there is neither.
+    """``listen``, else all interfaces at the port of the member's ``address``; None where there is
+    neither.
     """
     if listen is None and address is not None:
-        listen = f"[::]:{address.rpartition(':')[2]}"
-    if listen is not None:
-        check_listen(listen)
+        return f"[::]:{address.rpartition(':')[2]}"
     return listen
 
 

@@ -65,6 +65,8 @@ def cloud(
         )
     identity = Identity.load(name, key, listed)
     place = listen_address(listen or config.listen, member.address)
+    assert place is not None  # it has an address
+    check_listen(place)
     metrics = (
         None if config.metrics is None else CloudMetrics(*check_listen(config.metrics, "metrics"))
     )

@@ -10,20 +10,15 @@ from pathlib import Path
 from dlora.config.arms import DLORA
 from dlora.config.run import Config
 from dlora.data.first_look import refuse_comparison
-from dlora.errors import CloudError, ConfigError
-from dlora.events.log import Listener, RunLog, loaded, loading
-from dlora.files import write_atomically
+from dlora.errors import ConfigError
+from dlora.events.log import Listener
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.programs.peer import peer
-from dlora.run.account import Summary, conclude, introduction, summary
-from dlora.run.folder import RunFolder
-from dlora.run.frozen_model import check_halves, check_room, far_cloud, teller
-from dlora.run.lock import sole_use
-from dlora.run.manifest import manifest_text
-from dlora.run.prepare import Prepared, prepare
+from dlora.run.account import Summary
+from dlora.run.frozen_model import check_halves, far_cloud, reach_cloud, teller
+from dlora.run.opening import opened
 from dlora.run.simulated import Run
-from dlora.run.spent import Stopwatch, spent_before
 
 RUN = DLORA.name
 
@@ -68,58 +63,23 @@ def device(
             "--listen is for neighbours to dial: name them in peers.members, or remove it"
         )
     refuse_comparison(config)
-    watch = Stopwatch(whole_process)
-    if resume:
-        RunFolder.check_same(config, name)
-    else:
-        RunFolder.check_new(config)
-    prepared = prepare(config, loading(listeners), own=name, resume=resume)
-    loaded(listeners)
-    with sole_use(Path(config.output_dir)):
-        return _trained(
-            prepared, identity, FederationFile(federation), resume, listeners, stop, watch
-        )
-
-
-def _trained(
-    prepared: Prepared,
-    identity: Identity,
-    federation: FederationFile,
-    resume: bool,
-    listeners: Sequence[Listener],
-    stop: Callable[[], bool],
-    watch: Stopwatch,
-) -> Summary:
-    config, name = prepared.config, identity.name
-    assert prepared.half is not None and config.split is not None
-    folder = (
-        RunFolder.resume(config, manifest_text(prepared.manifest))
-        if resume
-        else RunFolder.create(config)
-    )
-    prepared.keep_frame()
-    stored = folder.latest(RUN)
-    with RunLog(folder.log_path, listeners) as log:
-        if resume:
-            log.truncate((stored.result or stored.state)["log_position"] if stored else 0)
-        if log.position == 0:
-            write_atomically(folder.path / "manifest.json", manifest_text(prepared.manifest))
-            log.emit("start", **introduction(prepared, [RUN], 1, name))
-        tell = teller(log, config.split.cloud)
-        with far_cloud(prepared.half, config, identity, federation, tell, stop) as cloud_bytes:
-            if stored and stored.result and stored.rounds_done >= config.train.rounds:
-                result = stored.result["result"]
-            else:
-                log.tick("phase", text=f"waiting for the cloud {config.split.cloud}")
-                try:
-                    check_room(prepared, prepared.half.open())
-                except CloudError:
-                    if not resume:
-                        folder.remove()  # nothing has begun
-                    raise
-                watch.started()
-                spent = watch.run(spent_before(stored))
-                result = Run(RUN, prepared, folder, log, 1, stop, cloud_bytes, spent).result(stored)
-        summed = summary(prepared, {RUN: result}, prepared.manifest, 1, result["seconds"], name)
-        log.emit("done", seconds=result["seconds"])
-    return conclude(folder, summed, watch)
+    with opened(
+        config,
+        [RUN],
+        own=name,
+        resume=resume,
+        listeners=listeners,
+        stop=stop,
+        whole_process=whole_process,
+    ) as run:
+        half, split = run.prepared.half, config.split
+        assert half is not None and split is not None  # `check_halves` saw to it
+        tell = teller(run.log, split.cloud)
+        members = FederationFile(federation)
+        with far_cloud(half, config, identity, members, tell, stop) as cloud_bytes:
+            finished = run.finished(RUN)
+            if finished is None:
+                reach_cloud(run.log, run.prepared)
+            run.begin()
+            result = finished or Run(RUN, run, cloud_bytes).result()
+        return run.conclude({RUN: result})

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,23 +15,20 @@ from pathlib import Path
 from dlora.config.run import Config
 from dlora.data.first_look import members_of
 from dlora.decentralized.peer.ledger import Ledger
-from dlora.errors import CloudError, ConfigError, NeighbourError
-from dlora.events.log import Listener, RunLog, loaded, loading
-from dlora.files import write_atomically
+from dlora.errors import ConfigError, NeighbourError
+from dlora.events.log import Listener, RunLog
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.listen_address import certificate_teller, listen_address
-from dlora.run.account import Summary, conclude, introduction, summary
+from dlora.net.listen_address import certificate_teller, check_listen, listen_address
+from dlora.run.account import Summary
 from dlora.run.findings import Findings
 from dlora.run.folder import RunFolder
-from dlora.run.frozen_model import check_halves, check_room, far_cloud
-from dlora.run.lock import sole_use
-from dlora.run.manifest import manifest_text
-from dlora.run.prepare import Prepared, prepare
+from dlora.run.frozen_model import check_halves, far_cloud, reach_cloud
+from dlora.run.opening import OpenRun, opened
+from dlora.run.prepare import Prepared
 from dlora.run.real_peer import RUN, PeerRun
-from dlora.run.spent import Stopwatch, spent_before
 from dlora.wire.peer.codec import PEERS
 
 
@@ -63,104 +59,75 @@ def peer(
     if config.split is not None:
         check_halves(config, name, listed)
     _check_roles(config, members, listed)
-    watch = Stopwatch(whole_process)
-    if resume:
-        RunFolder.check_same(config, name)
-    else:
-        RunFolder.check_new(config)
-    prepared = prepare(config, loading(listeners), own=name, resume=resume)
-    loaded(listeners)
-    topology = prepared.topology
-    listed.check_dialable(
-        {
-            (members[one], members[two])
-            for round in range(topology.period)
-            for one, two in topology.edges(round)
-        }
-    )
-    listen = listen_address(listen, listed.member(name).address)
-    prepared.hand_frame()  # before anything else is written
-    with sole_use(Path(config.output_dir)):
-        return _took_part(
-            prepared, identity, FederationFile(federation), listen, resume, listeners, stop, watch
+    place = listen_address(listen, listed.member(name).address)
+
+    def check(prepared: Prepared) -> None:
+        topology = prepared.topology
+        listed.check_dialable(
+            {
+                (members[one], members[two])
+                for round in range(topology.period)
+                for one, two in topology.edges(round)
+            }
         )
+        if place is not None:
+            check_listen(place)
+
+    with opened(
+        config,
+        [RUN],
+        own=name,
+        resume=resume,
+        listeners=listeners,
+        stop=stop,
+        whole_process=whole_process,
+        check=check,
+    ) as run:
+        findings, num_peers, concluded = _took_part(
+            run, identity, FederationFile(federation), place
+        )
+    _tell(findings, num_peers, concluded)
+    return concluded
 
 
 def _took_part(
-    prepared: Prepared,
-    identity: Identity,
-    federation: FederationFile,
-    listen: str | None,
-    resume: bool,
-    listeners: Sequence[Listener],
-    stop: Callable[[], bool],
-    watch: Stopwatch,
-) -> Summary:
-    config, topology, name = prepared.config, prepared.topology, identity.name
-    members = topology.names
-    manifest = prepared.manifest | {"rounds": config.train.rounds}
-    folder = (
-        RunFolder.resume(config, manifest_text(manifest)) if resume else RunFolder.create(config)
+    run: OpenRun, identity: Identity, federation: FederationFile, place: str | None
+) -> tuple[Findings, int, Summary]:
+    """What was found, how many peers are in the average, and the summary."""
+    config, half, topology = run.config, run.prepared.half, run.prepared.topology
+    members, log = topology.names, run.log
+    neighbours = [members[other] for other in topology.all_neighbours(members.index(identity.name))]
+    network = GrpcNetwork(
+        identity,
+        federation,
+        neighbours,
+        place,
+        PEERS,
+        partial(_tell_of_refusal, log),
+        on_certificate=certificate_teller(log),
     )
-    prepared.keep_frame()
-    stored = folder.latest(RUN)
-    with RunLog(folder.log_path, listeners) as log:
-        if not resume or log.position == 0:
-            write_atomically(folder.path / "manifest.json", manifest_text(manifest))
-            log.emit("start", **introduction(prepared, [RUN], 1, name))
-        ledger = Ledger(folder.path / "exchange")
-        neighbours = [members[other] for other in topology.all_neighbours(members.index(name))]
-        network = GrpcNetwork(
-            identity,
-            federation,
-            neighbours,
-            listen,
-            PEERS,
-            partial(_tell_of_refusal, log),
-            on_certificate=certificate_teller(log),
-        )
-        finished, position = _finished(folder), ledger.position
-        spent = watch.run(spent_before(stored))
-        signatures = MemberSignatures(identity, federation)
-        run = PeerRun(
-            name, prepared, manifest, folder, log, ledger, network, signatures, stop, stored, spent
-        )
+    with contextlib.closing(Ledger(run.folder.path / "exchange")) as ledger:
+        finished, position = _finished(run.folder), ledger.position
+        live = PeerRun(run, ledger, network, MemberSignatures(identity, federation))
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = (
-            contextlib.nullcontext()
+            far_cloud(half, config, identity, federation, live.hear_of_cloud, live.gives_up)
+            if half is not None
+            else contextlib.nullcontext()
         )
-        if prepared.half is not None:
-            cloud = far_cloud(
-                prepared.half, config, identity, federation, run.hear_of_cloud, run.gives_up
-            )
-        try:
-            with cloud as run.cloud_bytes:
-                if prepared.half is not None and run.progress.rounds_done < config.train.rounds:
-                    log.tick("phase", text="waiting for the cloud")
-                    # before neighbours wait for one who cannot begin
-                    check_room(prepared, prepared.half.open())
-                watch.started()
-                consensus, num_peers = asyncio.run(run.live(neighbours))
-                if (
-                    finished
-                    and ledger.position == position
-                    and _said(finished) == (num_peers, run.findings.warnings(num_peers))
-                ):
-                    _tell(run.findings, num_peers, finished)
-                    # no doubt was settled and nobody new is in the average: all is as it was
-                    return finished
-                result = run.finish(consensus, num_peers)
-        except (NeighbourError, CloudError):
-            # once the config is right, the same command starts anew
-            if not resume and not run.began:
-                shutil.rmtree(folder.path, ignore_errors=True)
-            raise
-        finally:
-            ledger.close()
-        summed = summary(prepared, {RUN: result}, manifest, 1, result["seconds"], name)
-        log.emit("done", seconds=result["seconds"])
-    concluded = conclude(folder, summed, watch)
-    _tell(run.findings, num_peers, concluded)
-    return concluded
+        with cloud as live.cloud_bytes:
+            if half is not None and live.progress.rounds_done < config.train.rounds:
+                reach_cloud(log, run.prepared)  # before neighbours wait for one who cannot begin
+            run.watch.started()
+            consensus, num_peers = asyncio.run(live.live(neighbours))
+            if (
+                finished
+                and ledger.position == position
+                and _said(finished) == (num_peers, live.findings.warnings(num_peers))
+            ):
+                # no doubt was settled and nobody new is in the average: all is as it was
+                return live.findings, num_peers, finished
+            result = live.finish(consensus, num_peers)
+    return live.findings, num_peers, run.conclude({RUN: result})
 
 
 def _tell_of_refusal(log: RunLog, reason: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import warnings
@@ -20,7 +19,7 @@ from dlora.config.reading import parse_section
 from dlora.config.run import Config
 from dlora.errors import ConfigError, RunError
 from dlora.files import sync_folder, write_atomically
-from dlora.run.lock import LOCK_FILE, cannot_make, check_unused, remove_empty
+from dlora.run.lock import LOCK_FILE, cannot_make, check_unused
 from dlora.run.sums import SUMS_FILE, check_sums, sums_text
 
 # What may change from start to start: where the run and its frame lie, whose own scores are wanted,
@@ -57,43 +56,41 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.log_path = path / "log.jsonl"
-        self._made: list[Path] = []  # by `create`, innermost first
         self._damaged: set[Path] = set()  # checkpoints that `latest` found so
 
     @classmethod
-    def check_new(cls, config: Config) -> None:
-        """Raise RunError when ``output_dir`` is taken; nothing is made yet."""
+    def check_new(cls, config: Config, own: str | None = None) -> None:
+        """Raise RunError when ``output_dir`` is taken; nothing is made yet. ``own`` as for
+        `check_same`.
+        """
         path = Path(config.output_dir)
         check_unused(path)
-        cls._check_empty(path, config)
+        cls._check_empty(path, config, own)
 
     @staticmethod
-    def _check_empty(path: Path, config: Config) -> None:
+    def _check_empty(path: Path, config: Config, own: str | None) -> None:
         try:
             taken = path.exists() and (
                 not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir())
             )
         except (OSError, ValueError) as error:  # 300 letters, no right to look
             raise cannot_make(path, error) from error
-        if taken:
-            if not (path / "config.yaml").is_file():
-                what = "holds files that are no run" if path.is_dir() else "is a file"
-                raise RunError(
-                    f"output_dir {path} {what}; choose another with --set output_dir=..., or"
-                    " remove it"
-                )
-            same = False
-            with contextlib.suppress(RunError):  # its config is damaged
-                same = read_config(path) == config
-            if same:
-                raise RunError(
-                    f"output_dir {path} holds this run; go on with --resume, or choose another with"
-                    " --set output_dir=..."
-                )
+        if not taken:
+            return
+        if not (path / "config.yaml").is_file():
+            what = "holds files that are no run" if path.is_dir() else "is a file"
             raise RunError(
-                f"output_dir {path} holds another run; choose another with --set output_dir=..., or"
-                " go on with that one by its own config.yaml and --resume"
+                f"output_dir {path} {what}; choose another with --set output_dir=..., or remove it"
             )
+        if _why_another(path, config, own) is None:
+            raise RunError(
+                f"output_dir {path} holds this run; go on with --resume, or choose another with"
+                " --set output_dir=..."
+            )
+        raise RunError(
+            f"output_dir {path} holds another run; choose another with --set output_dir=..., or go"
+            " on with that one by its own config.yaml and --resume"
+        )
 
     @classmethod
     def standing(cls, config: Config) -> str | None:
@@ -104,11 +101,9 @@ class RunFolder:
         if not (path / "config.yaml").is_file():
             cls.check_new(config)
             return None
-        try:
-            cls.check_same(config)
-        except RunError as error:
+        if why := _why_another(path, config, None):
             warnings.warn(
-                f"output_dir {path} holds another run, so this one would not start ({error})",
+                f"output_dir {path} holds another run, so this one would not start ({why})",
                 stacklevel=2,
             )
             return None
@@ -131,43 +126,20 @@ class RunFolder:
                 f"{path} holds no run (no config.yaml); start one without --resume, or give its"
                 " --set output_dir=..."
             )
-        stored = read_config(path)
-        began = _first_event(path)
-        if began and began.get("own") != own:
-            raise RunError(
-                f"resume: {path} holds a run of another kind or participant; go on with:"
-                f" {resume_command(path)}"
-            )
-        before, now = (
-            _leaves(stored.model_dump(mode="json")),
-            _leaves(config.model_dump(mode="json")),
-        )
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or key in LOCAL_KEYS:
-                continue
-            if key == "train.rounds" and config.train.rounds > stored.train.rounds:
-                if config.train.lr_scheduler_type == "constant":
-                    continue
-                raise RunError(
-                    f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds},"
-                    f" but under a {config.train.lr_scheduler_type} learning rate a longer run"
-                    " takes other steps from the start; start anew"
-                )
-            raise _changed(key, before.get(key), now.get(key))
+        if why := _why_another(path, config, own):
+            raise why
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
+    def create(cls, config: Config, own: str | None = None) -> RunFolder:
         """Make ``output_dir`` and write the resolved config. Raises RunError when it is taken or
         cannot be written.
         """
         folder = cls(Path(config.output_dir))
-        cls._check_empty(folder.path, config)
-        folder._made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+        cls._check_empty(folder.path, config, own)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.path / "config.yaml", config.dump())
         except (OSError, RunError) as error:
-            remove_empty(folder._made)
             raise cannot_make(
                 folder.path, error if isinstance(error, OSError) else error.__cause__
             ) from error
@@ -189,8 +161,7 @@ class RunFolder:
 
     def remove(self) -> None:
         """Take back what `create` made, and all that came into it."""
-        shutil.rmtree(self.path)
-        remove_empty(self._made)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def save(self, run: str, checkpoint: Checkpoint) -> None:
         """Write a checkpoint beside the last one and keep both, the one before them goes; a crash
@@ -357,6 +328,34 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
         raise RunError(
             f"{path}/manifest.json cannot be read ({error}); restore it, or start anew"
         ) from error
+
+
+def _why_another(path: Path, config: Config, own: str | None) -> RunError | None:
+    """Why the run in ``path`` cannot go on as ``own``'s with ``config``; None: it is this run."""
+    try:
+        stored = read_config(path)
+    except RunError as damaged:
+        return damaged
+    began = _first_event(path)
+    if began and began.get("own") != own:
+        return RunError(
+            f"resume: {path} holds a run of another kind or participant; go on with:"
+            f" {resume_command(path)}"
+        )
+    before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or key in LOCAL_KEYS:
+            continue
+        if key == "train.rounds" and config.train.rounds > stored.train.rounds:
+            if config.train.lr_scheduler_type == "constant":
+                continue
+            return RunError(
+                f"resume: train.rounds was {stored.train.rounds} and is {config.train.rounds}, but"
+                f" under a {config.train.lr_scheduler_type} learning rate a longer run takes other"
+                " steps from the start; start anew"
+            )
+        return _changed(key, before.get(key), now.get(key))
+    return None
 
 
 def _changed(key: str, before: Any, now: Any) -> RunError:

@@ -29,7 +29,6 @@ from dlora.split.cloud.session import Session
 from dlora.split.device.half import Half
 from dlora.wire.frame import ChannelDown, Link
 from dlora.wire.split.codec import split_kind
-from dlora.wire.split.frames import Opened
 
 CLOUD, DEVICE = "cloud", "device"  # in one process
 # into a wait for the cloud; then 4 times as late each, at last as often as that
@@ -195,8 +194,13 @@ def _link(
     return lambda: sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 
 
-def check_room(prepared: Prepared, limits: Opened) -> None:
-    """Raise CloudError when one of the texts alone is more than the cloud takes."""
+def reach_cloud(log: RunLog, prepared: Prepared) -> None:
+    """Wait for the cloud. Raises CloudError when it refuses this device, or when one of the texts
+    alone is more than it takes.
+    """
+    assert prepared.half is not None and prepared.config.split is not None
+    log.tick("phase", text=f"waiting for the cloud {prepared.config.split.cloud}")
+    limits = prepared.half.open()
     data = prepared.data
     options = [option for choice in data.choices for option in choice.options]
     longest = max(

@@ -24,21 +24,20 @@ from dlora.decentralized.peer.word import Signatures
 from dlora.decentralized.topology import Topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores, better
-from dlora.events.log import RunLog, read_log
+from dlora.events.log import read_log
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.transport import Talk
 from dlora.run.findings import Findings
-from dlora.run.folder import Checkpoint, RunFolder, environment, warn_of_another
+from dlora.run.folder import Checkpoint, environment, warn_of_another
 from dlora.run.frozen_model import teller
 from dlora.run.local_round import Training
 from dlora.run.manifest import manifest_hash, manifest_text
 from dlora.run.messages import decode_message, encode_message, message_sizes
-from dlora.run.prepare import Prepared
+from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
-from dlora.run.spent import Spent
 from dlora.wire.frame import Link
 
 RUN = DEC_LORA.name
@@ -58,27 +57,17 @@ class PeerRun:
     cloud_bytes: Callable[[], int] | None = None
 
     def __init__(
-        self,
-        name: str,
-        prepared: Prepared,
-        manifest: dict[str, Any],
-        folder: RunFolder,
-        log: RunLog,
-        ledger: Ledger,
-        network: GrpcNetwork,
-        signatures: Signatures,
-        stop: Callable[[], bool],
-        stored: Checkpoint | None,
-        spent: Spent | None = None,
+        self, run: OpenRun, ledger: Ledger, network: GrpcNetwork, signatures: Signatures
     ) -> None:
-        self.name, self.prepared, self.manifest = name, prepared, manifest
-        self.folder, self.log, self.ledger, self.network, self.stop = (
-            folder,
-            log,
-            ledger,
-            network,
-            stop,
+        assert run.own is not None
+        self.run, self.name, self.prepared, self.folder = (
+            run,
+            run.own,
+            run.prepared,
+            run.folder,
         )
+        self.log, self.stop, self.ledger, self.network = run.log, run.stop, ledger, network
+        name, prepared, log, stored = run.own, run.prepared, run.log, run.stored[RUN]
         self.signatures = signatures
         self.steps_done = 0
         # of who is active, not in the log yet: local steps are another thread's
@@ -89,7 +78,7 @@ class PeerRun:
         self.training = Training(
             prepared, prepared.local_steps, 1, False, self._tick_step, self.schedules.scheduled
         )
-        self.spent = spent or Spent()
+        self.spent = run.spent(RUN)
         self.tokens_before: int | None = 0  # read in earlier processes
         self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
         self.findings = Findings(name, prepared.topology.num_peers, log.emit)
@@ -101,7 +90,7 @@ class PeerRun:
         self.walked: Factors = {}
         self.round: dict[str, Any] = {}  # the last round's event
         self.trained_round: int | None = None  # since the last commit
-        self.began = self.abandoned = False
+        self.abandoned = False
         self.best: dict[str, Any] = {}
         self.seconds = 0.0  # of training and exchange, waiting included
         # on the wires, in earlier processes of this run
@@ -150,8 +139,8 @@ class PeerRun:
             self.log.emit("resumed", run=RUN, rounds_done=self.progress.rounds_done)
         exchange = Exchange(
             self.name,
-            manifest_text(self.manifest),
-            manifest_hash(self.manifest),
+            manifest_text(self.run.manifest),
+            manifest_hash(self.run.manifest),
             self.ledger,
             neighbours,
             Patience(config.peers.silence_s, config.peers.round_limit_s),
@@ -225,7 +214,7 @@ class PeerRun:
         there is no round to finish.
         """
         while not self.stop() or (
-            self.began and self.progress.rounds_done < self.prepared.config.train.rounds
+            self.run.began and self.progress.rounds_done < self.prepared.config.train.rounds
         ):
             await asyncio.sleep(LOOK_S)
         raise Interrupted(
@@ -277,7 +266,7 @@ class PeerRun:
     # What the protocol is handed
 
     async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
-        self.began = True
+        self.run.began = True
         every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
         due = number and every and number % every == 0
         if due and self.scoring.chosen:  # its own score: nobody has the average before the end

@@ -16,16 +16,15 @@ from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scored, Scores, better, mean_scores, standard_errors
-from dlora.events.log import RunLog
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
 from dlora.net.counting import MemoryTransport
-from dlora.run.folder import Checkpoint, RunFolder, environment, warn_of_another
+from dlora.run.folder import Checkpoint, environment, warn_of_another
 from dlora.run.local_round import Training
-from dlora.run.prepare import WIRE_DTYPES, Prepared
+from dlora.run.opening import OpenRun
+from dlora.run.prepare import WIRE_DTYPES
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
-from dlora.run.spent import Spent
 
 
 class Run:
@@ -39,16 +38,13 @@ class Run:
     def __init__(
         self,
         name: str,
-        prepared: Prepared,
-        folder: RunFolder,
-        log: RunLog,
-        group_size: int,
-        stop: Callable[[], bool],
+        run: OpenRun,
         cloud_bytes: Callable[[], int] | None = None,
-        spent: Spent | None = None,
     ) -> None:
-        self.name, self.prepared, self.folder, self.log = name, prepared, folder, log
-        self.group_size, self.stop, self.spent = group_size, stop, spent or Spent()
+        self.name, self.prepared, self.folder, self.log = name, run.prepared, run.folder, run.log
+        self.group_size, self.stop, self.spent = run.group_size, run.stop, run.spent(name)
+        self.stored = run.stored[name]
+        prepared, log, group_size = run.prepared, run.log, run.group_size
         self.arm = ARMS[name]
         config = prepared.config
         self.local_steps = self._local_steps()
@@ -98,11 +94,11 @@ class Run:
             else {"cloud_bytes": self._cloud_bytes_before + self._cloud_bytes()}
         )
 
-    def result(self, stored: Checkpoint | None) -> dict[str, Any]:
-        """Go on from ``stored``, run what is left of the rounds, save, score; raises Interrupted
-        when told to stop.
+    def result(self) -> dict[str, Any]:
+        """Go on from the last checkpoint, run what is left of the rounds, save, score; raises
+        Interrupted when told to stop.
         """
-        config = self.prepared.config
+        config, stored = self.prepared.config, self.stored
         if stored is not None:
             self._restore(stored)
         self.log.emit(

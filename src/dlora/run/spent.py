@@ -67,6 +67,11 @@ class Stopwatch:
         """All is loaded; the runs begin."""
         self._start_up_s = time.monotonic() - self._began
 
+    @property
+    def running_s(self) -> float:
+        """Since `started`."""
+        return time.monotonic() - self._began - self._start_up_s
+
     def run(self, before: Mapping[str, float] | None = None) -> Spent:
         """A run of this process."""
         self._here.append(Spent(before))
