@@ -97,8 +97,8 @@ def opened(
     prepared = prepare(config, loading(listeners), own=own, resume=resume)
     loaded(listeners)
     check(prepared)
-    if own is None or prepared.half is None:  # a device was handed its frame: it has no weights
-        prepared.hand_frame()
+    if own is None or prepared.half is None:  # a device has no weights
+        prepared.hand_directions()
     # Others take part while it goes on: they agree on its rounds, and hear of what its log says.
     among_others = own is not None and bool(config.peers.members)
     manifest = prepared.manifest | ({"rounds": config.train.rounds} if among_others else {})
@@ -108,7 +108,7 @@ def opened(
             if resume
             else RunFolder.create(config, own)
         )
-        prepared.keep_frame()
+        prepared.keep_directions()
         stored = {arm: folder.latest(arm) for arm in arms}
         grouping = _grouping(prepared, own, stored)
         with RunLog(folder.log_path, listeners) as log:

@@ -116,14 +116,14 @@ class Prepared:
             if name not in self.model.frozen_head
         }
 
-    def hand_frame(self) -> None:
-        """Under placement core: write the frame where ``lora.frame`` says, if nothing is there."""
+    def hand_directions(self) -> None:
+        """Under placement core: write the core directions where ``lora.frame`` says, if nothing is there."""
         given = self.config.lora.frame
         if self.model.directions and given and not Path(given).exists():
             write_directions(Path(given), self.model.directions)
 
-    def keep_frame(self) -> None:
-        """Under placement core: write the frame into the run folder, if it is not there."""
+    def keep_directions(self) -> None:
+        """Under placement core: write the core directions into the run folder, if it is not there."""
         path = Path(self.config.output_dir, DIRECTIONS_FILE)
         if self.model.directions and not path.exists():
             write_directions(path, self.model.directions)
