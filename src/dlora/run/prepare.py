@@ -117,13 +117,13 @@ class Prepared:
         }
 
     def hand_directions(self) -> None:
-        """Under placement core: write the core directions where ``lora.frame`` says, if nothing is there."""
+        """Under placement core: write the file that ``lora.frame`` names, if it is not there."""
         given = self.config.lora.frame
         if self.model.directions and given and not Path(given).exists():
             write_directions(Path(given), self.model.directions)
 
     def keep_directions(self) -> None:
-        """Under placement core: write the core directions into the run folder, if it is not there."""
+        """Under placement core: write the file of the run folder, if it is not there."""
         path = Path(self.config.output_dir, DIRECTIONS_FILE)
         if self.model.directions and not path.exists():
             write_directions(path, self.model.directions)
@@ -167,13 +167,13 @@ def prepare(
     phase("loading model")
     half = None
     if config.split is not None:
-        frame = (
+        directions = (
             kept_directions(config, resume) if own is None or resume else handed_directions(config)
         )
         # a simulation has the weights as well
-        if own is None and frame is None and config.lora.placement == "core":
-            frame = whole_directions(config)
-        half = load_half(config, tokenizer, data.label_names, frame)
+        if own is None and directions is None and config.lora.placement == "core":
+            directions = whole_directions(config)
+        half = load_half(config, tokenizer, data.label_names, directions)
         model, weights_hash = half.model, half.fingerprint
     else:
         frozen = load_model(config, tokenizer, data.label_names)
