@@ -18,7 +18,7 @@ import pytest
 from dlora.config.cloud import CloudConfig
 from dlora.net.channel import GIVE_UP_S
 from dlora.programs.cloud import cloud
-from dlora.run.real_peer import PeerRun
+from dlora.run.cloud_of_a_peer import CloudOfAPeer
 from dlora.split.cloud.body import Body
 from kit.processes import HUB, Split, running, until
 
@@ -101,16 +101,14 @@ def test_a_device_whose_cloud_hangs_is_away_for_its_neighbours() -> None:
     """Field case 33: as where the link is lost, which `tests/run/test_both.py` shows with real
     neighbours.
     """
-    run: Any = PeerRun.__new__(PeerRun)
     said: list[str] = []
-    run.prepared = SimpleNamespace(config=SimpleNamespace(split=SimpleNamespace(cloud="hub")))
-    run.log = SimpleNamespace(
+    log: Any = SimpleNamespace(
         emit=lambda event, **fields: said.append(event), tick=lambda event, **fields: None
     )
-    run.cloud_is_away = False
+    cloud = CloudOfAPeer(log, "hub")
     away = []
     for event in ("cloud-silent", "cloud-back", "cloud-lost", "connection-refused", "cloud-back"):
-        run.hear_of_cloud(event, "a reason")
-        away.append(run.cloud_is_away)
+        cloud.hear(event, "a reason")
+        away.append(cloud.is_away)
     assert away == [True, False, True, True, False]
     assert said == ["cloud-silent", "cloud-back", "cloud-lost", "connection-refused", "cloud-back"]

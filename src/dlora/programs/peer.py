@@ -110,11 +110,11 @@ def _took_part(
         finished, position = _finished(run.folder), ledger.position
         live = PeerRun(run, ledger, network, MemberSignatures(identity, federation))
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = (
-            far_cloud(half, config, identity, federation, live.hear_of_cloud, live.gives_up)
-            if half is not None
+            far_cloud(half, config, identity, federation, live.cloud.hear, live.gives_up)
+            if half is not None and live.cloud is not None
             else contextlib.nullcontext()
         )
-        with cloud as live.cloud_bytes:
+        with cloud as live.tally.cloud_bytes:
             if half is not None and live.progress.rounds_done < config.train.rounds:
                 reach_cloud(log, run.prepared)  # before neighbours wait for one who cannot begin
             run.watch.started()

@@ -1,11 +1,12 @@
-"""What a peer found wrong with its neighbours: kept while it runs, told at its end with their
-names.
-"""
+"""What a peer tells of its neighbours at its end: what was wrong, which rounds were mixed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.topology import Topology
 
 
 class Findings:
@@ -83,3 +84,24 @@ class Findings:
                     f" and ask {neighbour}"
                 )
         return None
+
+
+def edge_counts(
+    name: str, topology: Topology, ledger: Ledger, rounds: int
+) -> dict[str, dict[str, int]]:
+    """For each neighbour, how many of the run's rounds with it were mixed, left out, or are still
+    in doubt.
+    """
+    index, committed = topology.names.index(name), ledger.committed()
+    counts = {}
+    for other in topology.all_neighbours(index):
+        neighbour = topology.names[other]
+        due = [round for round in range(rounds) if other in topology.neighbours(index, round)]
+        mixed = sum((round, neighbour) in committed for round in due)
+        doubts = len(ledger.in_doubt(neighbour))
+        counts[neighbour] = {
+            "mixed": mixed,
+            "left_out": len(due) - mixed - doubts,
+            "in_doubt": doubts,
+        }
+    return counts

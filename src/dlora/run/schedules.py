@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dlora.lora.active import Scheduled, schedule_units
@@ -56,7 +56,7 @@ class Schedules:
         """For a checkpoint."""
         return {"schedules": [schedule.state() for schedule in self.each]} if self.each else {}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's."""
         for schedule, of_one in zip(self.each, state.get("schedules", ()), strict=True):
             schedule.load(of_one)

@@ -15,16 +15,17 @@ from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
-from dlora.evaluate import Scored, Scores, better, mean_scores, standard_errors
+from dlora.evaluate import Scored, Scores
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import average, consensus_distance, one
 from dlora.net.counting import MemoryTransport
-from dlora.run.folder import Checkpoint, environment, warn_of_another
+from dlora.run.folder import Checkpoint
 from dlora.run.local_round import Training
 from dlora.run.opening import OpenRun
 from dlora.run.prepare import WIRE_DTYPES
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
+from dlora.run.tally import Tally
 
 
 class Run:
@@ -51,7 +52,7 @@ class Run:
         self.schedules = None if self.arm.baseline else Schedules(name, prepared, log.emit)
         self.scheduled = self.schedules.scheduled if self.schedules else None
         self.training = Training(
-            prepared, self.local_steps, group_size, self.arm.pooled, self._tick_step, self.scheduled
+            prepared, self.local_steps, group_size, self.arm.pooled, self._step, self.scheduled
         )
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
@@ -66,33 +67,22 @@ class Run:
             took_part,
         )
         self.rounds_done = 0
-        self.steps_done = 0  # local steps of all participants, for the progress bar
-        # read in earlier processes; None where their checkpoint does not say
-        self.tokens_before: int | None = 0
-        self.best: dict[str, Any] = {}
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
-        self._cloud_bytes = cloud_bytes
-        # of this run in earlier processes, less other runs'
-        self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0
+        self.tally = Tally(
+            name,
+            log,
+            self.spent,
+            self.training,
+            self.schedules,
+            config.train.rounds,
+            lambda: self.transport.bytes_on_wire,
+            cloud_bytes,
+        )
 
     @property
     def seconds(self) -> float:
         """Of training and exchange, without scoring and saving."""
         return self.spent.seconds["training"] + self.spent.seconds["exchange"]
-
-    @property
-    def tokens(self) -> int | None:
-        """Read by the local steps of all participants, padding left out."""
-        return None if self.tokens_before is None else self.tokens_before + self.training.tokens
-
-    @property
-    def _with_cloud(self) -> dict[str, int]:
-        """Bytes with the cloud, for a run that has one."""
-        return (
-            {}
-            if self._cloud_bytes is None
-            else {"cloud_bytes": self._cloud_bytes_before + self._cloud_bytes()}
-        )
 
     def result(self) -> dict[str, Any]:
         """Go on from the last checkpoint, run what is left of the rounds, save, score; raises
@@ -101,17 +91,11 @@ class Run:
         config, stored = self.prepared.config, self.stored
         if stored is not None:
             self._restore(stored)
-        self.log.emit(
-            "run",
-            run=self.name,
-            rounds=config.train.rounds,
-            local_steps=self.local_steps,
-            participants=len(self.local_steps),
-        )
+        self.tally.begin()
         if self.schedules is not None:  # a run that goes on has it in its log already
             self.schedules.tell(self.log.emit if stored is None else self.log.tick)
         if stored is not None:
-            self.log.emit("resumed", run=self.name, rounds_done=self.rounds_done)
+            self.tally.resumed(self.rounds_done)
             if "scores_due" in stored.state:
                 self._score(peers=stored.state["scores_due"])
         else:
@@ -123,31 +107,10 @@ class Run:
         if not self.arm.baseline:
             with self.spent.on("saving"):
                 self._write_adapters()
-        spent = self.schedules.spent if self.schedules else {}
-        result = {
-            "consensus": consensus.scores,
-            "peers_mean": mean_scores(peers) if peers else None,
-            "peers_mean_error": standard_errors(peers, len(self.local_steps)),
-            "peers": peers,
-            "best": self.best,
-            "confusion": consensus.confusion,
-            "bytes_on_wire": self.transport.bytes_on_wire,
-            **self._with_cloud,
-            **spent,
-            "consensus_distance": consensus_distance(self.trained),
-            "seconds": self.seconds,
-            "spent_s": dict(self.spent.seconds),
-            "participant_steps_per_second": (
-                config.train.rounds * sum(self.local_steps) / self.seconds
-            ),
-            "tokens": self.tokens,
-            "tokens_per_second": None if self.tokens is None else self.tokens / self.seconds,
-            "local_steps": self.local_steps,
-        }
-        shown = {
-            key: result[key] for key in ("consensus", "peers_mean", "bytes_on_wire", "seconds")
-        }
-        self.log.emit("run-done", run=self.name, **shown, **self._with_cloud, **spent)
+        steps = config.train.rounds * sum(self.local_steps)
+        result = self.tally.done(
+            consensus, peers, len(self.local_steps), consensus_distance(self.trained), self.seconds
+        ) | {"participant_steps_per_second": steps / self.seconds}
         self.folder.finish(
             self.name, self.rounds_done, {"result": result, "log_position": self.log.position}
         )
@@ -166,18 +129,8 @@ class Run:
                 f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no number"
                 " any more; lower train.learning_rate and start anew in another output_dir"
             )
-        self.log.emit(
-            "round",
-            run=self.name,
-            round=self.rounds_done,
-            loss=losses.mean().item(),
-            losses=losses.tolist(),
-            learning_rate=self.training.learning_rates(self.rounds_done, self.local_steps[0])[-1],
-            consensus_distance=consensus_distance(self.trained),
-            bytes_on_wire=self.transport.bytes_on_wire,
-            **self._with_cloud,
-            seconds=self.seconds,
-        )
+        apart = consensus_distance(self.trained)
+        self.log.emit("round", **self.tally.round(self.rounds_done, losses, apart, self.seconds))
         self.rounds_done += 1
 
     def _train(self, names: frozenset[str]) -> Tensor:
@@ -208,18 +161,9 @@ class Run:
         )
 
     def _restore(self, stored: Checkpoint) -> None:
-        state, here = stored.state, environment(self.group_size)
-        warn_of_another(state["environment"], here)
         self.participants.load(stored.factors, stored.optimizer)
         self.rounds_done = stored.rounds_done
-        # 0.1.0 kept scores of nothing trained
-        self.best = state["best"] if state["best"].get("rounds_done") else {}
-        self.tokens_before = state.get("tokens")
-        self.steps_done = self.rounds_done * sum(self.local_steps)
-        self.transport.bytes_on_wire = state["bytes_on_wire"]
-        if self.schedules is not None:
-            self.schedules.load(state)
-        self._cloud_bytes_before += state.get("cloud_bytes", 0)
+        self.tally.load(stored.state, self.rounds_done, self.group_size)
 
     def _after_round(self) -> None:
         """Score and save when it is time; stop when asked to."""
@@ -246,18 +190,8 @@ class Run:
         """A checkpoint; ``due``: what is to be done before the next round."""
         with self.spent.on("saving"):
             factors, optimizer = self.participants.factors, self.participants.optimizer_state()
-            state = {
-                "bytes_on_wire": self.transport.bytes_on_wire,
-                **self._with_cloud,
-                "seconds": self.seconds,
-                "spent_s": dict(self.spent.seconds),
-                "tokens": self.tokens,
-                "best": self.best,
-                "log_position": self.log.position,
-                **(self.schedules.state() if self.schedules else {}),
-                **(due or {}),
-                "environment": environment(self.group_size),
-            }
+            state = self.tally.state(self.seconds, self.group_size)
+            state |= {"log_position": self.log.position, **(due or {})}
             self.folder.save(self.name, Checkpoint(self.rounds_done, factors, optimizer, state))
 
     def _score(self, peers: bool) -> tuple[Scored, dict[str, Scores]]:
@@ -284,20 +218,8 @@ class Run:
             raise Interrupted(
                 f"{interrupted}; {done if self.rounds_done else 'nothing was trained yet'}"
             ) from None
-        if self.rounds_done and (not self.best or better(consensus.scores, self.best)):
-            self.best = {"rounds_done": self.rounds_done, **consensus.scores}
-        self.log.emit(
-            "scores",
-            run=self.name,
-            rounds_done=self.rounds_done,
-            consensus=consensus.scores,
-            peers=own or None,
-            peers_mean=mean_scores(own) if own else None,
-            peers_mean_error=standard_errors(own, len(self.local_steps)),
-            bytes_on_wire=self.transport.bytes_on_wire,
-            **self._with_cloud,
-            seconds=self.seconds,
-        )
+        num_peers = len(self.local_steps)
+        self.tally.scored(self.rounds_done, consensus.scores, own, num_peers, self.seconds)
         return consensus, own
 
     def _write_adapters(self) -> None:
@@ -308,7 +230,5 @@ class Run:
         for index, name in enumerate(self.prepared.names):
             save_adapter(self.folder.path / "peers" / name, one(factors, index), model)
 
-    def _tick_step(self, num_participants: int) -> None:
-        self.steps_done += num_participants
-        total = sum(self.local_steps) * self.prepared.config.train.rounds
-        self.log.tick("step", run=self.name, done=self.steps_done, total=total)
+    def _step(self, num_participants: int) -> None:
+        self.tally.step(num_participants)

@@ -1,0 +1,177 @@
+"""What a run has done so far, and how it tells that: in events, in checkpoints, in its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dlora.evaluate import Scored, Scores, better, mean_scores, standard_errors
+from dlora.events.log import RunLog
+from dlora.run.folder import environment, warn_of_another
+from dlora.run.local_round import Training
+from dlora.run.schedules import Schedules
+from dlora.run.spent import Spent
+
+
+class Tally:
+    """The figures of one arm over all of its processes: bytes, seconds, tokens, steps, best scores.
+
+    ``bytes_here``: serialised bytes that its participants sent to one another in this process, for
+    a real peer received ones too. ``cloud_bytes``: those that went between devices and their cloud
+    in this process; None where no cloud takes part.
+    """
+
+    def __init__(
+        self,
+        arm: str,
+        log: RunLog,
+        spent: Spent,
+        training: Training,
+        schedules: Schedules | None,
+        rounds: int,
+        bytes_here: Callable[[], int],
+        cloud_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        self.arm, self.log, self.spent, self.training = arm, log, spent, training
+        self.schedules, self.rounds = schedules, rounds
+        self.best: dict[str, Any] = {}
+        self.steps_done = 0  # local steps of all participants
+        self._bytes_here, self._bytes_before = bytes_here, 0
+        self.cloud_bytes = cloud_bytes
+        # other arms of this process may have been in the cloud before this one
+        self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0
+        # read in earlier processes; None where their checkpoint does not say
+        self._tokens_before: int | None = 0
+
+    @property
+    def tokens(self) -> int | None:
+        """Read by the local steps of all participants, padding left out; None: not known."""
+        return None if self._tokens_before is None else self._tokens_before + self.training.tokens
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """On the wires, for an event, a checkpoint or a result."""
+        between = {"bytes_on_wire": self._bytes_before + self._bytes_here()}
+        if self.cloud_bytes is None:
+            return between
+        return between | {"cloud_bytes": self._cloud_bytes_before + self.cloud_bytes()}
+
+    def load(self, state: Mapping[str, Any], rounds_done: int, group_size: int) -> None:
+        """Go on from what `state` gave."""
+        warn_of_another(state["environment"], environment(group_size))
+        # 0.1.0 kept scores of nothing trained
+        self.best = state["best"] if state["best"].get("rounds_done") else {}
+        self.steps_done = rounds_done * sum(self.training.local_steps)
+        self._tokens_before = state.get("tokens")
+        self._bytes_before = state["bytes_on_wire"]
+        self._cloud_bytes_before += state.get("cloud_bytes", 0)
+        if self.schedules is not None:
+            self.schedules.load(state)
+
+    def state(self, seconds: float, group_size: int) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            **self.bytes,
+            "seconds": seconds,
+            "spent_s": dict(self.spent.seconds),
+            "tokens": self.tokens,
+            "best": self.best,
+            **(self.schedules.state() if self.schedules else {}),
+            "environment": environment(group_size),
+        }
+
+    # Events
+
+    def begin(self) -> None:
+        """Event run."""
+        steps = self.training.local_steps
+        self.log.emit(
+            "run", run=self.arm, rounds=self.rounds, local_steps=steps, participants=len(steps)
+        )
+
+    def resumed(self, rounds_done: int) -> None:
+        """Event resumed."""
+        self.log.emit("resumed", run=self.arm, rounds_done=rounds_done)
+
+    def step(self, num_participants: int) -> None:
+        """Tick step: that many participants have done a local step."""
+        self.steps_done += num_participants
+        total = sum(self.training.local_steps) * self.rounds
+        self.log.tick("step", run=self.arm, done=self.steps_done, total=total)
+
+    def round(
+        self, number: int, losses: Tensor, consensus_distance: float | None, seconds: float
+    ) -> dict[str, Any]:
+        """The fields of event round; ``losses``: each participant's."""
+        return {
+            "run": self.arm,
+            "round": number,
+            "loss": losses.mean().item(),
+            "losses": losses.tolist(),
+            "learning_rate": self.training.learning_rates(number, self.training.local_steps[0])[-1],
+            "consensus_distance": consensus_distance,
+            **self.bytes,
+            "seconds": seconds,
+        }
+
+    def scored(
+        self,
+        rounds_done: int,
+        consensus: Scores | None,
+        own: Mapping[str, Scores],
+        num_peers: int,
+        seconds: float,
+    ) -> None:
+        """Event scores; the best scores of an average that was trained are remembered.
+
+        ``own``: of peers, by name, out of ``num_peers``.
+        """
+        if (
+            consensus is not None
+            and rounds_done
+            and (not self.best or better(consensus, self.best))
+        ):
+            self.best = {"rounds_done": rounds_done, **consensus}
+        self.log.emit(
+            "scores",
+            run=self.arm,
+            rounds_done=rounds_done,
+            consensus=consensus,
+            peers=dict(own) or None,
+            peers_mean=mean_scores(own) if own else None,
+            peers_mean_error=standard_errors(own, num_peers),
+            **self.bytes,
+            seconds=seconds,
+        )
+
+    def done(
+        self,
+        consensus: Scored,
+        own: Mapping[str, Scores],
+        num_peers: int,
+        consensus_distance: float | None,
+        seconds: float,
+    ) -> dict[str, Any]:
+        """Event run-done; returns the result that the summary shows."""
+        spent = self.schedules.spent if self.schedules else {}
+        result = {
+            "consensus": consensus.scores,
+            "peers_mean": mean_scores(own) if own else None,
+            "peers_mean_error": standard_errors(own, num_peers),
+            "peers": dict(own),
+            "best": self.best,
+            "confusion": consensus.confusion,
+            **self.bytes,
+            **spent,
+            "consensus_distance": consensus_distance,
+            "seconds": seconds,
+            "spent_s": dict(self.spent.seconds),
+            "tokens": self.tokens,
+            "tokens_per_second": None if self.tokens is None else self.tokens / seconds,
+            "local_steps": self.training.local_steps,
+        }
+        shown = {key: result[key] for key in ("consensus", "peers_mean", "seconds")}
+        self.log.emit("run-done", run=self.arm, **shown, **self.bytes, **spent)
+        return result
