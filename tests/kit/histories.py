@@ -13,6 +13,7 @@ import asyncio
 import errno
 import hashlib
 import itertools
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -59,6 +60,22 @@ class Stop:
     place: int
     away_s: float
     disk_full: bool = False
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Somebody copies a peer's folder at the ``copied``-th thing it does, ends the peer ``lived``
+    things later, and puts the copy back. It starts again from there.
+    """
+
+    name: str
+    copied: int
+    lived: int
+    away_s: float
+
+    @property
+    def place(self) -> int:
+        return self.copied + self.lived
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ class Lie:
     to: frozenset[int] = frozenset(range(5))
 
 
-Fault = Stop | Cut | Hold | Slow | Lag
+Fault = Stop | Restore | Cut | Hold | Slow | Lag
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,9 @@ SECONDS = st.sampled_from([0.0, 0.5, 2.0, 8.0, 55.0, 65.0, 200.0, 700.0])
 WHEN = st.floats(0.0, 30.0).map(lambda at: round(at, 1))
 FAULTS: st.SearchStrategy[Fault] = st.one_of(
     st.builds(Stop, NAMES, st.integers(0, 300), SECONDS, st.booleans()),
+    st.builds(
+        Restore, NAMES, st.integers(0, 150), st.integers(1, 12) | st.integers(1, 150), SECONDS
+    ),
     st.builds(Cut, NAMES, NAMES, WHEN, SECONDS),
     st.builds(Hold, NAMES, NAMES | st.just("*"), WHEN, SECONDS),
     st.builds(Slow, NAMES, st.integers(0, 12), SECONDS),
@@ -269,6 +289,9 @@ class Played:
     mixed: dict[tuple[str, int, str], tuple[bytes, bytes]] = field(
         default_factory=dict
     )  # (peer, round, neighbour): own, theirs
+    # whose folder was replaced by an older copy, and who has ended because of that
+    restored: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
     # when, who, to which round, where others were
     jumps: list[tuple[float, str, int, int]] = field(default_factory=list)
 
@@ -303,6 +326,22 @@ class NotingLedger(FaultyLedger):
             yield due
 
 
+class Copy:
+    """What a peer had on its disk at one moment."""
+
+    def __init__(self, world: World, name: str, place: Path) -> None:
+        self.world, self.name, self.commit = world, name, world.commits.get(name)
+        self.place = shutil.copytree(world.folder / name, place)
+
+    def put_back(self) -> None:
+        """The peer does not run; what it has now is gone."""
+        shutil.rmtree(self.world.folder / self.name)
+        shutil.copytree(self.place, self.world.folder / self.name)
+        self.world.commits.pop(self.name, None)
+        if self.commit is not None:
+            self.world.commits[self.name] = self.commit
+
+
 def play(history: History, folder: Path) -> Played:
     """Play a history, faults first, then all start once more without faults; what it did."""
     world = HistoryWorld(folder, history.topology, history.num_peers, history.rounds)
@@ -315,15 +354,24 @@ def play(history: History, folder: Path) -> Played:
     )
     faults = [fault for fault in history.faults if _concerned(fault) <= {*world.names, "*"}]
     stops = {
-        name: [fault for fault in faults if isinstance(fault, Stop) and fault.name == name]
+        name: [
+            fault for fault in faults if isinstance(fault, Stop | Restore) and fault.name == name
+        ]
         for name in world.names
     }
     asked = dict.fromkeys(world.names, 0)
+    copies: dict[Restore, Copy] = {}
+    due_back: dict[str, Copy] = {}
 
     def fault(name: str, what: str) -> bool:
         asked[name] += 1
         for stop in stops[name]:
-            if stop.place == asked[name] - 1 and stop.disk_full and what not in FRAME_NAMES:
+            if isinstance(stop, Restore):
+                if stop.copied == asked[name] - 1:
+                    copies[stop] = Copy(world, name, folder / f"copy-{len(copies)}-of-{name}")
+                if stop.place == asked[name] - 1:
+                    due_back[name] = copies[stop]
+            elif stop.place == asked[name] - 1 and stop.disk_full and what not in FRAME_NAMES:
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder / name))
             if stop.place == asked[name] - 1:
                 return True
@@ -337,11 +385,11 @@ def play(history: History, folder: Path) -> Played:
             case Lag(name, seconds):
                 world.lag_s[name] = seconds
     limit_s = _bound(history)
-    virtual_clock.run(_first(world, faults, stops, limit_s))
+    virtual_clock.run(_first(world, faults, stops, due_back, limit_s))
     world.fault = lambda name, what: False
     world.steps_s.clear()
     world.lag_s.clear()
-    virtual_clock.run(_again(world, played.honest, limit_s))
+    virtual_clock.run(_again(world, limit_s))
     return played
 
 
@@ -352,7 +400,7 @@ def _concerned(fault: Fault) -> set[str]:
     match fault:
         case Cut(one, two) | Hold(one, two):
             return {one, two}
-        case Stop(name) | Slow(name) | Lag(name):
+        case Stop(name) | Restore(name) | Slow(name) | Lag(name):
             return {name}
 
 
@@ -363,14 +411,30 @@ def _bound(history: History) -> float:
     return lost_s + waits * (PATIENCE.round_limit_s + 60.0)
 
 
+async def _life(world: HistoryWorld, name: str) -> None:
+    """Start a peer and wait for its end; one whose folder is an older copy may say so and end."""
+    played = world.played
+    try:
+        await world.begin(name)
+    except RunError as error:
+        if name not in played.restored or "is an older copy, or the key of" not in str(error):
+            raise
+        assert "\n" not in str(error)
+        played.lost.add(name)
+
+
 async def _first(
-    world: World, faults: list[Fault], stops: dict[str, list[Stop]], limit_s: float
+    world: HistoryWorld,
+    faults: list[Fault],
+    stops: dict[str, list[Stop | Restore]],
+    due_back: dict[str, Copy],
+    limit_s: float,
 ) -> None:
     async def live(name: str) -> None:
         """Start a peer, and again each time a fault has ended it."""
         for stop in [*sorted(stops[name], key=lambda stop: stop.place), None]:
             try:
-                await world.begin(name)
+                await _life(world, name)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():  # this one, not the peer
@@ -378,8 +442,11 @@ async def _first(
             except (OSError, RunError) as error:
                 if "No space left" not in str(error):
                     raise
-            if name in world.results or stop is None:
+            if name in world.results or name in world.played.lost or stop is None:
                 return
+            if name in due_back:
+                due_back.pop(name).put_back()
+                world.played.restored.add(name)
             await asyncio.sleep(stop.away_s)
 
     async def happen(fault: Fault) -> None:
@@ -414,15 +481,11 @@ async def _first(
             world.hub.way(*way).set()
 
 
-async def _again(world: World, honest: list[str], limit_s: float) -> None:
+async def _again(world: HistoryWorld, limit_s: float) -> None:
     world.results.clear()
-
-    async def live(name: str) -> None:
-        await world.begin(name)
-
-    await _all(
-        world, [asyncio.create_task(live(name)) for name in world.names], world.names, limit_s
-    )
+    world.played.lost.clear()
+    lives = [asyncio.create_task(_life(world, name)) for name in world.names]
+    await _all(world, lives, world.names, limit_s)
 
 
 async def _all(
@@ -444,14 +507,21 @@ async def _all(
 
 def check(played: Played) -> None:
     """What holds after every history; AssertionError says what does not."""
-    world, honest, rounds = played.world, played.honest, played.history.rounds
+    world, rounds = played.world, played.history.rounds
+    # what is lost to a folder is wrong there only
+    honest = [name for name in played.honest if name not in played.lost]
     assert not world.broken, f"a conversation ended with {world.broken[0]!r}"
     liar = world.liar.name if world.liar else ""
     known = {name: world.ledger(name) for name in honest}
     doubts = dict(zip(world.names, world.doubts_with(), strict=True))
     for one, two in itertools.combinations(honest, 2):
+        # one that has caught up from an older copy holds in its state what its ledger lacks
+        since = max(
+            world.commits[name][1].since_round if name in played.restored else 0
+            for name in (one, two)
+        )
         both = [
-            {round for round, other in known[end] if other == far}
+            {round for round, other in known[end] if other == far and round >= since}
             for end, far in ((one, two), (two, one))
         ]
         assert both[0] == both[1], (
@@ -490,7 +560,7 @@ def check(played: Played) -> None:
     if not any(name in honest for _, name, _, _ in played.jumps):
         before = sum(world.start[name] for name in honest)
         for (name, round, other), messages in played.mixed.items():
-            if name in honest and other == liar:
+            if name in honest and other not in honest:
                 here, there = (
                     decode_tensors(content, expected("round-000000"))["x"] for content in messages
                 )
@@ -500,7 +570,7 @@ def check(played: Played) -> None:
         assert isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
         bound = 1e-9 * max(1.0, float(before.abs().max()))
         assert (after - before).abs().max() <= bound, f"the mean moved: {before} became {after}"
-    if not liar:
+    if not liar and not played.lost:
         averages = {world.results[name][0].numpy().tobytes() for name in honest}
         counts = {world.results[name][1] for name in honest}
         assert counts == {len(honest)}, (
