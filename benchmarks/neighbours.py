@@ -16,6 +16,7 @@ from typing import Any
 
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.decentralized.peer.patience import Patience
 from dlora.identity.federation import Federation, FederationFile, federation_text
@@ -52,11 +53,21 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
     )
     ledger = Ledger(folder / name)
     exchange = Exchange(
-        name, "{}", "0" * 64, ledger, neighbours, Patience(60.0, 600.0),
-        lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1), lambda neighbour, message,
-        path: None,
-        lambda event, **fields: None, MemberSignatures(network.identity, network.federation),
-    )  # fmt: skip
+        name=name,
+        manifest="{}",
+        manifest_hash="0" * 64,
+        ledger=ledger,
+        neighbours=neighbours,
+        patience=Patience(60.0, 600.0),
+        messages=Messages(
+            sizes=lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1),
+            encode=lambda message, tensors: b"",
+            decode=lambda message, path: {},
+        ),
+        check=lambda neighbour, message, path: None,
+        report=lambda event, **fields: None,
+        signatures=MemberSignatures(network.identity, network.federation),
+    )
     serving = asyncio.create_task(network.serve(exchange.talk))
     exchange.enter(0)
     await exchange.greeted(60.0)

@@ -20,6 +20,7 @@ from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
+from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.topology import Topology, build_topology
@@ -151,17 +152,18 @@ class World:
         ledger = self.make_ledger(name)
         start, progress = self.commits.get(name, (self.start[name], Progress()))
         factors: Factors = {"x": start.clone()}
+        messages = Messages(sizes=self._sizes, encode=self._encode, decode=self._decode)
         exchange = Exchange(
-            name,
-            self.manifests[name],
-            self.manifests[name].encode().hex().ljust(64, "0")[:64],
-            ledger,
-            self.neighbours(name),
-            PATIENCE,
-            self._sizes,
-            lambda neighbour, message, path: self._decode(message, path),
-            lambda event, **fields: self._report(name, event, fields),
-            Signer(name),
+            name=name,
+            manifest=self.manifests[name],
+            manifest_hash=self.manifests[name].encode().hex().ljust(64, "0")[:64],
+            ledger=ledger,
+            neighbours=self.neighbours(name),
+            patience=PATIENCE,
+            messages=messages,
+            check=lambda neighbour, message, path: self._decode(message, path),
+            report=lambda event, **fields: self._report(name, event, fields),
+            signatures=Signer(name),
         )
 
         def commit(progress: Progress) -> None:
@@ -178,11 +180,22 @@ class World:
             return names
 
         gossip = PeerGossip(
-            name, factors, self.topology, self.rule, ledger, exchange, self.rounds,
-            self.catch_up_after,
-            train, lambda: factors, self._encode, self._decode, commit, lambda rounds: None,
-            asyncio.get_running_loop().time, Progress(**vars(progress)),
-        )  # fmt: skip
+            name=name,
+            factors=factors,
+            topology=self.topology,
+            rule=self.rule,
+            ledger=ledger,
+            exchange=exchange,
+            messages=messages,
+            rounds=self.rounds,
+            catch_up_after=self.catch_up_after,
+            train=train,
+            standing=lambda: factors,
+            commit=commit,
+            skip=lambda rounds: None,
+            clock=asyncio.get_running_loop().time,
+            progress=Progress(**vars(progress)),
+        )
         serving = asyncio.create_task(network.serve(exchange.talk))
         life = asyncio.create_task(gossip.run())
         try:

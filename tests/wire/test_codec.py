@@ -78,7 +78,7 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
     "a path": ({"want": peer_pb2.Want(name="../key")}, "message name"),
     "a name and a line": ({"want": peer_pb2.Want(name="a\n")}, "message name"),
     "capital hash": ({"offer": peer_pb2.Offer(name="a", sha256="A" * 64)}, "sha256"),
-    "short hash": ({"hello": peer_pb2.Hello(run="a" * 63)}, "run"),
+    "short hash": ({"hello": peer_pb2.Hello(manifest_hash="a" * 63)}, "manifest_hash"),
     "short signature": (
         {"have": peer_pb2.Have(round=1, signature=bytes(63))},
         "a signature of 63 bytes",
@@ -91,7 +91,7 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
         {"shown": peer_pb2.Shown(round=1, ledger="a" * 64, own="a" * 65)},
         "own",
     ),
-    "no ledger": ({"hello": peer_pb2.Hello(run="a" * 64)}, "ledger"),
+    "no ledger": ({"hello": peer_pb2.Hello(manifest_hash="a" * 64)}, "ledger"),
     "round": ({"have": peer_pb2.Have(round=2**53)}, "round 9007199254740992"),
     "length": (
         {"offer": peer_pb2.Offer(name="a", sha256="a" * 64, num_bytes=2**64 - 1)},
@@ -104,7 +104,11 @@ BAD_FRAMES: dict[str, tuple[dict[str, Any], str]] = {
         "bytes of data",
     ),
     "manifest": (
-        {"hello": peer_pb2.Hello(run="a" * 64, manifest="é" * (MAX_MANIFEST_BYTES // 2 + 1))},
+        {
+            "hello": peer_pb2.Hello(
+                manifest_hash="a" * 64, manifest="é" * (MAX_MANIFEST_BYTES // 2 + 1)
+            )
+        },
         "manifest",
     ),
 }

@@ -19,6 +19,7 @@ from dlora.decentralized.peer.belief import Belief, copied
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
+from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.peer.word import Signatures
@@ -120,35 +121,39 @@ class PeerRun:
                 # the kill came between the commit and its line
                 self.log.emit("round", **self.round)
             self.tally.resumed(self.progress.rounds_done)
+        messages = Messages(
+            sizes=partial(message_sizes, self.prepared),
+            encode=partial(encode_message, self.prepared),
+            decode=partial(decode_message, self.prepared),
+        )
         exchange = Exchange(
-            self.name,
-            manifest_text(self.run.manifest),
-            manifest_hash(self.run.manifest),
-            self.ledger,
-            neighbours,
-            Patience(config.peers.silence_s, config.peers.round_limit_s),
-            partial(message_sizes, self.prepared),
-            self._check,
-            self.findings,
-            self.signatures,
+            name=self.name,
+            manifest=manifest_text(self.run.manifest),
+            manifest_hash=manifest_hash(self.run.manifest),
+            ledger=self.ledger,
+            neighbours=neighbours,
+            patience=Patience(config.peers.silence_s, config.peers.round_limit_s),
+            messages=messages,
+            check=self._check,
+            report=self.findings,
+            signatures=self.signatures,
         )
         gossip = PeerGossip(
-            self.name,
-            self.training.trained,
-            self.prepared.topology,
-            build_rule(config.peers),
-            self.ledger,
-            exchange,
-            config.train.rounds,
-            config.peers.catch_up_after,
-            self._train,
-            self._standing,
-            partial(encode_message, self.prepared),
-            partial(decode_message, self.prepared),
-            self._commit,
-            self._skip,
-            time.time,
-            self.progress,
+            name=self.name,
+            factors=self.training.trained,
+            topology=self.prepared.topology,
+            rule=build_rule(config.peers),
+            ledger=self.ledger,
+            exchange=exchange,
+            messages=messages,
+            rounds=config.train.rounds,
+            catch_up_after=config.peers.catch_up_after,
+            train=self._train,
+            standing=self._standing,
+            commit=self._commit,
+            skip=self._skip,
+            clock=time.time,
+            progress=self.progress,
         )
         ended = self.progress.rounds_done == config.train.rounds
         self.log.tick(

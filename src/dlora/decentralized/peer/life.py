@@ -6,7 +6,6 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from dlora.decentralized.gossip import trained
 from dlora.decentralized.mixing import Rule, mix_edge
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import BEATS
@@ -43,7 +43,7 @@ class Progress:
     spread: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PeerGossip:
     """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends
     committed.
@@ -51,9 +51,9 @@ class PeerGossip:
     ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round,
     names)``, which returns the names of what took part and so is to be sent; ``standing``, the
     function that the average is taken of (the factors without what a schedule has dropped);
-    ``encode`` and ``decode`` (tensors <-> a message of that name); ``commit`` (factors, optimiser
-    and progress to disk, all or nothing); ``skip``, which hears how many rounds were passed over;
-    and ``clock``, in seconds, which goes on while this program does not run.
+    ``commit`` (factors, optimiser and progress to disk, all or nothing); ``skip``, which hears how
+    many rounds were passed over; and ``clock``, in seconds, which goes on while this program does
+    not run.
     """
 
     name: str
@@ -62,12 +62,11 @@ class PeerGossip:
     rule: Rule
     ledger: Ledger
     exchange: Exchange
+    messages: Messages
     rounds: int
     catch_up_after: int  # rounds behind a neighbour before its state is taken
     train: Callable[[int, frozenset[str]], Awaitable[Collection[str]]]
     standing: Callable[[], Factors]
-    encode: Callable[[str, Mapping[str, Tensor]], bytes]
-    decode: Callable[[str, Path], Mapping[str, Tensor]]
     commit: Callable[[Progress], object]
     skip: Callable[[int], object]
     clock: Callable[[], float]
@@ -82,7 +81,7 @@ class PeerGossip:
         """All rounds that are left, then the average of all peers ((1, ...) each) and how many of
         them are in it.
         """
-        first, self.exchange.since = self.progress.rounds_done == 0, self.progress.since_round
+        first, self.exchange.edges.since = self.progress.rounds_done == 0, self.progress.since_round
         if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
             self.ledger.forget_reduction()  # who was missing then may be here now
         self.exchange.enter(self.progress.rounds_done)
@@ -120,7 +119,8 @@ class PeerGossip:
         own = self.ledger.own("average")
         return (
             own is not None
-            and self.decode("average", own.path)["num_peers"].item() == self.topology.num_peers
+            and self.messages.decode("average", own.path)["num_peers"].item()
+            == self.topology.num_peers
         )
 
     async def _round(self) -> None:
@@ -134,9 +134,9 @@ class PeerGossip:
             if self.rule.sends(name, number) and name in names
         }
         message = round_message(number)
-        kept = self.ledger.keep(message, self.encode(message, sent))
+        kept = self.ledger.keep(message, self.messages.encode(message, sent))
         try:
-            self.decode(message, kept.path)
+            self.messages.decode(message, kept.path)
         except ValueError as error:
             raise RunError(
                 f"the factors of {self.name} cannot be sent in round {number}: {error}; lower"
@@ -170,7 +170,10 @@ class PeerGossip:
         for due in sorted(dues, key=lambda due: (due.round, names.index(due.neighbour))):
             weight = self.topology.mixing(due.round)[self.index, names.index(due.neighbour)]
             name = round_message(due.round)
-            own, theirs = self.decode(name, due.own), self.decode(name, due.theirs)
+            own, theirs = (
+                self.messages.decode(name, due.own),
+                self.messages.decode(name, due.theirs),
+            )
             mix_edge(self.factors, float(weight), own, theirs)
             self.progress.spread = widened(self.progress.spread, own, theirs)
             mixed += 1
@@ -218,7 +221,7 @@ class PeerGossip:
         ]
         if len(states) < needed:
             return
-        taken = [self.decode(message, path) for message, path in states]
+        taken = [self.messages.decode(message, path) for message, path in states]
         with torch.no_grad():
             for name, tensor in self.factors.items():
                 if held := [state[name] for state in taken if name in state]:
@@ -232,7 +235,7 @@ class PeerGossip:
             now,
         )
         self.commit(self.progress)
-        self.exchange.since = now
+        self.exchange.edges.since = now
         self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
 
     def _ahead(self, neighbour: Neighbour) -> int:
@@ -274,7 +277,7 @@ class PeerGossip:
         for (child, num_below), path in zip(children.items(), paths, strict=True):
             if path is None:
                 continue
-            part = self.decode("sum", path)
+            part = self.messages.decode("sum", path)
             joined = {name: tensor + part[name] for name, tensor in total.items()}
             if part["num_peers"].item() > num_below or not all(
                 tensor.isfinite().all() for tensor in joined.values()
@@ -296,14 +299,14 @@ class PeerGossip:
             "num_peers": total["num_peers"]
         }
         if parent is not None:
-            self.ledger.keep("sum", self.encode("sum", total))
+            self.ledger.keep("sum", self.messages.encode("sum", total))
             self.exchange.offer([names[parent]], "sum")
             came = await self.exchange.fetch(names[parent], "average")
             if came is not None:
-                average = dict(self.decode("average", came))
+                average = dict(self.messages.decode("average", came))
                 num_peers = round(average["num_peers"].item())
                 self._judge(names[parent], "average", average)
-        self.ledger.keep("average", self.encode("average", average))
+        self.ledger.keep("average", self.messages.encode("average", average))
         self.exchange.offer(self.exchange.neighbours, "average")
         average.pop("num_peers")
         return average, num_peers

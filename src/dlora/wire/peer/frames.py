@@ -13,7 +13,7 @@ SIGNATURE_BYTES = 64  # ECDSA on P-256: r and s, 32 bytes each
 class Hello:
     """The first frame each end sends on a link: which run it is in, and where."""
 
-    run: str  # SHA-256 of the manifest, hex
+    manifest_hash: str  # SHA-256 of the manifest, hex
     manifest: str  # canonical JSON, so that a mismatch can be named
     round: int  # the round it is in
     # drawn when its ledger was made, hex: a copy has the same, a folder that is started anew has

@@ -27,20 +27,20 @@ class Frame(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., status: _Optional[_Union[Status, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., want: _Optional[_Union[Want, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., have: _Optional[_Union[Have, _Mapping]] = ..., decided: _Optional[_Union[Decided, _Mapping]] = ..., shown: _Optional[_Union[Shown, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("run", "manifest", "round", "ledger", "known", "since")
-    RUN_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("manifest_hash", "manifest", "round", "ledger", "known", "since")
+    MANIFEST_HASH_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     LEDGER_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIELD_NUMBER: _ClassVar[int]
-    run: str
+    manifest_hash: str
     manifest: str
     round: int
     ledger: str
     known: int
     since: int
-    def __init__(self, run: _Optional[str] = ..., manifest: _Optional[str] = ..., round: _Optional[int] = ..., ledger: _Optional[str] = ..., known: _Optional[int] = ..., since: _Optional[int] = ...) -> None: ...
+    def __init__(self, manifest_hash: _Optional[str] = ..., manifest: _Optional[str] = ..., round: _Optional[int] = ..., ledger: _Optional[str] = ..., known: _Optional[int] = ..., since: _Optional[int] = ...) -> None: ...
 
 class Status(_message.Message):
     __slots__ = ("round",)
