@@ -56,7 +56,7 @@ def frames_of(
 
 
 def hand_off_of(agreement: Agreement, number: int) -> HandOff:
-    """That of one group, as long as any of its versions that is not far."""
+    """The hand-off of one group: its frame is as long as that of any version near the first."""
     group, core = agreement.groups[number], agreement.directions is not None
     sizes = (agreement.r * (out if core else group.in_features + out) for out in group.out_features)
     return HandOff(number, FIRST_VERSION, _numberless(1, sum(sizes)))

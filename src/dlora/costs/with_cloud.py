@@ -149,8 +149,8 @@ class _Device:
     """One participant's frames: which units it has killed, and which of them the cloud has been
     handed.
 
-    ``held``: of a link, which content of each group went over it last. A content is any object;
-    another one has another.
+    ``held``: for one link, the content of each group that was sent over it last. Any object can
+    stand for a content, and a different content needs a different object.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ sent, tensor by tensor. That is as if the edge were missing for the other tensor
 over all peers, whether they have it active or not, is kept exactly, since every matrix here is
 symmetric (`Topology` refuses others). What changes is who moves: those who have a tensor active
 agree among themselves, edge by edge; one who has it killed keeps what it has, and its share of the
-mean, until it is active again at both ends of an edge of its. So a round agrees more slowly, and
-not at all about a unit that no two neighbours ever have active at once.
+mean, until this peer and one of its neighbours both have the tensor active. So a round agrees more
+slowly, and not at all about a unit that no two neighbours ever have active at once.
 """
 
 from __future__ import annotations

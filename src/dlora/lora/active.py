@@ -75,8 +75,8 @@ class ActiveUnits:
 
     Handed off: a killed unit's factors stay what they are and are applied. Dropped: from
     `leave_out` to `put_back`, while local steps are taken, its B (or core) is set aside in
-    ``resting`` and zero stands in its place. Between, ``parameters`` are what is mixed and kept,
-    and the function that is evaluated and exported is they without what `left_out` names. A revived
+    ``resting`` and zero stands in its place. Between, ``parameters`` are what is mixed and kept.
+    What is evaluated and exported is ``parameters`` without what `left_out` names. A revived
     unit's first moment is zero, its second what it was, and its learning rate rises to the
     schedule's over ``rewarm_steps``.
     """

@@ -139,10 +139,10 @@ class Adapter:
 
 
 class HandOffs:
-    """Which version of a killed group's factors the cloud is to use. A version is one content: a
-    group that is revived, trained and killed again has another; one that rests keeps its own and
-    travels no more on this link. What it still costs is a comparison of its content a call: mixing
-    and loading change factors too, and nobody tells.
+    """Which version of a killed group's factors the cloud is to use. Factors with other values are
+    a new version: a group that is revived, trained and killed again gets one. A group that rests
+    keeps its version and is not sent again on this link. Each call still compares its values with
+    the last ones, because mixing and loading change factors too and do not report it.
     """
 
     def __init__(self, adapter: Adapter) -> None:
