@@ -109,14 +109,6 @@ ROOMS: dict[str, set[str]] = {
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }
 MAX_LINES = 400  # of at most 100 columns, as ruff holds them
-# Over MAX_LINES since lines have at most 100 columns: each is to be split by job.
-TO_SPLIT: set[str] = set()
-
-# The same of files beside the source.
-TO_SPLIT_BESIDE = {
-    "tests/decentralized/test_protocol.py",
-    "tests/decentralized/test_topology.py", "tests/kit/histories.py",
-}  # fmt: skip
 
 FILES = {
     path.relative_to(SOURCE).with_suffix("").as_posix(): path
@@ -287,7 +279,7 @@ def test_a_folder_is_a_caption_only(name: str) -> None:
 @each_file
 def test_files_are_small_rooms_with_a_caption(name: str) -> None:
     text = FILES[name].read_text(encoding="utf-8")
-    assert (len(text.splitlines()) > MAX_LINES) == (name in TO_SPLIT)
+    assert len(text.splitlines()) <= MAX_LINES
     caption = (ast.get_docstring(parse(name)) or "").partition("\n\n")[0]
     assert caption.endswith("."), "the first paragraph is a sentence"
 
@@ -300,7 +292,7 @@ def test_tests_benchmarks_and_examples_are_small_too() -> None:
         for path in (root / folder).rglob("*.py")
         if len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES
     }
-    assert long - TO_SPLIT_BESIDE == set()
+    assert long == set()
 
 
 def test_importing_is_cheap() -> None:

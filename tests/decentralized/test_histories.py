@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from kit.histories import HISTORIES, History, try_history
+from kit.drawn_histories import HISTORIES, History
+from kit.histories import try_history
 
 pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
 

@@ -16,7 +16,9 @@ from dlora.decentralized.peer.patience import STALLS
 from dlora.decentralized.peer.spread import too_far, widened
 from dlora.wire.peer.frames import Chunk, Decided, Frame, Have, Offer
 from kit import virtual_clock
-from kit.histories import History, Lie, Member, Stop, try_history
+from kit.drawn_histories import History, Lie, Stop
+from kit.histories import try_history
+from kit.history_liar import Member
 from kit.virtual_federation import PATIENCE, SIZE, World, expected
 
 pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")

@@ -11,272 +11,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import errno
-import hashlib
 import itertools
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import torch
 from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
 
 from dlora.decentralized.peer.ledger import Due
 from dlora.decentralized.peer.life import FASTER
-from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.errors import RunError
-from dlora.wire.peer.frames import Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
-from dlora.wire.tensors import decode_tensors, encode
+from dlora.wire.peer.frames import Chunk, Decided, Have, Hello, Offer, Shown, Status, Want
+from dlora.wire.tensors import decode_tensors
 from kit import virtual_clock
-from kit.virtual_federation import PATIENCE, SIZE, FaultyLedger, World, expected
+from kit.drawn_histories import HISTORIES, Cut, Fault, History, Hold, Lag, Restore, Slow, Stop
+from kit.history_liar import Member
+from kit.virtual_federation import PATIENCE, FaultyLedger, World, expected
 
 FASTEST_ROUND_S = 1.0  # of any peer of a world
-LIES = (
-    "ahead",
-    "claims",
-    "scaled",
-    "two faces",
-    "flips",
-    "promises",
-    "decides",
-    "keeps back",
-    "floods",
-    "counts",
-)
-
-
-@dataclass(frozen=True)
-class Stop:
-    """A peer ends at the ``place``-th thing it does: killed, or because its disk is full. It starts
-    again.
-    """
-
-    name: str
-    place: int
-    away_s: float
-    disk_full: bool = False
-
-
-@dataclass(frozen=True)
-class Restore:
-    """Somebody copies a peer's folder at the ``copied``-th thing it does, ends the peer ``lived``
-    things later, and puts the copy back. It starts again from there.
-    """
-
-    name: str
-    copied: int
-    lived: int
-    away_s: float
-
-    @property
-    def place(self) -> int:
-        return self.copied + self.lived
-
-
-@dataclass(frozen=True)
-class Cut:
-    """No link between two peers for a while."""
-
-    one: str
-    two: str
-    at_s: float
-    for_s: float
-
-
-@dataclass(frozen=True)
-class Hold:
-    """Frames wait on their way from one peer to another, which nobody notices; both ways and to
-    all: a stopped process.
-    """
-
-    here: str
-    there: str  # "*": everybody, both ways
-    at_s: float
-    for_s: float
-
-
-@dataclass(frozen=True)
-class Slow:
-    """A peer's local steps of one round take longer, while it says where it is."""
-
-    name: str
-    round: int
-    for_s: float
-
-
-@dataclass(frozen=True)
-class Lag:
-    """Every frame of a peer takes so much longer."""
-
-    name: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Lie:
-    """What the liar does, from its ``after``-th frame on, to those neighbours whose number is in
-    ``to``.
-    """
-
-    kind: str
-    value: float
-    after: int = 0
-    to: frozenset[int] = frozenset(range(5))
-
-
-Fault = Stop | Restore | Cut | Hold | Slow | Lag
-
-
-@dataclass(frozen=True)
-class History:
-    """One run."""
-
-    topology: str
-    num_peers: int
-    rounds: int
-    catch_up_after: int
-    faults: tuple[Fault, ...] = ()
-    lies: tuple[Lie, ...] = ()  # of peer ``liar``
-    liar: str = "b"
-
-
-NAMES = st.sampled_from("abcde")
-SECONDS = st.sampled_from([0.0, 0.5, 2.0, 8.0, 55.0, 65.0, 200.0, 700.0])
-WHEN = st.floats(0.0, 30.0).map(lambda at: round(at, 1))
-FAULTS: st.SearchStrategy[Fault] = st.one_of(
-    st.builds(Stop, NAMES, st.integers(0, 300), SECONDS, st.booleans()),
-    st.builds(
-        Restore, NAMES, st.integers(0, 150), st.integers(1, 12) | st.integers(1, 150), SECONDS
-    ),
-    st.builds(Cut, NAMES, NAMES, WHEN, SECONDS),
-    st.builds(Hold, NAMES, NAMES | st.just("*"), WHEN, SECONDS),
-    st.builds(Slow, NAMES, st.integers(0, 12), SECONDS),
-    st.builds(Lag, NAMES, st.sampled_from([0.1, 1.5, 20.0])),
-)
-VALUES = st.sampled_from([0.0, 1.0, -1.0, -5.0, 9.0, 1e3, 1e12, 1e30])
-LIE = st.builds(
-    Lie,
-    st.sampled_from(LIES),
-    VALUES,
-    st.integers(0, 60),
-    st.frozensets(st.integers(0, 4), min_size=1),
-)
-HISTORIES = st.builds(
-    History,
-    st.sampled_from(["ring", "complete", "base-k"]),
-    st.sampled_from([3, 4, 2, 5]),
-    st.integers(1, 14),
-    st.sampled_from([2, 3, 10]),
-    st.lists(FAULTS, max_size=4).map(tuple),
-    st.just(()) | st.lists(LIE, min_size=1, max_size=2).map(tuple),
-    st.sampled_from("abcde"),
-)
-
-
-class Member:
-    """A liar: it runs the program, and tells what ``lies`` make of each frame."""
-
-    def __init__(self, world: World, name: str, lies: tuple[Lie, ...]) -> None:
-        self.world, self.name, self.lies = world, name, lies
-        self.told = 0
-        self.contents: dict[tuple[str, str], bytes] = {}  # of what it has told: the same for ever
-        self.claimed = round_message(world.rounds - 1)
-
-    def _to(self, there: str) -> list[Lie]:
-        number = self.world.names.index(there)
-        return [lie for lie in self.lies if number in lie.to and self.told >= lie.after]
-
-    def tells(self, there: str, frame: Frame) -> list[Frame]:
-        self.told += 1
-        frames = [frame]
-        for lie in self._to(there):
-            frames = [told for frame in frames for told in self._lie(lie, there, frame)]
-        return [self._content(there, told) for told in frames]
-
-    def _lie(self, lie: Lie, there: str, frame: Frame) -> list[Frame]:
-        match lie.kind, frame:
-            case "ahead", Status(round):
-                return [Status(round + int(min(abs(lie.value), 1000)))]
-            case "ahead", Hello(_, _, round):
-                return [replace(frame, round=round + int(min(abs(lie.value), 1000)))]
-            case "claims", Status():
-                self.contents.setdefault(
-                    (there, self.claimed), self._message(self.claimed, lie.value)
-                )
-                return [frame, self._offer(there, self.claimed)]
-            case "claims", Offer(name) if round_of(name) is not None:
-                return []
-            case "flips", Decided(round, committed):
-                return [replace(frame, committed=not committed)]
-            case "promises", Status(round) if there < self.name:
-                return [frame, Have(round), Have(max(0, round - 1)), Have(round + 1)]
-            case "decides", Status(round) if self.name < there:
-                return [
-                    frame,
-                    Decided(round, lie.value > 0),
-                    Decided(max(0, round - 1), lie.value > 0),
-                ]
-            case "keeps back", _:
-                kind = (Chunk, Have, Decided, Offer, Status)[int(abs(lie.value)) % 5]
-                return [] if isinstance(frame, kind) else [frame]
-            case "floods", _:
-                return [frame, *[Status(getattr(frame, "round", 0))] * 20]
-        return [frame]
-
-    def answers(self, there: str, frame: Frame) -> list[Frame]:
-        if (
-            isinstance(frame, Want)
-            and (there, frame.name) in self.contents
-            and self.world_own(frame.name) is None
-        ):
-            return [
-                Chunk(frame.name, frame.offset, self.contents[there, frame.name][frame.offset :])
-            ]
-        return []
-
-    def world_own(self, name: str) -> Path | None:
-        sent = self.world.folder / self.name / "sent"
-        return next(sent.glob(f"{name}.*.safetensors"), None)
-
-    def _content(self, there: str, frame: Frame) -> Frame:
-        """An offer and its bytes, as the lies about contents make them."""
-        if not isinstance(frame, Offer | Chunk):
-            return frame
-        if (there, frame.name) not in self.contents:
-            own = self.world_own(frame.name)
-            if own is None:
-                return frame
-            self.contents[there, frame.name] = self._changed(there, frame.name, own)
-        if isinstance(frame, Offer):
-            return self._offer(there, frame.name)
-        return Chunk(
-            frame.name,
-            frame.offset,
-            self.contents[there, frame.name][frame.offset :][: len(frame.data)],
-        )
-
-    def _offer(self, there: str, name: str) -> Offer:
-        content = self.contents[there, name]
-        return Offer(name, len(content), hashlib.sha256(content).hexdigest())
-
-    def _changed(self, there: str, name: str, own: Path) -> bytes:
-        tensors = decode_tensors(own, expected(name))
-        for lie in self._to(there):
-            if lie.kind == "scaled" or (
-                lie.kind == "two faces" and self.world.names.index(there) % 2
-            ):
-                tensors["x"] = tensors["x"] * lie.value
-            if lie.kind == "counts" and "num_peers" in tensors:
-                tensors["num_peers"] = torch.full_like(tensors["num_peers"], abs(lie.value))
-        return encode(tensors, torch.float64)
-
-    def _message(self, name: str, value: float) -> bytes:
-        return encode({"x": torch.full((SIZE,), value)}, torch.float64)
 
 
 @dataclass
@@ -369,7 +127,7 @@ def play(history: History, folder: Path) -> Played:
             if isinstance(stop, Restore):
                 if stop.copied == asked[name] - 1:
                     copies[stop] = Copy(world, name, folder / f"copy-{len(copies)}-of-{name}")
-                if stop.place == asked[name] - 1:
+                if stop.place == asked[name] - 1 and stop in copies:
                     due_back[name] = copies[stop]
             elif stop.place == asked[name] - 1 and stop.disk_full and what not in FRAME_NAMES:
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder / name))
@@ -583,6 +341,7 @@ def search(
     seconds: float, folder: Path, say: Callable[[str], None], max_examples: int = 200
 ) -> None:
     """Play new histories until ``seconds`` have gone; say the shortest of each failure."""
+    folder.mkdir(parents=True, exist_ok=True)
     began_at, count, found = time.monotonic(), 0, 0
     seen: set[str] = set()
     for seed in itertools.count(int(began_at)):
