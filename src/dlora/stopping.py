@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -54,15 +55,20 @@ class Stop:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.loading:
-            self._screen.close()
-            self._screen.say(
+            with contextlib.suppress(RuntimeError):  # of a write that the signal has interrupted
+                self._screen.close()
+            again = (
                 f"stopped before it began; nothing was written; start it again with: {_command()}"
             )
+            _write(again)
             os._exit(Interrupted.exit_code)
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._screen.say(self._answer)
+        try:
+            self._screen.say(self._answer)
+        except RuntimeError:
+            _write(self._answer)
 
     def __enter__(self) -> Stop:
         self._before = [signal.signal(number, self._interrupt) for number in SIGNALS]
@@ -71,6 +77,13 @@ class Stop:
     def __exit__(self, *error: object) -> None:
         for number, handler in zip(SIGNALS, self._before, strict=True):
             signal.signal(number, handler)
+
+
+def _write(text: str) -> None:
+    """A line on standard error, past Python's buffer: a signal may come while that is written, and
+    it cannot be entered twice.
+    """
+    os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 @contextmanager

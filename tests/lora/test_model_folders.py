@@ -18,7 +18,7 @@ import transformers
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ConfigError, ModelError
-from dlora.model.load import load_body_network, load_tokenizer
+from dlora.model.load import load_body_network, load_tokenizer, resolve_device
 from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded
@@ -272,3 +272,15 @@ def test_what_peft_has_and_dlora_not_yet(
     """
     with pytest.raises(ConfigError, match=f"^lora: {says}"):
         make_config(**{f"lora.{key}": value})
+
+
+def test_auto_is_the_cpu_where_torch_is_built_for_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Plain torch on Linux brings CUDA, and names it also on a machine without a driver."""
+
+    def current(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    assert resolve_device("auto") == torch.device("cpu")

@@ -39,6 +39,8 @@ def unpack(version: str, folder: Path, replaced: dict[str, Path]) -> Path:
     return folder
 
 
+# by torch's CPU build
+@pytest.mark.filterwarnings("ignore:this run was saved with .*torch")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_simulation_of_an_earlier_version_goes_on(
     version: str, tmp_path: Path, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch

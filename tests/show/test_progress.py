@@ -225,3 +225,12 @@ def test_a_score_of_an_earlier_round_says_so() -> None:
         # it has finished, as this peer has
         progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})
         assert "west gone" in drawn(progress)
+
+
+def test_a_run_whose_first_event_is_its_scoring_has_a_line() -> None:
+    """`dlora eval` into a file that takes longer than a line's pause: its run has no bar yet."""
+    file = io.StringIO()
+    progress = Progress(Console(file=file), lines_every_s=0)
+    scoring = {"event": "evaluating", "run": "dec-lora", "what": "consensus", "done": 1, "total": 2}
+    progress(scoring)
+    assert "Dec-LoRA" in file.getvalue() and "1 of 2" in file.getvalue()

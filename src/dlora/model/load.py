@@ -277,7 +277,8 @@ def _freeze(network: Any) -> None:
 def resolve_device(device: str) -> torch.device:
     """``auto`` is the first accelerator, else the CPU."""
     if device == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        # a build for a GPU names its kind also where there is none, or no driver
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)

@@ -216,11 +216,9 @@ class Progress:
 
     def _print_run(self, run: str) -> None:
         """How far a run is: what its bar shows."""
+        bar = self._bar(run)
         tasks = {task.id: task for task in self._bars.tasks}
-        task, passing = (
-            tasks[self._bar(run)],
-            tasks.get(self._passing) if self._passing is not None else None,
-        )
+        task, passing = tasks[bar], tasks.get(self._passing) if self._passing is not None else None
         said = [f"{task.description} {task.fields['done']}", task.fields["note"]]
         if passing is not None and passing.total:
             said.append(
