@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dlora
 from dlora.config.run import Config
 from dlora.events.log import Event
-from dlora.lora.units import Group, device_flops
+from dlora.lora.units import Unit, device_flops
 from dlora.split.device.adapter import Adapter
 
 CONFIG = Path(__file__).with_name("savings.yaml")
@@ -73,7 +73,7 @@ class Work:
 
     config: Config
     counter: Counter
-    groups: Sequence[Group] = ()
+    groups: Sequence[Unit] = ()
     lora_flops: int = 0
     # (call, part) -> its real tokens
     tokens: dict[tuple[int, int], int] = field(default_factory=dict)

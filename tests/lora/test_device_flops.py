@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dlora.config.run import Config, ScheduleSection
 from dlora.lora.kill_revive import Schedule
-from dlora.lora.units import Group, device_flops
+from dlora.lora.units import Unit, device_flops
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -30,7 +30,7 @@ sys.path.pop()
 # of a block of MiniLM, which has six
 WIDTHS = [(384, (384, 384, 384)), (384, (384,)), (384, (1536,)), (1536, (384,))]
 MINILM = [
-    Group(tuple(f"{block}.{number}.{module}" for module in range(len(outs))), ins, outs)
+    Unit(tuple(f"{block}.{number}.{module}" for module in range(len(outs))), ins, outs)
     for block in range(6)
     for number, (ins, outs) in enumerate(WIDTHS)
 ]

@@ -18,7 +18,7 @@ from dlora.config.training import LoraSection, TrainSection
 from dlora.events.log import read_log
 from dlora.lora.active import schedule_units
 from dlora.lora.kill_revive import Schedule
-from dlora.lora.units import Group
+from dlora.lora.units import Unit
 from dlora.run.prepare import prepare
 from dlora.train import Group as Training
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
@@ -240,14 +240,14 @@ def test_a_utility_is_of_the_latest_turn_and_of_a_number_on_the_wire() -> None:
 
 def one_layer_each(
     num_units: int, num_participants: int
-) -> tuple[dict[str, torch.Tensor], list[Group]]:
+) -> tuple[dict[str, torch.Tensor], list[Unit]]:
     """Units of one module, 3 in, 2 out, rank 1, with a head beside them."""
     torch.manual_seed(0)
     factors = {"head.weight": torch.randn(num_participants, 2, 2)}
     for unit in range(num_units):
         factors[f"u{unit}.lora_A"] = torch.randn(num_participants, 1, 3)
         factors[f"u{unit}.lora_B"] = torch.randn(num_participants, 2, 1)
-    return factors, [Group((f"u{unit}",), 3, (2,)) for unit in range(num_units)]
+    return factors, [Unit((f"u{unit}",), 3, (2,)) for unit in range(num_units)]
 
 
 @pytest.mark.slow  # with neighbours it is in test_scheduled_peers.py

@@ -14,7 +14,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.factors import Factors
-from dlora.lora.units import active_groups, find_groups
+from dlora.lora.units import active_groups, find_units
 from dlora.model.load import load_tokenizer
 from dlora.split.cloud.body import Body, load_body
 from dlora.split.device.half import Half, as_ordinary, load_half
@@ -148,7 +148,7 @@ def test_bodies_that_cannot_be_split_are_refused() -> None:
         (ctrl, "no inputs_embeds"),
     ):
         with pytest.raises(ModelError, match=reason):
-            find_groups(lambda kind=kind: transformers.AutoModel.from_config(kind))  # type: ignore[misc]
+            find_units(lambda kind=kind: transformers.AutoModel.from_config(kind))  # type: ignore[misc]
 
 
 def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
@@ -159,7 +159,7 @@ def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
     )
     with pytest.raises(ModelError, match="lora.target_modules: lm_head is not in the body"):
         load_half(own, load_tokenizer(own.model), labels(own))
-    groups = find_groups(
+    groups = find_units(
         lambda: transformers.AutoModel.from_config(tiny_config(transformers.LlamaConfig))
     )
     with pytest.raises(

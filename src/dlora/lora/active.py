@@ -17,7 +17,7 @@ from dlora.config.training import LoraSection
 from dlora.errors import ConfigError
 from dlora.lora.factors import Factors
 from dlora.lora.kill_revive import Schedule
-from dlora.lora.units import Group, device_flops
+from dlora.lora.units import Unit, device_flops
 from dlora.seeds import derive_seed
 
 
@@ -43,7 +43,7 @@ class Scheduled:
 
 def schedule_units(
     section: ScheduleSection,
-    groups: Sequence[Group],
+    groups: Sequence[Unit],
     lora: LoraSection,
     seed: int,
     participants: Sequence[str],
@@ -285,7 +285,7 @@ class ActiveUnits:
                     self.parameters[name][participant] = 0.0
 
 
-def named_units(wanted: Sequence[str], groups: Sequence[Group]) -> frozenset[int]:
+def named_units(wanted: Sequence[str], groups: Sequence[Unit]) -> frozenset[int]:
     """The units that hold a module of that name, or whose name ends so. Raises ConfigError where
     there is none.
     """

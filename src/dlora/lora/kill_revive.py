@@ -25,7 +25,7 @@ class Schedule:
     """One participant's schedule over units: groups of modules that share one input, numbered from
     0.
 
-    ``costs[u]``: numbers a token on the wire while unit u is active (`Group.cost`). ``active``: who
+    ``costs[u]``: numbers a token on the wire while unit u is active (`Unit.cost`). ``active``: who
     trains in the next local step; ``epoch`` grows with each change of it. The cost of the active
     units is at most ``active_fraction`` of the cost of all, or that of the dearest unit alone where
     that is more, so that each unit can have its turn; so at least one is active. ``kind``:

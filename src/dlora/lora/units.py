@@ -16,7 +16,7 @@ from dlora.model.layers import LINEAR
 
 
 @dataclass(frozen=True)
-class Group:
+class Unit:
     """A unit: modules with one input. Query, key and value; gate and up; output; down."""
 
     modules: tuple[str, ...]  # dotted names inside the body
@@ -52,7 +52,7 @@ class Group:
 
 
 def device_flops(
-    groups: Sequence[Group], active: Collection[int], r: int, placement: Literal["literal", "core"]
+    groups: Sequence[Unit], active: Collection[int], r: int, placement: Literal["literal", "core"]
 ) -> int:
     """FLOPs a token of one local step that the adapter costs the device of a split while the units
     ``active`` train.
@@ -66,7 +66,7 @@ def device_flops(
     return sum(groups[unit].device_flops(r, placement, unit == min(active)) for unit in active)
 
 
-def find_groups(make: Callable[[], Any]) -> tuple[Group, ...]:
+def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
     """All linears of the body that ``make`` gives, in the order in which its forward meets them.
 
     It is made and run with tensors that have shapes and no numbers. Raises ModelError for a body
@@ -106,7 +106,7 @@ def find_groups(make: Callable[[], Any]) -> tuple[Group, ...]:
     return tuple(_group(members, linears) for members in together.values())
 
 
-def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Group, ...]:
+def active_groups(groups: Sequence[Unit], targets: Collection[str]) -> tuple[Unit, ...]:
     """The groups reduced to the adapted modules; raises ModelError for a target that is in none."""
     known = {name for group in groups for name in group.modules}
     for target in sorted(set(targets) - known):
@@ -122,7 +122,7 @@ def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Gr
         ]
         if kept:
             reduced.append(
-                Group(
+                Unit(
                     tuple(name for name, _ in kept),
                     group.in_features,
                     tuple(out for _, out in kept),
@@ -131,7 +131,7 @@ def active_groups(groups: Sequence[Group], targets: Collection[str]) -> tuple[Gr
     return tuple(reduced)
 
 
-def core_groups(groups: Sequence[Group], r: int) -> tuple[Group, ...]:
+def core_groups(groups: Sequence[Unit], r: int) -> tuple[Unit, ...]:
     """What travels of these groups under placement core: of each module r numbers a token either
     way.
 
@@ -140,13 +140,13 @@ def core_groups(groups: Sequence[Group], r: int) -> tuple[Group, ...]:
     backward the same the other way round.
     """
     return tuple(
-        Group(group.modules, r * len(group.modules), (r,) * len(group.modules)) for group in groups
+        Unit(group.modules, r * len(group.modules), (r,) * len(group.modules)) for group in groups
     )
 
 
-def renamed(group: Group, prefix: str) -> Group:
+def renamed(group: Unit, prefix: str) -> Unit:
     """With its modules' names inside a model whose body stands at ``prefix``."""
-    return Group(
+    return Unit(
         tuple(prefix + name for name in group.modules), group.in_features, group.out_features
     )
 
@@ -167,9 +167,9 @@ def refuse_ids(body: Any) -> None:
         )
 
 
-def _group(members: Sequence[str], linears: dict[str, nn.Module]) -> Group:
+def _group(members: Sequence[str], linears: dict[str, nn.Module]) -> Unit:
     shapes = [_features(linears[name]) for name in members]
-    return Group(tuple(members), shapes[0][0], tuple(out for _, out in shapes))
+    return Unit(tuple(members), shapes[0][0], tuple(out for _, out in shapes))
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

@@ -22,8 +22,7 @@ from dlora.lora.active import named_units
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_names
 from dlora.lora.stacked import StackedModel, attach
-from dlora.lora.units import Group as Units
-from dlora.lora.units import active_groups, core_groups, find_groups, renamed
+from dlora.lora.units import Unit, active_groups, core_groups, find_units, renamed
 from dlora.model.fingerprints import fingerprint, tokenizer_fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer
 from dlora.run.core_directions import handed_directions, kept_directions, whole_directions
@@ -46,7 +45,7 @@ class Prepared:
     tokenizer: Any  # transformers' own
     manifest: dict[str, Any]
     # modules that share an input, as factors are named; none where nothing is scheduled
-    units: tuple[Units, ...] = ()
+    units: tuple[Unit, ...] = ()
     # of factors that nothing was trained of, by their hash
     first_scores: dict[str, Scored] = field(default_factory=dict)
     # where the frozen model is a cloud's: what has to be linked to it before anything trains
@@ -237,11 +236,11 @@ def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Units, ...]:
+def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Unit, ...]:
     """What the schedule switches on and off."""
     prefix = f"{model.network.base_model_prefix}."
     if half is not None:
         return tuple(renamed(group, prefix) for group in half.agreement.groups)
-    groups = [renamed(group, prefix) for group in find_groups(body_maker(model.network))]
+    groups = [renamed(group, prefix) for group in find_units(body_maker(model.network))]
     adapted = active_groups(groups, target_names(model.initial))
     return core_groups(adapted, config.lora.r) if config.lora.placement == "core" else adapted

@@ -13,7 +13,7 @@ import torch
 from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import digest
-from dlora.lora.units import Group, active_groups, core_groups
+from dlora.lora.units import Unit, active_groups, core_groups
 from dlora.wire.split.frames import PROTOCOL, WIRES, Wire
 
 MAX_R = 1 << 12
@@ -23,7 +23,7 @@ MAX_R = 1 << 12
 class Agreement:
     """What one device's conversation is about."""
 
-    groups: tuple[Group, ...]  # that have factors, bottom to top, as they travel
+    groups: tuple[Unit, ...]  # that have factors, bottom to top, as they travel
     wire: Wire
     dropout: float | None  # of the body in training, instead of its own rates; None: its own
     r: int
@@ -61,7 +61,7 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
 
 
 def agree(
-    text: str, facts: Mapping[str, Any], groups: Sequence[Group], directions: Directions
+    text: str, facts: Mapping[str, Any], groups: Sequence[Unit], directions: Directions
 ) -> Agreement | str:
     """What the cloud makes of a proposal: the agreement, or one line that says why there is
     none.
@@ -145,7 +145,7 @@ def _other_directions(
     return None
 
 
-def _listed(group: Group) -> list[Any]:
+def _listed(group: Unit) -> list[Any]:
     return [list(group.modules), group.in_features, list(group.out_features)]
 
 

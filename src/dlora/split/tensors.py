@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlora.lora.units import Group
+from dlora.lora.units import Unit
 
 
-def shares(x: Tensor, group: Group, core: bool) -> Sequence[Tensor]:
+def shares(x: Tensor, group: Unit, core: bool) -> Sequence[Tensor]:
     """What each module of a group reads of ``x``: all of it, or under placement core its own r
     columns.
     """
@@ -27,7 +27,7 @@ def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def as_factors(handed_off: Tensor, group: Group, r: int, core: bool) -> list[list[Tensor]] | None:
+def as_factors(handed_off: Tensor, group: Unit, r: int, core: bool) -> list[list[Tensor]] | None:
     """What `Adapter.handed_off` made flat, of each module: A (r, I) and B (O, r), or M (r, r);
     None: not of that size.
     """

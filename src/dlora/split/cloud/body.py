@@ -25,7 +25,7 @@ from dlora.lora.core import (
     read_directions,
     write_directions,
 )
-from dlora.lora.units import find_groups
+from dlora.lora.units import find_units
 from dlora.model.layers import LINEAR, max_tokens
 from dlora.model.load import body_maker, load_body_network
 from dlora.seeds import derive_seed
@@ -53,7 +53,7 @@ class Body:
 
     def __init__(self, network: Any, directions: Directions | None = None) -> None:
         self.network, self.directions = network.eval().requires_grad_(False), directions or {}
-        self.groups = find_groups(body_maker(network))
+        self.groups = find_units(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
         # the same weights
         self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlora.lora.units import Group
+from dlora.lora.units import Unit
 from dlora.seeds import derive_seed
 from dlora.split.tensors import shares, through
 from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, HandOff
@@ -52,7 +52,7 @@ class Adapter:
     travel.
     """
 
-    def __init__(self, groups: Sequence[Group], layers: Mapping[str, Layer], core: bool) -> None:
+    def __init__(self, groups: Sequence[Unit], layers: Mapping[str, Layer], core: bool) -> None:
         self.groups, self.core = tuple(groups), core
         self.layers = layers
         self._factor_names = ("lora_M",) if core else ("lora_A", "lora_B")

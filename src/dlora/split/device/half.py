@@ -19,7 +19,7 @@ from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import target_names
 from dlora.lora.stacked import StackedLinear, StackedModel, attach
-from dlora.lora.units import active_groups, core_groups, find_groups
+from dlora.lora.units import active_groups, core_groups, find_units
 from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint
 from dlora.model.layers import LINEAR
@@ -101,7 +101,7 @@ def load_half(
             else type(small)(model_config)
         )
     body = network.body if mean else network.base_model
-    groups = find_groups(no_init_weights()(lambda: type(small_body)(model_config)))
+    groups = find_units(no_init_weights()(lambda: type(small_body)(model_config)))
     embedding = small_body.get_input_embeddings()
     body.set_input_embeddings(embedding)
     for name, child in small.named_children():
