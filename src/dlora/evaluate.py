@@ -137,8 +137,8 @@ def mean_scores(peers: Mapping[str, Scores]) -> Scores:
 
 
 def standard_errors(peers: Mapping[str, Scores], num_peers: int) -> Scores | None:
-    """Of `mean_scores` of a sample of all ``num_peers``, drawn without putting back; None where
-    nothing can be said.
+    """Standard errors of `mean_scores` for a sample of ``num_peers`` peers, drawn without
+    replacement. None for a single peer and for all of them.
     """
     count = len(peers)
     if not 1 < count < num_peers:

@@ -114,8 +114,8 @@ class Participants:
         return standing
 
     def took_part(self) -> list[frozenset[str]]:
-        """Of each participant, the tensors that its last local steps may have changed: what it has
-        to tell its neighbours.
+        """The names of the tensors that the last local steps of each participant may have changed:
+        what it has to send.
         """
         return [
             frozenset(group.parameters)

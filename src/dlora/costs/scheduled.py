@@ -16,12 +16,12 @@ CHOSEN = ("kr", "probe")  # by scores, which nobody knows before the run
 def sent_names(
     prepared: Prepared, num_bytes: Callable[[Collection[str]], int]
 ) -> list[list[Collection[str]]]:
-    """Of each peer and round, the names in its message; ``num_bytes`` is a message's length by its
-    names.
+    """The names of the tensors in the message of each peer and round; ``num_bytes`` gives a
+    message's length by these names.
 
-    Exact for what is named or drawn. Where scores choose, the sets are unknown: then it is a
-    message that none of the schedule can exceed. A peer whose data are elsewhere is taken to make
-    as many local steps as the one that is here.
+    It is exact where units are named or drawn. Where scores choose, the sets are unknown: then it
+    is the longest message that the schedule allows. A peer whose data are elsewhere is taken to
+    make as many local steps as the one that is here.
     """
     config, count = prepared.config, prepared.topology.num_peers
     own_steps = (

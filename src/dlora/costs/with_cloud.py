@@ -57,8 +57,8 @@ class Chooses(Protocol):
 def split_costs(
     prepared: Prepared, own: str | None, schedules: Sequence[Chooses] | None = None
 ) -> dict[str, Any]:
-    """Of the device ``own``, with neighbours or without, or of a simulation of all, in a run in
-    which nothing fails.
+    """What a run with a cloud sends and receives if nothing fails: for the device ``own``, with
+    neighbours or without, or for a simulation of all.
 
     ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes``
     embedded tokens, hidden states and their gradients; both of training, both ways.
@@ -242,7 +242,9 @@ class _Device:
         return count
 
     def _units(self, frames: list[SplitFrame]) -> tuple[int, ...]:
-        """As `Begin` has them; what must be handed off first is added to ``frames``."""
+        """The units of a part in the form of `Begin`; what must be handed off before is added to
+        ``frames``.
+        """
         half = self.half
         active = self.active
         if len(active) == len(half.agreement.groups):

@@ -90,8 +90,8 @@ class Activity:
         )
 
     def shares(self, peer: str, edges: Sequence[int]) -> list[list[float]]:
-        """Of each unit and each column between two ``edges``, the fraction of its local steps in
-        which the unit was active.
+        """The fraction of local steps in which a unit was active, for each unit and each column
+        between two ``edges``.
 
         ``edges`` as `columns` gives them.
         """

@@ -109,8 +109,8 @@ class ActiveUnits:
         self._took_part = [set[int]() for _ in self.schedules]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For the optimiser: the leaves of each unit of each participant, whose learning rates
-        differ; what is in no unit.
+        """Parameter groups for the optimiser: the leaves of each unit of each participant, whose
+        learning rates differ, and those that are in no unit.
         """
         outside = [name for name in self.parameters if name not in self.unit_of]
         return [

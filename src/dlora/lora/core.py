@@ -141,7 +141,7 @@ def _is_of(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
 
 
 def _directions(vectors: Tensor, dim: int) -> Tensor:
-    """Of length 1 along ``dim``; one of no length at all stays 0."""
+    """The vectors scaled to length 1 along ``dim``; a zero vector stays zero."""
     lengths: Tensor = vectors.norm(dim=dim, keepdim=True)
     return vectors / lengths.clamp(min=torch.finfo(torch.float32).tiny)
 

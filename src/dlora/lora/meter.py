@@ -60,7 +60,9 @@ class Meter:
         self._in_warmup = state["in_warmup"][0], state["in_warmup"][1]
 
     def _fractions(self, steps: int, numbers: int, flops: int) -> tuple[float, float]:
-        """Of all steps but the first ``steps``, which cost ``numbers`` and ``flops``."""
+        """Both fractions over all steps but the first ``steps``, which cost ``numbers`` and
+        ``flops``.
+        """
         steps = self.steps - steps
         return (
             (self.numbers - numbers) / (steps * sum(self.costs)),

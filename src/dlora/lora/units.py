@@ -25,7 +25,7 @@ class Unit:
 
     @property
     def width(self) -> int:
-        """Of the modules' updates side by side."""
+        """The width of the modules' updates side by side."""
         return sum(self.out_features)
 
     @property

@@ -180,11 +180,11 @@ class WatchedChannel:
         self._silent, self._back, self._give_up = silent, back, give_up
 
     def send(self, frame: Any) -> None:
-        """As `Channel.send`."""
+        """See `Channel.send`."""
         self._channel.send(frame)
 
     def receive(self) -> Any:
-        """As `Channel.receive`."""
+        """See `Channel.receive`."""
         began_at, told = time.monotonic(), False
         while True:
             try:

@@ -33,7 +33,7 @@ class Dialling:
         self._hung_up: defaultdict[str, int] = defaultdict(int)  # times on end, in the handshake
 
     async def keep_dialling(self, name: str) -> None:
-        """For ever, with longer and longer pauses as long as nobody is there."""
+        """Dial for ever, with longer and longer pauses as long as nobody is there."""
         pause_s = options.MIN_PAUSE_S
         while True:
             if name in self.links:
@@ -47,7 +47,7 @@ class Dialling:
             pause_s = min(2 * pause_s, options.MAX_PAUSE_S)
 
     async def attempted(self, name: str) -> None:
-        """Until no attempt to dial this neighbour is under way."""
+        """Wait until no attempt to dial this neighbour is under way."""
         if name in self._attempted:
             await self._attempted[name].wait()
 

@@ -63,7 +63,7 @@ class GrpcNetwork:
         return (self._listener.port or None) if self._listener is not None else None
 
     async def serve(self, talk: Talk) -> None:
-        """Until cancelled: listen, dial, and talk over every link; then let the last frames go.
+        """Listen, dial, and talk over every link until cancelled; then let the last frames go.
 
         Whatever ends a conversation ends its link and nothing else. Raises ConfigError when
         ``listen`` cannot be had.

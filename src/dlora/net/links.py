@@ -46,7 +46,7 @@ class Links:
         return name in self._links
 
     async def unlinked(self, name: str) -> None:
-        """Until there is no link with a dialled neighbour."""
+        """Wait until there is no link with this neighbour, which is one that is dialled."""
         await self._unlinked[name].wait()
 
     def refused(self, reason: str) -> None:

@@ -130,7 +130,7 @@ class MemoryNetwork:
         self._tasks: asyncio.TaskGroup
 
     async def serve(self, talk: Talk) -> None:
-        """Until cancelled: take links, dial those of larger names, again after each end."""
+        """Take links and dial neighbours of larger names until cancelled, again after each end."""
         self._talk = talk
         self.hub.listen(self, True)
         try:

@@ -66,14 +66,14 @@ _DIALLER = [
 
 
 def listener_options(max_frame_bytes: int) -> list[tuple[str, Any]]:
-    """Of a server that takes frames up to this length; a longer one is refused by its announced
-    length.
+    """Options of a server that takes frames up to this length; a longer one is refused by its
+    announced length.
     """
     return [*_LISTENER, ("grpc.max_receive_message_length", max_frame_bytes)]
 
 
 def dialler_options(max_frame_bytes: int, name: str) -> list[tuple[str, Any]]:
-    """Of a connection with one member, whose certificates say ``name`` wherever it is dialled."""
+    """Options of a connection with one member, whose certificates say ``name`` at every address."""
     return [
         *_DIALLER,
         ("grpc.max_receive_message_length", max_frame_bytes),

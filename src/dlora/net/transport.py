@@ -27,7 +27,7 @@ class Network(Protocol):
     traffic: Traffic
 
     async def serve(self, talk: Talk) -> None:
-        """Until cancelled: listen, dial, and run ``talk(neighbour, link)`` for every link; when it
+        """Listen, dial, and run ``talk(neighbour, link)`` for every link until cancelled; when it
         returns, the link ends.
         """
 

@@ -57,7 +57,7 @@ class Watch:
         )
 
     def _judge(self, name: str, certificates: Iterable[str], whose: str, advice: str) -> None:
-        """Of several certificates the best one counts."""
+        """Report the state of a member's certificates; among several the best one counts."""
         worries = [concern(pem) for pem in certificates]
         if None in worries:
             self._told.pop(name, None)

@@ -189,7 +189,9 @@ class _Guests:
             self.telling.tell_load(device, session.num_parts, session.num_tokens)
 
     def _evict(self, greedy: set[str]) -> None:
-        """From the thread of a part that waits for its share of the memory."""
+        """End parts of other devices; a part that waits for its share of the memory calls this from
+        its thread.
+        """
         for name in greedy:
             session = self._sessions.get(name)
             if session is not None:

@@ -1,5 +1,5 @@
-"""How a device's half reaches the body: in a cloud far away, or in one of its own in this process;
-whether it may.
+"""How a device's half reaches the body: in a cloud far away, or in one of its own in this
+process.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Grouping(NamedTuple):
 
 
 def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
-    """As many as their longest batches leave room for, at least 1; one at a time where this model
-    mixes participants.
+    """How many participants train at once: as many as their longest batches leave room for, at
+    least 1, and one at a time where this model mixes participants.
 
     Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens
     a row. ``stored``: the size that a run which goes on began with. Raises RunError where that
@@ -130,7 +130,7 @@ def _differs(
 def _logits(
     model: StackedModel, factors: Factors, rows: Sequence[Example], pad_token_id: int
 ) -> list[Tensor]:
-    """Of each row: (classes,), or (its own tokens, vocabulary)."""
+    """The logits of each row: (classes,), or (its own tokens, vocabulary)."""
     model.use(factors)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # architectures that hash by chance do so alike

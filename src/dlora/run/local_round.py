@@ -79,7 +79,7 @@ class Training:
         return torch.cat(losses)
 
     def learning_rates(self, number: int, steps: int) -> list[float]:
-        """Those of a round for participants who take ``steps`` local steps in it."""
+        """The learning rate of each of the ``steps`` local steps of a round."""
         section, start = self.prepared.config.train, number * steps
         return [
             learning_rate(section, step, section.rounds * steps)

@@ -1,5 +1,5 @@
-"""From a config to data, model and topology: all that can be wrong with a run is found here, before
-it starts.
+"""Prepare a run: load data and model, build the topology, and find all that is wrong before it
+starts.
 """
 
 from __future__ import annotations

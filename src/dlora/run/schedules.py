@@ -53,7 +53,7 @@ class Schedules:
             self._changed(participant, schedule)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """All that changes, for a checkpoint."""
         return {"schedules": [schedule.state() for schedule in self.each]} if self.each else {}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -48,8 +48,8 @@ class Scoring:
         self.chosen = scored_peers(prepared.config, len(prepared.names))
 
     def average(self, factors: dict[str, Tensor], first: bool = False) -> Scored:
-        """Of the average of all, (1, ...) each. What all runs have before they train, ``first``, is
-        scored once for all.
+        """The scores of the average of all, whose factors are (1, ...) each. What all runs have
+        before they train, ``first``, is scored once for all.
         """
         known = self.prepared.first_scores if first and self.prepared.half is None else {}
         if (key := digest(factors) if first else "") in known:
@@ -58,8 +58,8 @@ class Scoring:
         return known[key]
 
     def peers(self, standing: dict[str, Tensor]) -> dict[str, Scores]:
-        """Of those that ``eval_peers`` asks for, each by itself; ``standing``: (P, ...) each, of
-        all.
+        """The scores of each peer that ``eval_peers`` asks for; ``standing``: the factors of all
+        peers, (P, ...) each.
         """
         names, own = self.prepared.names, {}
         for start in range(0, len(self.chosen), self.at_once):

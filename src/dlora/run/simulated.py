@@ -81,7 +81,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of training and exchange, without scoring and saving."""
+        """Seconds of training and exchange, without scoring and saving."""
         return self.spent.seconds["training"] + self.spent.seconds["exchange"]
 
     def result(self) -> dict[str, Any]:
@@ -138,8 +138,8 @@ class Run:
             return self.training.round(self.rounds_done, names)
 
     def _local_steps(self) -> list[int]:
-        """Of each participant in a round; pooled training takes as many as the peers do on
-        average.
+        """Local steps of each participant in a round; pooled training takes as many as the peers do
+        on average.
         """
         steps = self.prepared.local_steps
         return [round(sum(steps) / len(steps))] if self.arm.pooled else steps

@@ -52,8 +52,8 @@ class Spent:
 
 
 class Stopwatch:
-    """Of one process, from its start (``process``) or from the call of a program: what came before
-    and after its runs.
+    """The seconds of one process, from its start (``process``) or from the call of a program: also
+    those before and after its runs.
     """
 
     def __init__(self, process: bool) -> None:

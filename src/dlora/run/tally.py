@@ -71,7 +71,7 @@ class Tally:
             self.schedules.load(state)
 
     def state(self, seconds: float, group_size: int) -> dict[str, Any]:
-        """For a checkpoint."""
+        """All that changes, for a checkpoint."""
         return {
             **self.bytes,
             "seconds": seconds,

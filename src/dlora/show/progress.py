@@ -192,8 +192,8 @@ class Progress:
         self._bars.update(self._bar(run), done=f"{rounds_done}{total} rounds")
 
     def _show_active(self, run: str, done: int) -> None:
-        """Of a scheduled run's first participant; ``done``: local steps of all participants, which
-        go at one pace.
+        """Show how many units are active at the first participant; ``done``: local steps of all
+        participants, which go at one pace.
         """
         activity = self._activities.get(run)
         if activity is not None and activity.first is not None and run in self._local_steps:

@@ -54,7 +54,7 @@ def summary_table(summary: dict[str, Any]) -> Group:
 
 
 def _edge_table(edges: list[tuple[str, dict[str, int]]]) -> Table:
-    """Of a real peer with whom not every round was mixed."""
+    """The neighbours of a real peer with whom not every round was mixed."""
     table = Table("neighbour", "rounds mixed", "left out", "in doubt", box=None)
     for name, edge in edges:
         table.add_row(name, *(f"{edge[of]:,}" for of in ("mixed", "left_out", "in_doubt")))

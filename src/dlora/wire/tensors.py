@@ -39,9 +39,9 @@ def message_num_bytes(expected: Expected) -> int:
 
 
 def held(data: bytes | Path, known: Expected) -> Expected:
-    """Those of the ``known`` tensors that a message says it holds, for `decode_tensors` to check;
-    made for messages that may leave some out. Reads the header alone, and no more of it than one of
-    all known tensors would have.
+    """The ``known`` tensors that a message says it holds, for `decode_tensors` to check. It is made
+    for messages that may leave some out. Reads the header alone, and no more of it than one of all
+    known tensors would have.
 
     Raises MessageError for a header that is longer, is none, or names anything else; OSError when
     the file cannot be opened.
@@ -174,7 +174,9 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_list(value: object) -> bool:
-    """Of integers; neither booleans nor 4.0, which are equal to some."""
+    """Whether this is a list of integers, without booleans and without 4.0, which are equal to
+    some.
+    """
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 

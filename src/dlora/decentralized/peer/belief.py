@@ -50,7 +50,9 @@ class Belief:
 
     @classmethod
     def of(cls, initial: Mapping[str, Tensor], rate: float) -> Belief:
-        """Of a peer that has seen nothing yet; ``rate``: the sum of a round's learning rates."""
+        """The belief of a peer that has seen nothing yet; ``rate``: the sum of a round's learning
+        rates.
+        """
         zero = {name: torch.zeros_like(tensor) for name, tensor in initial.items()}
         return cls(
             distance(zero, initial),
@@ -98,7 +100,7 @@ class Belief:
         ) <= FAR * self.reach(round)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """All that changes, for a checkpoint."""
         return asdict(self)
 
     def load(self, state: Mapping[str, Any]) -> None:

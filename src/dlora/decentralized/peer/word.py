@@ -103,8 +103,8 @@ class Words:
         return Shown(word.round, word.ledger, *sums, word.signature)
 
     def abandoned(self, neighbour: str, hello: Hello) -> Shown | None:
-        """Of a neighbour that comes with a ledger after which it has used another one: its
-        signature from that other one.
+        """The proof for a neighbour that comes with a ledger after which it has used another one:
+        its own signature from that other ledger. None for all other neighbours.
         """
         words = self.ledger.words(neighbour)
         if (

@@ -17,7 +17,7 @@ _MOST_BARS = 40
 
 
 class Pictures:
-    """Of one page: each is (SVG, caption), the SVG safe to place as it is."""
+    """The pictures of one page. Each is (SVG, caption), and the SVG is safe to place as it is."""
 
     def __init__(self, page: Page) -> None:
         self.page = page

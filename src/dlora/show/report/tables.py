@@ -132,7 +132,7 @@ class Tables:
 
     @property
     def learning_rate(self) -> str:
-        """As configured, and where it ended."""
+        """The learning rate as configured, and where it ended."""
         train: Mapping[str, Any] = self.page.config.get("train") or {}
         kind = train.get("lr_scheduler_type", "constant")
         last = self.page.main.latest.get("learning_rate")

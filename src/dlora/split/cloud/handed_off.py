@@ -25,7 +25,7 @@ class HandedOff:
 
     @property
     def num_bytes(self) -> int:
-        """Of its tensors."""
+        """Bytes of its tensors."""
         return sum(tensor.nbytes for own in self.factors for tensor in own)
 
 

@@ -173,7 +173,9 @@ class Turns:
 
 
 class Turn:
-    """That of one part, which it has while it computes and not while it waits for its device."""
+    """The turn of one part, which has it while it computes and not while it waits for its
+    device.
+    """
 
     def __init__(self, turns: Turns, device: str) -> None:
         self._turns, self._device = turns, device

@@ -81,7 +81,9 @@ class CloudPart:
         return self.begin.units[number] if self.begin.units else ACTIVE
 
     def _updates(self, number: int, x: Tensor) -> Sequence[Tensor]:
-        """Of each module of a group, from the device or from what it handed off."""
+        """The update of each module of a group, from the device or from factors that it handed
+        off.
+        """
         group = self.groups[number]
         if self._core:
             x = torch.cat(

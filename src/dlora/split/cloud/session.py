@@ -253,7 +253,9 @@ class Session:
         held_bytes: int,
         turn: Turn,
     ) -> None:
-        """From its first turn to its last; with ``held_bytes`` 0 it found no memory."""
+        """Compute a part from its first turn to its last; ``held_bytes`` 0 means that it found no
+        memory.
+        """
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
         part: CloudPart | None = None

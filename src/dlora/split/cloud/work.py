@@ -26,7 +26,7 @@ class Work:
 
     @property
     def has_waited_s(self) -> float:
-        """For its device, so far."""
+        """Seconds that it has waited for its device so far."""
         return self.waited_s + (time.monotonic() - since if (since := self._since) else 0.0)
 
     def put(self, frame: Values) -> None:

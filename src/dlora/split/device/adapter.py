@@ -66,11 +66,11 @@ class Adapter:
 
     @property
     def num_factors(self) -> int:
-        """Of a module: A and B, or M alone."""
+        """How many factors a module has: A and B, or M alone."""
         return len(self._factor_names)
 
     def factors(self) -> list[Tensor]:
-        """Those of every module as they are bound now, in the order of ``tensors``."""
+        """The factors of every module as they are bound now, in the order of ``tensors``."""
         return [getattr(self.layers[name], factor) for name, factor in self.tensors]
 
     def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ class Adapter:
     def gradients(
         self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """From the loss's gradient by the update: dx (N, I) where it is asked for, and those of the
-        group's factors.
+        """The gradients that follow from the loss's gradient by the update: dx (N, I) where it is
+        asked for, and those of the group's factors.
         """
         kept = call.kept.pop((part, number))
         wanted = [

@@ -37,7 +37,9 @@ class RemoteBody:
     def forward(
         self, stub: Any, *args: Any, **kwargs: Any
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """As ``stub``, a transformers body, takes and gives it; what cannot be so is refused."""
+        """Take inputs and give outputs as ``stub``, a transformers body, does; inputs that a cloud
+        cannot use are refused.
+        """
         given = by_name(type(stub).forward, args, kwargs)
         check_names(given, self.config)
         if self.calls is None:
@@ -168,7 +170,9 @@ class RemoteBody:
 
 
 class _Through(torch.autograd.Function):
-    """From the embedded tokens to what the head reads; backward gives the factors' gradients."""
+    """The way through the cloud: embedded tokens go in, what the head reads comes out, and backward
+    gives the factors' gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, calls: Calls, request: Request, keep: bool, *factors: Tensor) -> Tensor:
@@ -206,7 +210,7 @@ class _Ticket:
 
 
 def hidden_width(config: Any) -> int:
-    """Of what the body gives; some OPT models bring it back to the width of their token
+    """The width of what the body gives; some OPT models bring it back to the width of their token
     embedding.
     """
     width: int = getattr(config, "word_embed_proj_dim", config.hidden_size)

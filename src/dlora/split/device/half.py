@@ -51,7 +51,7 @@ class Half:
     def link(
         self, dial: Callable[[], Channel], pipeline: int, wait: Callable[[float], None]
     ) -> Calls:
-        """From now on forwards and backwards go through the cloud that ``dial`` reaches."""
+        """Let forwards and backwards go through the cloud that ``dial`` reaches, from now on."""
         prefix = self.body.prefix
         layers = {
             name: self.model.network.get_submodule(prefix + name)

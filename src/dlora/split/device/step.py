@@ -124,7 +124,7 @@ def backward_on_device(
 def _summed(
     adapter: Adapter, num_parts: int, found: Mapping[tuple[int, int], list[Tensor | None]]
 ) -> list[Tensor | None]:
-    """Over parts, in their order and not in that of arrival: sums must not depend on the
+    """The sum over parts, in their order and not in that of arrival: sums must not depend on the
     network.
     """
     totals: list[Tensor | None] = []

@@ -312,15 +312,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _one_line(text: str) -> str:
-    """As much of it as may be sent: what one end has to say of a failure must not be a failure
-    itself.
-    """
+    """As much of a text as may be sent: a report of a failure must not be a failure itself."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
 def _varint(number: int) -> bytes:
-    """As protobuf writes a length: 7 bits a byte, lowest first, the high bit for more to come."""
+    """A length as protobuf writes it: 7 bits a byte, lowest first, the high bit for more to
+    come.
+    """
     groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([group | 0x80 for group in groups[:-1]] + groups[-1:])
 
