@@ -108,6 +108,8 @@ ROOMS: dict[str, set[str]] = {
     "rich": {"cli", *COMMANDS, "show/progress", "show/tables", "show/cloud/table"},
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }
+MAX_LINES_OF_A_CLASS, MAX_ATTRIBUTES = 250, 12
+REASONS = ("Its attributes are", "Most of its attributes are", "It is one class because")
 MAX_LINES = 400  # of at most 100 columns, as ruff holds them
 
 FILES = {
@@ -293,6 +295,33 @@ def test_tests_benchmarks_and_examples_are_small_too() -> None:
         if len(path.read_text(encoding="utf-8").splitlines()) > MAX_LINES
     }
     assert long == set()
+
+
+def attributes(class_: ast.ClassDef) -> set[str]:
+    """Names that the class declares, and that its methods set on ``self``."""
+    declared = [line.target for line in class_.body if isinstance(line, ast.AnnAssign)]
+    names = {target.id for target in declared if isinstance(target, ast.Name)}
+    return names | {
+        node.attr
+        for node in ast.walk(class_)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+@each_file
+def test_a_large_class_says_why(name: str) -> None:
+    """A block of the config has as many attributes as keys, and users read its docstring."""
+    if name.startswith("config/"):
+        return
+    for node in ast.walk(parse(name)):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        long = (node.end_lineno or 0) - node.lineno >= MAX_LINES_OF_A_CLASS
+        says_why = any(reason in (ast.get_docstring(node) or "") for reason in REASONS)
+        assert says_why == (long or len(attributes(node)) > MAX_ATTRIBUTES), node.name
 
 
 def test_importing_is_cheap() -> None:

@@ -13,7 +13,10 @@ NUM_NEWS = 3
 
 @dataclass
 class Served:
-    """One device, over all its links."""
+    """One device, over all its links.
+
+    Its attributes are the columns of the table of devices.
+    """
 
     since: str | None = None  # of the link that is up, ISO 8601 with a zone
     links: int = 0

@@ -47,6 +47,8 @@ class Schedule:
     Utility: the mean score of the unit's steps in its latest turn, divided by its cost; units are
     compared by it relative to those next to them in the model, for the scale of gradients changes
     with depth. Same seed and same scores give the same sets; `state` and `load` resume exactly.
+
+    Its attributes are what every choice of a unit depends on.
     """
 
     def __init__(

@@ -45,7 +45,11 @@ LOOK_S = 0.2  # between two looks at what another thread has found out
 
 
 class PeerRun:
-    """The state of one peer between two rounds, on its disk after each."""
+    """The state of one peer between two rounds, on its disk after each.
+
+    It is one class because the protocol calls its methods in turn, and they share the state of one
+    round.
+    """
 
     def __init__(
         self, run: OpenRun, ledger: Ledger, network: GrpcNetwork, signatures: Signatures

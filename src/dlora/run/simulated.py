@@ -34,6 +34,8 @@ class Run:
     ``name``: of its arm. A pooled arm has one participant, whose batch is all peers' batches
     joined. ``cloud_bytes`` counts what has gone between devices and their cloud in this process,
     where there is one.
+
+    Its attributes are the parts of a run, which each round needs together.
     """
 
     def __init__(

@@ -21,6 +21,8 @@ class Tally:
     ``bytes_here``: serialised bytes that its participants sent to one another in this process, for
     a real peer received ones too. ``cloud_bytes``: those that went between devices and their cloud
     in this process; None where no cloud takes part.
+
+    Its attributes are the figures that it adds up.
     """
 
     def __init__(

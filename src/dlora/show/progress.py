@@ -30,6 +30,8 @@ class Progress:
     and how far the run is once a minute, for the logs of services and clusters; with ``quiet``
     none. Each line begins with the time of day. A context manager that says at once that something
     is going on; the runs' bars stay after it.
+
+    Its attributes are what one screen shows, which any event may change.
     """
 
     def __init__(

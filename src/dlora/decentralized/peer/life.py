@@ -54,6 +54,8 @@ class PeerGossip:
     ``commit`` (factors, optimiser and progress to disk, all or nothing); ``skip``, which hears how
     many rounds were passed over; and ``clock``, in seconds, which goes on while this program does
     not run.
+
+    Most of its attributes are what the program hands in, and its methods are one life in order.
     """
 
     name: str

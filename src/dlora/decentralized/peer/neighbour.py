@@ -19,7 +19,10 @@ from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk, Frame, Offer, Status,
 
 @dataclass
 class Neighbour:
-    """What is known of one neighbour now."""
+    """What is known of one neighbour now.
+
+    Its attributes are all that this peer knows of one other peer.
+    """
 
     name: str
     link: Link | None = None

@@ -56,6 +56,8 @@ class _Server(ThreadingMixIn, WSGIServer):
 class CloudMetrics:
     """A listener of the cloud's events; serves what it heard on ``host``:``port`` while it is
     entered, port 0: any free one.
+
+    Its attributes are the metrics, one each.
     """
 
     def __init__(self, host: str, port: int) -> None:

@@ -17,7 +17,10 @@ _MOST_BARS = 40
 
 
 class Pictures:
-    """The pictures of one page. Each is (SVG, caption), and the SVG is safe to place as it is."""
+    """The pictures of one page. Each is (SVG, caption), and the SVG is safe to place as it is.
+
+    It is one class because each method is one picture, and all are of the same page.
+    """
 
     def __init__(self, page: Page) -> None:
         self.page = page

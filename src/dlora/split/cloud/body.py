@@ -49,6 +49,8 @@ class Body:
 
     ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input.
     ``directions``: for devices with placement core.
+
+    Its attributes are facts of one model, found once and read by every part.
     """
 
     def __init__(self, network: Any, directions: Directions | None = None) -> None:

@@ -27,6 +27,8 @@ class CloudPart:
 
     ``directions``: under placement core, A and B of each module. ``handed_off``: of killed groups,
     each module's factors.
+
+    Its attributes are the state of one forward and backward, which share all of it.
     """
 
     def __init__(

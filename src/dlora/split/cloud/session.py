@@ -46,6 +46,8 @@ class Session:
     threads of the session, may wait, and raises ChannelDown when the link has ended. ``tell(event,
     fields)`` hears what happened: opened (before the device does), refused, part, failed; from any
     thread.
+
+    It is one class because one lock guards all of its state.
     """
 
     def __init__(

@@ -44,6 +44,8 @@ class Calls:
     ``dial`` waits for a link; the ChannelDown that it raises ends a call. ``wait`` is handed in, as
     all clocks are. The cloud holds nothing that cannot be made again: a call is repeated with the
     same numbers, dropout seed and factors, and its gradients count only when it is through.
+
+    It is one class because one call at a time may change any of its state.
     """
 
     def __init__(

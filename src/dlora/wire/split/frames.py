@@ -50,7 +50,10 @@ class Refused:
 
 @dataclass(frozen=True, eq=False)
 class Begin:
-    """Device: send this part through the body."""
+    """Device: send this part through the body.
+
+    Its attributes are the fields of the frame.
+    """
 
     call: int  # of the forward that it belongs to; a number is used once a session
     part: int
