@@ -1,4 +1,4 @@
-"""What the two halves must agree on before anything travels, and how a mismatch is said."""
+"""What the two halves must agree on before tensors travel, and how a mismatch is reported."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ MAX_R = 1 << 12
 
 @dataclass(frozen=True)
 class Agreement:
-    """What one device's conversation is about."""
+    """What the cloud and one device have agreed on for one link."""
 
-    groups: tuple[Unit, ...]  # that have factors, bottom to top, as they travel
+    # modules that have factors, by shared input, from bottom to top; frames count them in this
+    # order
+    groups: tuple[Unit, ...]
     wire: Wire
-    dropout: float | None  # of the body in training, instead of its own rates; None: its own
+    # dropout rate of the body in training; None: the body keeps its own rates
+    dropout: float | None
     r: int
-    # SHA-256 of the modules' core directions, by their names in the body; None: placement literal
+    # SHA-256 of the core directions of all modules; None: placement literal
     directions: str | None
 
 
 def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
-    """What can be compared without sending weights: the same checkpoint has the same token
-    embedding on both sides.
+    """Facts that show whether both halves have the same model, without sending weights.
+
+    Two halves of one checkpoint have the same token embedding. The hash is taken over its values in
+    bfloat16.
     """
     weight = embedding.weight.detach().to("cpu", torch.bfloat16).contiguous()
     return {
@@ -46,7 +51,7 @@ def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
 
 
 def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
-    """The device's proposal: canonical JSON."""
+    """The device's proposal as canonical JSON: ``facts`` from `body_facts` and the agreement."""
     groups = [_listed(group) for group in agreement.groups]
     manifest = {
         "protocol": PROTOCOL,
@@ -63,8 +68,10 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
 def agree(
     text: str, facts: Mapping[str, Any], groups: Sequence[Unit], directions: Directions
 ) -> Agreement | str:
-    """What the cloud makes of a proposal: the agreement, or one line that says why there is
-    none.
+    """The cloud's answer to a proposal: the agreement, or one line that says why there is none.
+
+    ``facts``, ``groups`` and ``directions`` describe the cloud's own body; ``groups`` are all its
+    linears.
     """
     try:
         manifest = json.loads(text)
@@ -115,7 +122,7 @@ def agree(
 
 
 def directions_digest(directions: Directions, modules: Sequence[str]) -> str:
-    """SHA-256 of the core directions of these modules, by their names in the body."""
+    """SHA-256 of the core directions of these modules; ``modules`` are names in the body."""
     return digest(
         {
             f"{name}.{half}": directions[f"{name}.{half}"]
@@ -128,7 +135,9 @@ def directions_digest(directions: Directions, modules: Sequence[str]) -> str:
 def _other_directions(
     proposed: str, targets: Sequence[str], directions: Directions, r: int
 ) -> str | None:
-    """Why the core directions of the device are not those of the cloud, in one line."""
+    """One line that says how the core directions of device and cloud differ; None: they are the
+    same.
+    """
     if not directions:
         return (
             "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame:"
@@ -150,6 +159,9 @@ def _listed(group: Unit) -> list[Any]:
 
 
 def _short(value: object) -> str:
-    """On one line and printable, whatever the device wrote: an operator's terminal shows it."""
+    """At most 80 printable characters on one line.
+
+    The device wrote the value, and an operator's terminal shows it.
+    """
     text = ascii(value)[1:-1] if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

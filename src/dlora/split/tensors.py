@@ -1,4 +1,7 @@
-"""What both halves do with tensors: a module's share of a group, factors applied, packed bits."""
+"""What both halves do with tensors: split a group's input, apply factors, unpack bits.
+
+A group is a `Unit`: modules that share one input. r is the LoRA rank.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,27 @@ from dlora.lora.units import Unit
 
 
 def shares(x: Tensor, group: Unit, core: bool) -> Sequence[Tensor]:
-    """What each module of a group reads of ``x``: all of it, or under placement core its own r
-    columns.
+    """The part of a group's input ``x`` that each of its modules reads.
+
+    Placement literal: every module reads all of ``x``, (..., in_features). Placement core: ``x`` is
+    (..., modules x r), and each module reads r columns of its own.
     """
     return torch.split(x, list(group.out_features), dim=-1) if core else [x] * len(group.modules)
 
 
 def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """x A^T B^T, or x M^T."""
+    """Apply the factors to ``x`` one after the other: x A^T B^T, or x M^T under placement core."""
     for factor in factors:
         x = F.linear(x, factor)
     return x
 
 
 def as_factors(handed_off: Tensor, group: Unit, r: int, core: bool) -> list[list[Tensor]] | None:
-    """What `Adapter.handed_off` made flat, of each module: A (r, I) and B (O, r), or M (r, r);
-    None: not of that size.
+    """Undo `Adapter.handed_off`: the flat numbers as factors, one list for each module of the
+    group.
+
+    A list holds A (r, in_features) and B (out_features, r), or M (r, r) under ``core``. Returns
+    None if ``handed_off`` has another number of values.
     """
     shapes = [
         [(r, r)] if core else [(r, group.in_features), (out, r)] for out in group.out_features
@@ -42,5 +50,5 @@ def as_factors(handed_off: Tensor, group: Unit, r: int, core: bool) -> list[list
 
 
 def bits(packed: bytes, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """(count,) booleans, as numpy.packbits packed them."""
+    """Unpack ``count`` bits that numpy.packbits packed: (count,) booleans."""
     return np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=count).astype(bool)

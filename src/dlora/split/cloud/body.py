@@ -1,5 +1,5 @@
-"""The frozen model without its heads, in the cloud, and the places where devices' updates are
-added.
+"""The frozen model without its heads, in the cloud; hooks add the devices' updates to its
+linears.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ from dlora.split.tensors import bits
 from dlora.wire.split.frames import Begin
 
 PROBE_TOKENS = 64
-# that one layer's attention has in hand while it computes, in units of what it keeps
+# Memory that the attention of one layer needs for a short time while it computes, as a multiple of
+# what it keeps for backward.
 WORK_LAYERS = 2.0
-PADDING_SEEN = 0.05  # relative; rounding in bfloat16 and of int8 weights stays below
-# relative, by a text of the one before it in its row; 0 where they are kept apart, 0.009 in
-# DistilBERT
+PADDING_SEEN = 0.05  # relative; the rounding errors of bfloat16 and of int8 weights are smaller
+# Relative change of a text's hidden states when the text before it in the row changes: 0 if the
+# model keeps texts apart, 0.009 in DistilBERT, which does not.
 NEIGHBOUR_SEEN = 1e-4
 
 
 class Body:
-    """A frozen body that many devices go through at once; nothing of theirs stays in it.
+    """A frozen body that runs parts of many devices at once and keeps nothing of them.
 
-    ``facts``: what a device's half must agree with. ``groups``: all linears, by shared input.
-    ``directions``: for devices with placement core.
+    ``facts``: what a device's half must agree with (`body_facts`). ``groups``: all linears, by
+    shared input. ``directions``: core directions by the body's names, for devices with placement
+    core. Raises ModelError if the model cannot be split.
 
     Its attributes are facts of one model, found once and read by every part.
     """
@@ -57,7 +59,7 @@ class Body:
         self.network, self.directions = network.eval().requires_grad_(False), directions or {}
         self.groups = find_units(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
-        # the same weights
+        # a second network in training mode, which shares all weights with the first
         self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()
         self._here = threading.local()
         for view in (self.network, self._training):
@@ -66,22 +68,23 @@ class Body:
                     layer.register_forward_hook(partial(self._add_update, name))
         self._keys = set(inspect.signature(network.forward).parameters)
         self.facts = body_facts(network.config, network.get_input_embeddings())
-        self.max_tokens = max_tokens(network) or 1 << 20  # of one text
+        self.max_tokens = max_tokens(network) or 1 << 20  # tokens of one text
         self.num_positions, self.num_token_types = self._table_sizes()
         self._costs = {drops: self._cost(drops) for drops in (False, True)}
         self.bytes_a_token = self._costs[False][0]
         self._refuse_if_padding_matters()
-        self.separates = self._keeps_texts_apart()  # those that share a row
+        # whether texts that share a row do not see each other
+        self.separates = self._keeps_texts_apart()
 
     @property
     def device(self) -> torch.device:
-        """Where embedded tokens go in."""
+        """The torch device on which the embedded tokens enter the body."""
         device: torch.device = self.network.get_input_embeddings().weight.device
         return device
 
     def cannot(self, begin: Begin) -> str | None:
-        """Why this model takes no such part; None where it does."""
-        # of packed rows the positions decide
+        """Why this model cannot run the part, in one line; None if it can."""
+        # a packed row may be longer: only the positions of its texts count
         if begin.columns > self.max_tokens and not begin.packed:
             return f"a text of {begin.columns} tokens; this model takes {self.max_tokens}"
         if max(begin.positions, default=0) >= self.num_positions:
@@ -96,8 +99,9 @@ class Body:
         return None
 
     def forward(self, part: CloudPart, dropout: float | None) -> Tensor:
-        """What the head reads of one part, (rows, H). ``dropout``: instead of the model's own
-        rates; None: its own.
+        """Run one part; returns what the head reads, (rows, hidden width).
+
+        ``dropout``: replaces all dropout rates of the model; None: the model keeps its own rates.
         """
         begin, index = part.begin, part.index
         tokens = begin.rows * begin.columns
@@ -111,7 +115,7 @@ class Body:
         embedded[index] = begin.embedded.to(embedded.device, embedded.dtype)
         arguments: dict[str, Any] = {
             "inputs_embeds": embedded.view(begin.rows, begin.columns, -1),
-            # without one, transformers looks for texts
+            # without a mask, transformers finds the texts of a packed row by their positions
             "attention_mask": None if begin.packed else part.mask.long(),
             "use_cache": False,
         }
@@ -147,7 +151,7 @@ class Body:
         return hidden
 
     def _spread(self, part: CloudPart, values: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        """(N,) numbers of the real tokens as (rows, columns), 0 elsewhere."""
+        """Put a number for each real token at its place: (N,) -> (rows, columns), 0 at padding."""
         spread = torch.zeros(part.mask.numel(), dtype=torch.int64, device=self.device)
         spread[part.index] = torch.from_numpy(values).to(self.device)
         return spread.view(part.mask.shape)
@@ -160,10 +164,11 @@ class Body:
         return None if update is None else output + update.to(output.dtype)
 
     def _table_sizes(self) -> tuple[int, int]:
-        """Positions and token types that can be looked up: past the end of a table a GPU stops for
-        all devices.
+        """How many positions and how many token types the model can look up.
+
+        An index beyond a table would stop the GPU for all devices, so `cannot` refuses it before.
         """
-        # GPT-2 looks types up among the tokens
+        # GPT-2 looks token types up in the token table
         positions, types = 1 << 31, int(self.facts["vocabulary"])
         for name, layer in self.network.named_modules():
             last = name.rpartition(".")[2]
@@ -174,8 +179,8 @@ class Body:
         return positions, types
 
     def _refuse_if_padding_matters(self) -> None:
-        """Raise ModelError for a body whose real tokens see what stands at padding: the two halves
-        pad differently.
+        """Raise ModelError if real tokens see what is at padding, because the two halves pad
+        differently.
         """
         real, noise = self._noise(4), self._noise(3, 1.0)
         alone = self._hidden(real, attention_mask=torch.ones(1, 4, dtype=torch.long))
@@ -188,8 +193,9 @@ class Body:
             )
 
     def _keeps_texts_apart(self) -> bool:
-        """Whether a text sees nothing of one that stands before it in the same row, without a mask:
-        positions begin again.
+        """Whether a text sees nothing of the text before it in the same row.
+
+        No mask is given; only the positions begin again at the second text.
         """
         positions, text = torch.arange(4).repeat(2)[None], self._noise(4)
         first, second = (
@@ -206,7 +212,7 @@ class Body:
 
     @torch.no_grad()
     def _hidden(self, embedded: Tensor, **arguments: Tensor | None) -> Tensor:
-        """The body's own, without updates."""
+        """The body's last hidden states in float32, without updates."""
         weight = next(self.network.parameters())
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
         moved = {
@@ -219,18 +225,20 @@ class Body:
         return hidden
 
     def memory(self, columns: int, drops: bool) -> int:
-        """Bytes for one row of so many columns, there and back: what its tokens keep, and what
-        pairs of them do.
+        """Bytes that one row of ``columns`` tokens needs for its forward and backward.
 
-        Attention that is written out, as its dropout demands and as some models do anyway, keeps
-        numbers for each pair.
+        They are a cost for each token and a cost for each pair of tokens. Attention keeps numbers
+        for each pair if it is written out in full, as its dropout requires and as some models
+        always do. ``drops``: the forward draws dropout.
         """
         a_token, a_pair = self._costs[drops]
         return columns * a_token + int(a_pair * columns * max(0, columns - PROBE_TOKENS))
 
     def _cost(self, drops: bool) -> tuple[int, float]:
-        """What a forward keeps for its backward, a token and a pair of tokens: measured on two
-        texts, every linear adapted.
+        """Bytes that a forward keeps for its backward, for each token and for each pair of tokens.
+
+        They are measured on texts of two lengths. The first number includes an update for every
+        linear.
         """
         short = min(PROBE_TOKENS, self.max_tokens)
         long = min(2 * PROBE_TOKENS, self.max_tokens)
@@ -241,8 +249,9 @@ class Body:
             else 0.0
         )
         layers = max(1, int(getattr(self.network.config, "num_hidden_layers", 1)))
-        beside = 1 + WORK_LAYERS / layers  # what one layer has in hand and does not keep
-        # what devices add, and their inputs
+        # adds the memory that one layer needs only while it computes
+        beside = 1 + WORK_LAYERS / layers
+        # the updates that devices send, and the groups' inputs
         updates = 4 * sum(group.width + group.in_features for group in self.groups)
         return int(a_token) + updates, max(0.0, a_pair) * beside
 
@@ -265,7 +274,7 @@ class Body:
             device=self.device,
         )
         mask = torch.ones(1, tokens, dtype=torch.long, device=self.device)
-        mask[0, tokens // 2 + 1 :] = 0  # with padding there is a mask for each pair
+        mask[0, tokens // 2 + 1 :] = 0  # with padding, some models make a mask for each pair
         given = {
             "inputs_embeds": embedded.requires_grad_(),
             "attention_mask": mask,
@@ -288,10 +297,11 @@ class Body:
 
 
 def load_body(config: CloudConfig, directions: Directions | None = None) -> Body:
-    """The body of ``config.model``, any that transformers loads as AutoModel.
+    """Load the body of ``config.model``; transformers must know it as an AutoModel.
 
-    ``directions``: core directions by the body's names. Where the config names a file of them, it
-    is read, or computed and written where there is none. Raises ModelError.
+    ``directions``: core directions by the body's names. If the config names a file of them
+    (``core.frame``), the file is read; if there is no such file, they are computed and written to
+    it. Raises ModelError.
     """
     network = load_body_network(config)
     linears = {name: layer for name, layer in network.named_modules() if isinstance(layer, LINEAR)}

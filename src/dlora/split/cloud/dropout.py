@@ -1,4 +1,4 @@
-"""Dropout that can be repeated: from a generator of its own, in one thread only."""
+"""Dropout that can be repeated: it draws from its own generator, in one thread only."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class SeededDropout(TorchFunctionMode):
-    """Dropout from a generator of its own, in this thread only: torch's is one for all threads, and
-    no part can be repeated.
+    """Dropout from its own generator, in this thread only.
 
-    ``rate`` takes the place of every rate in the model; None: each its own.
+    Torch has one generator for all threads, so a part that draws from it cannot be repeated.
+    ``rate`` replaces every dropout rate of the model; None: each layer keeps its own.
     """
 
     def __init__(self, generator: torch.Generator, rate: float | None) -> None:
@@ -49,7 +49,9 @@ class SeededDropout(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """Torch's own draws from its own generator; so with dropout the product is written out."""
+        """Attention with dropout, written out: torch's fused version draws from torch's own
+        generator.
+        """
         if enable_gqa:
             key, value = (
                 tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
@@ -60,7 +62,8 @@ class SeededDropout(TorchFunctionMode):
             @ key.transpose(-2, -1)
             * (scale if scale is not None else query.shape[-1] ** -0.5)
         )
-        least = torch.finfo(scores.dtype).min  # not -inf: padding may see nothing at all
+        # not -inf: a row of padding may see no token at all, and its softmax would be NaN
+        least = torch.finfo(scores.dtype).min
         if is_causal:
             ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(ahead, least)

@@ -1,4 +1,4 @@
-"""Killed groups' factors in the cloud, kept for the parts to come."""
+"""The factors of killed groups that devices handed to the cloud, kept for later parts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin
 
 @dataclass
 class HandedOff:
-    """A killed group's factors, of each module. Their memory is taken until they are replaced and
-    no part uses them.
+    """The factors of one killed group, one list for each module.
+
+    Their memory counts as taken until a newer version has replaced them and no part uses them.
     """
 
     version: int
@@ -25,21 +26,22 @@ class HandedOff:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of all the tensors."""
         return sum(tensor.nbytes for own in self.factors for tensor in own)
 
 
 class HandOffs:
-    """What one device has handed off, by group. Every call needs the session's lock."""
+    """What one device has handed off, by group. Hold the session's lock for every call."""
 
     def __init__(self, device: str, budget: Budget) -> None:
         self.device, self.budget = device, budget
         self._kept: dict[int, HandedOff] = {}
 
     def keep(self, group: int, new: HandedOff) -> None:
-        """Take the place of what this group had; parts under way keep what they began with.
+        """Store ``new`` instead of the group's earlier version; parts that run already keep that
+        version.
 
-        Where there is no room it is not kept, and the parts that name it fail for want of memory.
+        If there is no memory for it, it is not stored, and parts that need it fail with "memory".
         """
         if (before := self._kept.pop(group, None)) is not None:
             self._replaced(before)
@@ -49,9 +51,10 @@ class HandOffs:
             self.budget.forgo(self.device, new.num_bytes)
 
     def named(self, begin: Begin, num_groups: int) -> dict[int, HandedOff] | None:
-        """What was handed off of the groups that a part says are; None where it is not here.
+        """The stored factors of each killed group that ``begin`` names; None if one of them is not
+        here.
 
-        Raises Misbehaviour for another number of groups.
+        Raises Misbehaviour if ``begin`` lists another number of groups than ``num_groups``.
         """
         if begin.units and len(begin.units) != num_groups:
             raise Misbehaviour(f"{len(begin.units)} units for {num_groups} groups")
@@ -66,14 +69,14 @@ class HandOffs:
         return held
 
     def unused(self, used: Iterable[HandedOff]) -> None:
-        """A part that used these has ended."""
+        """Note that a part has ended which used these factors."""
         for kept in used:
             kept.users -= 1
             if kept.replaced and not kept.users:
                 self.budget.give_back(self.device, kept.num_bytes)
 
     def clear(self) -> None:
-        """The link has ended."""
+        """Delete everything, because the link has ended."""
         for kept in self._kept.values():
             self._replaced(kept)
         self._kept.clear()

@@ -1,6 +1,4 @@
-"""What one device may take of a cloud, and how all share it fairly: memory for parts, turns to
-compute.
-"""
+"""What a device may use of a cloud, and how devices share memory and turns to compute."""
 
 from __future__ import annotations
 
@@ -15,31 +13,36 @@ from dataclasses import dataclass
 class Limits:
     """What one device may ask for."""
 
-    max_tokens: int  # of all its parts in the cloud at once
+    max_tokens: int  # of all its parts that are in the cloud at once
     max_parts: int
-    idle_s: float  # that a part waits for the device's next word
+    idle_s: float  # seconds that a part waits for the next frame of its device
 
 
-# that a device's own answers may have taken, of a part whose memory another device waits for
+# seconds: a part that has waited longer for its device may be given up when another device waits
+# for memory
 PATIENCE_S = 5.0
 
 
 class Budget:
-    """Memory for all devices' activations together, and the turns that their parts take.
+    """Memory for the activations of all devices together, and the turns in which parts compute.
 
-    Memory that is free goes to whoever asks. Once it is short, a device that holds less than an
-    equal share of it waits for its share, and nobody above one is given any meanwhile; who holds
-    more and lets the cloud wait loses parts to it.
+    Free memory goes to the device that asks for it. When memory is short, a device that holds less
+    than an equal share waits for its share. Meanwhile no device gets memory beyond its share. A
+    device that holds more than its share and lets the cloud wait loses parts.
     """
 
     def __init__(self, num_bytes: int, at_once: int = 1) -> None:
         self.num_bytes, self.turns = num_bytes, Turns(at_once)
         self._held: dict[str, int] = {}  # by device
-        self._waiting: dict[str, int] = {}  # by device: its share that it waits for
+        self._waiting: dict[str, int] = {}  # by device: the bytes that it waits for
         self._changed = threading.Condition()
 
     def take(self, device: str, num_bytes: int) -> bool | None:
-        """Whether it is taken; None: it is this device's due, and `wait` will get it."""
+        """Take ``num_bytes`` for ``device``: True if taken, False if refused.
+
+        None: there is no room yet, but the bytes are within the device's share; `wait` will take
+        them.
+        """
         with self._changed:
             if self._gives(device, num_bytes):
                 self._held[device] = self._held.get(device, 0) + num_bytes
@@ -52,8 +55,10 @@ class Budget:
     def wait(
         self, device: str, num_bytes: int, limit_s: float, evict: Callable[[set[str]], object]
     ) -> bool:
-        """Whether what `take` found due is taken now; ``evict`` hears who holds more than a share,
-        again and again.
+        """Wait for the bytes for which `take` returned None; returns whether they are taken now.
+
+        ``evict`` is called again and again with the devices that hold more than a share. Gives up
+        after ``limit_s`` seconds.
         """
         until = time.monotonic() + limit_s
         with self._changed:
@@ -84,14 +89,14 @@ class Budget:
                 self._changed.notify_all()
 
     def forgo(self, device: str, num_bytes: int) -> None:
-        """What `take` found due is not waited for after all."""
+        """Do not wait for the bytes for which `take` returned None."""
         with self._changed:
             self._waiting[device] -= num_bytes
             if not self._waiting[device]:
                 del self._waiting[device]
 
     def give_back(self, device: str, num_bytes: int) -> None:
-        """What was taken is free again."""
+        """Give back bytes that were taken."""
         with self._changed:
             self._held[device] -= num_bytes
             if not self._held[device]:
@@ -100,12 +105,13 @@ class Budget:
 
     @property
     def free_bytes(self) -> int:
-        """What is left."""
+        """Bytes that no device holds."""
         return self.num_bytes - sum(self._held.values())
 
     def _gives(self, device: str, num_bytes: int) -> bool:
         others = sum(due for other, due in self._waiting.items() if other != device)
-        kept = 0 if self._is_due(device, num_bytes) else others  # what others wait for is theirs
+        # keep free what the others wait for
+        kept = 0 if self._is_due(device, num_bytes) else others
         return num_bytes + kept <= self.free_bytes
 
     def _is_due(self, device: str, num_bytes: int) -> bool:
@@ -116,25 +122,28 @@ class Budget:
 
 
 class Turns:
-    """``at_once`` parts compute at a time, and the next is of the device that has computed least.
+    """At most ``at_once`` parts compute at a time. The next turn goes to the device that has
+    computed least.
 
-    Threads of many parts side by side would each get the same time, so a device would get as much
-    as it has parts. A part computes with as many cores as torch has threads, or with the GPU: more
-    parts than there are of these gain nothing.
+    Without turns, the threads of all parts would get equal time, and a device with more parts would
+    get more of it. One part alone uses all of torch's threads, or the GPU: running more parts at
+    once gains nothing.
     """
 
     def __init__(self, at_once: int = 1) -> None:
         self._changed = threading.Condition()
-        self._used_s: dict[str, float] = {}  # of devices with a part here
-        self._users: dict[str, int] = {}  # parts here
+        # seconds of computing, for each device that has a part here
+        self._used_s: dict[str, float] = {}
+        self._users: dict[str, int] = {}  # parts here, by device
         self._waiting: dict[str, int] = {}
         self._free = at_once
 
     @contextmanager
     def part(self, device: str) -> Iterator[Turn]:
-        """While a part is here. It has no turn yet."""
+        """Register a part of ``device`` for the time of this context. The part has no turn yet."""
         with self._changed:
-            # it begins with the least of those that are here: absence is no credit
+            # A new device starts with the least time of the devices here: it gets no credit for the
+            # time before it came.
             if device not in self._users:
                 self._used_s[device] = min(self._used_s.values(), default=0.0)
             self._users[device] = self._users.get(device, 0) + 1
@@ -149,7 +158,7 @@ class Turns:
                     del self._users[device], self._used_s[device]
 
     def begin(self, device: str) -> None:
-        """Wait for a turn."""
+        """Wait until ``device`` gets a turn."""
         with self._changed:
             self._waiting[device] = self._waiting.get(device, 0) + 1
             try:
@@ -159,10 +168,11 @@ class Turns:
                 self._waiting[device] -= 1
                 if not self._waiting[device]:
                     del self._waiting[device]
-                self._changed.notify_all()  # another device may be the next for what is free still
+                # another turn may be free, and now it is another device's
+                self._changed.notify_all()
 
     def end(self, device: str, seconds: float) -> None:
-        """The turn is over, after so long."""
+        """End a turn that lasted ``seconds``."""
         with self._changed:
             self._free += 1
             self._used_s[device] += seconds
@@ -173,28 +183,26 @@ class Turns:
 
 
 class Turn:
-    """The turn of one part, which has it while it computes and not while it waits for its
-    device.
-    """
+    """One part's turns. It has a turn while it computes, and none while it waits for its device."""
 
     def __init__(self, turns: Turns, device: str) -> None:
         self._turns, self._device = turns, device
         self._began_at: float | None = None
 
     def begin(self) -> None:
-        """Wait for it."""
+        """Wait for a turn."""
         self._turns.begin(self._device)
         self._began_at = time.monotonic()
 
     def end(self) -> None:
-        """Let others go on; nothing where it was not had."""
+        """Give the turn to others; does nothing if this part has none."""
         if self._began_at is not None:
             seconds, self._began_at = time.monotonic() - self._began_at, None
             self._turns.end(self._device, seconds)
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Without a turn meanwhile."""
+        """Give the turn up inside this context, and wait for a new one at its end."""
         self.end()
         yield
         self.begin()

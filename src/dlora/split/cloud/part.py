@@ -1,4 +1,4 @@
-"""One part in the cloud: where its tokens stand, and how it asks the device for updates."""
+"""One part in the cloud: where its real tokens are, and how it asks the device for updates."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ class Hears(Protocol):
     """Waits for the one frame that a part needs next, and checks it."""
 
     def __call__(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
-        """Its tensor, (rows, width) float32 on the CPU."""
+        """The tensor of that frame: ``shape`` is (rows, width); float32 on the CPU."""
 
 
 class CloudPart:
-    """One part in the cloud: where its real tokens stand, and how it asks the device for updates.
+    """One part in the cloud: where its real tokens are, and how it asks the device for updates.
 
-    ``directions``: under placement core, A and B of each module. ``handed_off``: of killed groups,
-    each module's factors.
+    ``directions``: under placement core, A and B of each module. ``handed_off``: for each killed
+    group that adds something, the factors of its modules. ``say`` sends a frame to the device, and
+    ``hear`` waits for one.
 
-    Its attributes are the state of one forward and backward, which share all of it.
+    Its attributes are the state of one forward and backward; each step needs most of them.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class CloudPart:
             for number, group in enumerate(self.groups)
             for place, name in enumerate(group.modules)
         }
-        # group -> its input, the updates not yet fetched
+        # group -> its input, and the updates that the modules have not taken yet
         self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
-        # below the lowest group nothing has a gradient
+        # The input of the lowest group needs no gradient. With this anchor torch still calls the
+        # group's backward.
         self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)
         mask = bits(begin.mask, begin.rows * begin.columns)
         self.mask = torch.from_numpy(mask).view(begin.rows, begin.columns).to(device)
@@ -63,8 +65,10 @@ class CloudPart:
         self.index = torch.from_numpy(mask.nonzero()[0]).to(device)
 
     def update(self, module: str, x: Tensor) -> Tensor | None:
-        """What is added to the output of ``module`` for the input ``x`` (..., I); None where
-        nothing is.
+        """What the device's factors add to the output of ``module`` for its input ``x`` (...,
+        in_features).
+
+        Returns (..., out_features), or None if they add nothing.
         """
         number, place = self._places.get(module, (0, None))
         if place is None or self._unit(number) == LEFT_OUT:
@@ -73,7 +77,7 @@ class CloudPart:
             self._asked[number] = (x, list(self._updates(number, x)))
         asked, updates = self._asked[number]
         update = updates[place]
-        assert asked is x and update is not None  # else the modules are no group
+        assert asked is x and update is not None  # otherwise these modules do not share one input
         updates[place] = None
         if not any(kept is not None for kept in updates):
             del self._asked[number]
@@ -83,8 +87,10 @@ class CloudPart:
         return self.begin.units[number] if self.begin.units else ACTIVE
 
     def _updates(self, number: int, x: Tensor) -> Sequence[Tensor]:
-        """The update of each module of a group, from the device or from factors that it handed
-        off.
+        """The update of each module of a group.
+
+        The device computes the updates of an active group. The cloud computes those of a killed
+        group from the factors that the device handed off.
         """
         group = self.groups[number]
         if self._core:
@@ -111,8 +117,10 @@ class CloudPart:
         return self._directions[f"{name}.{half}"].to(like.device)
 
     def forget(self) -> None:
-        """Let go of what a broken forward has left: updates hold the graph, and it holds this
-        part.
+        """Delete the updates that a failed forward has left.
+
+        The updates refer to the graph, and the graph refers to this part: the memory would not be
+        freed.
         """
         self._asked.clear()
 
@@ -125,8 +133,10 @@ class CloudPart:
         )
 
     def gather(self, padded: Tensor) -> Tensor:
-        """(..., width) -> (N, width): the real tokens, or a row for each of the part's rows (a
-        pooler's input).
+        """Take the real tokens out of ``padded``: (..., width) -> (N, width).
+
+        A tensor that already has N rows stays as it is. So does a tensor with one row for each row
+        of the part, as the input of a pooler has.
         """
         flat = padded.reshape(-1, padded.shape[-1])
         return (
@@ -136,8 +146,9 @@ class CloudPart:
         )
 
     def scatter(self, rows: Tensor, like: Tensor) -> Tensor:
-        """The way back: (N, width) -> (..., width) with zeros where no token is; shape, dtype and
-        device of ``like``.
+        """The inverse of `gather`: (N, width) -> (..., width), with zeros at padding.
+
+        The result has the leading dimensions, the dtype and the device of ``like``.
         """
         rows = rows.to(like.device, like.dtype)
         shape = (*like.shape[:-1], rows.shape[-1])
@@ -149,7 +160,7 @@ class CloudPart:
 
 
 class _Ask(torch.autograd.Function):
-    """y = what the device computes from x; backward asks it for dx."""
+    """The device's update as a torch function: forward asks for y given x, backward asks for dx."""
 
     @staticmethod
     def forward(
@@ -159,7 +170,8 @@ class _Ask(torch.autograd.Function):
         part.say("input", number, rows)
         update = part.hear("update", number, (len(rows), group.width))
         ctx.part, ctx.number = part, number
-        ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)  # shape, dtype, device
+        # keeps the shape, dtype and device of x, and no memory
+        ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)
         own = torch.split(update, list(group.out_features), dim=1)
         return tuple(part.scatter(each, x) for each in own)
 
@@ -182,16 +194,17 @@ class _Ask(torch.autograd.Function):
 
 
 def through_the_cloud(part: CloudPart, forward: Callable[[CloudPart], Tensor]) -> Values | Done:
-    """One part, there and back; ``forward`` runs the body and gives what the head reads (rows,
-    hidden width).
+    """Run the forward of one part and, if the device wants it (`Begin.keep`), its backward.
 
-    Returns the last word, to be sent when nothing of the part is left here: the device may fill the
-    place at once.
+    ``forward`` runs the body and returns what the head reads, (rows, hidden width).
+
+    Returns the last frame of the part: the hidden states, or `Done` after a backward. Send it only
+    when the part's memory here is free, because the device may begin another part at once.
     """
     begin = part.begin
     with torch.autograd.set_multithreading_enabled(False), torch.set_grad_enabled(part.begin.keep):
-        # a slow device holds up this thread only, also where backward would share a thread among
-        # all (GPUs)
+        # Backward stays in this thread. On a GPU torch would run the backwards of all parts in one
+        # shared thread, and a slow device would hold up all others.
         hidden = forward(part)
         if not begin.keep:
             return Values("hidden", begin.call, begin.part, 0, hidden.detach().float().cpu())

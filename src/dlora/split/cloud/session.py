@@ -1,6 +1,4 @@
-"""One device in the cloud: its parts, each in a thread of its own, and the bounds that keep it from
-being a burden.
-"""
+"""One device in the cloud: its parts, each in its own thread, and the limits that it must keep."""
 
 from __future__ import annotations
 
@@ -36,16 +34,16 @@ from dlora.wire.split.frames import (
     Why,
 )
 
-MAX_IDLE_FRAMES = 1000  # that change nothing, between two parts that get through
+MAX_IDLE_FRAMES = 1000  # frames in a row that change nothing, between two parts that end well
 
 
 class Session:
-    """What the cloud knows of one device while a link lasts; nothing of it is worth keeping.
+    """What the cloud knows of one device while its link lasts. Nothing of it is kept afterwards.
 
     ``hear`` takes each frame of the device in order and never waits. ``send`` is called from
     threads of the session, may wait, and raises ChannelDown when the link has ended. ``tell(event,
-    fields)`` hears what happened: opened (before the device does), refused, part, failed; from any
-    thread.
+    fields)`` is called when something happens, from any thread; the events are opened (told before
+    the device hears it), refused, part and failed.
 
     It is one class because one lock guards all of its state.
     """
@@ -61,21 +59,22 @@ class Session:
     ) -> None:
         self.device, self.body, self.limits, self.budget = device, body, limits, budget
         self._send, self._tell = send, tell
-        # of these devices, what they let wait
+        # Called with the devices that hold more than their share of the memory; the program sets
+        # it.
         self.evict_others: Callable[[set[str]], object] = lambda greedy: None
-        self.agreement: Agreement | None = None  # from Open on
+        self.agreement: Agreement | None = None  # set when the device has sent Open
         self._handed_off = HandOffs(device, budget)
         self._work: dict[tuple[int, int], Work] = {}
         self._lock, self._closed = threading.Lock(), False
-        self._answers = 0  # that wait to be sent
-        self._idle_frames = 0  # that changed nothing, since a part got through
+        self._answers = 0  # answers that wait to be sent
+        self._idle_frames = 0  # frames that changed nothing since a part last ended well
         self._threads = ThreadPoolExecutor(
             limits.max_parts + 1, thread_name_prefix=f"part-{device}"
         )
 
     def hear(self, frame: SplitFrame) -> None:
-        """Take one frame. Raises Misbehaviour (a ValueError) for what no device says here: the link
-        is to be ended.
+        """Take one frame. Raises Misbehaviour (a ValueError) for a frame that no correct device
+        sends here; the caller then ends the link.
         """
         if isinstance(frame, Open):
             if self.agreement is not None:
@@ -102,7 +101,8 @@ class Session:
             "input-gradient",
         ):
             waiting = self._work.get((frame.call, frame.part))
-            if waiting is not None:  # else it crossed with the word that the part has failed
+            # otherwise the part failed here while this frame was on its way
+            if waiting is not None:
                 waiting.put(frame)
             else:
                 self._changes_nothing(frame)
@@ -117,8 +117,8 @@ class Session:
             )
 
     def evict(self) -> None:
-        """Give up the parts for which this device has let the cloud wait: another one waits for its
-        share of the memory.
+        """Give up the parts that have waited too long for this device, because another device waits
+        for its share of the memory.
         """
         with self._lock:
             slow = [work for work in self._work.values() if work.has_waited_s > PATIENCE_S]
@@ -127,7 +127,7 @@ class Session:
             work.end()
 
     def close(self) -> None:
-        """End all parts; their threads end as soon as they look."""
+        """End all parts; each thread ends as soon as it next waits for a frame."""
         with self._lock:
             self._closed, works = True, [*self._work.values()]
             self._handed_off.clear()
@@ -137,13 +137,13 @@ class Session:
 
     @property
     def num_tokens(self) -> int:
-        """In the cloud now."""
+        """Tokens of the parts that are in the cloud now."""
         with self._lock:
             return sum(len(work.begin.embedded) for work in self._work.values())
 
     @property
     def num_parts(self) -> int:
-        """In the cloud now."""
+        """Parts that are in the cloud now."""
         return len(self._work)
 
     # Opening
@@ -160,7 +160,7 @@ class Session:
     # Parts
 
     def _keep(self, frame: HandOff, agreement: Agreement) -> None:
-        """Factors of a killed group, for the parts to come."""
+        """Store the factors of a killed group for later parts."""
         if frame.group >= len(agreement.groups):
             raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
         group = agreement.groups[frame.group]
@@ -188,7 +188,7 @@ class Session:
             .any(axis=1)
             .all()
         ):
-            # it would cost memory that no limit counts
+            # such a row costs memory, and the limit on tokens does not count it
             raise Misbehaviour("a row without any token")
         with self._lock:
             if self._closed:
@@ -239,7 +239,7 @@ class Session:
         need_bytes: int,
         waits: bool,
     ) -> None:
-        """One part's life, in its thread."""
+        """Run one part in its own thread; ``waits``: it must first wait for memory."""
         if waits and not self.budget.wait(
             self.device, need_bytes, self.limits.idle_s, self.evict_others
         ):
@@ -255,9 +255,7 @@ class Session:
         held_bytes: int,
         turn: Turn,
     ) -> None:
-        """Compute a part from its first turn to its last; ``held_bytes`` 0 means that it found no
-        memory.
-        """
+        """Run a part and send its last frame; ``held_bytes`` is 0 if it got no memory."""
         began_at, begin = time.monotonic(), work.begin
         answer: SplitFrame | None = None
         part: CloudPart | None = None
@@ -293,12 +291,12 @@ class Session:
             pass
         except TimeoutError as error:
             answer = self._failed(begin, "expired", f"the device was silent: {error}")
-        # a part must not take the others with it; the device hears what it was
+        # an error in one part must not end the others; the device is told what it was
         except Exception as error:
             answer = self._failed(begin, *_explained(error))
         finally:
             if part is not None:
-                part.forget()  # its graph goes before its memory is given back
+                part.forget()  # the graph must be freed before its memory is given back
             part = None
             turn.end()
             with self._lock:
@@ -311,7 +309,7 @@ class Session:
             self._answer(answer)
 
     def _later(self, frame: SplitFrame) -> None:
-        """Send from another thread, since it may wait; not any more once the session is closed."""
+        """Send from another thread, because sending may wait. After `close` nothing is sent."""
         with self._lock:
             if self._answers > self.limits.max_parts:
                 raise Misbehaviour(f"more than {self._answers} answers are waiting to be taken")
@@ -334,7 +332,7 @@ class Session:
 
 
 def _explained(error: Exception) -> tuple[Why, str]:
-    """What a device can do about it."""
+    """The reason code and one line of text for the device."""
     text = ascii((str(error).splitlines() or [""])[0][:300])[1:-1]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
         return "memory", "the cloud ran out of memory"

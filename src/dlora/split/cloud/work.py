@@ -1,4 +1,4 @@
-"""One part under way in the cloud: what it waits for, and how it is woken up to go."""
+"""One part that runs in the cloud: which frame it waits for, and how it is told to stop."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from dlora.wire.split.frames import Begin, Values, What
 
 
 class Gone(Exception):
-    """The part was dropped, or the session is over."""
+    """The part was dropped, or the session has ended."""
 
 
 class Work:
-    """A part under way: what it waits for, and where that is put."""
+    """A part that runs: it waits for frames, and `put` gives it one.
+
+    ``idle_s``: seconds that it waits for one frame.
+    """
 
     def __init__(self, begin: Begin, idle_s: float) -> None:
         self.begin, self.idle_s = begin, idle_s
@@ -26,22 +29,26 @@ class Work:
 
     @property
     def has_waited_s(self) -> float:
-        """Seconds that it has waited for its device so far."""
+        """Seconds that the part has waited for its device so far, in all."""
         return self.waited_s + (time.monotonic() - since if (since := self._since) else 0.0)
 
     def put(self, frame: Values) -> None:
-        """Hand over a frame; only one is ever waited for."""
+        """Give the part a frame. Raises Misbehaviour if the part has not taken the one before."""
         if not self._inbox.empty():
             raise Misbehaviour(f"{frame.what} for a part that has not taken the one before")
         self._inbox.put(frame)
 
     def end(self) -> None:
-        """Wake the part up to go."""
+        """Tell the part to stop: its `hear` raises Gone."""
         self._gone = True
         self._inbox.put(None)
 
     def hear(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
-        """Wait for one frame and check it. Raises TimeoutError after ``idle_s``."""
+        """Wait for one frame, check it and return its tensor, of shape ``shape``.
+
+        Raises TimeoutError after ``idle_s`` seconds, Gone if the part was told to stop, and
+        Misbehaviour for another frame than the one asked for.
+        """
         began_at = self._since = time.monotonic()
         try:
             frame = self._inbox.get(timeout=self.idle_s)

@@ -1,1 +1,1 @@
-"""The half that has data, labels, factors and optimiser."""
+"""The half that has the data, labels, factors and optimiser."""

@@ -1,6 +1,4 @@
-"""The factors on the device: what they add to a group's outputs, their gradients, and what of them
-is handed off.
-"""
+"""The factors on the device: their updates, their gradients, and what the cloud gets of them."""
 
 from __future__ import annotations
 
@@ -18,8 +16,9 @@ from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, Hand
 
 
 class Layer(Protocol):
-    """One adapted module: its factors are attributes of their names, a participant dimension of 1
-    is welcome.
+    """One adapted module, with its factors as attributes (lora_A, lora_B or lora_M).
+
+    A factor may have a first dimension of 1, for the one participant.
     """
 
     scaling: float
@@ -28,16 +27,16 @@ class Layer(Protocol):
 
 @dataclass
 class _Kept:
-    """What a group's backward needs: the device's own little graph."""
+    """What a group's backward on the device needs."""
 
     x: Tensor
-    factors: list[Tensor]  # copies that share memory, of each module
+    factors: list[Tensor]  # detached factors of each module, which share memory with the real ones
     update: Tensor
 
 
 @dataclass
 class Call:
-    """One forward, and until its backward what belongs to it."""
+    """One forward through the cloud, and what its backward needs."""
 
     number: int
     begins: list[Begin]
@@ -48,8 +47,10 @@ class Call:
 
 
 class Adapter:
-    """The factors on the device, by group: updates forward, gradients backward. ``groups`` as they
-    travel.
+    """The factors on the device, by group: it computes updates forward and gradients backward.
+
+    ``groups``: in the order of the agreement. ``layers``: module name -> layer. ``core``: placement
+    core.
     """
 
     def __init__(self, groups: Sequence[Unit], layers: Mapping[str, Layer], core: bool) -> None:
@@ -66,16 +67,19 @@ class Adapter:
 
     @property
     def num_factors(self) -> int:
-        """How many factors a module has: A and B, or M alone."""
+        """The number of factors of a module: 2 (A and B), or 1 (M)."""
         return len(self._factor_names)
 
     def factors(self) -> list[Tensor]:
-        """The factors of every module as they are bound now, in the order of ``tensors``."""
+        """The present factors of every module, in the order of ``tensors``."""
         return [getattr(self.layers[name], factor) for name, factor in self.tensors]
 
     def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
-        """(N, I) -> (N, sum of O): each module's s (x A^T) B^T, or s z M^T of its own share z of x,
-        side by side.
+        """The updates of a group's modules, side by side: (N, in_features) -> (N, sum of
+        out_features).
+
+        An update is s (x A^T) B^T, with s the scaling. Under placement core it is s z M^T, where z
+        is the module's own r columns of x.
         """
         begin, kept, group = call.begins[part], list[Tensor](), self.groups[number]
         with torch.set_grad_enabled(begin.keep):
@@ -101,8 +105,11 @@ class Adapter:
     def gradients(
         self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients that follow from the loss's gradient by the update: dx (N, I) where it is
-        asked for, and those of the group's factors.
+        """The gradients that follow from ``gradient``, the gradient of the loss by the group's
+        update.
+
+        Returns dx (N, in_features), or None without ``reply``, and the gradients of the group's
+        factors, None for a factor that does not train.
         """
         kept = call.kept.pop((part, number))
         wanted = [
@@ -118,8 +125,9 @@ class Adapter:
         return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
 
     def handed_off(self, factors: Sequence[Tensor], number: int) -> Tensor:
-        """A group's factors as a `HandOff` holds them, the scaling in the last of each module; (1,
-        numbers) on the CPU.
+        """A group's factors as `HandOff` holds them: (1, numbers) float32 on the CPU.
+
+        The last factor of each module is multiplied by the scaling.
         """
         flat = []
         for name in self.groups[number].modules:
@@ -128,8 +136,9 @@ class Adapter:
         return torch.cat([tensor.detach().reshape(1, -1).float() for tensor in flat], dim=1).cpu()
 
     def is_zero(self, factors: Sequence[Tensor], number: int) -> bool:
-        """Whether a group adds nothing: its last factors are zero, as they begin and as a dropped
-        unit's are.
+        """Whether a group adds nothing: the last factor of each of its modules is zero.
+
+        The factors are zero at the start, and again when a schedule has dropped the unit.
         """
         last = [self._of_module(factors, name)[-1] for name in self.groups[number].modules]
         return not any(tensor.any() for tensor in last)
@@ -139,10 +148,12 @@ class Adapter:
 
 
 class HandOffs:
-    """Which version of a killed group's factors the cloud is to use. Factors with other values are
-    a new version: a group that is revived, trained and killed again gets one. A group that rests
-    keeps its version and is not sent again on this link. Each call still compares its values with
-    the last ones, because mixing and loading change factors too and do not report it.
+    """Which version of a killed group's factors the cloud must use.
+
+    Factors with other values are a new version: a group that is revived, trained and killed again
+    gets one. A group that stays killed keeps its version and is not sent again on the same link.
+    Each call still compares the values with the last ones, because mixing and loading also change
+    factors and do not report it.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -152,8 +163,9 @@ class HandOffs:
     def units(
         self, factors: Sequence[Tensor], killed: frozenset[int], held: dict[int, int]
     ) -> tuple[tuple[int, ...], list[HandOff]]:
-        """What `Begin.units` says, and what must be sent before it to a cloud that has ``held``
-        (changed in place).
+        """What `Begin.units` says, and the hand-offs that must be sent before it.
+
+        ``held``: group -> version that the cloud has; changed in place.
         """
         if not killed:
             return (), []
@@ -180,7 +192,7 @@ class HandOffs:
 
 
 def _dropped(x: Tensor, rate: float, purpose: str) -> Tensor:
-    """LoRA's own dropout, the same when a part is gone through again."""
+    """LoRA's own dropout; the same ``purpose`` always draws the same mask."""
     if not rate:
         return x
     generator = torch.Generator().manual_seed(derive_seed(0, "lora-dropout", purpose))

@@ -1,4 +1,4 @@
-"""What stands on the device in the place of the body: forward and backward through the cloud."""
+"""What replaces the body on the device: forward and backward through the cloud."""
 
 from __future__ import annotations
 
@@ -16,29 +16,36 @@ from dlora.split.device.calls import Calls, Sent
 from dlora.split.device.inputs import by_name, check_names, per_token, real_tokens, several_texts
 from dlora.split.device.parts import Request
 
-Reads = Literal["pooled", "first", "last", "all"]  # of the body's output, by the head
+Reads = Literal["pooled", "first", "last", "all"]  # which hidden states the head reads
 
 
 class RemoteBody:
-    """What stands in for the body's forward."""
+    """Replaces the body's forward on the device.
+
+    ``prefix``: the body's module names in the whole network begin with it. ``reads``: what the head
+    reads.
+    """
 
     def __init__(self, config: Any, embedding: Any, prefix: str, reads: Reads, drops: bool) -> None:
         self.config, self.embedding, self.prefix, self.reads = config, embedding, prefix, reads
-        self.drops = drops  # whether a training forward draws dropout, there or here
+        self.drops = drops  # whether a training forward draws dropout, here or in the cloud
         self.attention = config._attn_implementation
-        # of the body, with the rates that it was made with
+        # the body's dropout layers, with the rates that they had when the model was made
         self.dropouts: list[tuple[nn.Dropout, float]] = []
         self.calls: Calls | None = None
-        self.loss_positions: Tensor | None = None  # (B, L) bool of the forward under way; None: all
-        # what stands in hidden states that did not come, in the forward under way
+        # (B, L) bool for the current forward; None: all tokens
+        self.loss_positions: Tensor | None = None
+        # value of hidden states that the cloud did not send, for the current forward
         self.unread = 0.0
-        self.killed: frozenset[int] = frozenset()  # groups, in the forward under way
+        self.killed: frozenset[int] = frozenset()  # killed groups in the current forward
 
     def forward(
         self, stub: Any, *args: Any, **kwargs: Any
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Take inputs and give outputs as ``stub``, a transformers body, does; inputs that a cloud
-        cannot use are refused.
+        """Run the body in the cloud, with the inputs and outputs of ``stub``, a transformers body.
+
+        Raises ConfigError for an input that the cloud cannot use, and CloudError if the cloud
+        fails.
         """
         given = by_name(type(stub).forward, args, kwargs)
         check_names(given, self.config)
@@ -78,7 +85,7 @@ class RemoteBody:
         keep = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
         rows = _Through.apply(self.calls, request, keep, *factors).to(inputs_embeds.device)  # type: ignore[no-untyped-call]
         if needed is None:
-            # heads take the pooled output by its place
+            # heads find the pooled output by its index, so the first output must be there
             unread = rows.new_zeros(()).expand(*shape, rows.shape[1])
             return BaseModelOutputWithPoolingAndCrossAttentions(
                 last_hidden_state=unread, pooler_output=rows
@@ -88,7 +95,9 @@ class RemoteBody:
         return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden)
 
     def _embedded(self, input_ids: Tensor) -> Tensor:
-        """(B, L) -> (B, L, E)."""
+        """Embed the ids: (B, L) -> (B, L, E). Raises ConfigError for an id that is not in the
+        model.
+        """
         least, most, rows = int(input_ids.min()), int(input_ids.max()), len(self.embedding.weight)
         if input_ids.dim() != 2 or not 0 <= least <= most < rows:
             raise ConfigError(
@@ -99,7 +108,7 @@ class RemoteBody:
         return embedded
 
     def _check_body(self, stub: Any, factors: Sequence[Tensor]) -> None:
-        """Raise ConfigError for what was changed here and has no way to the body in the cloud."""
+        """Raise ConfigError if the program changed something that the cloud would not know of."""
         if torch.is_grad_enabled() and self.embedding.weight.requires_grad:
             raise ConfigError(
                 "the token embedding asks for a gradient, and none comes back:"
@@ -122,8 +131,10 @@ class RemoteBody:
             )
 
     def needed(self, mask: Tensor, input_ids: Tensor | None) -> Tensor | None:
-        """Whose final hidden states the head reads (B, L); None: the pooled output. Raises
-        ConfigError if padding is read.
+        """The tokens whose final hidden states the head reads, (B, L) bool; None: the pooled
+        output.
+
+        Raises ConfigError if the head would read padding.
         """
         if self.reads in ("first", "pooled") and not mask[:, 0].all():
             raise ConfigError(
@@ -143,7 +154,7 @@ class RemoteBody:
                 if input_ids is None or padding is None
                 else input_ids.cpu() != padding
             )
-            read = _rightmost(real)  # as heads look for it: by id, not by mask
+            read = _rightmost(real)  # heads find the last token by its id and not by the mask
             if (read & ~mask).any():
                 raise ConfigError(
                     "attention_mask: this head reads the last token that is no pad by its id, or"
@@ -151,12 +162,13 @@ class RemoteBody:
                     f" the id {padding}"
                 )
             needed = _rightmost(mask) | read
-        # of every row something comes back
+        # every row needs at least one hidden state
         return torch.where(needed.any(dim=1, keepdim=True), needed, _rightmost(mask))
 
     def positions(self, input_ids: Tensor, mask: Tensor) -> Tensor | None:
-        """Positions where the body would count them from the ids (RoBERTa), unless they come to the
-        same from the mask.
+        """Positions (B, L) for a body that counts them from the ids (RoBERTa).
+
+        None if the body does not, or if it would count the same positions from the mask.
         """
         padding = self.config.pad_token_id
         if not self.counts_ids or padding is None:
@@ -170,14 +182,16 @@ class RemoteBody:
 
 
 class _Through(torch.autograd.Function):
-    """The way through the cloud: embedded tokens go in, what the head reads comes out, and backward
-    gives the factors' gradients.
+    """The cloud as one torch function: embedded tokens in, what the head reads out.
+
+    Backward returns the gradients of the factors.
     """
 
     @staticmethod
     def forward(ctx: Any, calls: Calls, request: Request, keep: bool, *factors: Tensor) -> Tensor:
         sent, hidden = calls.forward(request, keep)
-        # so that torch refuses a second backward, and factors that were changed in between
+        # with saved tensors, torch refuses a second backward and factors that changed after the
+        # forward
         ctx.save_for_backward(*factors)
         ctx.calls, ctx.ticket = calls, _Ticket(calls, sent)
         ctx.shapes = [factor.shape for factor in factors]
@@ -196,27 +210,29 @@ class _Through(torch.autograd.Function):
 
 
 class _Ticket:
-    """A call that is open as long as its graph is: a loss that is thrown away frees the cloud's
-    memory.
+    """Holds a call open as long as its graph exists.
+
+    When the program deletes a loss without a backward, the cloud's memory for the call is freed.
     """
 
     def __init__(self, calls: Calls, sent: Sent) -> None:
         self.calls, self.sent = calls, sent
 
     def __del__(self) -> None:
-        # at the end of the process there may be no link to speak over
+        # at the end of the process the link may be closed already
         with contextlib.suppress(Exception):
             self.calls.drop(self.sent)
 
 
 def hidden_width(config: Any) -> int:
-    """The width of what the body gives; some OPT models bring it back to the width of their token
-    embedding.
+    """The width of the body's output.
+
+    Some OPT models project their output back to the width of the token embedding.
     """
     width: int = getattr(config, "word_embed_proj_dim", config.hidden_size)
     return width
 
 
 def _rightmost(flags: Tensor) -> Tensor:
-    """(B, L) bool -> only the last True of each row."""
+    """(B, L) bool -> the same shape, with only the last True of each row."""
     return flags & (flags.long().flip(1).cumsum(1).flip(1) == 1)

@@ -1,6 +1,4 @@
-"""The device's forwards and backwards through the cloud: cut into parts, repeated when the cloud
-lost them.
-"""
+"""The device's calls of the cloud: forwards and backwards, cut into parts, repeated on failure."""
 
 from __future__ import annotations
 
@@ -22,28 +20,32 @@ from dlora.wire.frame import ChannelDown, Misbehaviour
 from dlora.wire.split.frames import Drop, Failed, Open, Opened, Refused, SplitFrame
 
 _T = TypeVar("_T")
-# of a call for which the cloud has no memory, or which it frees before the device has answered
+# tries of a call for which the cloud has no memory, or whose parts it gives up before the device
+# answers
 MAX_TRIES = 8
-CALLS_TO_RECOVER = 100  # after so many without a shortage the cloud is asked for more again
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 8.0  # before the cloud is asked again
+CALLS_TO_RECOVER = 100  # after so many calls without a shortage of memory, the parts grow again
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 8.0  # seconds of waiting before the cloud is asked again
 
 
 @dataclass
 class Sent:
-    """A request that went through, and what its backward starts from."""
+    """A request that has gone through the cloud: its backward needs what is here."""
 
     request: Request
     ranges: list[range]  # the rows of each part
-    # what the cloud may still hold; None: its parts go through again, one after the other
+    # The call that the cloud may still hold. None: its parts were too large for the cloud together,
+    # and each is sent again for its backward.
     call: Call | None
 
 
 class Calls:
-    """All that one device asks of its cloud, over as many links as it takes.
+    """All that one device asks of its cloud, over one link after another.
 
-    ``dial`` waits for a link; the ChannelDown that it raises ends a call. ``wait`` is handed in, as
-    all clocks are. The cloud holds nothing that cannot be made again: a call is repeated with the
-    same numbers, dropout seed and factors, and its gradients count only when it is through.
+    ``dial`` waits for a link; when it raises ChannelDown, the call fails. ``wait`` sleeps for some
+    seconds; the program hands it in, so that a test can use a virtual clock. ``pipeline``: the
+    number of parts a batch is cut into. The cloud holds nothing that cannot be computed again. A
+    call is repeated with the same numbers, dropout seed and factors, and its gradients count only
+    when all of it has succeeded.
 
     It is one class because one call at a time may change any of its state.
     """
@@ -64,30 +66,34 @@ class Calls:
             hidden_width,
         )
         self.pipeline, self.wait = pipeline, wait
-        self.repeated = 0  # calls that a lost link or a full cloud cost
+        self.repeated = 0  # attempts that a lost link or a full cloud made useless
         self._link: _Link | None = None
         self._limits = Opened(1, 1)
         self._hand_offs = HandOffs(adapter)
         self._numbers = 0
-        self._halvings = 0  # of the batch, because the cloud's memory was too small
-        self._calls_since = 0  # that went well since it was
-        self._open: dict[int, Call] = {}  # what the cloud holds
-        self._busy = threading.Lock()  # one call is under way at a time
-        # calls whose backward will never come; the cloud is to be told
+        # how often the parts were halved because the cloud's memory was too small
+        self._halvings = 0
+        self._calls_since = 0  # calls that succeeded since the memory was last too small
+        self._open: dict[int, Call] = {}  # calls whose parts the cloud holds
+        self._busy = threading.Lock()  # only one call runs at a time
+        # calls whose backward will never come; the cloud must still be told
         self._thrown: deque[int] = deque()
 
     def forward(self, request: Request, keep: bool) -> tuple[Sent, Tensor]:
-        """What the head reads, (rows, H) with the real tokens or rows in order; ``keep``: a
-        backward will follow.
+        """Send the request through the body; returns what its backward needs, and what the head
+        reads.
+
+        The tensor is (rows, hidden width), with the real tokens or the batch's rows in order.
+        ``keep``: a backward will follow. Raises CloudError if the cloud refuses or fails.
         """
         with self._conversation():
             return self._until_through(request, lambda link: self._forward(link, request, keep))
 
     def backward(self, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
-        """The gradients of the factors, in the order of ``adapter.tensors``, from that of what
-        ``forward`` gave.
+        """The gradients of the factors, in the order of ``adapter.tensors``.
 
-        Raises RunError when that is no number any more.
+        ``gradient``: of the tensor that ``forward`` returned, with the same shape. Raises RunError
+        if it has a value that is not finite, CloudError if the cloud fails.
         """
         if not gradient.isfinite().all():
             raise RunError(
@@ -100,10 +106,10 @@ class Calls:
             )
 
     def drop(self, sent: Sent) -> None:
-        """Let the cloud forget a call whose backward will never come.
+        """Tell the cloud to forget a call whose backward will never come.
 
-        At once, or at the end of the call under way: garbage is collected at any moment, and in any
-        thread.
+        If another call is running, the cloud is told after that call: Python may collect garbage at
+        any moment and in any thread.
         """
         if sent.call is not None and sent.call.number in self._open:
             self._thrown.append(sent.call.number)
@@ -119,8 +125,8 @@ class Calls:
         if together:
             call = self._call(link, request, ranges, keep)
             return Sent(request, ranges, call), torch.cat(self._go(link, call))
-        # Too much for the cloud at once: nothing stays there, and a backward goes through each part
-        # again.
+        # The parts are too large for the cloud together: it keeps nothing, and the backward sends
+        # each part again.
         hidden = [
             self._go(link, self._call(link, request, [rows], keep=False))[0] for rows in ranges
         ]
@@ -131,8 +137,8 @@ class Calls:
             before = sent.ranges
             sent.ranges, together = self._cut(sent.request, before)
             if sent.request.seed is not None and sent.ranges != before:
-                # the masks follow the parts: the loss would be of one model, its gradient of
-                # another
+                # Dropout masks follow the parts. With other parts, the gradient would belong to
+                # another loss than the one computed.
                 raise CloudError(
                     "the cloud's memory ran short in the middle of a step with dropout; go on with"
                     " --resume, or lower train.per_device_train_batch_size"
@@ -145,7 +151,9 @@ class Calls:
         return self._come_back(link, sent.call, gradient)
 
     def _one_by_one(self, link: _Link, sent: Sent, gradient: Tensor) -> list[Tensor | None]:
-        """Forward again and backward, part after part; the sum over parts is in their order."""
+        """Forward again and backward for each part in turn; gradients are summed in the order of
+        the parts.
+        """
         totals: list[Tensor | None] = [None] * len(self.adapter.tensors)
         begun = 0
         for rows in sent.ranges:
@@ -161,7 +169,7 @@ class Calls:
     # One call
 
     def _go(self, link: _Link, call: Call) -> list[Tensor]:
-        """Forward; returns each part's hidden."""
+        """Run the forward of a call; returns the hidden states of each part."""
         self._open[call.number] = call
         with self._forgotten_if_broken_off(call):
             hidden = forward_on_device(link, call, self.adapter)
@@ -197,8 +205,9 @@ class Calls:
 
     @contextmanager
     def _conversation(self) -> Iterator[None]:
-        """Nobody else speaks meanwhile. Raises CloudError where the cloud says what no cloud
-        says.
+        """Only one call runs inside this context.
+
+        Raises CloudError if the cloud sends what no correct cloud sends.
         """
         with self._busy:
             try:
@@ -211,7 +220,10 @@ class Calls:
                 self._forget_thrown()
 
     def _until_through(self, request: Request, attempt: Callable[[_Link], _T]) -> _T:
-        """Again after a lost link or a failed part; ChannelDown only where there is no new link."""
+        """Repeat ``attempt`` after a lost link or a failed part, until it succeeds.
+
+        Raises ChannelDown if there is no new link, CloudError if trying again is useless.
+        """
         tries = 0
         while True:
             link = self._linked()
@@ -224,11 +236,11 @@ class Calls:
                 self.repeated += 1
             except PartFailed as failed:
                 self.repeated += 1
-                link.held.clear()  # it may have had no room for them
+                link.held.clear()  # the cloud may have had no memory for what was handed off
                 tries = self._shrink(failed, request, tries)
 
     def _went_well(self) -> None:
-        """What was short once may be there again."""
+        """After many calls without a shortage of memory, use larger parts again."""
         self._calls_since += 1
         if self._halvings and self._calls_since >= CALLS_TO_RECOVER:
             self._halvings, self._calls_since = self._halvings - 1, 0
@@ -236,14 +248,15 @@ class Calls:
     # The link
 
     def open(self) -> Opened:
-        """Make the link, if there is none; what the cloud takes of this device. Raises CloudError
-        when it refuses.
+        """Make the link, if there is none; returns what the cloud takes of one device.
+
+        Raises CloudError if the cloud refuses.
         """
         self._linked()
         return self._limits
 
     def _linked(self) -> _Link:
-        """The link, made and opened if there is none."""
+        """The link; it is made and opened if there is none."""
         while self._link is None:
             link = _Link(self.dial(), self._open)
             try:
@@ -265,7 +278,7 @@ class Calls:
         return self._link
 
     def _lost(self) -> None:
-        """The link is gone, and all that the cloud held for us with it."""
+        """Note that the link is gone: the cloud has forgotten all calls."""
         self._link = None
         self._open.clear()
 
@@ -274,7 +287,8 @@ class Calls:
     def _cut(self, request: Request, before: list[range] | None = None) -> tuple[list[range], bool]:
         """The rows of each part, and whether all parts may be in the cloud at once.
 
-        Those of ``before``, if they still fit: parts are repeated with the dropout that they had.
+        Returns the ranges ``before`` if they still fit, so that a repeated part draws the same
+        dropout. Raises CloudError if one text has more tokens than the cloud takes.
         """
         lengths = request.mask.sum(dim=1).tolist()
         limit, most, num_rows = self._limits.max_tokens, self._limits.max_parts, len(lengths)
@@ -295,8 +309,9 @@ class Calls:
         return ranges, len(ranges) <= most and sum(lengths) <= limit and not self._halvings
 
     def _make_room(self, request: Request, ranges: Sequence[range], together: bool) -> None:
-        """Where the cloud cannot hold this call beside the open ones, those go through again at
-        their backward.
+        """Drop the open calls if the cloud cannot hold this call beside them.
+
+        The parts of a dropped call are sent again at its backward.
         """
         held = [begin for call in self._open.values() for begin in call.begins]
         tokens = int(request.mask.sum()) + sum(len(begin.embedded) for begin in held)
@@ -312,7 +327,10 @@ class Calls:
             self._forget(number)
 
     def _shrink(self, failed: PartFailed, request: Request, tries: int) -> int:
-        """After a failure the next attempt takes less; returns the tries so far."""
+        """Make the next attempt smaller after a failed part; returns the number of tries so far.
+
+        Raises CloudError if trying again is useless.
+        """
         if failed.why == "broken":
             raise CloudError(f"the cloud could not run the body: {failed}")
         if failed.why == "expired":
@@ -335,7 +353,7 @@ class Calls:
         return tries + 1
 
     def _call(self, link: _Link, request: Request, ranges: Sequence[range], keep: bool) -> Call:
-        """A new call; what it needs of killed groups goes ahead of it."""
+        """A new call; the factors of killed groups that it needs are sent before it."""
         units, hand_offs = self._hand_offs.units(request.factors, request.killed, link.held)
         for frame in hand_offs:
             link.send(frame)
@@ -348,9 +366,7 @@ class Calls:
 
 
 class _Link:
-    """A channel; it notes which calls the cloud gives up, also when it says so in the midst of
-    another.
-    """
+    """A channel that also notes which calls the cloud gives up while another call runs."""
 
     def __init__(self, channel: Channel, open_calls: dict[int, Call]) -> None:
         self._channel, self._open = channel, open_calls
@@ -360,7 +376,7 @@ class _Link:
     def send(self, frame: SplitFrame) -> None:
         try:
             self._channel.send(frame)
-        except ValueError as error:  # more than a frame may hold
+        except ValueError as error:  # the frame would be larger than the wire allows
             raise CloudError(f"nothing that can be sent to the cloud: {error}") from error
 
     def receive(self) -> SplitFrame:
@@ -369,5 +385,6 @@ class _Link:
         except ValueError as error:
             raise Misbehaviour(str(error)) from error
         if isinstance(frame, Failed) and self._open.pop(frame.call, None) is not None:
-            self._channel.send(Drop(frame.call))  # its other parts
+            # lets the cloud forget the other parts of that call
+            self._channel.send(Drop(frame.call))
         return frame

@@ -1,6 +1,4 @@
-"""The device's half of a model: head and factors here, the body elsewhere; loss.backward() just
-works.
-"""
+"""The device's half of a model: head and factors are here, the body runs in the cloud."""
 
 from __future__ import annotations
 
@@ -36,10 +34,10 @@ from dlora.wire.split.frames import Opened
 
 @dataclass
 class Half:
-    """The device's half: token embedding and head, the factors' places, and no weight of the body.
+    """The device's half: token embedding, head and factors, and no weights of the body.
 
-    ``model`` is what the local steps train (P = 1); ``fingerprint`` hashes the weights that are
-    here.
+    ``model`` is what the local steps train, with one participant (P = 1). ``fingerprint`` hashes
+    the frozen weights that are here.
     """
 
     model: StackedModel
@@ -51,7 +49,10 @@ class Half:
     def link(
         self, dial: Callable[[], Channel], pipeline: int, wait: Callable[[float], None]
     ) -> Calls:
-        """Let forwards and backwards go through the cloud that ``dial`` reaches, from now on."""
+        """Send forwards and backwards through the cloud that ``dial`` reaches, from now on.
+
+        ``pipeline``: the number of parts a batch is cut into. ``wait``: sleeps for some seconds.
+        """
         prefix = self.body.prefix
         layers = {
             name: self.model.network.get_submodule(prefix + name)
@@ -66,8 +67,9 @@ class Half:
         return self.body.calls
 
     def open(self) -> Opened:
-        """Reach the cloud now instead of at the first forward; what it takes of this device. Raises
-        CloudError if refused.
+        """Reach the cloud now instead of at the first forward; returns what it takes of one device.
+
+        Raises CloudError if the cloud refuses.
         """
         assert self.body.calls is not None
         return self.body.calls.open()
@@ -79,9 +81,10 @@ def load_half(
     label_names: Sequence[str] | None,
     directions: Directions | None = None,
 ) -> Half:
-    """Read token embedding and head, and draw the factors as PEFT does beside the whole model.
+    """Read token embedding and head, and draw the factors as PEFT draws them for the whole model.
 
-    ``directions``: under placement core, A and B of each module. Raises ModelError.
+    ``directions``: under placement core, A and B of each module. Raises ModelError if the model
+    cannot be split.
     """
     frozen = load_model(config, tokenizer, label_names, blocks=False)
     weights_hash = fingerprint(frozen.network, but=frozen.head)
@@ -120,7 +123,7 @@ def load_half(
         stand_in(module, remote.forward)
     if config.task == "classification" and not mean:
         remote.reads = head_reads(network, _stubs(body, embedding))
-    # PEFT puts factors where the weight is, and draws nothing on the meta device
+    # PEFT puts factors on the device of the weight, and would draw none on the meta device
     for layer in body.modules():
         if isinstance(layer, LINEAR):
             layer.weight = nn.Parameter(
@@ -154,7 +157,7 @@ def load_half(
 
 
 def _whole_config(small: Any, source: str) -> Any:
-    """The configuration with all its blocks again."""
+    """The config of the whole model: ``small`` with all its transformer blocks."""
     whole, own = copy.deepcopy(small), read_config(source)
     if getattr(own, "layer_types", None) is not None:
         whole.layer_types = own.layer_types
@@ -164,8 +167,9 @@ def _whole_config(small: Any, source: str) -> Any:
 
 
 def _stubs(body: Any, embedding: nn.Module) -> list[Any]:
-    """The body, and within it the models that heads call as bodies (OPT's decoder): those on the
-    way to the embedding.
+    """The body, and the models inside it that a head calls as its body (OPT's decoder).
+
+    They are the models on the path from the body to the token embedding.
     """
     [path] = [name for name, module in body.named_modules() if module is embedding]
     parts = path.split(".")
@@ -174,7 +178,7 @@ def _stubs(body: Any, embedding: nn.Module) -> list[Any]:
 
 
 def _empty(body: Any, embedding: nn.Module) -> None:
-    """Take away the tensors without numbers, so that moving and saving the network never meets
+    """Remove the tensors that have no values, so that moving and saving the network does not meet
     them.
     """
     for module in body.modules():
@@ -184,13 +188,12 @@ def _empty(body: Any, embedding: nn.Module) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None and (tensor.is_meta or set(tensor.stride()) == {0}):
                     tensors[name] = None
-                    module.extra_repr = str  # nothing; most tell the shape of their weight
+                    # prints nothing; most layers would print the shape of a weight that is gone
+                    module.extra_repr = str
 
 
 def as_ordinary(half: Half) -> Any:
-    """The network with factors and head as parameters of its own, as any torch program expects
-    them.
-    """
+    """The network with factors and head as its own parameters, as any torch program expects."""
     network, model = half.model.network, half.model
     for name, initial in model.initial.items():
         module, _, attribute = name.rpartition(".")
@@ -201,6 +204,6 @@ def as_ordinary(half: Half) -> Any:
             setattr(network.get_submodule(parent), child, layer)
         value = initial.to(model.device, copy=True)
         setattr(layer, attribute, nn.Parameter(value, requires_grad=name not in model.frozen_head))
-    # for a Trainer
+    # a Trainer then writes only the trained tensors
     network._keys_to_ignore_on_save = sorted(network.state_dict().keys() - model.initial.keys())
-    return network.eval()  # as from_pretrained gives it
+    return network.eval()  # from_pretrained returns a model in eval mode too

@@ -1,4 +1,4 @@
-"""What a model's head reads of the hidden states, found by changing them."""
+"""Which hidden states a model's head reads; found by changing them one by one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from dlora.split.device.body import Reads, hidden_width
 
 
 def head_reads(network: Any, stubs: Sequence[Any]) -> Reads:
-    """What the head reads, found by changing it: one text of three tokens and a pad."""
+    """Which hidden states the head reads.
+
+    One text of three tokens and a pad goes through the head, again with each hidden state changed.
+    A changed logit shows that the head reads that state.
+    """
     config, remote = network.config, [stub.forward for stub in stubs]
     pad = config.pad_token_id if config.pad_token_id is not None else 0
     ids = torch.full((1, 4), (pad + 1) % config.vocab_size)

@@ -1,6 +1,4 @@
-"""What a forward through the cloud accepts: which inputs go to the body, which stay here, which are
-refused and why.
-"""
+"""Which inputs a forward through the cloud accepts, which go to the body, and which are refused."""
 
 from __future__ import annotations
 
@@ -14,9 +12,9 @@ from torch import Tensor
 
 from dlora.errors import ConfigError
 
-# ids as embedded tokens
+# inputs that go to the body in the cloud; ids are sent as embedded tokens
 SENT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
-# head and loss
+# inputs that stay on the device, for the head and the loss
 HERE = (
     "labels",
     "shift_labels",
@@ -25,12 +23,12 @@ HERE = (
     "return_dict",
     "loss_positions",
 )
-# must be what position_ids say
+# inputs that repeat what position_ids say, and must agree with them
 SAID_AGAIN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _NO_CACHE = (
     "the body in the cloud keeps no key-value cache; call generate(input_ids, ..., use_cache=False)"
 )
-REFUSED = {  # name -> what to do, unless it is absent, None or False
+REFUSED = {  # name -> what to do if its value is not None and not False
     "past_key_values": _NO_CACHE,
     "use_cache": _NO_CACHE,
     "cache_position": _NO_CACHE,
@@ -42,12 +40,15 @@ REFUSED = {  # name -> what to do, unless it is absent, None or False
     "is_causal": "the body in the cloud attends as its own config says; remove it",
     "head_mask": "transformers 5 reads none, and neither does the cloud; remove it",
 }
-# a model's config asks for them too
+# a model's config can ask for these outputs too
 _IN_CONFIG = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def by_name(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a method ``forward`` by their names; those that are None are left out."""
+    """The arguments of the method ``forward`` by their names, without those that are None.
+
+    Raises ConfigError if there are too many, or if one is given twice.
+    """
     names = _names(forward)
     if len(args) > len(names) or kwargs.keys() & names[: len(args)]:
         raise ConfigError(f"a forward takes {', '.join(names)}; give each once, by its name")
@@ -60,14 +61,12 @@ def by_name(forward: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dic
 
 @functools.cache
 def _names(forward: Any) -> tuple[str, ...]:
-    """In their order, without self."""
+    """The names of the method's parameters in order, without self."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def check_names(given: Mapping[str, Any], config: Any) -> None:
-    """Raise ConfigError for an input that nothing here or in the cloud would read as transformers
-    does.
-    """
+    """Raise ConfigError for an input that a split model would not treat as transformers does."""
     for name, value in given.items():
         if name in REFUSED and value is not False:
             raise ConfigError(f"{name}: {REFUSED[name]}")
@@ -84,8 +83,10 @@ def check_names(given: Mapping[str, Any], config: Any) -> None:
 
 
 def real_tokens(attention_mask: Any, shape: torch.Size) -> Tensor:
-    """(B, L) bool on the CPU: which places hold a token. Raises ConfigError for a mask that is no
-    such thing.
+    """Where real tokens are: (B, L) bool on the CPU.
+
+    ``shape`` is (B, L); without a mask all tokens are real. Raises ConfigError for a mask of
+    another shape, or a row without any token.
     """
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool)
@@ -103,7 +104,11 @@ def real_tokens(attention_mask: Any, shape: torch.Size) -> Tensor:
 
 
 def per_token(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """Whole numbers (B, L) on the CPU, one row for all rows being enough. Raises ConfigError."""
+    """Whole numbers for each token: (B, L) on the CPU. One row is enough for all rows.
+
+    None if ``value`` is None. Raises ConfigError for another shape, or a number that is negative or
+    not whole.
+    """
     if value is None:
         return None
     if (
@@ -121,11 +126,12 @@ def per_token(name: str, value: Tensor | None, shape: torch.Size) -> Tensor | No
 
 
 def several_texts(given: Mapping[str, Any], positions: Tensor | None, mask: Tensor) -> bool:
-    """Whether rows hold several texts that the body is to keep apart, as transformers finds it.
+    """Whether a row holds several texts that the body must keep apart; transformers decides the
+    same way.
 
-    So it is where positions (B, L) begin again within a row and no mask is given. Raises
-    ConfigError where what else tells texts apart (``SAID_AGAIN``: TRL and the flattening collators
-    give it) says otherwise.
+    It does if positions (B, L) begin again within the row and no attention mask is given. TRL and
+    the flattening collators also give other inputs that separate texts (``SAID_AGAIN``). Raises
+    ConfigError if one of them names other texts than the positions do.
     """
     begins = torch.zeros_like(mask)
     begins[:, 0] = True
@@ -154,9 +160,10 @@ def several_texts(given: Mapping[str, Any], positions: Tensor | None, mask: Tens
 
 
 def loss_positions(given: Mapping[str, Any]) -> Tensor | None:
-    """(B, L) bool: whose hidden states a language model's loss looks at; None without labels.
+    """The tokens whose hidden states the loss of a language model reads, (B, L) bool.
 
-    Raises ConfigError where it looks at padding, whose hidden states never come down.
+    None without labels. Raises ConfigError if the loss reads padding, because the cloud sends no
+    hidden states of padding.
     """
     labels, shifted = given.get("labels"), given.get("shift_labels")
     if labels is None:

@@ -1,4 +1,4 @@
-"""A batch cut into parts, and the frame that begins each."""
+"""A batch cut into parts, and the frame that begins each part."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ from dlora.wire.split.frames import Begin
 
 @dataclass(frozen=True)
 class Request:
-    """A batch of B rows and L columns on its way through the body."""
+    """A batch of B rows and L columns that goes through the body; E is the width of embedded
+    tokens.
+    """
 
     embedded: Tensor  # (B, L, E)
-    mask: Tensor  # (B, L) bool: real tokens
-    # (B, L) bool: whose final hidden states the head reads; None: the pooled output (B, H)
+    mask: Tensor  # (B, L) bool: where real tokens are
+    # (B, L) bool: the tokens whose final hidden states the head reads; None: the head reads the
+    # pooled output (B, hidden width)
     needed: Tensor | None
     token_types: Tensor | None  # (B, L)
     positions: Tensor | None  # (B, L)
-    seed: int | None  # of all dropout; None: none
-    # that were bound at the forward, in the order of ``Adapter.tensors``
+    seed: int | None  # seed of all dropout; None: no dropout
+    # the factors at the time of the forward, in the order of ``Adapter.tensors``
     factors: Sequence[Tensor] = ()
-    killed: frozenset[int] = frozenset()  # groups for which the device is not asked
-    packed: bool = False  # as in `Begin`
+    killed: frozenset[int] = frozenset()  # groups that the cloud does not ask the device for
+    packed: bool = False  # as `Begin.packed`
 
 
 def row_ranges(num_rows: int, count: int) -> list[range]:
-    """``count`` runs of rows, as equal as they come."""
+    """Cut ``num_rows`` rows into ``count`` ranges of nearly equal length; empty ranges are left
+    out.
+    """
     edges = [round(part * num_rows / count) for part in range(count + 1)]
     return [
         range(first, last) for first, last in zip(edges, edges[1:], strict=False) if last > first
@@ -41,13 +46,17 @@ def row_ranges(num_rows: int, count: int) -> list[range]:
 def begin_of(
     request: Request, rows: range, call: int, part: int, keep: bool, units: tuple[int, ...] = ()
 ) -> Begin:
-    """The part of these rows, without the columns in which none of them has a token."""
+    """The Begin frame of these rows. Columns after the last real token of all these rows are left
+    out.
+
+    ``units``: as `Begin.units`.
+    """
     mask = request.mask[rows.start : rows.stop]
     columns = int(mask.any(dim=0).nonzero().max()) + 1
     mask = mask[:, :columns]
 
     def own(tensor: Tensor) -> Tensor:
-        """The real tokens of the part."""
+        """The values of the part's real tokens: (B, L, ...) -> (N, ...)."""
         return tensor[rows.start : rows.stop, :columns][mask]
 
     return Begin(
@@ -58,7 +67,8 @@ def begin_of(
         mask=_packed(mask),
         needed=b"" if request.needed is None else _packed(own(request.needed)),
         keep=keep,
-        # of the rows, not of the part's number: they may go through again alone
+        # the seed follows the rows and not the part's number, because the rows may be sent again in
+        # another call
         seed=None if request.seed is None else derive_seed(request.seed, "part", rows.start),
         token_types=b""
         if request.token_types is None

@@ -1,21 +1,26 @@
-"""What the two halves say to each other in one step, and the device's side of it. No sockets in it.
+"""What the two halves say to each other in one step, and the device's side of it. No sockets.
 
-Forward, one part (micro-batch) of N real tokens:
+The forward of one part (micro-batch) of N real tokens:
 
     device  Begin            embedded tokens (N, E)                        up
     cloud   input            x (N, I) of each active group, bottom to top  down
     device  update           s (x A^T) B^T of its modules (N, sum of O)    up
     cloud   hidden           what the head reads                           down
 
-and backward the same the other way round: hidden-gradient up; update-gradient down, input-gradient
-up for each group, top to bottom. The lowest group's input-gradient is not asked for: below it
-nothing trains. A group moves 2 (I + sum of O) numbers a token (DLoRA, arXiv 2404.05182, as
+N is the number of real tokens, E the width of embedded tokens, I and O the in and out features of a
+module, s the scaling. A group is a `Unit`: modules that share one input.
+
+The backward goes the other way. The device sends hidden-gradient; then, for each group from top to
+bottom, the cloud sends update-gradient and the device answers with input-gradient. The cloud does
+not ask for the input-gradient of the lowest group, because nothing below that group trains. In one
+forward and backward a group moves 2 (I + sum of O) numbers a token (DLoRA, arXiv 2404.05182, as
 PrivSplit, section 2.1, describes it).
 
-Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud puts x through each module's A and
-what comes back through its B: I and every O are r numbers then. A killed group is not spoken of:
-the cloud adds nothing, or computes with the factors that it was handed (`HandOff`). Which groups
-are active stands in each part's Begin, so neither a crash nor a repetition can part the two halves.
+Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud multiplies x by each module's A
+before it asks, and the answer by the module's B. A module then moves r numbers a token instead of I
+and O. For a killed group the cloud does not ask: it adds nothing, or it computes with the factors
+that the device has handed off (`HandOff`). The Begin of each part says which groups are active, so
+both halves agree on them after a crash or a repetition too.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ class Channel(Protocol):
 
 
 class PartFailed(Exception):
-    """The cloud gave a part of a call up."""
+    """The cloud gave up a part of a call. ``why`` is the reason code of the frame `Failed`."""
 
     def __init__(self, call: int, why: Why, text: str) -> None:
         super().__init__(text)
@@ -50,13 +55,17 @@ class PartFailed(Exception):
 
 
 def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Tensor]:
-    """All parts of a call up, every group answered; returns each part's hidden (rows, hidden
-    width).
+    """Send all parts of a call and answer the cloud's questions, one for each part and active
+    group.
+
+    Returns the hidden states of each part, (rows, hidden width). Raises PartFailed, ChannelDown,
+    and Misbehaviour if the cloud sends what no correct cloud sends.
     """
     for begin in call.begins:
         channel.send(begin)
     hidden: dict[int, Tensor] = {}
-    asked: set[tuple[int, int]] = set()  # (part, group): each once, or a cloud could ask on and on
+    # (part, group): each at most once, otherwise a wrong cloud could ask without end
+    asked: set[tuple[int, int]] = set()
     while len(hidden) < len(call.begins):
         frame = _of(call, channel.receive())
         if frame is None:
@@ -92,8 +101,10 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
 def backward_on_device(
     channel: Channel, call: Call, adapter: Adapter, gradients: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of a call's hidden up; returns those of the factors, in the order of
-    ``adapter.tensors``.
+    """Send the gradients of a call's hidden states, one (rows, hidden width) for each part.
+
+    Returns the gradients of the factors, in the order of ``adapter.tensors``; None where the cloud
+    sent none. Raises as `forward_on_device` does.
     """
     for part, gradient in enumerate(gradients):
         channel.send(Values("hidden-gradient", call.number, part, 0, gradient))
@@ -124,8 +135,9 @@ def backward_on_device(
 def _summed(
     adapter: Adapter, num_parts: int, found: Mapping[tuple[int, int], list[Tensor | None]]
 ) -> list[Tensor | None]:
-    """The sum over parts, in their order and not in that of arrival: sums must not depend on the
-    network.
+    """Sum the gradients over the parts in the order of the parts.
+
+    The order in which they arrive depends on the network, and a sum of floats depends on its order.
     """
     totals: list[Tensor | None] = []
     for number, group in enumerate(adapter.groups):
@@ -141,7 +153,10 @@ def _summed(
 
 
 def _of(call: Call, frame: SplitFrame) -> Values | Done | None:
-    """The frame, if it belongs to this call and not to one given up; raises PartFailed."""
+    """The frame if it belongs to this call; None if it belongs to a call that was given up.
+
+    Raises PartFailed if the cloud gave up a part of this call.
+    """
     if not isinstance(frame, Values | Done | Failed):
         raise Misbehaviour(f"the cloud sent {_name(frame)} in a step")
     if frame.call != call.number:
@@ -154,8 +169,10 @@ def _of(call: Call, frame: SplitFrame) -> Values | Done | None:
 
 
 def _check_done(call: Call, part: int, groups: Sequence[int]) -> None:
-    """A backward comes from the top: what it leaves out lies above all that it meets (a pooler that
-    nobody reads).
+    """Raise Misbehaviour if a backward ended too early.
+
+    A backward goes from top to bottom. A group without a gradient must be above all groups that
+    have one (a pooler that nobody reads).
     """
     for kept_part, group in call.kept:
         if kept_part == part and group < max(groups, default=group + 1):

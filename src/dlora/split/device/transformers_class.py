@@ -1,6 +1,4 @@
-"""A split model as programs around transformers know a model: what it does as ever, and what it
-refuses in one line.
-"""
+"""A split model as a transformers model: what works as usual, and what is refused in one line."""
 
 from __future__ import annotations
 
@@ -55,7 +53,7 @@ _SAID = {
 
 
 class Body(Protocol):
-    """What a forward tells the stub of the body."""
+    """What a forward tells the `RemoteBody`."""
 
     loss_positions: Tensor | None
     unread: float
@@ -63,9 +61,7 @@ class Body(Protocol):
 
 
 def as_remote(network: Any, body: Body, model: StackedModel) -> None:
-    """Make the network an instance of a subclass of its class, which knows what differs when the
-    body is elsewhere.
-    """
+    """Change the network's class to a subclass that knows that the body runs elsewhere."""
     original = type(network)
 
     class Remote(original):  # type: ignore[misc, valid-type]
@@ -78,7 +74,7 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
             if looks is None and model.loss_positions:
                 looks = loss_positions(given)
                 if looks is not None:
-                    # whoever reads logits that did not come shall see it
+                    # NaN shows a program that it reads logits which the cloud did not send
                     body.unread = float("nan")
             body.loss_positions, body.killed = looks, model.killed
             try:
@@ -93,8 +89,10 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
             push_to_hub: bool = False,
             **ignored: Any,
         ) -> None:
-            """A PEFT folder; the frozen weights are the cloud's. Beside it, what trains, as a
-            Trainer reads it to go on.
+            """Write a PEFT adapter folder, without the frozen weights, which are in the cloud.
+
+            A second file beside it holds the trained tensors under their own names, as a Trainer
+            reads them when it resumes.
             """
             if push_to_hub:
                 raise ConfigError(
@@ -131,7 +129,7 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
     for name, reason in REFUSED_METHODS.items():
         setattr(Remote, name, _refuses(_SAID.get(name, name), reason))
     if hasattr(original, "from_pretrained"):
-        Remote.from_pretrained = original.from_pretrained  # a whole model, here
+        Remote.from_pretrained = original.from_pretrained  # loads a whole model on this machine
     Remote.__name__, Remote.__qualname__, Remote.__module__ = (
         original.__name__,
         original.__qualname__,
@@ -148,5 +146,7 @@ def _refuses(what: str, reason: str) -> Callable[..., Any]:
 
 
 def stand_in(module: Any, forward: Callable[..., Any]) -> None:
-    """``forward(module, ...)`` from now on; torch.compile leaves it alone."""
+    """Replace the forward of ``module`` by ``forward(module, ...)``; torch.compile does not touch
+    it.
+    """
     module.forward = torch.compiler.disable(functools.partial(forward, module))
