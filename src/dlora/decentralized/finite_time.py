@@ -1,7 +1,7 @@
-"""Topologies that agree exactly after finitely many rounds: hypercube and base-k.
+"""Topologies that agree exactly after a finite number of rounds: hypercube and base-k.
 
-Both are cycles of mixing matrices whose product is the mean of all peers; the cycle of a lone peer
-is empty.
+Both are cycles of mixing matrices whose product is the mean of all peers. The cycle of a single
+peer is empty.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Matrix = NDArray[np.floating[Any]]  # (n, n) float64, row = receiver
 
 
 def hypercube(n: int) -> list[Matrix]:
-    """Round t pairs i with i XOR 2^t, and each pair takes its mean: log2(n) matrices of (n, n).
+    """In round t peers i and i XOR 2^t take their mean: log2(n) matrices of (n, n).
 
-    Raises TopologyError when n is no power of two.
+    Raises TopologyError if n is not a power of two.
     """
     if n & (n - 1):
         below = 1 << (n.bit_length() - 1)
@@ -33,9 +33,9 @@ def base_k(n: int, k: int) -> list[Matrix]:
     """The Base-(k+1) Graph (Takezawa et al. 2023, arXiv 2305.11420, Algorithm 3): exact for any n,
     degree at most k.
 
-    n = smooth * rest, where ``smooth`` holds all the factors up to k+1: first ``smooth`` teams of
-    ``rest`` peers agree each by itself, then the peers of equal place in their teams do. The plain
-    Algorithm 2 is taken where it is shorter. Returns the cycle: matrices of (n, n).
+    n = smooth * rest, where ``smooth`` holds all the factors up to k+1. First each of ``smooth``
+    teams of ``rest`` peers agrees by itself; then peers at the same place in their teams agree. If
+    Algorithm 2 alone needs fewer rounds, it is used. Returns the cycle: matrices of (n, n).
     """
     rest = n
     for factor in range(2, k + 2):
@@ -50,8 +50,8 @@ def base_k(n: int, k: int) -> list[Matrix]:
 def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
     """The k-peer Hyper-Hypercube (Algorithm 1), for an n whose prime factors are all at most k+1.
 
-    Peers are numbers in a mixed radix; in a round those that differ in one digit only take their
-    mean.
+    Peer numbers are written in a mixed radix. In each round, peers that differ only in one digit
+    take their mean.
     """
     rounds, stride = list[Matrix](), 1
     for base in reversed(_fewest_factors(n, k + 1) or ()):
@@ -62,8 +62,9 @@ def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
 
 
 def _fewest_factors(n: int, largest: int) -> tuple[int, ...] | None:
-    """n as a product of as few falling factors from 2 to ``largest`` as can be; None when there is
-    no such product.
+    """Write n as a product of as few factors from 2 to ``largest`` as possible, in falling order.
+
+    None if there is no such product.
     """
     if n == 1:
         return ()
@@ -79,14 +80,14 @@ def _fewest_factors(n: int, largest: int) -> tuple[int, ...] | None:
 def _simple_base(n: int, k: int) -> list[Matrix]:
     """The Simple Base-(k+1) Graph (Algorithm 2): exact for any n, degree at most k.
 
-    1. Write n in base k+1. The peers of a digit are a part: ``num_blocks`` blocks, each a power of
-      k+1 peers. Each part
-       takes its own mean.
-    2. Part by part, largest first: every peer of the later parts meets one peer of each of this
-      part's blocks, weighted
-       such that each block's mean becomes the mean of all, and so does the mean of the parts still
-       to come.
-    3. Each block then takes its mean, while the parts after it still do 2.
+    1. Write n in base k+1. The peers of one digit are a part: ``num_blocks`` blocks, each with a
+    power of k+1 peers. Each part takes its own mean.
+
+    2. Go through the parts, largest first. Every peer of the later parts meets one peer of each
+    block of this part. The weights make each block's mean the mean of all peers; the later parts
+    keep the mean of all peers too.
+
+    3. Each block then takes its mean, while the later parts still do step 2.
     """
     if _fewest_factors(n, k + 1) is not None:
         return _hyper_hyper_cube(n, k)
@@ -97,15 +98,15 @@ def _simple_base(n: int, k: int) -> list[Matrix]:
         for _, num, block in parts
     ]
     cycle: list[Matrix] = []
-    # below 0: step 1; turn l >= 0: part l meets the later ones
+    # turn < 0: step 1; turn l >= 0: part l meets the later parts
     for turn in range(-len(whole[0]), 1 + len(blocks[0])):
         mixing = np.eye(n)
         for place, (start, num_blocks, block) in enumerate(parts):
             if turn == place != len(parts) - 1:
                 _meet_later_parts(mixing, start, num_blocks, block, k)
             elif turn < 0 or turn >= place:
-                # A part of single peers has no blocks to average; it agrees by then, and its mean
-                # keeps it so.
+                # A part whose blocks have one peer has nothing to average in step 3. Its peers
+                # agree already, and their mean does not change them.
                 own = whole[place] if turn < 0 or block == 1 else blocks[place]
                 peers = slice(start, start + num_blocks * block)
                 if own:
@@ -115,8 +116,8 @@ def _simple_base(n: int, k: int) -> list[Matrix]:
 
 
 def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
-    """The parts of n peers: (first peer, num_blocks, peers in a block), from the highest digit that
-    is not 0.
+    """The parts of n peers as (first peer, num_blocks, peers in a block), highest digit first;
+    parts without peers are left out.
     """
     start = 0
     for block in (base**power for power in reversed(range(n.bit_length()))):
@@ -126,11 +127,12 @@ def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _meet_later_parts(mixing: Matrix, start: int, num_blocks: int, block: int, k: int) -> None:
-    """Step 2 of Algorithm 2, into ``mixing``; the part's peers that nobody meets take means of k+1
-    among themselves.
+    """Step 2 of Algorithm 2, written into ``mixing``.
+
+    Peers of the part that meet nobody take means of k+1 among themselves.
     """
     firsts = range(start, start + num_blocks * block, block)
-    # fewer than a block, being the digits that remain
+    # the peers of the lower digits, so fewer than one block has
     later = range(firsts[-1] + block, len(mixing))
     weight = block / (len(mixing) - start)
     for offset, peer in enumerate(later):

@@ -1,7 +1,7 @@
 """One round for all participants of a simulation at once: train, send, mix.
 
-The same for one peer among others that may be late, gone or broken is `peer/life.py`. While nothing
-fails the two are the same to rounding (law 5).
+`peer/life.py` has the same round for one peer whose neighbours may be late, gone or broken. While
+nothing fails the two give the same factors up to rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Edge = tuple[int, int]
 
 
 class Transport(Protocol):
-    """What moves a message along the edges of a round."""
+    """Moves messages along the edges of a round."""
 
     def exchange(
         self,
@@ -30,22 +30,23 @@ class Transport(Protocol):
         edges: Sequence[Edge],
         names: Sequence[Collection[str]] | None = None,
     ) -> Sequence[Edge]:
-        """Send each participant's message ((P, ...) tensors) over its ``edges``; return those both
-        ends committed.
+        """Send each participant's message over its ``edges``; return the edges that both ends
+        committed.
 
-        ``names``: of each participant, which of the tensors its message holds; None: all.
+        ``sent``: (P, ...) tensors, one row for each participant. ``names``: for each participant,
+        the tensors that its message holds; None: all.
         """
 
 
 @dataclass
 class Gossip:
-    """Dec-LoRA, Algorithm 1, for every participant: K local steps on (A, B), then a mix of A and B
-    apart.
+    """Dec-LoRA (arXiv 2501.15361), Algorithm 1, for every participant: K local steps on (A, B),
+    then A and B are mixed apart.
 
-    The mix is x_i <- sum_j w_ij x_j. A participant that fails between two commits loses the local
-    steps since the last one, nothing else. With a schedule, ``took_part`` says of each participant
-    what the round's local steps may have changed; that alone is sent, and an edge mixes what both
-    its ends sent (`mixing`: what this does to the mean).
+    The mix is x_i <- sum_j w_ij x_j. A participant that fails between two commits loses only the
+    local steps since the last commit. ``took_part`` (with a schedule) returns for each participant
+    the tensors that the round's local steps may have changed. Only these are sent, and an edge
+    mixes the tensors that both its ends sent; `mixing` says what this does to the mean.
     """
 
     factors: Factors
@@ -56,12 +57,12 @@ class Gossip:
     took_part: Callable[[], Sequence[Collection[str]]] | None = None
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
-        """One round. ``train`` takes the names that train and returns losses (P,), which are
-        returned.
+        """Run one round and return the losses (P,) of ``train``, which takes the names that
+        train.
         """
         losses = train(trained(self.factors, self.rule, number))
         sent = {
-            # both sides of a difference are what travelled
+            # a difference uses the values as they were on the wire, for the peer itself too
             name: tensor.to(self.wire).to(tensor.dtype)
             for name, tensor in self.factors.items()
             if self.rule.sends(name, number)
@@ -73,5 +74,5 @@ class Gossip:
 
 
 def trained(factors: Factors, rule: Rule, round: int) -> frozenset[str]:
-    """The tensors that take local steps in a round."""
+    """The tensors that take local steps in ``round``."""
     return frozenset(name for name in factors if rule.trains(name, round))

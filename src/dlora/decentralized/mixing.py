@@ -2,19 +2,17 @@
 
 Every rule mixes A and B apart (never their product) and in difference form,
 
-    x_i += sum_j w_ij (sent_j - sent_i)        over the neighbours j whose exchange with i was
-    committed,
+    x_i += sum_j w_ij (sent_j - sent_i)
 
-so a neighbour that is missing adds nothing, and since w is symmetric the mean over all peers is
-kept.
+The sum is over the neighbours j whose exchange with i was committed. A missing neighbour adds
+nothing. Because w is symmetric, the mean over all peers is kept.
 
-A schedule may leave peers with different units active. Then each edge mixes what both its ends
-sent, tensor by tensor. That is as if the edge were missing for the other tensors: the mean of each
-over all peers, whether they have it active or not, is kept exactly, since every matrix here is
-symmetric (`Topology` refuses others). What changes is who moves: those who have a tensor active
-agree among themselves, edge by edge; one who has it killed keeps what it has, and its share of the
-mean, until this peer and one of its neighbours both have the tensor active. So a round agrees more
-slowly, and not at all about a unit that no two neighbours ever have active at once.
+Under a schedule, peers may have different units active. Each edge then mixes the tensors that both
+its ends sent, as if the edge were missing for all other tensors. Every matrix here is symmetric
+(`Topology` refuses others), so the mean of each tensor over all peers is still kept exactly. Peers
+that have a tensor active agree about it among themselves, edge by edge. A peer that has it killed
+keeps its value until it and one of its neighbours both have the tensor active. Agreement is
+therefore slower, and there is none about a unit that no two neighbours ever have active together.
 """
 
 from __future__ import annotations
@@ -45,52 +43,51 @@ class Factor:
     """Dec-LoRA (arXiv 2501.15361): A and B train together and are averaged apart."""
 
     def trains(self, name: str, round: int) -> bool:
-        """Everything trains."""
+        """True for every tensor."""
         return True
 
     def sends(self, name: str, round: int) -> bool:
-        """Everything is sent."""
+        """True for every tensor."""
         return True
 
 
 class Ffa:
-    """FFA-LoRA (arXiv 2403.12313): A stays as it started, alike for all, so averaging B is exact
-    and half the bytes.
+    """FFA-LoRA (arXiv 2403.12313): A is the same for all peers and never trains. Averaging B is
+    then exact, and a message has about half the bytes.
     """
 
     def trains(self, name: str, round: int) -> bool:
-        """All but A."""
+        """True for every tensor but A."""
         return not name.endswith(".lora_A")
 
     def sends(self, name: str, round: int) -> bool:
-        """All but A."""
+        """True for every tensor but A."""
         return self.trains(name, round)
 
 
 @dataclass(frozen=True)
 class Alternate:
-    """ADF-LoRA (arXiv 2511.18291): B trains for ``period`` rounds, then A, and so on; both are
-    mixed in every round.
+    """ADF-LoRA (arXiv 2511.18291): B trains for ``period`` rounds, then A for as many, and so on.
 
-    B goes first: while B is zero, A's gradient is zero.
+    Both are mixed in every round. B goes first: while B is zero, A's gradient is zero.
     """
 
     period: int
 
     def trains(self, name: str, round: int) -> bool:
-        """The factor whose turn it is, and the head always."""
+        """True for the factor whose turn it is, and always for the head."""
         resting = ".lora_A" if (round // self.period) % 2 == 0 else ".lora_B"
         return not name.endswith(resting)
 
     def sends(self, name: str, round: int) -> bool:
-        """Both factors: a resting factor that were not mixed would stay different from peer to
-        peer.
+        """True for both factors: without mixing, the factor that does not train would stay
+        different from peer to peer.
         """
         return True
 
 
 def build_rule(section: PeersSection) -> Rule:
-    """The rule the config names."""
+    """The rule that the config names."""
     rules: dict[str, Rule] = {
         "factor": Factor(),
         "ffa": Ffa(),
@@ -111,18 +108,18 @@ def mix(
     ``committed`` edges (i < j).
 
     ``factors`` and ``sent`` are (P, ...) each; ``mixing`` is the round's (P, P) matrix, row =
-    receiver. ``names``: of each peer, the tensors that it sent; None: all. An edge mixes a tensor
-    that both its ends sent, so for each tensor the matrix is still symmetric with rows that sum to
-    one.
+    receiver. ``names``: for each peer, the tensors that it sent; None: all. An edge mixes a tensor
+    that both its ends sent. For each tensor the matrix is then still symmetric with rows that sum
+    to one.
     """
     edges = list(committed)
     for name, message in sent.items():
         both_sent = [
             (i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])
         ]
-        # Rows sum to zero, so peer 0's value may be taken from all: between alike peers that is
-        # exact, and what is multiplied is small, so rounding is small against the change and not
-        # against the value.
+        # Rows sum to zero, so subtracting peer 0's value from all changes nothing in exact
+        # arithmetic. It keeps the multiplied numbers small: the rounding error is small relative to
+        # the change and not only to the value, and it is zero if all peers are the same.
         change = _differences(mixing, both_sent).to(message) @ (message - message[0]).flatten(1)
         factors[name] += change.view(factors[name].shape)
 
@@ -139,10 +136,9 @@ def _differences(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> Tensor
 def mix_edge(
     factors: Factors, weight: float, sent: Mapping[str, Tensor], received: Mapping[str, Tensor]
 ) -> None:
-    """One peer's ``factors`` ((1, ...) each) after one committed edge, in place: what it sent, what
-    it received.
+    """Mix one peer's ``factors``, (1, ...) each, over one committed edge, in place.
 
-    A tensor that only one end sent is not mixed.
+    ``weight``: the neighbour weight. A tensor that only one end sent is not mixed.
     """
     for name in sent.keys() & received.keys():
         factors[name] += weight * (received[name] - sent[name]).to(factors[name].device)

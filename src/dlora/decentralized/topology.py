@@ -21,18 +21,18 @@ from dlora.errors import TopologyError
 
 Weights = Literal["metropolis", "laplacian"]
 
-# what float64 may leave of a sum, a symmetry or a disagreement that is exact on paper
+# largest rounding error of float64 in a sum, a symmetry or a disagreement that is exact on paper
 ROUNDING = 1e-12
-ERDOS_RENYI_TRIES = 1000  # seeds looked at before a graph that is hardly ever connected is given up
+ERDOS_RENYI_TRIES = 1000  # number of seeds that are tried for a connected graph
 
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """The mixing matrices of a run, one a round, again from the first after ``period`` rounds.
+    """The mixing matrices of a run, one for each round; after ``period`` rounds they start again.
 
     ``matrices``: (n, n) float64 each, row = receiver, symmetric and doubly stochastic, kept as
-    read-only copies. Raises TopologyError when one is not. Everything here is a pure function of
-    its arguments.
+    read-only copies. Raises TopologyError if one is not. All methods depend on their arguments
+    only.
     """
 
     kind: str
@@ -48,44 +48,46 @@ class Topology:
 
     @property
     def period(self) -> int:
-        """Rounds until the matrices repeat; 1 when every round is the same."""
+        """Rounds until the matrices repeat; 1 if every round is the same."""
         return len(self.matrices)
 
     @property
     def num_peers(self) -> int:
-        """How many peers there are."""
+        """The number of peers."""
         return len(self.names)
 
     @cached_property
     def spectral_gap(self) -> float:
-        """What `spectral_gap` explains, worked out once."""
+        """The value of `spectral_gap`, computed once."""
         product = reduce(lambda done, mixing: mixing @ done, self.matrices)
         return float(1 - _disagreement(product) ** (1 / self.period))
 
     def mixing(self, round: int) -> Matrix:
-        """The (n, n) mixing matrix of a round; entry [i, j] is the weight peer i gives to what peer
-        j sent.
+        """The (n, n) mixing matrix of a round. Entry [i, j] is the weight that peer i gives to peer
+        j.
         """
         return self.matrices[round % self.period]
 
     def neighbours(self, peer: int, round: int) -> dict[int, float]:
-        """Neighbour -> neighbour weight of one peer in a round, without itself; empty when it
-        rests.
+        """Neighbour -> neighbour weight of one peer in a round, without the peer itself.
+
+        Empty if the peer exchanges with nobody in this round.
         """
         row = self.mixing(round)[peer]
         return {int(j): float(row[j]) for j in np.flatnonzero(row) if j != peer}
 
     def all_neighbours(self, peer: int) -> list[int]:
-        """Everybody whom one peer ever talks to."""
+        """The peers that are a neighbour of ``peer`` in some round, in order."""
         return sorted(
             {other for round in range(self.period) for other in self.neighbours(peer, round)}
         )
 
     def tree(self, peer: int) -> tuple[int | None, dict[int, int]]:
-        """One peer's place in a breadth-first tree over all edges ever: its parent (None at the
-        root, peer 0) and its children.
+        """The place of one peer in a breadth-first tree over the edges of all rounds; peer 0 is the
+        root.
 
-        Child -> how many peers are below it, itself included.
+        Returns its parent (None at the root), and for each child the number of peers below, the
+        child included.
         """
         graph = nx.Graph(edge for round in range(self.period) for edge in self.edges(round))
         graph.add_nodes_from(range(self.num_peers))
@@ -96,18 +98,18 @@ class Topology:
         return next(iter(tree.predecessors(peer)), None), below
 
     def edges(self, round: int) -> list[tuple[int, int]]:
-        """The pairs i < j that exchange in a round; each exchange is two messages."""
+        """The pairs (i, j), i < j, that exchange in a round; each exchange is two messages."""
         return [(int(i), int(j)) for i, j in np.argwhere(np.triu(self.mixing(round), k=1))]
 
 
 def build_topology(
     section: TopologySection, weights: Weights | None, names: Sequence[str]
 ) -> Topology:
-    """The topology a config asks for among the peers ``names``; ``weights`` None is metropolis, or
-    what the kind fixes.
+    """The topology that a config asks for among the peers ``names``.
 
-    Raises TopologyError: no peers, a count the kind cannot serve, wrong weights, a wrong edge,
-    a graph that is not connected.
+    ``weights`` None: metropolis, or the weights that the kind fixes. Raises TopologyError if there
+    are no peers, the kind cannot serve their number, the weights or an edge are wrong, or the graph
+    is not connected.
     """
     n = len(names)
     if n == 0:
@@ -123,7 +125,7 @@ def build_topology(
                 " weights"
             )
         cycle = hypercube(n) if section.kind == "hypercube" else base_k(n, section.k or 1)
-        # a lone peer has nobody to meet
+        # a single peer has no neighbour, and its cycle is empty
         return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))
     graph = _graph(section, names)
     if not nx.is_connected(graph):
@@ -162,14 +164,15 @@ def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
 
 def _joined(n: int, pairs: Iterable[tuple[int, int]]) -> nx.Graph[int]:
     graph: nx.Graph[int] = nx.empty_graph(n)
-    graph.add_edges_from((i, j) for i, j in pairs if i != j)  # the ring of one peer is no edge
+    # in a ring of one peer, both ends are the same peer
+    graph.add_edges_from((i, j) for i, j in pairs if i != j)
     return graph
 
 
 def _erdos_renyi(n: int, p: float, seed: int) -> list[tuple[int, int]]:
     """Each pair is an edge with probability p: the first connected graph from ``seed`` on."""
     for attempt in range(seed, seed + ERDOS_RENYI_TRIES):
-        # Python promises this sequence on every version, so peers draw alike
+        # Python gives the same sequence in every version, so all peers draw the same graph
         draw = random.Random(attempt).random
         pairs = [pair for pair in combinations(range(n), 2) if draw() < p]
         if len(pairs) >= n - 1 and nx.is_connected(_joined(n, pairs)):
@@ -221,17 +224,18 @@ def _peer_index(end: str | int, names: Sequence[str], where: str) -> int:
 
 
 def some_names(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
-    """The words, or the first of them and how many there are when they are more than ``most``."""
+    """The words, joined by ``between``; if there are more than ``most``, the first of them and
+    their number.
+    """
     shown = words if len(words) <= most else [*words[: most - 1], f"... ({len(words)} in all)"]
     return between.join(shown)
 
 
 def _metropolis(graph: nx.Graph[int]) -> Matrix:
-    """W_ij = 1 / (1 + max(d_i, d_j)) (Xiao, Boyd & Lall 2005), which a peer works out from its
-    neighbours' degrees.
+    """W_ij = 1 / (1 + max(d_i, d_j)) (Xiao, Boyd & Lall 2005); d are the peers' degrees.
 
-    A peer keeps 1 / (1 + d_i), and what busier neighbours do not take. Written so, a complete graph
-    is exactly 1/n.
+    A peer keeps 1 / (1 + d_i) and what its neighbours with a larger degree do not take. Computed in
+    this way, a complete graph has exactly 1/n everywhere.
     """
     mixing = np.zeros((len(graph), len(graph)))
     degree = dict(graph.degree)
@@ -247,11 +251,12 @@ def _metropolis(graph: nx.Graph[int]) -> Matrix:
 def _laplacian(graph: nx.Graph[int]) -> Matrix:
     """I - 2 L / (3 lambda_max), the rule of the Dec-LoRA paper (arXiv 2501.15361).
 
-    lambda_max is above the largest degree, so no peer keeps less than 1/3 and nothing is negative.
+    lambda_max is larger than the largest degree, so each peer keeps at least 1/3 and no weight is
+    negative.
     """
     adjacency: Matrix = nx.to_numpy_array(graph, nodelist=range(len(graph)))
     laplacian = np.diag(adjacency.sum(axis=1)) - adjacency
-    # a lone peer's is 0, and so is its laplacian
+    # for a single peer lambda_max is 0 and the Laplacian too
     lambda_max = float(np.linalg.eigvalsh(laplacian)[-1]) or 1.0
     return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
 
@@ -261,10 +266,10 @@ def _laplacian(graph: nx.Graph[int]) -> Matrix:
 
 
 def check_mixing(mixing: ArrayLike) -> None:
-    """Refuse what is not a square, finite, non-negative, symmetric matrix whose rows (so columns)
-    sum to 1.
+    """Raise TopologyError unless the matrix is square, finite, non-negative and symmetric, with
+    rows that sum to 1.
 
-    Raises TopologyError naming the row or entry, counted from 0.
+    The error names the row or the entry, counted from 0.
     """
     matrix = np.asarray(mixing, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
@@ -294,24 +299,26 @@ def check_mixing(mixing: ArrayLike) -> None:
 
 
 def spectral_gap(topology: Topology) -> float:
-    """1 - second largest absolute eigenvalue; 0 never agrees, 1 is exact agreement.
+    """1 - second largest absolute eigenvalue: 0 means that the peers never agree, 1 that they agree
+    exactly.
 
-    When rounds differ: 1 - |W_(T-1) ... W_0 - J|_2 ^ (1/T) over a cycle of T rounds, J the matrix
-    of all 1/n.
+    If rounds differ: 1 - |W_(T-1) ... W_0 - J|_2 ^ (1/T) over a cycle of T rounds; every entry of J
+    is 1/n.
     """
     return topology.spectral_gap
 
 
 def _disagreement(product: Matrix) -> float:
-    """|product - J|_2: the largest factor by which the peers' distance to their mean may still be
-    multiplied.
+    """|product - J|_2: the largest factor by which ``product`` multiplies the peers' distance to
+    their mean.
 
-    A symmetric matrix's norm is its largest absolute eigenvalue, any other's the root of the
-    largest of M^T M: to rounding what a singular value decomposition gives, in a fraction of its
-    time (1,000 peers).
+    The norm of a symmetric matrix is its largest absolute eigenvalue. The norm of any other matrix
+    M is the root of the largest eigenvalue of M^T M. This equals a singular value decomposition up
+    to rounding, and takes a fraction of its time (1,000 peers).
     """
     apart = product - 1 / len(product)
-    if np.linalg.norm(apart) <= ROUNDING:  # Frobenius' norm is never below this one
+    # the Frobenius norm is never smaller than the norm asked for
+    if np.linalg.norm(apart) <= ROUNDING:
         return 0.0
     if np.array_equal(apart, apart.T):
         norm = float(np.abs(np.linalg.eigvalsh(apart)).max())
@@ -321,13 +328,13 @@ def _disagreement(product: Matrix) -> float:
 
 
 def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int]:
-    """Rounds, and messages all peers send in them, until the distance to the mean is ``factor``
-    times smaller.
+    """How many rounds, and messages of all peers, make the distance to the mean ``factor`` times
+    smaller.
 
-    The distance is the norm (not its square) from the worst start. An exchange over an edge is two
-    messages. Raises TopologyError when it never gets there.
+    The distance is the norm (not its square), from the worst start. An exchange over an edge is two
+    messages. Raises TopologyError if the peers never agree.
     """
-    enough = (1 + 1e-9) / factor  # a tie counts as reached
+    enough = (1 + 1e-9) / factor  # equality up to rounding counts as reached
     gap = spectral_gap(topology)
     if gap <= ROUNDING:
         raise TopologyError(

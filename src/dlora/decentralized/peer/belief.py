@@ -1,4 +1,4 @@
-"""How far a neighbour's message may lie from this peer's own factors before it is refused."""
+"""How far a neighbour's message may be from this peer's own factors before it is refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dlora.lora.factors import Factors
 
-FAR = 100.0  # times this peer's own reach; see `Belief`
-NEAR = 10.0  # times the larger of its reach and of what came over the same edge before
-ROUNDING = 2.0**-8  # of a bfloat16 wire, relative
+FAR = 100.0  # multiple of this peer's own reach; see `Belief`
+# multiple of the larger of its reach and the largest distance that came over the same edge before
+NEAR = 10.0
+ROUNDING = 2.0**-8  # relative rounding error of a bfloat16 wire
 
 
 class Implausible(ValueError):
-    """A message is so far from all that this peer has seen that it is not mixed; one line says how
+    """A message is too far from all that this peer has seen, and is not mixed; one line says how
     far.
     """
 
@@ -27,31 +28,33 @@ class Implausible(ValueError):
 class Belief:
     """What one peer has seen of its own training and of each edge; all of it survives a resume.
 
-    All peers start from the same factors and mixing only averages, so two honest peers are never
-    further apart than the longer of their ways, each round's local steps laid end to end, plus the
-    other's: |theirs - own| <= way_i + way_j. This peer knows its own way. A neighbour may have 99
-    times as much (another learning rate, more rows in a local epoch): that is `FAR`. Once an edge
-    has a history, a message is refused too when it is `NEAR` times further than this peer's way and
-    than anything that came over the edge. What a liar sends moves neither the way nor, above `FAR`,
-    the bound.
+    A peer's way is the sum over rounds of the norm by which its local steps moved its factors. All
+    peers start from the same factors and mixing only averages, so two honest peers are at most as
+    far apart as the sum of the longer of their ways and the other's: |theirs - own| <= way_i +
+    way_j. This peer knows only its own way. A neighbour's way may be 99 times as long (another
+    learning rate, more rows in a local epoch): the bound is `FAR` times this peer's reach. After a
+    first message over an edge, a message is also refused if it is `NEAR` times farther than both
+    this peer's reach and the largest distance over that edge so far. What a liar sends does not
+    change the way, nor the bound of `FAR`.
 
-    ``step``: the way of one round's local steps of AdamW at the full learning rate, each number
-    moving by that rate in each step: sqrt(numbers) x rate x steps; for peers that have not trained
-    yet, or whose rate is still warming up.
+    ``step``: the way of one round of AdamW at the full learning rate, if each number moves by that
+    rate in each step: sqrt(numbers) x rate x steps. It serves peers that have not trained yet, or
+    whose rate is still warming up.
     """
 
-    initial: float  # norm of the factors that all started from
+    initial: float  # norm of the initial factors
     step: float
-    # sum over its rounds of how far this peer's own local steps moved its factors, as a norm
+    # sum over rounds of the norm by which this peer's local steps moved its factors
     way: float = 0.0
-    rounds: int = 0  # of them
-    # neighbour -> the largest distance of a message that was taken
+    rounds: int = 0  # rounds that are in ``way``
+    # neighbour -> the largest distance of an accepted message
     seen: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, initial: Mapping[str, Tensor], rate: float) -> Belief:
-        """The belief of a peer that has seen nothing yet; ``rate``: the sum of a round's learning
-        rates.
+        """The belief of a peer that has seen nothing yet.
+
+        ``rate``: the sum of the learning rates of one round's local steps.
         """
         zero = {name: torch.zeros_like(tensor) for name, tensor in initial.items()}
         return cls(
@@ -60,28 +63,32 @@ class Belief:
         )
 
     def walked(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        """A round's local steps led from one to the other ((1, ...) each)."""
+        """Add one round's local steps, which changed the factors from ``before`` to ``after``, (1,
+        ...) each.
+        """
         way = distance(before, after)
         if math.isfinite(way):
             self.way, self.rounds = self.way + way, self.rounds + 1
 
     def reach(self, round: int) -> float:
-        """How far a peer that trains as this one does may have come after ``round``; rounds it
-        skipped count as the others.
+        """The largest norm by which a peer that trains like this one may have moved after
+        ``round``.
+
+        Rounds that this peer skipped count like the others.
         """
         share = max(1.0, (round + 1) / max(1, self.rounds))
         return (self.way + self.step) * share + ROUNDING * self.initial
 
     def limit(self, neighbour: str, round: int) -> float:
-        """The largest distance at which a message of ``neighbour`` is taken."""
+        """The largest distance at which a message of ``neighbour`` is accepted."""
         reach = self.reach(round)
         return min(FAR * reach, NEAR * max(reach, self.seen.get(neighbour, math.inf)))
 
     def judge(
         self, neighbour: str, round: int, own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     ) -> None:
-        """Raise Implausible unless ``theirs`` is near enough to ``own``, over the tensors that both
-        have.
+        """Raise Implausible if ``theirs`` is too far from ``own``, over the tensors that
+        both have.
         """
         apart, limit = distance(own, theirs), self.limit(neighbour, round)
         if not apart <= limit:
@@ -92,26 +99,25 @@ class Belief:
         self.seen[neighbour] = max(apart, self.seen.get(neighbour, 0.0))
 
     def holds(self, round: int, sent: Mapping[str, Tensor], mixed: Mapping[str, Tensor]) -> bool:
-        """Whether what a mix made of the factors is finite and within the bound, and so may be
-        committed.
+        """Whether mixed factors are finite and within the bound, so that they may be committed.
+
+        ``sent``: this peer's factors before the mix; ``mixed``: its factors after it.
         """
         return all(tensor.isfinite().all() for tensor in mixed.values()) and distance(
             sent, mixed
         ) <= FAR * self.reach(round)
 
     def state(self) -> dict[str, Any]:
-        """All that changes, for a checkpoint."""
+        """All fields, for a checkpoint."""
         return asdict(self)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Take the fields that change from a checkpoint."""
         self.way, self.rounds, self.seen = state["way"], state["rounds"], dict(state["seen"])
 
 
 def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """The norm of the difference over all tensors that both have; not finite where a number is
-    not.
-    """
+    """The norm of the difference over all tensors that both have; not finite if a number is not."""
     squares = 0.0
     for name in one.keys() & other.keys():
         difference = other[name].detach().cpu().double() - one[name].detach().cpu().double()
@@ -120,5 +126,5 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
 
 
 def copied(factors: Factors) -> Factors:
-    """A copy that local steps leave alone."""
+    """A copy of the factors that later local steps do not change."""
     return {name: tensor.detach().clone() for name, tensor in factors.items()}

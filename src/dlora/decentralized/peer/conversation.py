@@ -1,7 +1,7 @@
 """The conversation of two neighbours over one link: what each frame does, until the link ends.
 
-A message is offered once its sender's local steps are done; the receiver asks for it from the byte
-that it already has.
+A peer offers a message when its local steps are done. The receiver asks for it, from the first byte
+that it does not have yet.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dlora.wire.peer.frames import Chunk, Decided, Frame, Have, Hello, Offer, Sh
 
 
 class Conversation:
-    """Called with a neighbour's name and a link: talks until the link ends.
+    """Talks with a neighbour until the link ends; call it with the neighbour's name and the link.
 
-    ``failed`` ends with the error that this peer's own disk or folder has.
+    ``failed`` ends with the error if this peer's own disk or folder fails.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Conversation:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def __call__(self, name: str, link: Link) -> None:
-        """The conversation on one link with the neighbour ``name``, until it ends."""
+        """Talk with the neighbour ``name`` over one link until it ends."""
         edges, other = self.edges, self.edges.neighbours[name]
         await link.send(
             Hello(
@@ -94,7 +94,8 @@ class Conversation:
         for message in ("sum", "average"):
             if edges.ledger.own(message):
                 edges.offer(other, message)
-        # after the promises, or the other end would leave them out; after what is to be had
+        # Status must come after the promises, because the other end would leave those edges out,
+        # and after the offers.
         other.say(Status(edges.round))
         writer = asyncio.ensure_future(
             other.write(link, edges.ledger, lambda: edges.round, self.patience.silence_s / BEATS)
@@ -111,7 +112,7 @@ class Conversation:
             reason = f"nothing came for {self.patience.silence_s:g} s"
         except Misbehaviour as error:
             reason = f"refused: {error}"
-        # this peer's own folder: no neighbour is to blame, and nothing may go on
+        # this peer's own folder has failed: no neighbour is the cause, and the peer must stop
         except (RunError, OSError) as error:
             reason = "this peer's folder cannot be gone on with"
             if not self.failed.done():

@@ -1,12 +1,13 @@
 """The edges of one peer: promises and decisions, on its disk before a neighbour hears of them.
 
-- An edge is mixed by both ends or by neither. Its named end, the smaller name, decides: committed
-  once it holds the other's message and the other's promise (`Have`), dropped when its round ends
-  before that. The decision is on its disk before it is sent. The other end, having promised, waits
-  for the decision; if its round ends first, it asks on every new link.
-- A promise and a decision to commit are signed, by this peer's own key and once they are on its
-  disk. So each end holds the other's word for every edge that it has mixed, and shows it to one
-  that has lost it (`word`).
+- Both ends mix an edge, or neither does. The end with the smaller name decides: it commits when it
+holds the other's message and the other's promise (`Have`), and drops the edge if its round ends
+before. The decision is on its disk before it is sent. The other end, after its promise, waits for
+the decision. If its round ends first, it sends the promise again on every new link.
+
+- A promise and a decision to commit are signed with the peer's own key once they are on its disk.
+Each end then holds the other's word for every edge that it has mixed, and can show it to a
+neighbour that has lost it (`word`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from dlora.wire.peer.frames import Decided, Have, Offer, Shown
 class Edges:
     """What the peer ``name`` and its neighbours agree on, edge by edge.
 
-    ``round`` is the one that this peer is in; ``mixing`` names the neighbours of its exchange that
-    is under way; ``since`` is the round to which this peer last caught up.
+    ``round``: the round that this peer is in. ``mixing``: the neighbours of the present exchange.
+    ``since``: the round to which this peer last caught up.
     """
 
     def __init__(
@@ -42,21 +43,23 @@ class Edges:
         self.waits, self.report = waits, report
         self.round = self.since = 0
         self.mixing: frozenset[str] = frozenset()
-        # (neighbour, message) asked for beside this round's edges
+        # (neighbour, message) that are wanted besides this round's messages
         self.wanted: set[tuple[str, str]] = set()
 
     def decides(self, neighbour: str) -> bool:
-        """Whether this peer is the named end of the edge with ``neighbour``."""
+        """Whether this peer decides about the edge with ``neighbour``."""
         return self.name < neighbour
 
     def offer(self, other: Neighbour, name: str) -> None:
-        """Say that a message of this peer is there."""
+        """Offer a message of this peer, which must be on disk."""
         message = self.ledger.own(name)
         assert message is not None, "a message is kept before it is offered"
         other.say(Offer(name, message.num_bytes, message.sha256))
 
     def consider(self, other: Neighbour) -> None:
-        """Fetch what the neighbour offers, if it is for now; promise what is already here."""
+        """Fetch the neighbour's offers that are needed now; promise a message that is
+        already here.
+        """
         for offer in other.offers.values():
             mixes = round_of(offer.name) == self.round and other.name in self.mixing
             if (
@@ -70,7 +73,9 @@ class Edges:
                 other.fetch(offer, self.ledger)
 
     def promise(self, other: Neighbour, round: int) -> None:
-        """The neighbour's message is here: promise to mix it, or decide when that is ours."""
+        """The neighbour's message is here: decide if that is this peer's part, otherwise promise to
+        mix it.
+        """
         if self.decides(other.name):
             self.decide(other, round)
         elif self.ledger.state(round, other.name) in (None, "promised"):
@@ -79,12 +84,12 @@ class Edges:
             other.say(Have(round, self.words.ours(other.name, round)))
 
     def decide(self, other: Neighbour, round: int) -> None:
-        """Commit the edge if both messages are where they should be; answer what is already
-        decided.
+        """Commit the edge if both messages are here and the other end has promised; repeat an
+        earlier decision.
 
-        A promise counts for the messages that are here. One for others came from a copy of the
-        neighbour's folder, or has lain there since this peer's own was restored: what is committed
-        here is not committed there.
+        A promise counts only for the messages that are here. A promise for other messages shows
+        that one of the two folders was copied or restored: then the neighbour is not told that the
+        edge is committed. Raises Misbehaviour if the promise for the present round is not signed.
         """
         name = round_message(round)
         state, promise = self.ledger.state(round, other.name), other.promised.get(round)
@@ -113,7 +118,9 @@ class Edges:
             self.record(other, round, False, "the round is over")
 
     def decided(self, other: Neighbour, told: Decided) -> None:
-        """The named end's decision has come. Raises Misbehaviour where it is not its to make."""
+        """Take the decision of the other end. Raises Misbehaviour if it is not the other end's to
+        make.
+        """
         if self.decides(other.name):
             raise Misbehaviour(f"it decided round {told.round}, which is not its to decide")
         if self.ledger.state(told.round, other.name) == "promised":
@@ -125,7 +132,7 @@ class Edges:
             self.record(other, told.round, told.committed, "decided", told.signature)
 
     def shown(self, other: Neighbour, shown: Shown) -> None:
-        """This peer's own signature has come, of a line that its ledger may have lost."""
+        """Take this peer's own signature, for a line that its ledger may have lost."""
         if self.words.is_to_restore(other.name, shown, self.since):
             reason = "it showed this peer's own signature, and the ledger had lost the line"
             self.record(other, shown.round, True, reason)
@@ -133,7 +140,7 @@ class Edges:
     def record(
         self, other: Neighbour, round: int, committed: bool, reason: str, signature: bytes = b""
     ) -> None:
-        """Write a decision down, report it, and send it where it is this peer's."""
+        """Write a decision down and report it; send it if this peer is the one that decides."""
         self.ledger.record(
             round, other.name, "committed" if committed else "dropped", other.ledger, signature
         )
@@ -145,7 +152,7 @@ class Edges:
         self.waits.pulse()
 
     async def settle(self, other: Neighbour, started_at: float) -> None:
-        """Wait until this round's edge is decided or given up; leave it out then."""
+        """Wait until this round's edge is decided, or the wait ends; then leave the edge out."""
         round = self.round
         name = round_message(round)
 

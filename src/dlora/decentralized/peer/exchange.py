@@ -1,8 +1,9 @@
 """One peer's exchanges with its neighbours, as its life asks for them. No sockets, no clock.
 
 Time is the event loop's, so a loop with a virtual clock runs it in virtual time. A wait ends when
-the neighbour is decided about, has left the round, or has used up this peer's patience
-(`patience`). `edges` has the rules of promises and decisions, `conversation` what goes over a link.
+the edge is decided, when the neighbour has left the round, or when this peer's patience has ended
+(`patience`). `edges` has the rules of promises and decisions, `conversation` has what goes over a
+link.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from dlora.wire.peer.frames import Status
 
 
 class Exchange:
-    """All edges of the peer ``name``. ``check(neighbour, message_name, path)`` raises ValueError
-    unless a file is what it should be, Implausible where it is that and yet not to be believed:
-    such a message is as if it had not come.
+    """All edges of the peer ``name``.
 
-    ``report(event, **fields)`` receives what happened and why. ``signatures`` makes this peer's and
-    checks its neighbours'. ``failed`` ends with the error that this peer's own disk or folder has.
+    ``check(neighbour, message_name, path)`` raises ValueError if a file is not the message that it
+    should be. It raises Implausible if it is that message but cannot be believed; such a message
+    counts as not received. ``report(event, **fields)`` receives what happened and why.
+    ``signatures`` makes this peer's signatures and checks its neighbours'. ``failed`` ends with the
+    error if this peer's own disk or folder fails.
     """
 
     def __init__(
@@ -57,21 +59,23 @@ class Exchange:
         self.failed = self._conversation.failed
 
     async def talk(self, name: str, link: Link) -> None:
-        """What the network calls: the conversation with a neighbour over a link, until it ends."""
+        """Talk with a neighbour over a link until it ends; the network calls this."""
         await self._conversation(name, link)
 
     def enter(self, round: int) -> None:
-        """A round begins, with local steps; say so to everybody."""
+        """Begin a round, with its local steps, and tell all neighbours."""
         self.edges.round, self.edges.mixing = round, frozenset()
         for neighbour in self.neighbours.values():
-            for passed in sorted(neighbour.promised):  # in rounds that were skipped to catch up
+            # promises in rounds that this peer skipped to catch up
+            for passed in sorted(neighbour.promised):
                 if passed < round and self.ledger.state(passed, neighbour.name) is None:
                     self.edges.record(neighbour, passed, False, "the round was skipped")
             neighbour.say(Status(round))
 
     async def mix_round(self, neighbours: Iterable[str]) -> None:
-        """Exchange this round's message, which the ledger holds, with ``neighbours``; returns when
-        each edge is done with.
+        """Exchange this round's message, which the ledger holds, with ``neighbours``.
+
+        Returns when each edge is decided or given up.
         """
         self.edges.mixing = frozenset(neighbours)
         started_at = asyncio.get_running_loop().time()
@@ -79,7 +83,7 @@ class Exchange:
             self.edges.offer(self.neighbours[other], round_message(self.edges.round))
             try:
                 self.edges.consider(self.neighbours[other])
-            # outside its conversation, which may go on without that promise
+            # no frame is being read here, and the conversation may go on without that promise
             except Misbehaviour as error:
                 self.report(
                     "implausible",
@@ -92,10 +96,11 @@ class Exchange:
         )
 
     async def fetch(self, neighbour: str, message: str) -> Path | None:
-        """A message of a neighbour beside the rounds' own, waited for; None when it does not come.
+        """Wait for a neighbour's message that is not for this round's mix; None if it does not
+        come.
 
-        A round's message is there already, or never: it is given up when its bytes stop coming or
-        another is offered.
+        The neighbour has a round's message already, or will never have it. So the wait for one ends
+        when its bytes stop coming or another round is offered.
         """
         clock, other = asyncio.get_running_loop(), self.neighbours[neighbour]
         began_at, of_round = clock.time(), round_of(message) is not None
@@ -118,12 +123,12 @@ class Exchange:
         return None if came is None else came.path
 
     def offer(self, neighbours: Iterable[str], message: str) -> None:
-        """Tell ``neighbours`` that a message of ours is there."""
+        """Offer a message of this peer to ``neighbours``."""
         for other in neighbours:
             self.edges.offer(self.neighbours[other], message)
 
     async def greeted(self, limit_s: float) -> None:
-        """Return when every neighbour has said hello or was refused, at the latest after
+        """Return when every neighbour has said its round or was refused, at the latest after
         ``limit_s``.
         """
         limit = asyncio.get_running_loop().time() + limit_s
@@ -133,12 +138,12 @@ class Exchange:
             await self.edges.waits.change(limit)
 
     def wait_anew(self) -> None:
-        """Give who is away another ``silence_s`` to come back."""
+        """Give neighbours that are away another ``silence_s`` to come back."""
         for other in self.neighbours.values():
             other.away = False
 
     async def settled(self, last: int) -> None:
-        """Return when no edge with a neighbour that is here is in doubt, and all that are here are
+        """Return when no edge with a present neighbour is in doubt and all present neighbours are
         in round ``last``.
         """
         began_at = asyncio.get_running_loop().time()
@@ -160,8 +165,8 @@ class Exchange:
         await asyncio.gather(*(settle(other) for other in self.neighbours.values()))
 
     async def all_said(self) -> None:
-        """Return when the wires have taken all that was to be said, so that who goes does not seem
-        to fall silent.
+        """Return when the wires have taken all queued frames, so that this peer does not seem to
+        fall silent when it ends.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.patience.silence_s / BEATS):
@@ -170,17 +175,15 @@ class Exchange:
                         await other.all_said.wait()
 
     def disbelieve(self, neighbour: str, reason: str) -> None:
-        """A neighbour says that it is far ahead, and is not followed; reported once for each
-        link.
-        """
+        """Do not follow a neighbour that says it is far ahead; reported once for each link."""
         other = self.neighbours[neighbour]
         if not other.disbelieved:
             other.disbelieved = True
             self.report("not-followed", neighbour=neighbour, reason=reason)
 
     def compare(self, message: str, last: int) -> None:
-        """Report each neighbour that has come to round ``last`` and offered another content of
-        ``message``, or none.
+        """Report each neighbour in round ``last`` or later that did not offer the same content of
+        ``message``.
         """
         own = self.ledger.own(message)
         for other in self.neighbours.values():

@@ -1,11 +1,12 @@
 """What one peer promised and decided about its edges: on its disk before any neighbour hears of it.
 
-The life of an edge (a, b) with a < b in one round, as its two ledgers see it:
+The states of an edge (a, b) with a < b in one round, in its two ledgers; a decides about the edge:
 
-    a, the named end                      b (nothing)                             (nothing)
-    either may still leave the edge out (nothing)                             promised       b holds
-    a's message and told a so; b is in doubt committed | dropped                   promised       a
-    has decided committed | dropped                   committed | dropped
+    ledger of a            ledger of b
+    (nothing)              (nothing)              both may still leave the edge out
+    (nothing)              promised               b holds a's message and told a so; b is in doubt
+    committed | dropped    promised               a has decided, b does not know it yet
+    committed | dropped    committed | dropped    b has heard the decision
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from dlora.events.log import RunLog, read_log
 from dlora.files import write_atomically
 
 State = Literal["promised", "committed", "dropped"]
-_NAME = re.compile(r"(?!\.\.?$)[^/\0]{1,255}")  # of a member: a folder is named by it
+_NAME = re.compile(r"(?!\.\.?$)[^/\0]{1,255}")  # a member's name is also the name of a folder
 _MEND = (
     "restore exchange/ from a copy with all its lines; what is lost here is mixed at the other"
     " ends. Without such a copy, start anew without --resume in another output_dir: this peer then"
     " takes its neighbours' state"
 )
 _ID = re.compile(r"[0-9a-f]{64}")
-# of what an entry may have
+# the forms of optional fields of an entry
 _FORMS = {"own": _ID, "theirs": _ID, "ledger": _ID, "signature": re.compile(r"[0-9a-f]{128}")}
 
 
@@ -46,8 +47,8 @@ class Due:
 
     round: int
     neighbour: str
-    own: Path  # what this peer sent
-    theirs: Path  # what came
+    own: Path  # file of the message that this peer sent
+    theirs: Path  # file of the message that came
 
 
 @dataclass(frozen=True)
@@ -55,33 +56,35 @@ class Word:
     """What the other end of a committed edge has signed."""
 
     round: int
-    ledger: str  # of the other end, which it signed from; empty: an earlier dlora wrote this
+    ledger: str  # id of the other end's ledger; empty: an earlier dlora wrote this entry
     signature: bytes  # empty: there is none
 
 
 class Ledger(MessagesOnDisk):
-    """The messages of one folder, with ``edges.jsonl`` (states, the last line of an edge counts)
+    """The messages of one folder, with ``edges.jsonl`` (states; the last line of an edge counts)
     and ``id``.
 
-    Each entry has a number and a hash over itself and all before it (``chain``); a promise or a
-    commit has the hashes of both messages too, and the neighbour's ledger; a commit also the
-    neighbour's signature. ``id`` is drawn once: a copy of the folder has the same, another folder
-    of the same peer has another. Everything is synced before a method returns.
+    Each entry has a number and a hash over itself and all entries before it (``chain``). A promise
+    or a commit also has the hashes of both messages and the id of the neighbour's ledger; a commit
+    also has the neighbour's signature. The id is drawn once: a copy of the folder has the same id,
+    another folder of the same peer has another. Everything is synced to disk before a method
+    returns.
 
     Raises RunError when the disk is full or cannot be written, and when anything in the folder is
     not what was written there. Entries of dlora 0.1.0, which have no hash, are read as they are. A
-    ledger that has no id gets one that follows from its first line.
+    ledger without an id gets one that follows from its first line.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         path = folder / "edges.jsonl"
-        self._log = RunLog(path)  # cuts off a line that a crash tore
+        self._log = RunLog(path)  # removes a last line that a crash left incomplete
         self._entries: list[tuple[int, str, State]] = []
         self._chain = [""]  # the hash at each position
-        # of an edge's messages: own, theirs
+        # hashes of an edge's messages: own, theirs
         self._sums: dict[tuple[int, str], tuple[str, str]] = {}
-        self._words: dict[str, dict[int, Word]] = {}  # neighbour -> round -> of its committed edges
+        # neighbour -> round -> its word for the committed edge
+        self._words: dict[str, dict[int, Word]] = {}
         try:
             self._load(path)
             self.id = self._identify(path)
@@ -100,15 +103,16 @@ class Ledger(MessagesOnDisk):
     # Edges
 
     def state(self, round: int, neighbour: str) -> State | None:
-        """What is known of an edge."""
+        """The state of an edge; None: no entry."""
         return self._states.get((round, neighbour))
 
     def record(
         self, round: int, neighbour: str, state: State, ledger: str = "", signature: bytes = b""
     ) -> None:
-        """A promise or a decision, durable when this returns. A decision is never taken back.
+        """Write a promise or a decision, durable when this returns. A decision is never taken back.
 
-        ``ledger``: the neighbour's; ``signature``: what it has signed of a committed edge.
+        ``ledger``: id of the neighbour's ledger; ``signature``: the neighbour's, for a committed
+        edge.
         """
         assert self._states.get((round, neighbour)) in (None, "promised"), "an edge is decided once"
         entry: dict[str, Any] = {"round": round, "neighbour": neighbour}
@@ -126,8 +130,9 @@ class Ledger(MessagesOnDisk):
         self._states[round, neighbour] = state
 
     def sums(self, round: int, neighbour: str) -> tuple[str, str] | None:
-        """The SHA-256 of an edge's two messages, own and theirs; None unless both are here or an
-        entry has them.
+        """The SHA-256 of an edge's two messages, own and theirs.
+
+        None unless an entry has them or both messages are here.
         """
         if (round, neighbour) in self._sums:
             return self._sums[round, neighbour]
@@ -135,11 +140,11 @@ class Ledger(MessagesOnDisk):
         return None if own is None or theirs is None else (own.sha256, theirs.sha256)
 
     def is_without_hashes(self, round: int, neighbour: str) -> bool:
-        """Whether dlora 0.1.0 wrote the entries of an edge."""
+        """Whether the entries of an edge have no hashes, as dlora 0.1.0 wrote them."""
         return (round, neighbour) in self._states and (round, neighbour) not in self._sums
 
     def known(self, neighbour: str) -> int:
-        """1 + the newest round that is promised or committed on an edge; 0: none."""
+        """1 + the newest round that is promised or committed with ``neighbour``; 0: none."""
         rounds = (
             round
             for (round, name), state in self._states.items()
@@ -148,20 +153,20 @@ class Ledger(MessagesOnDisk):
         return 1 + max(rounds, default=-1)
 
     def words(self, neighbour: str) -> list[Word]:
-        """What is known of each committed round with a neighbour, the oldest first."""
+        """The neighbour's word for each committed round with it, oldest first."""
         words = self._words.get(neighbour, {})
         return [words[round] for round in sorted(words)]
 
     def chain(self, position: int) -> str:
-        """The hash over the entries up to ``position``: what a commit remembers beside it."""
+        """The hash over the entries up to ``position``; a commit keeps it."""
         return self._chain[position]
 
     def check(self, position: int, chain: str | None, since_round: int) -> None:
-        """Raise RunError unless a checkpoint made at ``position``, where the hash was ``chain``,
-        can be gone on from here.
+        """Raise RunError unless a run can go on from a checkpoint made at ``position`` with the
+        hash ``chain``.
 
-        That is: the entries it holds are there, and the messages of those after it are there and
-        whole.
+        The entries that the checkpoint holds must be here, and the messages of later entries must
+        be here and whole.
         """
         path = self.folder / "edges.jsonl"
         if position > self.position or chain not in (None, self._chain[position]):
@@ -194,7 +199,7 @@ class Ledger(MessagesOnDisk):
             self._words.setdefault(entry["neighbour"], {})[word.round] = word
 
     def _refuse_damage(self) -> None:
-        """Raise RunError where a message is not what its name tells, or what an entry says."""
+        """Raise RunError if a message is not what its name or an entry says."""
         for (round, neighbour), sums in self._sums.items():
             for sender, sha256 in zip(("", neighbour), sums, strict=True):
                 message = self._messages.get((sender, round_message(round)))
@@ -213,7 +218,7 @@ class Ledger(MessagesOnDisk):
             )
 
     def _identify(self, path: Path) -> str:
-        """This ledger's id; a new one where there is none."""
+        """This ledger's id; a new one is made if there is none."""
         place = self.folder / "id"
         if not place.exists():
             first, newline, _ = path.read_bytes().partition(b"\n")
@@ -234,7 +239,7 @@ class Ledger(MessagesOnDisk):
         return _sha256("\n".join(told))
 
     def in_doubt(self, neighbour: str) -> list[int]:
-        """Rounds in which this peer promised and has not heard the decision."""
+        """The rounds in which this peer has promised and does not know the decision yet."""
         return [
             round
             for (round, name), state in self._states.items()
@@ -247,19 +252,16 @@ class Ledger(MessagesOnDisk):
 
     @property
     def position(self) -> int:
-        """How many entries there are: what a commit remembers, so that no difference is added
-        twice.
-        """
+        """The number of entries. A commit keeps it, so that no difference is added twice."""
         return len(self._entries)
 
     def due(self, position: int, since_round: int = 0) -> Iterator[Due]:
-        """The edges committed after ``position``, in order; those before ``since_round`` are moot
-        (the peer caught up).
+        """The edges committed after ``position``, in order, without rounds before ``since_round``.
 
-        Raises RunError where a message of one is gone, or not what was signed.
+        Raises RunError if a message of such an edge is missing or is not the one that was signed.
         """
         for round, neighbour, state in self._entries[position:]:
-            # the last entry of an edge counts, should a write that failed have left one before it
+            # only the last entry of an edge counts; a failed write may have left one before it
             if state == "committed" == self._states[round, neighbour] and round >= since_round:
                 sums = self._sums.get((round, neighbour), (None, None))
                 own, theirs = (
@@ -269,11 +271,11 @@ class Ledger(MessagesOnDisk):
                 yield Due(round, neighbour, own, theirs)
 
     def clean(self, round: int, position: int) -> None:
-        """Remove the messages of rounds before ``round`` that nothing can need: no edge of theirs
-        is in doubt.
+        """Remove the messages of rounds before ``round`` that no edge can need any more.
 
-        ``position``: of the older of the two commits that are kept; what came after it stays, so
-        that it can be gone on from. The newest own message stays, for a neighbour that catches up.
+        ``position``: of the older of the two commits that are kept; messages of later entries stay,
+        so that a run can go on from it. This peer's newest message stays too, for a neighbour that
+        catches up.
         """
         keep = {
             round_message(number)
@@ -290,7 +292,9 @@ class Ledger(MessagesOnDisk):
                 self._forget(sender, name)
 
     def _read_through(self, sender: str, name: str, sha256: str | None, neighbour: str) -> Path:
-        """A message that the edge with ``neighbour`` needs, once its file still has this hash."""
+        """The file of a message that the edge with ``neighbour`` needs, after its hash was
+        checked.
+        """
         message = self._messages.get((sender, name))
         if message is None or not message.path.exists():
             place = self._place(sender, name, sha256 or "") if message is None else message.path

@@ -1,4 +1,4 @@
-"""One peer's life in rounds: train, exchange, mix, commit. No sockets, no clock in it."""
+"""One peer's life in rounds: train, exchange, mix, commit. It has no sockets and no clock."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from dlora.decentralized.topology import Topology
 from dlora.errors import NeighbourError, RunError
 from dlora.lora.factors import Factors
 
-PARTING_S = 2.0  # for a neighbour in another run to read why this peer goes
-# times as many rounds as this peer would have done alone, the others may have done meanwhile
+PARTING_S = 2.0  # seconds in which a neighbour of another run can read why this peer leaves
+# the others may have done this many times the rounds that this peer would have done alone
 FASTER = 10
 
 
 @dataclass
 class Progress:
-    """What a commit holds beside factors and optimiser."""
+    """What a commit holds besides factors and optimiser."""
 
     rounds_done: int = 0
-    position: int = 0  # of the ledger: the entries up to here are in the factors
-    # the round to which the peer last caught up; differences of earlier ones are moot
+    position: int = 0  # number of ledger entries that are in the factors
+    # the round to which the peer last caught up; differences of earlier rounds are not added any
+    # more
     since_round: int = 0
-    # when it last finished a round in which it mixed an edge, by its own clock; 0: not known
+    # clock time in seconds of the last round in which it mixed an edge; 0: not known
     mixed_at: float = 0.0
-    round_s: float = 0.0  # its fastest round; 0: not known
-    # tensor's name -> how far neighbours were (`spread`)
+    round_s: float = 0.0  # seconds of its fastest round; 0: not known
+    # tensor name -> distance of the neighbours (`spread`)
     spread: dict[str, float] = field(default_factory=dict)
 
 
@@ -76,16 +77,19 @@ class PeerGossip:
 
     @property
     def index(self) -> int:
-        """This peer's row of the mixing matrix."""
+        """This peer's row in the mixing matrix."""
         return self.topology.names.index(self.name)
 
     async def run(self) -> tuple[Factors, int]:
-        """All rounds that are left, then the average of all peers ((1, ...) each) and how many of
-        them are in it.
+        """Run all rounds that are left, then form the average of all peers.
+
+        Returns the average, (1, ...) each, and how many peers are in it. Raises NeighbourError if a
+        neighbour belongs to another run, RunError if this peer cannot go on.
         """
         first, self.exchange.edges.since = self.progress.rounds_done == 0, self.progress.since_round
         if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
-            self.ledger.forget_reduction()  # who was missing then may be here now
+            # peers that were missing in that average may be here now
+            self.ledger.forget_reduction()
         self.exchange.enter(self.progress.rounds_done)
         await self.exchange.greeted(
             self.exchange.patience.round_limit_s
@@ -126,7 +130,7 @@ class PeerGossip:
         )
 
     async def _round(self) -> None:
-        """Algorithm 1 at one peer."""
+        """One round of Algorithm 1 at one peer."""
         number, began_at = self.progress.rounds_done, self.clock()
         self.exchange.enter(number)
         names = await self.train(number, trained(self.factors, self.rule, number))
@@ -144,7 +148,8 @@ class PeerGossip:
                 f"the factors of {self.name} cannot be sent in round {number}: {error}; lower"
                 " train.learning_rate and start anew in another output_dir"
             ) from error
-        older = self.progress.position  # of the commit before this round's, which stays beside it
+        # the position of the last commit, which is kept beside this round's commit
+        older = self.progress.position
         await self.exchange.mix_round(
             self.topology.names[other] for other in self.topology.neighbours(self.index, number)
         )
@@ -159,15 +164,15 @@ class PeerGossip:
         self.ledger.clean(number, older)
 
     def _mix(self) -> int:
-        """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix: this round's,
-        and doubts now settled.
+        """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix.
 
-        Returns how many there were.
+        These are edges of this round, and edges of earlier rounds whose decision has come now.
+        Returns their number.
         """
         position, mixed = self.ledger.position, 0
         names = self.topology.names
-        # In one order, whoever came first: sums of floats depend on it, and AdamW makes much of the
-        # last bit.
+        # The order does not depend on which message came first: a sum of floats depends on its
+        # order, and AdamW enlarges a difference in the last bit.
         dues = self.ledger.due(self.progress.position, self.progress.since_round)
         for due in sorted(dues, key=lambda due: (due.round, names.index(due.neighbour))):
             weight = self.topology.mixing(due.round)[self.index, names.index(due.neighbour)]
@@ -183,14 +188,14 @@ class PeerGossip:
         return mixed
 
     async def _catch_up(self) -> None:
-        """Far behind the neighbours: take the median of what they last sent, and go on from their
-        round.
+        """If this peer is far behind, take the median of its neighbours' last messages and go on
+        from their round.
 
-        It takes more than half of all neighbours, those that are away counted too, and no jump
-        beyond what this peer's clock allows. With a single neighbour that one is more than half:
-        the clock alone bounds what it can make this peer skip. The mean over peers is not kept
-        here; what this peer learnt since it left is given up, save in units that none of those
-        messages holds: killed there, they stay as they are here.
+        More than half of all neighbours must be ahead, also counting those that are away, and by no
+        more rounds than this peer's clock allows. A single neighbour is more than half of one: then
+        only the clock limits how many rounds it can make this peer skip. The mean over peers is not
+        kept here. The peer gives up what it learnt since its last mix, except in units that none of
+        the messages holds: these stay as they are.
         """
         neighbours = self.exchange.neighbours.values()
         needed, was, most = len(neighbours) // 2 + 1, self.progress.rounds_done, self._most_missed()
@@ -206,7 +211,8 @@ class PeerGossip:
                 )
                 self.exchange.disbelieve(neighbour.name, reason)
         if len(ahead) < needed:
-            for name in ahead:  # one neighbour that is ahead, or says so, is not the run
+            # a few neighbours that are ahead, or say so, do not stand for the whole run
+            for name in ahead:
                 reason = (
                     f"{len(ahead)} of {len(neighbours)} neighbours say they are ahead, and {needed}"
                     " are needed"
@@ -241,17 +247,19 @@ class PeerGossip:
         self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
 
     def _ahead(self, neighbour: Neighbour) -> int:
-        """How many rounds a neighbour's last message is ahead of this peer; 0 without a link."""
+        """How many rounds a neighbour's last message is ahead of this peer; 0 without a link or a
+        message.
+        """
         offer = neighbour.offers.get("round") if neighbour.link is not None else None
         return 0 if offer is None else (round_of(offer.name) or 0) - self.progress.rounds_done
 
     def _most_missed(self) -> float:
         """How many rounds the others can have done since this peer last mixed with one of them.
 
-        They wait for a peer that is there, so none can be far ahead of one that mixes. While it is
-        away they go at their own pace: ``FASTER`` times its fastest round is allowed. A peer that
-        has done no round here knows no pace; it believes more than half of several neighbours, and
-        a single one not before it has done a round.
+        They wait for a peer that is there, so they cannot be far ahead of one that mixes. While it
+        is away they go at their own pace, and the bound is ``FASTER`` times the pace of its fastest
+        round. A peer that has done no round here knows no pace. It then believes more than half of
+        several neighbours, but no single neighbour.
         """
         progress = self.progress
         if not progress.round_s:
@@ -259,14 +267,14 @@ class PeerGossip:
         return FASTER * max(0.0, self.clock() - progress.mixed_at) // progress.round_s
 
     async def _reduce(self) -> tuple[Factors, int]:
-        """The exact average of all peers over a tree of neighbours: sums go up to the first peer,
-        the average comes down.
+        """The exact average of all peers over a tree of neighbours: sums go up to the root, the
+        average comes down.
 
-        2 (n - 1) messages in all, in float32, on the CPU. What cannot be reached is left out: below
-        a peer that is gone each branch has the average of its own. So is a sum that counts more
-        peers than there are below, or that overflows. A sum or an average that is far from all that
-        this peer has seen is taken, and its sender named. Every neighbour is told the average's
-        hash.
+        It takes 2 (n - 1) messages, in float32, on the CPU. A peer that cannot be reached is left
+        out; each branch below it has its own average. A sum is left out too if it overflows or
+        counts more peers than are below its sender. A sum or an average that is far from all that
+        this peer has seen is used, but its sender is reported. Every neighbour is told the hash of
+        the average.
         """
         parent, children = self.topology.tree(self.index)
         names = self.topology.names
@@ -314,7 +322,7 @@ class PeerGossip:
         return average, num_peers
 
     def _judge(self, sender: str, message: str, mean: Mapping[str, Tensor]) -> None:
-        """Name the sender of a mean that is far from everything that this peer has seen."""
+        """Report the sender of a mean that is far from all that this peer has seen."""
         own = {name: tensor.cpu() for name, tensor in self.standing().items()}
         far = too_far(self.progress.spread, self.topology.num_peers, own, mean)
         if far:
@@ -326,6 +334,6 @@ class PeerGossip:
 
 
 def median(states: Sequence[Tensor]) -> Tensor:
-    """The median of each number; of an even count the mean of the two in the middle."""
+    """The median of each number; for an even count, the mean of the two in the middle."""
     ordered = torch.stack(list(states)).sort(dim=0).values
     return (ordered[(len(states) - 1) // 2] + ordered[len(states) // 2]) / 2

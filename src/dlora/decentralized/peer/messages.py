@@ -1,4 +1,4 @@
-"""What the messages of a run hold, by their names, as the program that runs it says."""
+"""Which messages a run has, by name, and how their tensors become bytes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Messages:
-    """``sizes(message)``: the lengths in bytes that a message of that name can have; none where no
-    peer sends one. ``encode(message, tensors)``: its bytes. ``decode(message, path)``: the tensors
-    of a file, (1, ...) each; raises ValueError where it is not such a message.
+    """The messages of a run; the program hands these functions in.
+
+    ``sizes(message)``: the lengths in bytes that a message of that name can have; an empty range if
+    no peer sends one. ``encode(message, tensors)``: its bytes. ``decode(message, path)``: the
+    tensors of a file, (1, ...) each; raises ValueError if the file is not such a message.
     """
 
     sizes: Callable[[str], range]

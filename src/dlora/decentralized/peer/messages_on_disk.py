@@ -1,4 +1,4 @@
-"""Which messages lie on this peer's disk; each is the content that was written there."""
+"""The messages on this peer's disk; each is the content that was written there."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from pathlib import Path
 from dlora.files import sync_folder, write_atomically
 
 _ROUND = re.compile(r"round-(\d{6,})")
-# the second part is missing where an earlier dlora wrote the file
+# an earlier dlora wrote no hash into the name
 _FILE = re.compile(r"([^.]+)(?:\.([0-9a-f]{64}))?\.safetensors")
 
 
 def round_message(round: int) -> str:
-    """The name of the message a peer sends in a round."""
+    """The name of the message that a peer sends in a round."""
     return f"round-{round:06d}"
 
 
 def round_of(message: str) -> int | None:
-    """The round of such a name; None for any other message, and for any other spelling: a round has
-    one name.
+    """The round of a message name; None for any other name, also for another spelling of a
+    round.
     """
     match = _ROUND.fullmatch(message)
     return int(match[1]) if match and round_message(int(match[1])) == message else None
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, hex; a chunk at a time."""
+    """SHA-256 of a file in hex, read chunk by chunk."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Message:
-    """A whole message on this peer's disk; its file is named by ``sha256``, the hash of the
-    content that was written.
+    """A whole message on this peer's disk; its file name contains ``sha256``, the hash of its
+    content.
     """
 
     path: Path
@@ -49,9 +49,9 @@ class MessagesOnDisk:
     """``sent/`` and ``received/NEIGHBOUR/`` of one folder. Everything is synced before a method
     returns.
 
-    The files are looked through once, when the folder is opened. ``damaged``: the messages whose
-    content is not the one that their names tell, each with its sender (empty: this peer). An
-    earlier dlora wrote no hash into the name; such a file is taken as it is.
+    The files are read once, when the folder is opened. ``damaged``: the messages whose content does
+    not have the hash of their name, as (sender, message name); the sender is empty for this peer.
+    An earlier dlora wrote no hash into the name; such a file is taken as it is.
 
     Raises RunError when the disk is full or cannot be written.
     """
@@ -77,8 +77,9 @@ class MessagesOnDisk:
             self._messages[key] = message
 
     def keep(self, name: str, content: bytes) -> Message:
-        """This peer's message ``name``: what is there already stays, for what was once offered
-        never changes.
+        """Store this peer's message ``name`` and return it.
+
+        A message that is already there stays, because what was offered once never changes.
         """
         kept = self.own(name)
         if kept is None:
@@ -89,7 +90,7 @@ class MessagesOnDisk:
         return kept
 
     def own(self, name: str) -> Message | None:
-        """This peer's message, if it is there."""
+        """This peer's message, if it is here."""
         return self._messages.get(("", name))
 
     def newest_round_sent(self) -> int | None:
@@ -98,12 +99,13 @@ class MessagesOnDisk:
         return max((round for round in rounds if round is not None), default=None)
 
     def received(self, neighbour: str, name: str) -> Message | None:
-        """A neighbour's whole, checked message, if it is there."""
+        """A neighbour's whole and checked message, if it is here."""
         return self._messages.get((neighbour, name))
 
     def partial(self, neighbour: str, name: str, sha256: str) -> Path:
-        """Where an incoming message grows. One of another hash, or of another message, from that
-        neighbour goes.
+        """The file to which an incoming message is written.
+
+        Files of that neighbour's other unfinished messages are deleted.
         """
         path = self._place(neighbour, name, sha256).with_suffix(".partial")
         path.parent.mkdir(exist_ok=True)
@@ -113,7 +115,7 @@ class MessagesOnDisk:
         return path
 
     def arrived(self, neighbour: str, name: str, partial: Path) -> None:
-        """An incoming message is whole and was checked: it has the hash that was offered."""
+        """Move an incoming message to its place: it is whole and has the hash that was offered."""
         path = partial.with_suffix(".safetensors")
         with open(partial, "rb") as file:
             num_bytes = os.fstat(file.fileno()).st_size
@@ -124,9 +126,7 @@ class MessagesOnDisk:
         self._messages[neighbour, name] = Message(path, num_bytes, sha256)
 
     def forget_reduction(self) -> None:
-        """Remove the messages that are no round's: the end of the run is to be gone through
-        again.
-        """
+        """Remove the messages that belong to no round: the end of the run will be repeated."""
         for sender, name in [*self._messages]:
             if round_of(name) is None:
                 self._forget(sender, name)

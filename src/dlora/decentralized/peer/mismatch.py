@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# What follows from the rest of a manifest, and so is looked at last; what to do where it differs
-# all the same.
+# Keys whose value follows from the other keys, so they are compared last -> what to do if only they
+# differ.
 _FOLLOW = {
     "frame": (
         "an SVD differs from machine to machine: let one make the file that lora.frame names, and"
@@ -18,7 +18,10 @@ _FOLLOW = {
 
 
 def difference(here: str, manifest: str, there: str, other_manifest: str) -> str:
-    """The first key in which two manifests differ, with both values."""
+    """One line with the first key in which two manifests differ, and both values.
+
+    ``here`` and ``there`` are the names of the two peers.
+    """
     try:
         other: Any = json.loads(other_manifest)
     except (ValueError, RecursionError):
@@ -30,7 +33,7 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
         if own.get(key) != other.get(key):
             name = key if key in own else json.dumps(key)[:80]
             where, *values = _leaf(name, own.get(key), other.get(key))
-            # ASCII: it goes to a terminal
+            # ASCII only, because a terminal shows it
             mine, theirs = (json.dumps(value)[:200] for value in values)
             remedy = _FOLLOW.get(key, "make them alike")
             return (
@@ -44,9 +47,11 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
 
 
 def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """The first value inside two that differ; of two lists, what only one of them has."""
+    """The name and both values of the first difference inside two values; for lists, the items that
+    only one has.
+    """
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        for key in sorted(mine):  # of ours: what the other end writes as a key is not printed
+        for key in sorted(mine):  # our own keys only: a key that the other end wrote is not printed
             if mine[key] != theirs.get(key):
                 return _leaf(f"{name}.{key}", mine[key], theirs.get(key))
     if isinstance(mine, list) and isinstance(theirs, list):

@@ -1,6 +1,4 @@
-"""One neighbour as it is now: its link, what is to be said to it, and the message that is coming
-from it.
-"""
+"""One neighbour as it is now: its link, the frames for it, and the message that comes from it."""
 
 from __future__ import annotations
 
@@ -19,37 +17,37 @@ from dlora.wire.peer.frames import MAX_CHUNK_BYTES, Chunk, Frame, Offer, Status,
 
 @dataclass
 class Neighbour:
-    """What is known of one neighbour now.
+    """What this peer knows of one neighbour now.
 
     Its attributes are all that this peer knows of one other peer.
     """
 
     name: str
     link: Link | None = None
-    round: int | None = None  # it was in when it last spoke
+    round: int | None = None  # the round that it last said it was in
     heard_at: float = float("-inf")  # loop time of its last frame
-    away: bool = False  # given up; not waited for until it links again
-    stalls: int = 0  # rounds in a row in which it was there and delivered nothing
-    disbelieved: bool = False  # on this link: it says that it is far ahead
-    refused: str | None = None  # why it is not in this run
-    # its latest round's, and any others by name
+    away: bool = False  # this peer does not wait for it until it links again
+    stalls: int = 0  # rounds in a row in which it had a link and delivered nothing
+    disbelieved: bool = False  # on this link it said that it is far ahead, and was not believed
+    refused: str | None = None  # why it does not belong to this run
+    # the offer of its latest round ("round"), and other offers by message name
     offers: dict[str, Offer] = field(default_factory=dict)
-    ledger: str = ""  # of the folder that it runs from, as it said on this link
-    # rounds whose message of ours it holds -> its signature
+    ledger: str = ""  # id of its ledger, as it said on this link
+    # round in which it holds our message -> its signature
     promised: dict[int, bytes] = field(default_factory=dict)
-    # messages of it that are not taken, and why
+    # its messages that are refused -> why
     implausible: dict[str, str] = field(default_factory=dict)
-    incoming: Offer | None = None  # being fetched on this link
-    began: int = 0  # the bytes of it that had been here before
-    stored_at: float = float("-inf")  # loop time of the last chunk of it
-    queue: deque[Frame] = field(default_factory=deque)  # to be said on this link
-    outgoing: tuple[str, int] | None = None  # our message it wants, and from which byte on
+    incoming: Offer | None = None  # the message that is being fetched on this link
+    began: int = 0  # bytes of ``incoming`` that were here before this link
+    stored_at: float = float("-inf")  # loop time of the last chunk of ``incoming``
+    queue: deque[Frame] = field(default_factory=deque)  # frames to be sent on this link
+    outgoing: tuple[str, int] | None = None  # our message that it wants, and from which byte on
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    # the wire has taken what was queued
+    # set when the wire has taken all queued frames
     all_said: asyncio.Event = field(default_factory=asyncio.Event)
 
     def linked(self, link: Link) -> None:
-        """A new link: what was under way on the last one starts again from what is on disk."""
+        """Take a new link. What the last link did not finish starts again from what is on disk."""
         self.link, self.round, self.refused, self.disbelieved = link, None, None, False
         self.queue, self.outgoing, self.incoming = deque(), None, None
         self.all_said.set()
@@ -57,10 +55,8 @@ class Neighbour:
         self.promised.clear()
 
     def say(self, frame: Frame) -> None:
-        """Queue a frame; without a link it is lost, and said again on the next where that
-        matters.
-        """
-        # so that who asks again and again fills no memory
+        """Queue a frame. Without a link it is lost; what matters is said again on the next link."""
+        # a neighbour that asks again and again must not fill the memory
         if self.link is not None and frame not in self.queue:
             self.queue.append(frame)
             self.wake.set()
@@ -69,10 +65,11 @@ class Neighbour:
     async def write(
         self, link: Link, ledger: Ledger, round: Callable[[], int], beat_s: float
     ) -> None:
-        """Send what is queued, then what is wanted, chunk by chunk; with neither, every ``beat_s``,
-        the round we are in.
+        """Send the queued frames, then the wanted message chunk by chunk.
+
+        If there is neither, send the number of the present round every ``beat_s`` seconds.
         """
-        queue = self.queue  # of this link; the next has another
+        queue = self.queue  # the queue of this link; the next link gets a new one
         while True:
             if queue:
                 await link.send(queue.popleft())
@@ -98,13 +95,13 @@ class Neighbour:
                     await link.send(Status(round()))
 
     def fetch(self, offer: Offer, ledger: Ledger) -> None:
-        """Ask for an offered message, from the byte that is not here yet."""
+        """Ask for an offered message, from the first byte that is not here yet."""
         if self.incoming == offer:
             return
         self.incoming = offer
         partial = ledger.partial(self.name, offer.name, offer.sha256)
         have = partial.stat().st_size if partial.exists() else 0
-        if have == offer.num_bytes:  # whole, but it was not checked to the end
+        if have == offer.num_bytes:  # all bytes are here, but an earlier check did not end
             have = 0
             partial.unlink()
         self.began = have
@@ -113,15 +110,15 @@ class Neighbour:
     def store(
         self, chunk: Chunk, ledger: Ledger, check: Callable[[str, str, Path], object]
     ) -> bool:
-        """Append to the message that is coming; once it is whole, check it. Returns whether one has
-        arrived.
+        """Append a chunk to the message that is being fetched, and check the message once it is
+        whole.
 
-        Raises Misbehaviour for what no peer sends, Implausible for a message that ``check`` does
-        not believe.
+        Returns whether a message has arrived. Raises Misbehaviour for what no correct peer sends,
+        Implausible for a message that ``check`` does not believe.
         """
         offer, name = self.incoming, chunk.name
         if offer is None or offer.name != name:
-            return False  # asked for once, and no longer
+            return False  # an earlier request, which is not wanted any more
         partial = ledger.partial(self.name, name, offer.sha256)
         have = partial.stat().st_size if partial.exists() else 0
         if chunk.offset != have or have + len(chunk.data) > offer.num_bytes:
@@ -137,7 +134,8 @@ class Neighbour:
         self.incoming = None
         try:
             if file_sha256(partial) != offer.sha256:
-                if self.began:  # what lay here since an earlier link may be damaged: all anew
+                # bytes from an earlier link may be damaged: fetch the whole message again
+                if self.began:
                     partial.unlink()
                     self.fetch(offer, ledger)
                     return False
@@ -148,7 +146,7 @@ class Neighbour:
             self.implausible[name] = str(error)
             raise
         except ValueError as error:
-            partial.unlink()  # the neighbour may offer it again, whole
+            partial.unlink()  # the neighbour may offer the correct content again
             raise Misbehaviour(f"its {name}: {error}") from error
         ledger.arrived(self.name, name, partial)
         return True

@@ -1,11 +1,12 @@
 """How long a peer waits for a neighbour, and what ends a wait; time is the event loop's.
 
-- A neighbour that was silent for ``silence_s`` is not waited for until it links again. Anything
-  that comes counts as news, and a peer says where it is while it trains. After ``round_limit_s`` a
-  wait ends whatever still comes.
-- Who delivered nothing in ``STALLS`` rounds of waiting is waited for ``silence_s``, until an edge
-  with it is mixed again. It gets a whole ``round_limit_s`` once more after 4, 8, 16, ... such
-  rounds, should it only be slow.
+- After ``silence_s`` without a frame, this peer does not wait for the neighbour until it links
+again. Every frame counts, and a peer sends its round while it trains. After ``round_limit_s`` a
+wait ends even if frames still come.
+
+- A neighbour that delivered nothing in ``STALLS`` rounds of waiting is waited for only
+``silence_s``, until an edge with it is mixed again. After 4, 8, 16, ... such rounds it gets a whole
+``round_limit_s`` once more, because it may only be slow.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from dataclasses import dataclass
 
 from dlora.decentralized.peer.neighbour import Neighbour
 
-STALLS = 3  # rounds without a delivery, the neighbour linked all the while
-BEATS = 4  # times within `silence_s` that a peer with nothing to say says where it is
+STALLS = 3  # rounds without a delivery although the neighbour was linked
+BEATS = 4  # how often within `silence_s` a peer without other frames sends its round
 
 
 @dataclass(frozen=True)
 class Patience:
     """How long to wait for a neighbour."""
 
-    silence_s: float  # without a single frame
-    round_limit_s: float  # for one round's exchange, whatever still comes
+    silence_s: float  # seconds without a single frame
+    round_limit_s: float  # seconds for one round's exchange, even if frames still come
 
 
 class Waits:
-    """All waits of one peer; each looks again whenever something has changed."""
+    """All waits of one peer; each wait checks its condition again after every change."""
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
@@ -39,7 +40,10 @@ class Waits:
     async def until(
         self, other: Neighbour, done: Callable[[], bool], started_at: float
     ) -> str | None:
-        """Wait for ``done``; else say why the wait ended."""
+        """Wait for ``done``; returns None, or one line that says why the wait ended without it.
+
+        ``started_at``: loop time at which the waiting began.
+        """
         loop = asyncio.get_running_loop()
         short = other.stalls >= STALLS and other.stalls & (other.stalls - 1) != 0
         limit_s = self.patience.silence_s if short else self.patience.round_limit_s
@@ -61,17 +65,17 @@ class Waits:
         return None
 
     async def change(self, until: float) -> None:
-        """Wait until something changed, or until that loop time."""
+        """Wait for the next change, or until the loop time ``until``."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._changed.wait()
 
     def pulse(self) -> None:
-        """Wake everybody who waits for a change."""
+        """Wake all waits, because something has changed."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     def heard(self, other: Neighbour) -> None:
-        """Something came from a neighbour."""
+        """Note that a frame came from a neighbour."""
         other.heard_at, other.away = asyncio.get_running_loop().time(), False
         self.pulse()

@@ -1,6 +1,4 @@
-"""How far apart this peer and its neighbours are, and what is too far from all that it has seen of
-them.
-"""
+"""How far this peer and its neighbours are apart, and which mean is too far from both."""
 
 from __future__ import annotations
 
@@ -8,21 +6,22 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-FADES = 0.9  # what a round leaves of a larger difference seen before
+FADES = 0.9  # factor by which each round reduces a difference seen before
 
 
 def widened(
     spread: Mapping[str, float], own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """``spread`` (tensor's name -> the largest difference to a neighbour's, as a norm) after one
-    more message.
+    """``spread`` after one more message of a neighbour.
+
+    It is tensor name -> the largest norm of the difference to a neighbour's tensor.
     """
     seen = {name: float((theirs[name] - own[name]).norm()) for name in own.keys() & theirs.keys()}
     return {**spread, **{name: max(spread.get(name, 0.0), value) for name, value in seen.items()}}
 
 
 def faded(spread: Mapping[str, float]) -> dict[str, float]:
-    """``spread`` a round later."""
+    """``spread`` one round later."""
     return {name: FADES * value for name, value in spread.items()}
 
 
@@ -32,13 +31,13 @@ def too_far(
     own: Mapping[str, Tensor],
     other: Mapping[str, Tensor],
 ) -> list[str]:
-    """The names in which ``other``, said to be a mean of peers, cannot be one beside what this peer
-    has seen.
+    """The names of the tensors in which ``other`` cannot be the mean of peers that it is said to
+    be.
 
     The bound is |other - own| <= |own| + num_peers * spread. A neighbour of a neighbour may be as
-    far again, up to ``num_peers`` times; |own| allows for peers whose schedule has dropped the
-    unit. A mean that was multiplied by -1 or by 3 is found where peers agree well, as in A; one
-    multiplied by 1.5 is not. What no neighbour has sent is not judged.
+    far away again, up to ``num_peers`` times; |own| allows for peers whose schedule has dropped the
+    unit. Where peers agree well, as in A, a mean multiplied by -1 or by 3 is found; a mean
+    multiplied by 1.5 is not. A tensor that no neighbour has sent is not judged.
     """
     far = []
     for name in sorted(spread.keys() & own.keys() & other.keys()):

@@ -1,10 +1,10 @@
-"""What a peer signs about its edges, and what it shows to a neighbour whose folder lacks what it
-has signed.
+"""What a peer signs about its edges, and what it shows to a neighbour whose ledger lacks such an
+edge.
 
-Rounds are promised and committed in order, and each is on its signer's disk before it is signed. So
-a ledger that lacks a round that its own peer has signed is an older copy, or one of two copies that
-are in use at once. A claim proves nothing: without the peer's own signature, made from that very
-ledger, nobody can end it.
+Rounds are promised and committed in order, and each is on the signer's disk before it is signed. If
+a ledger lacks a round that its own peer has signed, the ledger is an older copy, or one of two
+copies that are used at the same time. A claim alone proves nothing: a peer stops only when it sees
+its own signature, made from this very ledger.
 """
 
 from __future__ import annotations
@@ -20,38 +20,36 @@ from dlora.errors import RunError
 from dlora.wire.frame import Misbehaviour
 from dlora.wire.peer.frames import Hello, Shown
 
-MAX_SHOWN = 8  # the newest; the first that cannot be restored says enough
+MAX_SHOWN = 8  # only the newest are shown; one that cannot be restored is enough to stop the peer
 
 
 class Signatures(Protocol):
-    """Signatures of members; who has which key is the network's business."""
+    """Makes and checks signatures of members; the implementation knows the keys."""
 
     def sign(self, statement: bytes) -> bytes:
-        """This peer's signature, ``SIGNATURE_BYTES`` long; the same statement gives the same
+        """This peer's signature, ``SIGNATURE_BYTES`` long; the same statement always gives the same
         one.
         """
 
     def is_signed(self, name: str, statement: bytes, signature: bytes) -> bool:
-        """Whether the member ``name`` has signed the statement; never an error, whatever the bytes
-        are.
-        """
+        """Whether the member ``name`` has signed the statement. No bytes make it raise."""
 
 
 def statement(
     run: str, signer: str, ledger: str, other: str, round: int, own: str, theirs: str
 ) -> bytes:
-    """What ``signer`` signs from its ``ledger`` about its edge with ``other``: it holds both
-    messages of this round.
+    """The bytes that ``signer`` signs from its ``ledger`` about its edge with ``other`` in
+    ``round``: it holds both messages.
 
-    ``own``, ``theirs``: SHA-256 of the signer's message and of the other's. The smaller of the two
-    names has committed the edge, the larger has promised to mix it if the smaller decides so.
+    ``own``, ``theirs``: SHA-256 of the signer's message and of the other's. The peer with the
+    smaller name has committed the edge; the other has promised to mix it if the first decides so.
     """
     what = "committed" if signer < other else "promised"
     return json.dumps(["dlora edge", run, signer, ledger, other, round, what, own, theirs]).encode()
 
 
 class Words:
-    """The word of the peer ``name``, and that of its neighbours."""
+    """Signed statements about edges: those of the peer ``name``, and those of its neighbours."""
 
     def __init__(
         self,
@@ -70,8 +68,9 @@ class Words:
         )
 
     def ours(self, neighbour: str, round: int) -> bytes:
-        """This peer's signature for an edge of its ledger; none where dlora 0.1.0 kept no hashes
-        and the messages are gone.
+        """This peer's signature for an edge of its ledger.
+
+        Empty if dlora 0.1.0 wrote the edge, which kept no hashes, and the messages are gone.
         """
         sums = self.ledger.sums(round, neighbour)
         if sums is None:
@@ -81,8 +80,9 @@ class Words:
         )
 
     def is_theirs(self, other: Neighbour, round: int, signature: bytes) -> bool:
-        """Whether a neighbour has signed an edge as it is here; of what dlora 0.1.0 wrote that
-        cannot be asked for.
+        """Whether a neighbour has signed an edge as this ledger has it.
+
+        An edge that dlora 0.1.0 wrote has no signature, and none is asked for.
         """
         sums = self.ledger.sums(round, other.name)
         if sums is None or not signature:
@@ -94,8 +94,8 @@ class Words:
         return self.signatures.is_signed(neighbour, told, word.signature)
 
     def _shown(self, neighbour: str, word: Word) -> Shown | None:
-        """What to show of an edge: nothing without a signature, or where its key is in the
-        federation file no more.
+        """What to show of an edge; None without a signature that the neighbour's present key
+        confirms.
         """
         sums = self.ledger.sums(word.round, neighbour)
         if sums is None or not word.signature or not self._has_signed(neighbour, word, *sums):
@@ -103,8 +103,9 @@ class Words:
         return Shown(word.round, word.ledger, *sums, word.signature)
 
     def abandoned(self, neighbour: str, hello: Hello) -> Shown | None:
-        """The proof for a neighbour that comes with a ledger after which it has used another one:
-        its own signature from that other ledger. None for all other neighbours.
+        """The proof for a neighbour that uses an old ledger again after it has used another one.
+
+        It is the neighbour's own signature from that other ledger. None for all other neighbours.
         """
         words = self.ledger.words(neighbour)
         if (
@@ -116,11 +117,10 @@ class Words:
         return self._shown(neighbour, words[-1])
 
     def lacking(self, neighbour: str, hello: Hello) -> list[Shown]:
-        """What to show to a neighbour of the edges that are committed here and that its ledger
-        lacks; reported.
+        """What to show to a neighbour: edges that are committed here and that its ledger lacks.
 
-        A folder that is started anew has another ledger: it lacks nothing, because it takes its
-        neighbours' state.
+        The lack is reported. A neighbour whose folder was started anew has another ledger and lacks
+        nothing, because it takes its neighbours' state.
         """
         words = [
             word
@@ -154,11 +154,11 @@ class Words:
         return shown
 
     def is_to_restore(self, neighbour: str, shown: Shown, since: int) -> bool:
-        """Whether the ledger has lost the line of an edge whose messages are both here, so that it
-        can be mixed after all.
+        """Whether this ledger has lost the line of an edge but both messages are here: it can still
+        be mixed.
 
-        Raises Misbehaviour when this peer has not signed that, RunError when the edge is lost to
-        this folder.
+        Raises Misbehaviour if this peer has not signed what is shown, RunError if this folder
+        cannot restore the edge.
         """
         word = Word(shown.round, shown.ledger, shown.signature)
         told = statement(
@@ -168,7 +168,8 @@ class Words:
             raise Misbehaviour(
                 f"it showed a signature for round {word.round} that this peer has not made"
             )
-        if word.ledger != self.ledger.id:  # it may be as old as it likes: it ends nobody
+        # a statement from another ledger may be old, so it does not stop this peer
+        if word.ledger != self.ledger.id:
             reason = (
                 f"it has {self.name}'s signature for round {word.round} from another folder than"
                 f" {self.ledger.folder.parent}: stop the other machine that runs as {self.name}, or"
@@ -177,7 +178,7 @@ class Words:
             self.report("two-folders", neighbour=neighbour, reason=reason)
             return False
         state = self.ledger.state(word.round, neighbour)
-        # what became of it the neighbour has decided
+        # the neighbour decides about this edge, and its decision comes apart
         promised_only = self.name > neighbour and state is not None
         if state == "committed" or promised_only or word.round < since:
             return False
