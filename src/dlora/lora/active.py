@@ -1,5 +1,5 @@
-"""What a schedule does to factors: who takes a step, who rests, and what each unit's step was
-worth.
+"""Applies a schedule to the factors: which units take a local step, which are killed, how each
+active unit is scored.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dlora.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Scheduled:
-    """The units of a model and a schedule for each participant. ``modules[u]``: dotted names of the
-    modules of unit u.
+    """The units of a model and one schedule for each participant.
 
-    ``on_change(participant, schedule)`` hears of every change of an active set.
+    ``modules[u]``: the dotted names of the modules of unit u. ``on_change(participant, schedule)``
+    is called after each change of an active set.
     """
 
     section: ScheduleSection
@@ -35,7 +35,7 @@ class Scheduled:
     on_change: Callable[[int, Schedule], None]
 
     def killed(self, participants: Iterable[int]) -> frozenset[int]:
-        """Units that none of these trains now."""
+        """The units that none of these ``participants`` trains now."""
         return frozenset(range(len(self.modules))).difference(
             *(self.schedules[number].active for number in participants)
         )
@@ -49,11 +49,12 @@ def schedule_units(
     participants: Sequence[str],
     on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
 ) -> Scheduled:
-    """One schedule a participant. Raises ConfigError for a unit that is not there.
+    """Make one schedule for each participant.
 
-    What is drawn (random, the order of kr's first rotation) is drawn alike for all, so that
-    neighbours have the same units active and can mix them; scores, and what is chosen by them, are
-    each participant's own.
+    All participants draw from the same seed (the sets of ``random``, the order of kr's first
+    rotation). Neighbours then have the same units active and can mix them. Scores, and the choices
+    made by score, differ between participants. Raises ConfigError when ``schedule.units`` names a
+    unit that the model does not have.
     """
     modules = tuple(group.modules for group in groups)
     named = named_units(section.units or (), groups)
@@ -66,19 +67,21 @@ def schedule_units(
 
 
 class ActiveUnits:
-    """The schedules of the participants of one group of training, and how they take a step.
+    """The schedules of the participants that are trained together, and their local steps.
 
-    ``parameters``: the stacked tensors ((P, ...) each) that the model is bound to and gradients
-    arrive at. Each participant's part of a tensor has moments and step count of its own, so a
-    killed one rests whole while the others go on: P stacked participants are P separate runs
-    whoever is active. A tensor that is killed for all participants has no gradient at all.
+    ``parameters``: the stacked tensors, (P, ...) each. The model is bound to them, and the backward
+    pass writes their gradients. Each participant's part of a tensor has its own moments and its own
+    step count, so a killed part does not change while the other parts train. P stacked
+    participants therefore give the same result as P separate runs, whichever units are active. A
+    tensor that is killed for all participants has no gradient.
 
-    Handed off: a killed unit's factors stay what they are and are applied. Dropped: from
-    `leave_out` to `put_back`, while local steps are taken, its B (or core) is set aside in
-    ``resting`` and zero stands in its place. Between, ``parameters`` are what is mixed and kept.
-    What is evaluated and exported is ``parameters`` without what `left_out` names. A revived
-    unit's first moment is zero, its second what it was, and its learning rate rises to the
-    schedule's over ``rewarm_steps``.
+    ``on_kill: hand_off``: the factors of a killed unit keep their values and stay in the model.
+    ``on_kill: drop``: while local steps are taken (from `leave_out` to `put_back`), the unit's B
+    (or core) is kept in ``resting``, and ``parameters`` holds zeros in its place. At all other
+    times ``parameters`` holds the values that are mixed and saved. To evaluate or export, set the
+    tensors that `left_out` names to zero first. When a unit is revived, its first moment starts
+    at zero, its second moment is kept, and its learning rate rises to the common one within
+    ``rewarm_steps``.
     """
 
     def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
@@ -109,8 +112,10 @@ class ActiveUnits:
         self._took_part = [set[int]() for _ in self.schedules]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimiser: the leaves of each unit of each participant, whose
-        learning rates differ, and those that are in no unit.
+        """Parameter groups for the optimiser.
+
+        Each unit of each participant is a group, because the learning rates differ. The tensors
+        that are in no unit form one more group for each participant.
         """
         outside = [name for name in self.parameters if name not in self.unit_of]
         return [
@@ -125,20 +130,21 @@ class ActiveUnits:
         ]
 
     def leave_out(self) -> None:
-        """The local steps of a round begin: zero stands where a unit is dropped."""
+        """Put zeros in the place of dropped units. Call it before the local steps of a round."""
         for participant in range(len(self.schedules)):
             self._took_part[participant] = set()
             self._set_aside(participant, self._killed(participant))
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """The local steps of a round have ended: what was set aside is in its place again."""
+        """Put the kept values of dropped units back. Call it after the local steps of a round."""
         for name, participant in self.left_out():
             self.parameters[name][participant] = self.resting[name][participant]
 
     def left_out(self) -> Iterator[tuple[str, int]]:
-        """Tensor and participant of what is dropped now: it is zero in the function that is
-        evaluated and exported.
+        """Yield (tensor name, participant) for each tensor that is dropped now.
+
+        The model that is evaluated or exported has zeros there.
         """
         for participant in range(len(self.schedules)):
             for unit in self._killed(participant):
@@ -147,8 +153,10 @@ class ActiveUnits:
                 )
 
     def took_part(self, participant: int) -> frozenset[str]:
-        """What a participant's local steps since `leave_out` may have changed: its units active in
-        any, all that is in none.
+        """Names of the tensors that the participant's steps since `leave_out` may have changed.
+
+        They are the tensors of every unit that was active in at least one of these local steps, and
+        all tensors that are in no unit.
         """
         return frozenset(
             name
@@ -158,13 +166,13 @@ class ActiveUnits:
 
     @property
     def killed(self) -> frozenset[int]:
-        """Units that nobody here trains."""
+        """The units that no participant of this group trains now."""
         return frozenset(range(len(self.names))).difference(
             *(schedule.active for schedule in self.schedules)
         )
 
     def train_only(self, names: frozenset[str]) -> None:
-        """Gradients for those of ``names`` that are active for somebody."""
+        """Ask for gradients of those tensors in ``names`` that at least one participant trains."""
         self.allowed = names
         active = frozenset[int]().union(*(schedule.active for schedule in self.schedules))
         for name, tensor in self.parameters.items():
@@ -172,8 +180,10 @@ class ActiveUnits:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero where a participant has killed what another one trains; before anybody's gradient is
-        measured.
+        """Set a participant's gradient to zero for each unit that it has killed.
+
+        Another participant may train the unit, so the stacked tensor has a gradient for all. Call
+        it before gradients are scored or clipped.
         """
         for name, tensor in self.parameters.items():
             if tensor.grad is not None and name in self.unit_of:
@@ -183,12 +193,13 @@ class ActiveUnits:
 
     @torch.no_grad()
     def scores(self) -> list[dict[int, float]]:
-        """What each participant's active units are worth: the sum of |g| over a unit's B or core,
-        as the backward pass left g.
+        """The score of each active unit: one dict {unit: score} for each participant.
 
-        To first order that is what a step of Adam's, which moves every number alike, takes off the
-        loss. A's gradient is zero while B is: counted too, it would make units that have trained
-        little seem worth less. Rounds that train A alone give no scores.
+        The score is the sum of |g| over the unit's B (or core), where g is the gradient after the
+        backward pass. A step of Adam moves every number by about the same amount, so to first order
+        this sum is proportional to the fall of the loss. A is not counted: its gradient is zero
+        while B is zero, so units that have trained little would get too low a score. A round that
+        trains only A gives no scores.
         """
         scored: list[dict[int, float]] = []
         for participant, schedule in enumerate(self.schedules):
@@ -205,7 +216,7 @@ class ActiveUnits:
                     if gradient is not None
                 ]:
                     worth[unit] = torch.stack(sums).sum()
-            # one wait for the device
+            # one copy from the device for all units, since each copy waits for the device
             values = torch.stack([*worth.values()]).tolist() if worth else []
             scored.append(dict(zip(worth, values, strict=True)))
         return scored
@@ -217,8 +228,10 @@ class ActiveUnits:
         learning_rate: float,
         scores: Sequence[Mapping[int, float]],
     ) -> None:
-        """The optimiser's step for all who are active; then the schedules see its `scores` and may
-        change who is.
+        """Take the optimiser's step for all active units, then let the schedules choose again.
+
+        ``scores`` come from `scores`, one dict a participant. Each schedule sees its participant's
+        scores and may change the active set.
         """
         for name, tensor in self.parameters.items():
             for participant, schedule in enumerate(self.schedules):
@@ -277,7 +290,7 @@ class ActiveUnits:
 
     @torch.no_grad()
     def _set_aside(self, participant: int, killed: Iterable[int]) -> None:
-        """Dropped units: their B rests, zero stands in its place."""
+        """Keep the B (or core) of these dropped units in ``resting`` and put zeros in its place."""
         for unit in killed:
             for name in self.names[unit]:
                 if name in self.resting:
@@ -286,8 +299,9 @@ class ActiveUnits:
 
 
 def named_units(wanted: Sequence[str], groups: Sequence[Unit]) -> frozenset[int]:
-    """The units that hold a module of that name, or whose name ends so. Raises ConfigError where
-    there is none.
+    """The numbers of the units that hold a module whose name is, or ends with, a wanted name.
+
+    Raises ConfigError when a wanted name matches no module.
     """
     found = set()
     for name in wanted:

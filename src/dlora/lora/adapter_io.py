@@ -1,4 +1,4 @@
-"""In and out of a PEFT folder; nothing else knows PEFT's file format."""
+"""Writes an adapter to a PEFT folder and reads it again; no other file knows PEFT's file format."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from dlora.version import __version__
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
 _WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "model.safetensors"
-# beside it under placement core: B M does not give M back to the last bit
+# Written too under placement core: M cannot be computed back from B M exactly.
 _CORES = "core.safetensors"
 
 
 def save_adapter(
     folder: Path, factors: Mapping[str, Tensor], model: StackedModel, tokenizer: Any = None
 ) -> None:
-    """Write one participant's factors ((1, ...) each) so that ``PeftModel.from_pretrained(base,
-    folder)`` loads them.
+    """Write one participant's factors, (1, ...) each, so that PEFT can load them.
 
-    Cores become ordinary pairs A, B M of their frame; they themselves are kept beside, for
-    `load_adapter`. A short card says what the folder holds; ``tokenizer``: its files are written
-    too, for those who serve the folder. Raises RunError.
+    ``PeftModel.from_pretrained(base, folder)`` then gives the trained model. A core M is written as
+    the ordinary pair A and B M, where A and B are its core directions. The cores themselves go to a
+    second file, which `load_adapter` reads. A README.md says what the folder holds. When a
+    ``tokenizer`` is given, its files are written too, because servers look for them in the folder.
+    Raises RunError when the folder cannot be written.
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
     weights = {
@@ -62,8 +63,10 @@ def save_adapter(
 
 
 def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
-    """Write the same factors under the names of the model's parameters, as a transformers Trainer
-    reads them to go on.
+    """Write the factors, (1, ...) each, under the names of the model's parameters.
+
+    A transformers Trainer reads this file when it resumes. Raises RunError when the file cannot be
+    written.
     """
     own = {name: tensor[0].detach().cpu().contiguous() for name, tensor in factors.items()}
     try:
@@ -75,8 +78,9 @@ def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
 
 
 def model_card(model: StackedModel) -> str:
-    """What the folder holds and how it is loaded, as the hub reads it; of a base model in a folder
-    only the folder's name.
+    """The text of README.md: what the folder holds and how to load it, with the header of the hub.
+
+    When the base model is a local folder, the text has only the folder's name, not its path.
     """
     config = model.peft_config
     source = str(config.base_model_name_or_path)
@@ -104,7 +108,9 @@ def model_card(model: StackedModel) -> str:
 
 
 def _served(r: int) -> str:
-    """vLLM gives room to ranks of fixed sizes: vllm.config.lora.MaxLoRARanks."""
+    """The line for vLLM, which accepts only fixed values of --max-lora-rank
+    (vllm.config.lora.MaxLoRARanks).
+    """
     room = next((rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= r), None)
     if room is None:
         return (
@@ -117,8 +123,8 @@ def _served(r: int) -> str:
 def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Read one participant's factors as (1, ...) tensors.
 
-    Raises RunError unless they have the names and shapes of ``expected``, which has no participant
-    dimension.
+    ``expected`` has no participant dimension. Raises RunError when a file cannot be read, or when
+    the names or shapes in it differ from ``expected``.
     """
     stored: dict[str, Tensor] = {}
     for file in (
@@ -147,8 +153,9 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def _to_peft(name: str) -> str:
-    """``m.lora_A`` -> ``base_model.model.m.lora_A.weight``; a head's tensor keeps its name behind
-    it; a core has none.
+    """The name of a tensor in the file: ``m.lora_A`` -> ``base_model.model.m.lora_A.weight``.
+
+    A head's tensor gets only the prefix. A core keeps its name, because PEFT knows no cores.
     """
     if name.endswith(".lora_M"):
         return name

@@ -1,18 +1,19 @@
-"""Core directions: the top singular directions of a weight, between which a small core trains.
+"""Core directions: the top singular directions of a weight; a small trained core joins them.
 
 Shape letters: P participants, R rank, I in, O out. For W (O, I) = U S V^T the core directions are
 
     lora_A = V^T, the top R rows (R, I)        lora_B = U, the top R columns (O, R)
 
-both frozen and known to all; what trains is ``lora_M`` (R, R), and delta_weight = scaling x B M A.
-LoRA-XS (arXiv 2405.17604) has S V^T for A; without S it was one point better at equal steps and
-held higher rates (docs/lab-log.md). M starts at zero, the frozen model itself: its gradient there
-is B^T G A^T, which is not zero (LoRA-XS draws it with a deviation of 1e-5).
+Both are frozen, and all participants have the same ones. Only the core ``lora_M`` (R, R) is
+trained, and delta_weight = scaling x B M A. LoRA-XS (arXiv 2405.17604) takes A = S V^T; without S
+the accuracy was one point better at equal steps, and training stayed stable at higher learning
+rates (docs/lab-log.md). M starts at zero, so training starts from the frozen model. The gradient of
+M is B^T G A^T there, which is not zero. (LoRA-XS draws M with a standard deviation of 1e-5.)
 
-``Directions`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. An
-SVD differs in the last bits from machine to machine, and where singular values are close it differs
-altogether. So the directions are kept in a file, which participants hand round. The config names
-that file ``lora.frame``.
+``Directions`` maps ``<module>.lora_A`` and ``<module>.lora_B`` to float32 tensors on the CPU. Two
+machines compute slightly different singular vectors, and very different ones where singular values
+are close. For this reason the directions are kept in a file, which all participants use. The config
+names that file ``lora.frame``.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ from dlora.lora.factors import Factors
 Directions = dict[str, Tensor]
 DIRECTIONS_FILE = "frame.safetensors"  # within a run folder
 _OF_THE_WEIGHT = (
-    # |A - directions of B^T W| / |A|: above the rounding of any machine, far below what another
-    # checkpoint gives
+    # Largest allowed |A - directions of B^T W| / |A|: above the rounding of any machine, far below
+    # the value for another checkpoint.
     1e-3
 )
 
 
 def compute_directions(layers: Mapping[str, nn.Module], r: int) -> Directions:
-    """The core directions of rank ``r`` of every linear in ``layers``, by name.
+    """The core directions of rank ``r`` of every linear in ``layers``, which maps names to linears.
 
-    Raises ConfigError where a weight has fewer directions.
+    Raises ConfigError when a weight has fewer than ``r`` directions.
     """
     directions: Directions = {}
     for name, layer in layers.items():
@@ -55,21 +56,22 @@ def compute_directions(layers: Mapping[str, nn.Module], r: int) -> Directions:
 
 @torch.no_grad()
 def top_directions(weight_OI: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """A (R, I) and B (O, R) of a weight, float64; of each direction the largest entry in B is
-    positive.
+    """A (R, I) and B (O, R) of a weight (O, I), in float64.
 
-    From the eigenvectors of the smaller of W W^T and W^T W: in float64 their squared condition
-    costs the top directions nothing that float32 would show, at a fraction of a full SVD's time.
+    The sign is fixed so that the entry of B with the largest absolute value is positive in each
+    direction. The directions come from the eigenvectors of the smaller of W W^T and W^T W, which
+    takes a fraction of the time of a full SVD. The condition number is squared by this, but in
+    float64 the error in the top directions is still below float32's precision.
     """
-    # mps has no float64
+    # the device mps has no float64
     weight_OI = (weight_OI.cpu() if weight_OI.device.type == "mps" else weight_OI).double()
     wide = weight_OI.shape[0] <= weight_OI.shape[1]
-    # ascending
+    # the eigenvalues, and so their vectors, come in ascending order
     _, vectors = torch.linalg.eigh(weight_OI @ weight_OI.T if wide else weight_OI.T @ weight_OI)
     top = vectors[:, -r:].flip(1)
     lora_B = top if wide else _directions(weight_OI @ top, 0)
     lora_B = lora_B * lora_B.gather(0, lora_B.abs().argmax(dim=0, keepdim=True)).sign()
-    return _directions(lora_B.T @ weight_OI, 1).contiguous(), lora_B.contiguous()  # of S V^T; U
+    return _directions(lora_B.T @ weight_OI, 1).contiguous(), lora_B.contiguous()  # V^T, U
 
 
 def directions_of(
@@ -78,11 +80,13 @@ def directions_of(
     r: int,
     weights_here: bool = True,
 ) -> Directions:
-    """The part of the directions of a file that belongs to these linears.
+    """The core directions of these linears, taken from the directions of a file.
 
-    A file names modules within the body or within a model around it; both are found.
-    ``weights_here``: the linears have their weights, so the directions are compared with them.
-    Raises ModelError unless they are of these linears and of rank ``r``.
+    The file may name modules as they are named within the body or within the whole model; both are
+    found. ``weights_here``: the linears have their weights, so the directions are compared with
+    them. Raises ModelError when a linear is not in the file, the rank is not ``r``, or the
+    directions belong to another weight; raises ConfigError when a weight has fewer than ``r``
+    directions.
     """
     find, found = _by_name(directions), Directions()
     for name, layer in layers.items():
@@ -116,8 +120,9 @@ def directions_of(
 
 
 def is_in(directions: Directions, other: Directions) -> bool:
-    """Whether ``other`` has the same directions for each module, within the body or within a
-    model around it.
+    """Whether ``other`` has equal directions for each module of ``directions``.
+
+    ``other`` may name modules as they are named within the body or within the whole model.
     """
     find = _by_name(other)
     return all(
@@ -134,7 +139,7 @@ def _by_name(directions: Mapping[str, Tensor]) -> Callable[[str], Tensor | None]
 
 
 def _is_of(weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Numbers that are none are of no weight."""
+    """Whether A and B are directions of this weight; NaN in A, B or the weight gives False."""
     return bool(
         (lora_A - _directions(lora_B.T @ weight_OI, 1)).norm() <= _OF_THE_WEIGHT * lora_A.norm()
     )
@@ -147,8 +152,9 @@ def _directions(vectors: Tensor, dim: int) -> Tensor:
 
 
 def pairs(factors: Mapping[str, Tensor], directions: Mapping[str, Tensor]) -> Factors:
-    """Cores as ordinary pairs of the same scaling, A and B' = B M; all else as it is. (P, ...)
-    each.
+    """The factors, (P, ...) each, with every core M replaced by the ordinary pair A and B M.
+
+    The pair has the same scaling as the core. All other tensors stay as they are.
     """
     ordinary: Factors = {}
     for name, tensor in factors.items():
@@ -170,7 +176,7 @@ def write_directions(path: Path, directions: Directions) -> None:
 
 
 def read_directions(path: Path) -> Directions:
-    """The directions in a file. Raises RunError when it is not a file of `write_directions`."""
+    """Read the directions in a file. Raises RunError when `write_directions` did not write it."""
     try:
         directions: Directions = load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
@@ -184,12 +190,15 @@ def read_directions(path: Path) -> Directions:
 
 @torch.no_grad()
 def _weight(name: str, layer: nn.Module, r: int) -> Tensor:
-    """The dense weight of a linear as (O, I) float32, dequantised where it is quantised."""
-    # here: dlora.model quiets what peft brings in, and comes first
+    """The dense weight of a linear as (O, I) float32; a quantised weight is dequantised.
+
+    Raises ConfigError when the weight has fewer than ``r`` singular directions.
+    """
+    # Imported here, because dlora.model must be imported before peft: it silences peft's imports.
     from peft.utils.integrations import dequantize_module_weight
 
     weight: Tensor = dequantize_module_weight(layer).detach().float()
-    # GPT-2 stores it the other way round
+    # GPT-2's Conv1D stores the weight as (I, O)
     weight_OI = weight if isinstance(layer, nn.Linear) else weight.T
     if min(weight_OI.shape) < r:
         raise ConfigError(

@@ -1,9 +1,9 @@
-"""The pairs (A, B) of an adapter: average, distance, product, hash. Pure tensors.
+"""What is computed from the factors (A, B) of an adapter: average, distance, product, hash.
 
 Shape letters: P participants, R rank, I in, O out. ``Factors`` maps a name to one tensor for all
-participants, the participant first: ``<module>.lora_A`` (P, R, I), ``<module>.lora_B`` (P, O, R),
-or under placement core ``<module>.lora_M`` (P, R, R) alone, and for a trained head
-``<module>.weight``, ``<module>.bias``.
+participants, and its first dimension is the participant: ``<module>.lora_A`` (P, R, I) and
+``<module>.lora_B`` (P, O, R), or under placement core only ``<module>.lora_M`` (P, R, R). A trained
+head has ``<module>.weight`` (P, O, I) and ``<module>.bias`` (P, O).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ Factors = dict[str, Tensor]
 def stack(
     initial: Mapping[str, Tensor], num_participants: int, device: torch.device | str = "cpu"
 ) -> Factors:
-    """Every participant starts from the same values: (...) -> (P, ...), each with memory of its
-    own.
+    """Copy the initial values for every participant: (...) -> (P, ...).
+
+    The copies do not share memory.
     """
     return {
         name: tensor.to(device)
@@ -37,9 +38,7 @@ def one(factors: Mapping[str, Tensor], participant: int) -> Factors:
 
 
 def average(factors: Mapping[str, Tensor]) -> Factors:
-    """The mean over participants, still stacked: (1, ...). What Dec-LoRA evaluates (Algorithm 1's
-    output).
-    """
+    """The mean over participants, still stacked: (1, ...). Dec-LoRA evaluates it (Algorithm 1)."""
     return {name: tensor.mean(dim=0, keepdim=True) for name, tensor in factors.items()}
 
 
@@ -59,12 +58,12 @@ def product(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
 
 
 def num_parameters(factors: Mapping[str, Tensor]) -> int:
-    """Trained numbers of one participant."""
+    """How many numbers one participant trains."""
     return sum(tensor[0].numel() for tensor in factors.values())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of the tensors, sorted by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -75,12 +74,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def target_names(initial: Mapping[str, Tensor]) -> list[str]:
-    """The adapted modules' dotted names."""
+    """The dotted names of the adapted modules, sorted."""
     return sorted(
         name.rpartition(".")[0] for name in initial if name.endswith((".lora_A", ".lora_M"))
     )
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor belongs to a head, not to an adapted module."""
+    """Whether the tensor of this name belongs to a head and not to an adapted module."""
     return not name.endswith((".lora_A", ".lora_B", ".lora_M"))

@@ -1,8 +1,8 @@
-"""Which modules train now, which are killed, when one is revived.
+"""Decides which units train now, which are killed, and when a killed unit is revived.
 
-Kill and Revive is DLoRA's (arXiv 2404.05182; the printed version says Halt and Proceed). Its own
-metric, periods and ratios could not be read; what is here was chosen by measurement
-(docs/lab-log.md). No tensors, no clock, no global random numbers.
+Kill and Revive comes from DLoRA (arXiv 2404.05182; the published version says Halt and Proceed).
+We could not read that paper's metric, periods and ratios, so the rules here were chosen by
+measurement (docs/lab-log.md). The code uses no tensors, no clock and no global random numbers.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ from dlora.config.run import ScheduleSection
 from dlora.lora.meter import Meter
 from dlora.seeds import derive_seed
 
-TRIALS_A_PERIOD = 5  # would fit: a trial takes that part of one
-# units before and behind with which one is compared; a block has four where all linears are adapted
+TRIALS_A_PERIOD = 5  # a trial takes 1 / TRIALS_A_PERIOD of a period
+# A unit is compared with this many units before it and behind it. A block has four units when all
+# its linears are adapted.
 NEAR = 2
 
 
 class Schedule:
-    """One participant's schedule over units: groups of modules that share one input, numbered from
-    0.
+    """One participant's schedule over its units, which are numbered from 0.
 
-    ``costs[u]``: numbers a token on the wire while unit u is active (`Unit.cost`). ``active``: who
-    trains in the next local step; ``epoch`` grows with each change of it. The cost of the active
-    units is at most ``active_fraction`` of the cost of all, or that of the dearest unit alone where
-    that is more, so that each unit can have its turn; so at least one is active. ``kind``:
+    ``costs[u]``: numbers per token on the wire while unit u is active (`Unit.cost`). ``active``:
+    the units that train in the next local step. ``epoch`` grows by one with each change of
+    ``active``. The cost of the active units is at most ``active_fraction`` of the cost of all
+    units, or the cost of the most expensive unit if that is higher. Each unit can therefore be
+    active, and at least one unit is. ``kind``:
 
-    - all: every unit, always.
-    - static: the units ``named``, always; their cost is what it is.
-    - random: a fresh draw every ``period`` steps. Who is drawn is chance, so no bound on a unit's
-      rest is promised.
-    - probe: all for ``warmup_steps``, then once and for all those with the best utility.
-    - kr: rotation through all units, ``warmup_steps`` in all; then those with the best utility.
-      Then every ``period`` steps the unit that has rested longest is revived on trial, for a fifth
-      of the period, a step at least: the active ones of the lowest utility are killed until there
-      is room for it, and what room is left goes to the best that fit. After the trial those with
-      the best utility are active again, the one on trial among them or not. A killed unit is active
-      again after `longest_rest` steps at most; until then it competes with the utility of its
-      latest turn.
+    - all: every unit is active in every step.
+    - static: the units ``named`` are active in every step; their cost is not limited.
+    - random: units are drawn anew every ``period`` steps. A unit can rest for any time.
+    - probe: all units are active for ``warmup_steps``; after them, the units with the best utility
+      are active until the end.
+    - kr: a rotation through all units takes about ``warmup_steps`` steps. After it, the units with
+      the best utility are active. Every ``period`` steps a trial begins: the unit that has rested
+      longest is revived for a fifth of the period, at least one step. To make room for it within
+      the cost limit, the active units with the lowest utility are killed; if room is left, the
+      best units that fit are active too. After the trial the units with the best utility are
+      active again; the unit on trial may be one of them. A killed unit is active again after at
+      most `longest_rest` steps. While it rests, it keeps the utility of its latest turn.
 
-    ``meter`` counts what the active units cost; it chooses nobody. Scores are not negative.
-    Utility: the mean score of the unit's steps in its latest turn, divided by its cost; units are
-    compared by it relative to those next to them in the model, for the scale of gradients changes
-    with depth. Same seed and same scores give the same sets; `state` and `load` resume exactly.
+    ``meter`` counts what the active units cost; it has no influence on the choice. Scores are not
+    negative. The utility of a unit is the mean score of its steps in its latest turn, divided by
+    its cost. For a comparison it is divided by the mean utility of the units nearby in the model,
+    because the scale of gradients changes with depth. The same seed and the same scores give the
+    same active sets; `state` and `load` resume exactly.
 
     Its attributes are what every choice of a unit depends on.
     """
@@ -64,10 +66,10 @@ class Schedule:
         self.budget = max(section.active_fraction * sum(self.costs), max(self.costs))
         self.steps_done = 0
         self.epoch = 0
-        # the step from which a unit is what it is now, active or killed
+        # the step at which each unit became active or was killed
         self.changed_at = [0] * len(self.costs)
         self.utility: list[float | None] = [None] * len(self.costs)  # None: never scored
-        # of active units: sum and number in their latest turn
+        # for each active unit: sum and number of its scores in this turn
         self._scores: dict[int, tuple[float, int]] = {}
         self._warmup = self._rotation() if section.kind == "kr" else []
         self.active = self._first(named)
@@ -75,8 +77,10 @@ class Schedule:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps before the first choice by utility: for kr as many as make all turns of the
-        rotation equally long.
+        """Steps before the first choice by utility.
+
+        For kr the config's number is rounded up, so that all turns of the rotation are equally
+        long.
         """
         if self.section.kind == "kr":
             return len(self._warmup) * self._turn
@@ -84,14 +88,16 @@ class Schedule:
 
     @property
     def longest_rest(self) -> int:
-        """kr: no unit rests for more steps than this; who is killed queues behind those that rest
-        already.
+        """kr: no unit rests for more steps than this.
+
+        A killed unit is revived after all units that rested before it.
         """
         return self.warmup_steps + self.section.period * len(self.costs)
 
     def observe(self, scores: Mapping[int, float]) -> None:
-        """A local step is done; ``scores`` of the units that were active in it, finite, or none.
-        Who is active may change.
+        """Record one local step; the active set may change.
+
+        ``scores``: finite scores of the units that were active in this step, or an empty mapping.
         """
         for unit, score in scores.items():
             total, count = self._scores.get(unit, (0.0, 0))
@@ -100,10 +106,10 @@ class Schedule:
         self._pass()
 
     def skip(self, steps: int) -> None:
-        """Local steps that the others took without this participant: the turns go on, so that draws
-        stay common.
+        """Count local steps that the other participants took without this one.
 
-        No score is seen; the traffic counts as if it had taken them.
+        The turns go on, so that this participant's draws stay equal to those of the others. There
+        are no scores, and the meter counts the steps as if they had been taken here.
         """
         for _ in range(steps):
             self._pass()
@@ -114,11 +120,11 @@ class Schedule:
         self._become(self._next())
 
     def age(self, unit: int) -> int | None:
-        """Steps since an active unit was revived; None where it has been active from the start."""
+        """Steps since an active unit was revived; None if it has been active from the start."""
         return None if self.changed_at[unit] == 0 else self.steps_done - self.changed_at[unit]
 
     def state(self) -> dict[str, Any]:
-        """All that changes, as JSON can hold it."""
+        """Everything that changes in a run, in types that JSON can hold."""
         return {
             "steps_done": self.steps_done,
             "epoch": self.epoch,
@@ -130,14 +136,14 @@ class Schedule:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Continue from what `state` returned."""
         self.steps_done, self.epoch = state["steps_done"], state["epoch"]
         self.meter.load(state, self.steps_done)
         self.active = frozenset(state["active"])
         self.changed_at, self.utility = list(state["changed_at"]), list(state["utility"])
         self._scores = {unit: (total, count) for unit, total, count in state["scores"]}
 
-    # Who is next
+    # The next active set
 
     def _first(self, named: frozenset[int]) -> frozenset[int]:
         match self.section.kind:
@@ -162,7 +168,7 @@ class Schedule:
         return self.active
 
     def may_choose(self, since: int) -> bool:
-        """Whether, ``since`` steps behind the warm-up, a trial of kr's begins or ends."""
+        """Whether a trial of kr begins or ends ``since`` steps after the warm-up."""
         period = self.section.period
         return (
             self.section.kind == "kr"
@@ -175,7 +181,7 @@ class Schedule:
         return self._filled(frozenset(), self._by_utility(self.units))
 
     def _on_trial(self) -> frozenset[int]:
-        """The active units with one of the killed among them."""
+        """The next active set when a trial begins: it holds one revived unit."""
         self._scores.clear()
         killed = [unit for unit in self.units if unit not in self.active]
         if not killed:
@@ -195,16 +201,19 @@ class Schedule:
         self.epoch += 1
 
     def _by_utility(self, units: Iterable[int]) -> list[int]:
-        """The best first; one that was never scored comes before all."""
+        """The units sorted by relative utility, best first; units never scored come before all."""
         worth = {unit: self._relative(unit) for unit in units}
         return sorted(worth, key=lambda unit: (-worth[unit], unit))
 
     def _relative(self, unit: int) -> float:
-        """A unit's utility over the mean of its own and its neighbours'."""
+        """A unit's utility divided by the mean utility of itself and the `NEAR` units on each side.
+
+        The result is infinite for a unit that was never scored.
+        """
         own = self.utility[unit]
         if own is None:
             return math.inf
-        # at the ends of the model as many as elsewhere
+        # at the ends of the model the window is moved, so that it holds as many units as elsewhere
         first = max(0, min(unit - NEAR, len(self.units) - 2 * NEAR - 1))
         near = [
             utility for utility in self.utility[first : first + 2 * NEAR + 1] if utility is not None
@@ -212,7 +221,7 @@ class Schedule:
         return own * len(near) / (sum(near) or 1.0)
 
     def _filled(self, active: frozenset[int], candidates: Iterable[int]) -> frozenset[int]:
-        """``active`` and, in their order, those candidates that the budget still holds."""
+        """``active`` and, in their order, all candidates whose cost still fits into the budget."""
         chosen, cost = set(active), sum(self.costs[unit] for unit in active)
         for unit in candidates:
             if unit not in chosen and cost + self.costs[unit] <= self.budget:
@@ -226,8 +235,9 @@ class Schedule:
         return self._filled(frozenset(), shuffled)
 
     def _rotation(self) -> list[frozenset[int]]:
-        """All units in as few turns as a first fit finds; in which turn a unit comes is drawn from
-        the seed.
+        """Turns that together hold all units, as few as first-fit packing finds.
+
+        The seed decides in which turn a unit comes.
         """
         shuffled = list(self.units)
         generator = random.Random(derive_seed(self.seed, "rotation"))
@@ -241,5 +251,5 @@ class Schedule:
 
     @property
     def _turn(self) -> int:
-        """Steps of one turn of the rotation."""
+        """The number of steps in one turn of the rotation."""
         return -(-self.section.warmup_steps // len(self._warmup))

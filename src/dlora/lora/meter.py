@@ -1,4 +1,4 @@
-"""What a schedule's active units cost, as a fraction of what all units would have cost."""
+"""Counts what a schedule's active units cost, as a fraction of the cost of all units."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 
 class Meter:
-    """Counts local steps: the adapter's numbers on the wire and the device's FLOPs, for one token.
+    """Counts, over local steps, the adapter's numbers on the wire and the device's FLOPs per token.
 
-    ``costs[u]``: numbers on the wire while unit u is active. ``flops(units)``: what the device
-    computes for these units.
+    ``costs[u]``: numbers per token on the wire in one local step while unit u is active.
+    ``flops(units)``: FLOPs per token that the device computes in one local step while these units
+    are active.
     """
 
     def __init__(
@@ -21,7 +22,7 @@ class Meter:
         self._in_warmup = (0, 0)  # numbers and FLOPs of the warm-up
 
     def count(self, active: frozenset[int]) -> None:
-        """One local step, in which these units were active."""
+        """Count one local step in which the units ``active`` were active."""
         self.steps += 1
         self.numbers += sum(self.costs[unit] for unit in active)
         self.device_flops += self.flops(active)
@@ -30,23 +31,23 @@ class Meter:
 
     @property
     def fraction(self) -> float:
-        """The adapter's traffic so far; 1 before the first step."""
+        """The adapter's traffic so far, relative to all units active; 1 before the first step."""
         return self._fractions(0, 0, 0)[0] if self.steps else 1.0
 
     @property
     def flops_fraction(self) -> float:
-        """The device's FLOPs for the adapter so far; 1 before the first step."""
+        """The device's FLOPs so far, relative to all units active; 1 before the first step."""
         return self._fractions(0, 0, 0)[1] if self.steps else 1.0
 
     @property
     def after_warmup(self) -> tuple[float, float] | None:
-        """Both fractions of the steps after the warm-up; None before the first of them."""
+        """(fraction, flops_fraction) of the steps after the warm-up; None before the first one."""
         if self.steps <= self.warmup_steps:
             return None
         return self._fractions(self.warmup_steps, *self._in_warmup)
 
     def state(self) -> dict[str, Any]:
-        """All that changes, as JSON can hold it."""
+        """The counts, in types that JSON can hold."""
         return {
             "numbers": self.numbers,
             "device_flops": self.device_flops,
@@ -54,15 +55,13 @@ class Meter:
         }
 
     def load(self, state: Mapping[str, Any], steps: int) -> None:
-        """Go on from what `state` gave after that many steps."""
+        """Continue from what `state` returned after ``steps`` local steps."""
         self.steps = steps
         self.numbers, self.device_flops = state["numbers"], state["device_flops"]
         self._in_warmup = state["in_warmup"][0], state["in_warmup"][1]
 
     def _fractions(self, steps: int, numbers: int, flops: int) -> tuple[float, float]:
-        """Both fractions over all steps but the first ``steps``, which cost ``numbers`` and
-        ``flops``.
-        """
+        """Both fractions without the first ``steps`` steps, which cost ``numbers``, ``flops``."""
         steps = self.steps - steps
         return (
             (self.numbers - numbers) / (steps * sum(self.costs)),

@@ -1,8 +1,8 @@
-"""Many participants' factors on one frozen model: the layer and how it is attached.
+"""Factors of many participants on one frozen model: the layers, and how they are attached.
 
-A batch is (P x B, L): the examples of participant 0 first. Every adapted linear sees it as (P, B x
-L, I) and gives each participant its own update, so one forward and backward trains P participants
-(P = 1 is plain LoRA).
+A batch is (P x B, L), with the examples of participant 0 first. Every adapted linear reshapes its
+input to (P, B x L, I) and applies each participant's own update, so one forward and backward pass
+trains P participants (P = 1 is plain LoRA).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# first: it quiets what peft brings in
+# These come before peft: they silence the messages that peft's imports print.
 from dlora.model.load import FrozenModel
 from dlora.model.quiet import without_bitsandbytes
 
@@ -33,8 +33,9 @@ from dlora.lora.targets import find_targets, short_names
 
 
 class _Adapted(nn.Module):
-    """A frozen linear that has an update; ``bare``: the network has asked for its weight without
-    the update.
+    """A frozen linear with an update.
+
+    ``bare``: the network has read its ``weight`` directly, which does not contain the update.
     """
 
     base_layer: nn.Module
@@ -42,23 +43,21 @@ class _Adapted(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The frozen weight: some architectures, T5 among them, look at its dtype before they call
-        the linear.
-        """
+        """The frozen weight. Some architectures, for example T5, read its dtype before the call."""
         self.bare = True
         return self.base_layer.weight
 
     @property
     def bias(self) -> Any:
-        """The frozen bias, for those who look at the weight."""
+        """The frozen bias, for architectures that read weight and bias directly."""
         return self.base_layer.bias
 
 
 class StackedLora(_Adapted):
     """y = base(x) + scaling * (x A_p^T) B_p^T, where row block p of x belongs to participant p.
 
-    ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R) are bound by `StackedModel.use`; they are no
-    nn.Parameters, since they are views of factors that outlive any binding.
+    `StackedModel.use` binds ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R). They are no
+    nn.Parameters, because they are views of factors that exist longer than a binding.
     """
 
     lora_A: Tensor
@@ -77,17 +76,17 @@ class StackedLora(_Adapted):
         x_PNI = x.reshape(len(self.lora_A), -1, x.shape[-1])
         x_PNR = torch.bmm(x_PNI, self.lora_A.transpose(1, 2))
         result_PNO = result.reshape(len(self.lora_A), -1, result.shape[-1]).to(x_PNR.dtype)
-        # a product that adds: an update of its own would cost (P, N, O) of fresh memory, forward
-        # and backward
+        # baddbmm adds the product in place: a separate tensor for the update would take (P, N, O)
+        # more memory, forward and backward
         y_PNO = torch.baddbmm(result_PNO, x_PNR, self.lora_B.transpose(1, 2), alpha=self.scaling)
         return y_PNO.view(result.shape).to(result.dtype)
 
 
 class StackedCore(_Adapted):
-    """y = base(x) + scaling * (x A^T) M_p^T B^T: all participants share the core
-    directions A and B, and each has a core M_p of its own.
+    """y = base(x) + scaling * (x A^T) M_p^T B^T.
 
-    ``lora_M`` (P, R, R) is bound by `StackedModel.use`.
+    All participants share the core directions A and B, and each has its own core M_p.
+    `StackedModel.use` binds ``lora_M`` (P, R, R).
     """
 
     lora_M: Tensor
@@ -118,8 +117,9 @@ class StackedCore(_Adapted):
 
 
 class StackedLinear(nn.Module):
-    """A trained head: y = x W_p^T + b_p. ``weight`` (P, O, I) and ``bias`` (P, O) are bound by
-    `StackedModel.use`.
+    """A trained head: y = x W_p^T + b_p.
+
+    `StackedModel.use` binds ``weight`` (P, O, I) and ``bias`` (P, O).
     """
 
     weight: Tensor
@@ -136,15 +136,20 @@ class StackedLinear(nn.Module):
 
 @dataclass
 class StackedModel:
-    """A frozen model with room for any number of participants' factors.
+    """A frozen model to which the factors of any number of participants can be bound.
 
-    ``initial``: name -> the value every participant starts from (on the CPU, no participant
-    dimension). ``frozen_head``: what of ``initial`` rests for the whole run (a new head under
-    ``train_head: false``). ``peft_config``: what an adapter folder of this model says of itself.
-    ``directions``: under placement core, A and B of each module. ``head_rest``: the head's weights
-    that are no linear's; they rest, and an adapter folder holds them too. ``loss_positions``: the
-    network is to be told which positions of a text the loss looks at. ``killed``: units, by number,
-    whose factors rest in the factors that are bound now; a body in a cloud spends nothing on them.
+    - ``initial``: name -> the value from which every participant starts (on the CPU, without a
+      participant dimension).
+    - ``frozen_head``: the names in ``initial`` that are never trained in this run (a new head under
+      ``train_head: false``).
+    - ``peft_config``: the PEFT config that is written to an adapter folder of this model.
+    - ``directions``: under placement core, A and B of each module; else empty.
+    - ``head_rest``: the head's tensors that belong to no linear. They are never trained, but an
+      adapter folder holds them too.
+    - ``loss_positions``: whether the network must be told at which positions of a text the loss is
+      computed.
+    - ``killed``: numbers of the units that no participant trains in the bound factors; a body in a
+      cloud then does no work for their gradients.
     """
 
     network: Any
@@ -157,7 +162,7 @@ class StackedModel:
     killed: frozenset[int] = frozenset()
 
     def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
-        """Bind every layer to these (P, ...) tensors until the next call; nothing is copied."""
+        """Bind every layer to these (P, ...) tensors until the next call. Nothing is copied."""
         self.killed = killed
         for name, tensor in factors.items():
             module, _, attribute = name.rpartition(".")
@@ -165,7 +170,7 @@ class StackedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the frozen weights are, and so where factors and batches belong."""
+        """The torch device of the frozen weights; factors and batches must be on it too."""
         device: torch.device = next(self.network.parameters()).device
         return device
 
@@ -178,13 +183,14 @@ def attach(
     directions: Directions | None = None,
     weights_here: bool = True,
 ) -> StackedModel:
-    """Let PEFT place and initialise the modules, then put the stacked layer where PEFT's was.
+    """Let PEFT place and initialise the modules, then replace PEFT's layers with stacked layers.
 
-    A is drawn on the CPU from ``seed``, B is zero; under placement core both are the
-    ``directions``, computed here when they are not given, and the core is zero. The network is
-    changed in place. Raises ModelError when a target matches nothing or is no linear, or the
-    directions are of another model; ``weights_here`` is false where the adapted linears have no
-    weights to compare with.
+    A is drawn on the CPU from ``seed``, and B is zero. Under placement core, A and B are the
+    ``directions`` (computed here when they are not given), and the core is zero. The network is
+    changed in place. ``weights_here`` is false when the adapted linears have no weights, so that
+    the directions cannot be compared with them. Raises ModelError when a target matches nothing or
+    no linear, or when the directions belong to another model; raises ConfigError when a weight has
+    fewer than ``lora.r`` directions.
     """
     network, head = frozen.network, frozen.head
     targets = find_targets(network, section, head)
@@ -235,7 +241,8 @@ def attach(
                 for attribute, value in layer.named_parameters()
             }
             _replace(network, name, StackedLinear())
-    head_rest = {  # a norm's weight in a head: PEFT reads the whole head from the adapter folder
+    # for example a norm's weight: PEFT reads the whole head from the adapter folder
+    head_rest = {
         name: _fresh(value)
         for name, value in network.state_dict().items()
         if any(name.startswith(f"{top}.") for top in head) and name not in head_factors
@@ -257,7 +264,7 @@ def _place_cores(
     directions: Directions | None,
     weights_here: bool,
 ) -> Directions:
-    """Put cores between their directions where PEFT's layers were; returns the directions."""
+    """Replace PEFT's layers with stacked cores; returns the core directions."""
     linears: dict[str, nn.Module] = {name: layer.get_base_layer() for name, layer in placed.items()}
     directions = (
         compute_directions(linears, section.r)
@@ -278,7 +285,7 @@ def _place_cores(
 
 
 def whole(number: float) -> float:
-    """16.0 as 16: vLLM and SGLang read ``lora_alpha`` as a whole number."""
+    """16.0 becomes 16, because vLLM and SGLang read ``lora_alpha`` as a whole number."""
     return int(number) if number == int(number) else number
 
 

@@ -1,6 +1,4 @@
-"""Which linears an adapter stands on: what the config names, less what PEFT could not put it on
-again.
-"""
+"""Which linears are adapted: the ones that the config names and that PEFT can load again."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 
-# first: it quiets what peft brings in
+# These come before peft: they silence the messages that peft's imports print.
 from dlora.model.layers import LINEAR, block_linears, block_lists, is_linear
 from dlora.model.quiet import without_bitsandbytes
 
@@ -21,20 +19,21 @@ from torch import nn
 from dlora.config.training import LoraSection
 from dlora.errors import ModelError
 
-_WORTH_SAYING = 0.9  # of the blocks' weights within reach of all-linear: less is said
-# Their kernels read the weights of these and pass updates by;
-# peft.tuners.tuners_utils._check_lora_target_modules_mamba says so of out_proj, and dt_proj is
-# alike.
+# The user is warned when all-linear reaches less than this part of the blocks' weights.
+_WORTH_SAYING = 0.9
+# In these architectures a kernel reads the weights of out_proj and dt_proj directly, so an adapter
+# on them has no effect. peft.tuners.tuners_utils._check_lora_target_modules_mamba refuses
+# out_proj for this reason; dt_proj is used in the same way.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) -> list[str]:
-    """The full names of the linears that ``lora.target_modules`` means, in the network's order;
-    none of the ``head``'s.
+    """The full names of the linears that ``lora.target_modules`` names, in the network's order.
 
-    A string is a regex, a list holds names or their ends, as PEFT reads them. Raises ModelError for
-    what matches nothing, is no linear, or shares its weight; warns where all-linear leaves much of
-    the blocks out of reach.
+    Linears of the ``head`` are never among them. As in PEFT, a string is a regex and a list holds
+    full names or ends of names. Warns when all-linear leaves out many weights of the blocks. Raises
+    ModelError when a target matches nothing, matches a module that is no linear, shares its weight
+    with another module, or has a name that PEFT reads as the weights of experts.
     """
     names = [name for name, _ in network.named_modules() if name and not _within(name, head)]
     targets = section.target_modules
@@ -80,8 +79,10 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
 
 
 def short_names(network: nn.Module, targets: Collection[str]) -> list[str]:
-    """The last parts of the targets' names where these mean no other module, else the full names;
-    sorted.
+    """Short names for the targets, sorted.
+
+    They are the last parts of the names when these match the targets and no other module, else the
+    full names.
     """
     ends = sorted({name.rpartition(".")[2] for name in targets})
     meant = {name for name, _ in network.named_modules() if name.rpartition(".")[2] in ends}
@@ -115,15 +116,16 @@ def _pattern(target: str, is_regex: bool) -> re.Pattern[str]:
 
 
 def _taken_for_experts(network: nn.Module, names: Sequence[str]) -> set[str]:
-    """Linears whose names PEFT changes into those of experts' weights, which transformers 5 keeps
-    in one tensor.
+    """The linears that PEFT takes for weights of experts, because of their names.
+
+    transformers 5 keeps the weights of all experts in one tensor, and PEFT renames such targets.
     """
     if not hasattr(network, "config"):
         return set()
     trial = peft.LoraConfig(target_modules=list(names))
     try:
         convert_peft_config_for_transformers(trial, network, None)
-    except ValueError as error:  # one of two that it would fuse
+    except ValueError as error:  # PEFT fuses two targets, and only one of them is named
         raise ModelError(f"lora.target_modules: {error}") from error
     return set(names) - set(trial.target_modules or ())
 
@@ -149,7 +151,7 @@ def _say_what_is_left_out(network: nn.Module, targets: Sequence[str]) -> None:
         if not name.startswith(lists) or (parameter.dim() < 2 and module not in linears):
             continue
         size = parameter.numel()
-        # four bits are packed; the layer knows how many there are
+        # 4-bit weights are packed, so numel() is too small; the layer has the real shape
         if module in linears and end == "weight":
             layer = linears[module]
             size = layer.in_features * layer.out_features if hasattr(layer, "in_features") else size

@@ -1,4 +1,4 @@
-"""Units: modules that share an input, found by a forward on fake tensors."""
+"""Units: groups of modules with the same input, found by one forward pass on fake tensors."""
 
 from __future__ import annotations
 
@@ -17,32 +17,36 @@ from dlora.model.layers import LINEAR
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit: modules with one input. Query, key and value; gate and up; output; down."""
+    """A unit: modules that read the same input, for example query, key and value."""
 
     modules: tuple[str, ...]  # dotted names inside the body
     in_features: int
-    out_features: tuple[int, ...]  # one a module
+    out_features: tuple[int, ...]  # one number for each module
 
     @property
     def width(self) -> int:
-        """The width of the modules' updates side by side."""
+        """The sum of the modules' output widths."""
         return sum(self.out_features)
 
     @property
     def cost(self) -> int:
-        """Numbers a token between cloud and device in one local step: the input and the updates,
-        there and back.
+        """Numbers per token that cloud and device exchange in one local step for this unit.
+
+        They are the input and the modules' updates, each once forward and once (as a gradient)
+        backward.
         """
         return 2 * (self.in_features + self.width)
 
     def device_flops(self, r: int, placement: Literal["literal", "core"], lowest: bool) -> int:
-        """FLOPs a token of one local step on the device of a split, while this unit is active;
-        `device_flops` has the rules.
+        """FLOPs per token of one local step on the device of a split, while this unit is active.
 
-        literal, of each module: z = x A^T and z B^T forward; backward the gradients of B and z (r
-        d_out multiply-adds each), of A and, but for the ``lowest`` unit, x (r d_in each). core,
-        where only M is on the device: z M^T forward, backward the gradients of M and, but for the
-        lowest, z (r r each).
+        The function `device_flops` says what is counted.
+
+        - literal, for each module: forward z = x A^T and z B^T; backward the gradients of B and z
+          (r d_out multiply-adds each), of A, and of x unless this is the ``lowest`` active unit
+          (r d_in each).
+        - core, for each module (the device has only M): forward z M^T; backward the gradients of M,
+          and of z unless this is the lowest active unit (r r each).
         """
         if placement == "core":
             return 2 * len(self.modules) * r * r * (2 if lowest else 3)
@@ -54,25 +58,26 @@ class Unit:
 def device_flops(
     groups: Sequence[Unit], active: Collection[int], r: int, placement: Literal["literal", "core"]
 ) -> int:
-    """FLOPs a token of one local step that the adapter costs the device of a split while the units
-    ``active`` train.
+    """FLOPs per token that the adapter costs the device of a split in one local step.
 
-    A multiply-add is two, as torch's FlopCounterMode counts; what goes number by number (scaling,
-    dropout, sums, the optimiser) is not counted, nor are token embedding and head. Killed units
-    cost nothing. Below the lowest active unit nothing trains, so its input's gradient is not asked
-    for; where two units read one stream side by side (GPT-NeoX), neither's is, yet the second's is
-    counted. Where the frozen model runs here too, it is what a split would cost.
+    ``active``: the units that train in this step; killed units cost nothing. A multiply-add counts
+    as two FLOPs, as in torch's FlopCounterMode. Operations on single numbers (scaling, dropout,
+    sums, the optimiser), the token embedding and the head are not counted. Nothing trains below the
+    lowest active unit, so the gradient of its input is not computed. Where two units read the same
+    input in parallel (GPT-NeoX), neither gradient is computed, but the second is counted here. In a
+    run without a cloud the number says what a split would cost.
     """
     return sum(groups[unit].device_flops(r, placement, unit == min(active)) for unit in active)
 
 
 def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
-    """All linears of the body that ``make`` gives, in the order in which its forward meets them.
+    """All linears of the body that ``make`` returns, as units in the order of its forward pass.
 
-    It is made and run with tensors that have shapes and no numbers. Raises ModelError for a body
-    that is not made of token after token through linears, or that wants token ids.
+    The body is built and run with fake tensors, which have shapes and no values. Raises ModelError
+    when the body needs token ids, when its forward pass on token embeddings fails, or when it calls
+    a linear twice in one forward pass.
     """
-    met: list[tuple[str, Tensor]] = []  # the inputs are held, so that no two share an id
+    met: list[tuple[str, Tensor]] = []  # keeps the inputs alive, so that no two have the same id
 
     def note(name: str) -> Any:
         return lambda layer, inputs: met.append((name, inputs[0]))
@@ -107,7 +112,10 @@ def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
 
 
 def active_groups(groups: Sequence[Unit], targets: Collection[str]) -> tuple[Unit, ...]:
-    """The groups reduced to the adapted modules; raises ModelError for a target that is in none."""
+    """The units with only their adapted modules; units without any are left out.
+
+    Raises ModelError when a target is in no unit.
+    """
     known = {name for group in groups for name in group.modules}
     for target in sorted(set(targets) - known):
         raise ModelError(
@@ -132,12 +140,12 @@ def active_groups(groups: Sequence[Unit], targets: Collection[str]) -> tuple[Uni
 
 
 def core_groups(groups: Sequence[Unit], r: int) -> tuple[Unit, ...]:
-    """What travels of these groups under placement core: of each module r numbers a token either
-    way.
+    """These units as they are sent under placement core: r numbers per token and module each way.
 
-    The cloud reads x A^T of every module of a group side by side (each has an A of its own), the
-    device answers with each module's r numbers times its M^T, the cloud puts them through its B;
-    backward the same the other way round.
+    Forward, the cloud computes x A^T for every module of a unit (each module has its own A) and
+    sends the results together. The device multiplies each module's r numbers by its M^T and sends
+    them back, and the cloud multiplies them by the module's B^T. Backward, the gradients go the
+    same way in reverse order.
     """
     return tuple(
         Unit(group.modules, r * len(group.modules), (r,) * len(group.modules)) for group in groups
@@ -145,14 +153,17 @@ def core_groups(groups: Sequence[Unit], r: int) -> tuple[Unit, ...]:
 
 
 def renamed(group: Unit, prefix: str) -> Unit:
-    """With its modules' names inside a model whose body stands at ``prefix``."""
+    """The same unit with ``prefix`` before its modules' names.
+
+    The prefix is the name of the body within a whole model.
+    """
     return Unit(
         tuple(prefix + name for name in group.modules), group.in_features, group.out_features
     )
 
 
 def refuse_ids(body: Any) -> None:
-    """Raise ModelError for a body that cannot do with the token embeddings alone."""
+    """Raise ModelError when the body needs more than token embeddings (``inputs_embeds``)."""
     parameters = inspect.signature(body.forward).parameters
     inside = [key for key in parameters if key in ("per_layer_inputs", "decoder_input_ids")]
     if (
@@ -173,7 +184,7 @@ def _group(members: Sequence[str], linears: dict[str, nn.Module]) -> Unit:
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs; GPT-2 stores its weights the other way round."""
+    """(in_features, out_features). GPT-2's Conv1D stores its weight transposed, as (I, O)."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     rows, columns = weight.shape
     return (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
