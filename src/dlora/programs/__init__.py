@@ -1,1 +1,1 @@
-"""What a person starts: the doors."""
+"""The programs that a person starts."""

@@ -1,4 +1,4 @@
-"""The half that runs the frozen model, for many devices at once; it keeps nothing of theirs."""
+"""The cloud program: it runs the frozen model for many devices and keeps nothing of theirs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from dlora.wire.frame import Link
 from dlora.wire.split.codec import MAX_FRAME_BYTES, MAX_HEAD_BYTES, split_kind
 from dlora.wire.split.frames import Refused, SplitFrame
 
-USABLE_MEMORY = 0.6  # of what is free once the model is loaded
-LOOK_S = 0.25  # between two looks at `stop`, and at what the devices have here
+USABLE_MEMORY = 0.6  # fraction of the memory that is free after the model is loaded
+LOOK_S = 0.25  # seconds between two looks at `stop` and at the parts of the devices
 
 Summary = dict[str, Any]
 
@@ -48,11 +48,11 @@ def cloud(
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
-    """Run the frozen model for the devices of the federation until ``stop()``; return what was done
-    for whom.
+    """Run the frozen model for the devices of the federation until ``stop()`` returns True.
 
-    ``listen`` (HOST:PORT) comes before the config's; the default is all interfaces at the port of
-    this member's address. Nothing is written. Raises UserError when it cannot start.
+    Returns what was done for each device. ``listen`` (HOST:PORT) is used instead of the config's;
+    the default is all interfaces at the port of this member's address. Writes no file. Raises
+    UserError if it cannot start.
     """
     listed = Federation.load(federation)
     member = listed.member(name)
@@ -189,8 +189,9 @@ class _Guests:
             self.telling.tell_load(device, session.num_parts, session.num_tokens)
 
     def _evict(self, greedy: set[str]) -> None:
-        """End parts of other devices; a part that waits for its share of the memory calls this from
-        its thread.
+        """End parts of the devices ``greedy``.
+
+        A part that waits for its share of the memory calls this from its own thread.
         """
         for name in greedy:
             session = self._sessions.get(name)
@@ -198,11 +199,11 @@ class _Guests:
                 session.evict()
 
     async def talk(self, device: str, link: Link) -> None:
-        """One link with one device, until it ends; what its parts hold is let go then."""
+        """Serve one link with one device until it ends; then its parts are ended too."""
         channel = Channel(link, self.kind)
 
         def send(frame: SplitFrame) -> None:
-            # a device that takes nothing must not keep its parts here
+            # a device that reads nothing must not keep its parts here
             channel.send(frame, self.limits.idle_s)
             if isinstance(frame, Refused):
                 channel.close()
@@ -237,15 +238,17 @@ class _Guests:
 
 
 def _free_bytes(body: Body) -> int:
-    """What may be used of the memory that is free now, where the body is."""
+    """The bytes that may be used of the memory that is free now on the model's devices."""
     places = {weight.device for weight in body.network.parameters()}
     free_bytes = sum(torch.cuda.mem_get_info(place)[0] for place in places if place.type == "cuda")
     return int(USABLE_MEMORY * (free_bytes or psutil.virtual_memory().available))
 
 
 def _parts_at_once(body: Body) -> int:
-    """On CPUs as many as there are cores for, each part having torch's threads; a GPU computes one
-    at a time.
+    """How many parts compute at once.
+
+    On CPUs: the number of cores divided by torch's threads, because each part uses them all. A GPU
+    computes one part at a time.
     """
     return (
         max(1, (psutil.cpu_count() or 1) // torch.get_num_threads())

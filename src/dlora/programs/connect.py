@@ -1,4 +1,4 @@
-"""The remote model for Python: an ordinary transformers class whose body runs in the cloud."""
+"""A remote model for Python: an ordinary transformers class whose body runs in the cloud."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def connect(
     """A ``...ForSequenceClassification`` or ``...ForCausalLM`` whose ``base_model`` runs in the
     cloud of ``config.split``.
 
-    Token embedding, head, loss and labels are here. Its parameters are the LoRA factors and, if
-    trained, the head: ``loss.backward()``, any torch optimiser, a transformers Trainer and
-    ``save_pretrained`` (a PEFT folder) work on it. Given labels, a language model's logits are NaN
-    where the loss does not look, since nothing is sent down for them. The link is made at the first
-    forward, and again whenever it was lost; a wait for the cloud is logged. ``model.disconnect()``
-    ends the link, and so does the end of ``with dlora.connect(...) as model``. ``config`` may be
-    the path of a YAML. Raises UserError.
+    Token embedding, head, loss and labels are here. The parameters are the LoRA factors and, if it
+    trains, the head. ``loss.backward()``, any torch optimiser, a transformers Trainer and
+    ``save_pretrained`` (a PEFT folder) work on it. If labels are given, a language model's logits
+    are NaN where the loss does not read them, because the cloud sends nothing for them. The link is
+    made at the first forward, and again when it was lost; a wait for the cloud is logged.
+    ``model.disconnect()`` or the end of ``with dlora.connect(...) as model`` ends the link.
+    ``config`` may be the path of a YAML file. Raises UserError.
     """
     config, listed = Config.given(config), Federation.load(federation)
     identity = Identity.load(name, key, listed)
@@ -59,5 +59,5 @@ def connect(
 
 
 def _log(event: str, reason: str) -> None:
-    """On stderr, unless the program has other plans for the logger ``dlora``."""
+    """Log a warning to the logger ``dlora``, which writes to stderr by default."""
     logging.getLogger("dlora").warning("%s: %s", event.replace("-", " "), reason)

@@ -1,6 +1,4 @@
-"""The half that owns data, labels, factors and optimiser; its model runs in a cloud. With
-neighbours, a peer too.
-"""
+"""One device: it has the data, labels, factors and optimiser, and its model runs in a cloud."""
 
 from __future__ import annotations
 
@@ -35,13 +33,12 @@ def device(
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
 ) -> Summary:
-    """Train ``name``'s factors on its own data through the cloud of ``config.split``; return what
-    summary.json holds.
+    """Train ``name``'s factors on its own data through the cloud of ``config.split``.
 
-    A cloud that is away is waited for, one that comes back is gone on with. With
-    ``config.peers.members`` this is `peer`, which alone has a use for ``listen``. ``whole_process``
-    as for `simulate`. Raises UserError before anything is written when the run cannot start,
-    CloudError when the cloud refuses this device.
+    Returns what summary.json holds. The device waits while the cloud is away and goes on when it is
+    back. With ``config.peers.members`` this is `peer`, and only then ``listen`` has a use.
+    ``whole_process`` as for `simulate`. Raises UserError before anything is written if the run
+    cannot start, CloudError if the cloud refuses this device.
     """
     listed = Federation.load(federation)
     identity = Identity.load(name, key, listed)
@@ -73,7 +70,7 @@ def device(
         whole_process=whole_process,
     ) as run:
         half, split = run.prepared.half, config.split
-        assert half is not None and split is not None  # `check_halves` saw to it
+        assert half is not None and split is not None  # `check_halves` has checked this
         tell = teller(run.log, split.cloud)
         members = FederationFile(federation)
         with far_cloud(half, config, identity, members, tell, stop) as cloud_bytes:

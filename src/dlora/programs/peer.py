@@ -1,6 +1,4 @@
-"""One peer for real: its own data, its own disk, the neighbours it can reach, a device's cloud;
-nothing else exists.
-"""
+"""One real peer: its own data and disk, its neighbours, and the cloud of a device."""
 
 from __future__ import annotations
 
@@ -44,14 +42,15 @@ def peer(
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
 ) -> Summary:
-    """Take part in the run of ``config.peers.members`` as ``name``; return what summary.json holds.
+    """Take part in the run of ``config.peers.members`` as ``name``; returns what summary.json
+    holds.
 
-    The frozen model runs here or, with ``config.split``, in this device's cloud; each device may
-    have one of its own, and its own wire to it. ``listen`` (HOST:PORT) is where to accept links, by
-    default on all interfaces at the port of this member's address. Raises UserError before anything
-    is written when the run cannot start, NeighbourError when a neighbour is in another run or, once
-    all is written, when the average may be wrong, CloudError when the cloud refuses this device.
-    ``whole_process`` as for `simulate`.
+    The frozen model runs here or, with ``config.split``, in this device's cloud. Each device may
+    have its own cloud and its own wire dtype to it. ``listen`` (HOST:PORT) is where links are
+    accepted; the default is all interfaces at the port of this member's address. ``whole_process``
+    as for `simulate`. Raises UserError before anything is written if the run cannot start,
+    NeighbourError if a neighbour is in another run, CloudError if the cloud refuses this device.
+    Raises NeighbourError also after everything is written, if the average may be wrong.
     """
     members = members_of(config, name)
     listed = Federation.load(federation)
@@ -93,7 +92,7 @@ def peer(
 def _took_part(
     run: OpenRun, identity: Identity, federation: FederationFile, place: str | None
 ) -> tuple[Findings, int, Summary]:
-    """What was found, how many peers are in the average, and the summary."""
+    """What was found about neighbours, how many peers are in the average, and the summary."""
     config, half, topology = run.config, run.prepared.half, run.prepared.topology
     members, log = topology.names, run.log
     neighbours = [members[other] for other in topology.all_neighbours(members.index(identity.name))]
@@ -124,7 +123,7 @@ def _took_part(
                 and ledger.position == position
                 and _said(finished) == (num_peers, live.findings.warnings(num_peers))
             ):
-                # no doubt was settled and nobody new is in the average: all is as it was
+                # no edge was decided since and no new peer is in the average: nothing has changed
                 return live.findings, num_peers, finished
             result = live.finish(consensus, num_peers)
     return live.findings, num_peers, run.conclude({RUN: result})
@@ -163,8 +162,9 @@ def _tell(findings: Findings, num_peers: int, concluded: Summary) -> None:
 
 
 def _finished(folder: RunFolder) -> Summary | None:
-    """The summary of a run that has ended already; a damaged one is as good as none, for it is
-    written anew.
+    """The summary of a run that has ended already, else None.
+
+    A damaged summary counts as None, because it is written again.
     """
     try:
         written: Summary = json.loads((folder.path / "summary.json").read_text())
@@ -174,9 +174,7 @@ def _finished(folder: RunFolder) -> Summary | None:
 
 
 def _check_roles(config: Config, members: Sequence[str], listed: Federation) -> None:
-    """Neighbours are of one role, peers with peers and devices with devices: their frozen model is
-    in the same place.
-    """
+    """Raise ConfigError unless all members are peers, or all are devices (with split)."""
     role, why = ("peer", "without") if config.split is None else ("device", "with")
     for name in members:
         if listed.member(name).role != role:

@@ -1,4 +1,4 @@
-"""What a run will cost, before it runs: bytes over each edge and in all, hours on a slow line,
+"""What a run will cost, before it runs: bytes over each edge and in all, time on slow lines,
 memory.
 """
 
@@ -16,15 +16,15 @@ from dlora.lora.factors import num_parameters, stack
 from dlora.run.messages import message_bytes
 from dlora.run.prepare import prepare
 
-_STATE_BYTES = 16  # of a trained number: value, gradient and AdamW's two moments
+_STATE_BYTES = 16  # bytes for each trained number: value, gradient and AdamW's two moments
 
 
 def plan(config: Config, own: str | None = None) -> dict[str, Any]:
-    """The costs of ``config``: of real peers when it names members, else what their messages would
-    be.
+    """The costs of ``config``: those of real peers if it names members, else what their messages
+    would be.
 
-    ``own``: whose data are at hand (`dlora peer`, `dlora device`); None: everybody's (`dlora
-    simulate`). Raises UserError as the run would.
+    ``own``: the only participant whose data are here (`dlora peer`, `dlora device`); None: the data
+    of all are here (`dlora simulate`). Raises UserError as the run would.
     """
     prepared = prepare(config, own=own)
     topology = prepared.topology
@@ -51,7 +51,8 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "seconds_on_the_line": {
             f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S
         },
-        **({"at_most": True} if config.schedule.kind in CHOSEN else {}),  # the bytes between peers
+        # the bytes between peers are upper bounds
+        **({"at_most": True} if config.schedule.kind in CHOSEN else {}),
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
         "trained_bytes": _STATE_BYTES * parameters,
         **({} if prepared.half is None else {"cloud": split_costs(prepared, own)}),

@@ -22,11 +22,11 @@ from dlora.run.folder import read_config, resume_command
 
 
 def load_base(run: Path | str) -> tuple[Any, Any]:
-    """The frozen model and the tokenizer of a run: what ``PeftModel.from_pretrained(base,
-    RUN/consensus)`` takes.
+    """The frozen model and the tokenizer of a run; ``PeftModel.from_pretrained(base,
+    RUN/consensus)`` takes this model.
 
-    A head the run began with is in it; the adapter folder brings the trained one. Raises UserError
-    when ``run`` is no run.
+    It has the head with which the run began; the adapter folder brings the trained head. Raises
+    UserError if ``run`` is no run.
     """
     config, labels = _read_run(Path(run))
     tokenizer = load_tokenizer(config.model)
@@ -36,11 +36,10 @@ def load_base(run: Path | str) -> tuple[Any, Any]:
 def score(
     run: Path | str, data: str | None = None, *, listeners: Sequence[Listener] = ()
 ) -> dict[str, Scores]:
-    """Scores of ``RUN/consensus`` and every ``RUN/peers/<name>``, by name, on the run's evaluation
-    data or on ``data``.
+    """Scores of ``RUN/consensus`` and every ``RUN/peers/<name>``, by name.
 
-    ``data`` takes all its rows, the run's own data those the run took. Raises UserError when the
-    folder is no finished run or ``data`` does not have the run's form.
+    They are taken on the run's evaluation data, limited as in the run, or on all rows of ``data``.
+    Raises UserError if the folder is no finished run or ``data`` does not have the run's form.
     """
     run = Path(run)
     config, labels = _read_run(run)

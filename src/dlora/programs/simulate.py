@@ -1,4 +1,6 @@
-"""n peers in one process, and the baselines that tell what their agreement is worth."""
+"""A simulation: n peers in one process, and the baselines that show what their agreement is
+worth.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ def simulate(
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
 ) -> Summary:
-    """Run Dec-LoRA and the baselines of ``config.compare``; return what summary.json holds. A path
-    is that of a YAML.
+    """Run Dec-LoRA and the baselines of ``config.compare``; returns what summary.json holds.
 
-    ``stop`` is asked after every round; once it says yes the round is saved and Interrupted raised.
-    A listener may raise it while participants are scored. ``whole_process``: the start-up that the
-    summary tells of begins with the process, not with this call. Raises UserError before anything
-    is written when the run cannot start.
+    ``config`` may be the path of a YAML file. ``stop`` is called after every round; if it returns
+    True, the round is saved and Interrupted is raised. A listener may raise Interrupted while
+    participants are scored. ``whole_process``: the start-up time in the summary begins with the
+    process and not with this call. Raises UserError before anything is written if the run cannot
+    start.
     """
     config = Config.given(config)
     refuse_ranks(os.environ)
@@ -59,8 +61,9 @@ def simulate(
 
 
 def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:
-    """Check everything a run needs and say what it would be; nothing is written, where a run stands
-    neither.
+    """Check everything that a run needs, and return its facts. Writes nothing.
+
+    If ``output_dir`` holds this run already, ``stands`` says so.
     """
     stands = RunFolder.standing(config)
     prepared = prepare(config, loading(listeners))

@@ -1,6 +1,4 @@
-"""What a run says of itself: before it starts, in its log's first event, and at its end, in
-summary.json.
-"""
+"""What a run says about itself: in the first event of its log, and in summary.json at its end."""
 
 from __future__ import annotations
 
@@ -25,8 +23,9 @@ Summary = dict[str, Any]
 def introduction(
     prepared: Prepared, runs: Sequence[str], group_size: int, own: str | None = None
 ) -> dict[str, Any]:
-    """What is about to run; ``own`` is the one participant whose data are at hand, None where all
-    are.
+    """The facts about a run before it starts.
+
+    ``own``: the only participant whose data are here; None: all participants' data are here.
     """
     data, topology = prepared.data, prepared.topology
     labels = data.label_counts or {}
@@ -67,7 +66,7 @@ def summary(
     seconds: float,
     own: str | None = None,
 ) -> Summary:
-    """What came of it; ``manifest`` is what all agreed on."""
+    """The content of summary.json; ``manifest`` is what all participants agreed on."""
     said = introduction(prepared, list(results), group_size, own)
     return {
         **{key: said[key] for key in ("version", "model")},
@@ -90,7 +89,9 @@ def summary(
 
 
 def conclude(folder: RunFolder, summed: Summary, watch: Stopwatch) -> Summary:
-    """Write summary.json and the page; returns the summary, with where all of the time went."""
+    """Write summary.json and the report page; returns the summary with the seconds of the whole
+    process.
+    """
     path, runs = (
         folder.path / "summary.json",
         [run.get("spent_s", {}) for run in summed["runs"].values()],

@@ -1,4 +1,4 @@
-"""A device among neighbours whose cloud is away: it does not talk, so its neighbours go on."""
+"""A device with neighbours while its cloud is away: it sends nothing, so its neighbours go on."""
 
 from __future__ import annotations
 
@@ -10,28 +10,31 @@ from dlora.net.transport import Talk
 from dlora.run.frozen_model import teller
 from dlora.wire.frame import Link
 
-LOOK_S = 0.2  # between two looks at what another thread has found out
-# for which a link stays silent from its start; after net's FIRST_FRAME_S, 20, the other end ends it
+LOOK_S = 0.2  # seconds between two looks at a value that another thread sets
+# seconds for which a new link stays silent; the other end closes it after FIRST_FRAME_S (20) of net
 HOLD_S = 10.0
 
 
 class CloudOfAPeer:
-    """Whether the cloud ``name`` is away, as `far_cloud` tells from the thread that needs it."""
+    """Whether the cloud ``name`` is away; `far_cloud` tells it from the thread that uses
+    the cloud.
+    """
 
     def __init__(self, log: RunLog, name: str) -> None:
         self._tell, self.is_away = teller(log, name), False
 
     def hear(self, event: str, reason: str) -> None:
-        """One event of `far_cloud`."""
+        """Take one event of `far_cloud`."""
         if event in ("cloud-lost", "cloud-silent", "cloud-back"):
             self.is_away = event != "cloud-back"
         self._tell(event, reason)
 
     async def talk_unless_away(self, talk: Talk, silence_s: float, name: str, link: Link) -> None:
-        """Send nothing while the cloud is away: who cannot go on is away too, and ``silence_s``
-        bounds what that costs the neighbours.
+        """Talk with the neighbour ``name``, but send nothing while the cloud is away.
 
-        New links are held for a while, so that there is one to talk over when the cloud is back.
+        A device that cannot train is away for its neighbours, and ``silence_s`` limits how long
+        they wait. A new link is kept silent for a while, so that it can be used if the cloud comes
+        back soon.
         """
         clock = asyncio.get_running_loop()
         held_until = clock.time() + min(HOLD_S, silence_s / BEATS)

@@ -1,4 +1,6 @@
-"""Where a run's core directions come from: its folder, a file that was handed round, the model."""
+"""Where a run's core directions come from: its folder, a file that was given to it, or the
+model.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from dlora.model.load import load_body_network
 
 
 def kept_directions(config: Config, resume: bool) -> Directions | None:
-    """The directions of the run that goes on, else those of the file that was handed round.
+    """The core directions of the resumed run, or else those of the file ``lora.frame``.
 
-    None where they are to be computed.
+    None if they must be computed. Raises ConfigError if the two differ, or if the file can be
+    neither read nor made.
     """
     kept, handed = (
         Path(config.output_dir, DIRECTIONS_FILE),
@@ -38,9 +41,9 @@ def kept_directions(config: Config, resume: bool) -> Directions | None:
 
 
 def handed_directions(config: Config) -> Directions | None:
-    """The directions in the file that a device was handed, under placement core.
+    """The core directions in the file that a device was given; None without placement core.
 
-    A device has no weights to compute them from.
+    A device has no weights to compute them from. Raises ConfigError if the file is missing.
     """
     if config.lora.placement != "core":
         return None
@@ -55,7 +58,7 @@ def handed_directions(config: Config) -> Directions | None:
 
 
 def whole_directions(config: Config) -> Directions:
-    """The core directions of all linears of the body, by their names in it."""
+    """Compute the core directions of all linears of the body; the keys are names in the body."""
     network = load_body_network(CloudConfig.parse({"model": config.model, "device": config.device}))
     return compute_directions(
         {name: network.get_submodule(name) for name in block_linears(network)}, config.lora.r

@@ -1,4 +1,6 @@
-"""What a peer tells of its neighbours at its end: what was wrong, which rounds were mixed."""
+"""What a peer reports about its neighbours at its end: what was wrong, and which rounds
+were mixed.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,9 @@ from dlora.decentralized.topology import Topology
 
 
 class Findings:
-    """Hears what the exchange reports and passes it on to ``emit``; of each kind the first about
-    each neighbour is kept.
+    """Receives the exchange's reports and passes them on to ``emit``.
+
+    It keeps the first report of each kind about each neighbour.
     """
 
     def __init__(self, name: str, num_peers: int, emit: Callable[..., object]) -> None:
@@ -19,13 +22,15 @@ class Findings:
         self._found: dict[tuple[str, str], str] = {}
 
     def __call__(self, event: str, **fields: Any) -> None:
-        """One report of the exchange."""
+        """Take one report of the exchange."""
         self.emit(event, **fields)
         reason = fields.get("reason", "")
         match event:
             case "not-followed" | "left-out" | "other-content" | "two-folders":
                 self._keep(event, fields["neighbour"], reason)
-            case "lacks" if not fields["shown"]:  # else it mends that or ends, and says so itself
+            # if it was shown its own signature, the neighbour restores the edge or stops with its
+            # own message
+            case "lacks" if not fields["shown"]:
                 self._keep(event, fields["neighbour"], reason)
             case "implausible":  # and so not taken
                 self._keep(
@@ -39,7 +44,7 @@ class Findings:
                 )
             case "unlinked" if reason.startswith("refused: "):
                 self._keep("refused", fields["neighbour"], reason)
-            case "caught-up":  # they were ahead in truth
+            case "caught-up":  # they really were ahead
                 for neighbour in fields["neighbours"]:
                     self._found.pop(("not-followed", neighbour), None)
                 ahead, place = (
@@ -56,7 +61,7 @@ class Findings:
         self._found.setdefault((kind, neighbour), text)
 
     def warnings(self, num_averaged: int) -> list[str]:
-        """What the summary and the terminal say at the end, a line each."""
+        """What the summary and the terminal say at the end, one line each."""
         found = [f"{neighbour}: {text}" for (_, neighbour), text in sorted(self._found.items())]
         if num_averaged < self.num_peers:
             found.append(
@@ -66,10 +71,10 @@ class Findings:
         return found
 
     def blamed(self, num_averaged: int) -> str | None:
-        """Why the average is not to be trusted though all peers are in it; None where nothing says
-        so.
+        """One line that says why the average may be wrong; None if no report says so.
 
-        Of an average that some are missing from, neighbours may have another in good faith.
+        If peers are missing from the average, honest neighbours may have another average, so only a
+        doubtful average counts then.
         """
         kinds = (
             ("other-content", "doubtful-average")
@@ -89,8 +94,8 @@ class Findings:
 def edge_counts(
     name: str, topology: Topology, ledger: Ledger, rounds: int
 ) -> dict[str, dict[str, int]]:
-    """For each neighbour, how many of the run's rounds with it were mixed, left out, or are still
-    in doubt.
+    """For each neighbour, how many of the run's rounds with it were mixed, left out, or are in
+    doubt.
     """
     index, committed = topology.names.index(name), ledger.committed()
     counts = {}

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write there, checkpoints, and what resuming compares."""
+"""The folder of a run: who may write there, its checkpoints, and what resuming compares."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dlora.files import sync_folder, write_atomically
 from dlora.run.lock import LOCK_FILE, cannot_make, check_unused
 from dlora.run.sums import SUMS_FILE, check_sums, sums_text
 
-# What may change from start to start: where the run and its frame lie, whose own scores are wanted,
-# and how long one peer waits for its neighbours.
+# Keys that may differ when a run is resumed: where the run and its core directions are, which peers
+# get their own scores, and how long one peer waits for its neighbours.
 LOCAL_KEYS = {
     "output_dir",
     "lora.frame",
@@ -33,25 +33,26 @@ LOCAL_KEYS = {
     "peers.catch_up_after",
 }
 RESULT_FILE = "result.json"
-# of every checkpoint; each program adds its own
+# keys of every checkpoint's state; each program adds its own
 STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on after ``rounds_done`` rounds; data order and dropout follow
-    from round and seed.
+    """All that a run needs to go on after ``rounds_done`` rounds.
+
+    Data order and dropout follow from the round and the seed.
     """
 
     rounds_done: int
     factors: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # JSON: bytes_on_wire, seconds, best, log_position, environment
-    result: dict[str, Any] | None = None  # of a run that is finished
+    result: dict[str, Any] | None = None  # the result, if the run is finished
 
 
 class RunFolder:
-    """``output_dir`` of one config: made new by `create`, taken up again by `resume`."""
+    """``output_dir`` of one config: `create` makes it new, `resume` opens it again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,9 +61,7 @@ class RunFolder:
 
     @classmethod
     def check_new(cls, config: Config, own: str | None = None) -> None:
-        """Raise RunError when ``output_dir`` is taken; nothing is made yet. ``own`` as for
-        `check_same`.
-        """
+        """Raise RunError if ``output_dir`` is taken. Makes nothing. ``own`` as for `check_same`."""
         path = Path(config.output_dir)
         check_unused(path)
         cls._check_empty(path, config, own)
@@ -73,7 +72,7 @@ class RunFolder:
             taken = path.exists() and (
                 not path.is_dir() or any(file.name != LOCK_FILE for file in path.iterdir())
             )
-        except (OSError, ValueError) as error:  # 300 letters, no right to look
+        except (OSError, ValueError) as error:  # a name that is too long, or no permission to look
             raise cannot_make(path, error) from error
         if not taken:
             return
@@ -94,8 +93,10 @@ class RunFolder:
 
     @classmethod
     def standing(cls, config: Config) -> str | None:
-        """What to know where ``output_dir`` holds this run already, else None; warns of another.
-        RunError as `check_new`.
+        """One line if ``output_dir`` holds this run already, else None; warns if it holds another
+        run.
+
+        Raises RunError as `check_new` does.
         """
         path = Path(config.output_dir)
         if not (path / "config.yaml").is_file():
@@ -114,10 +115,10 @@ class RunFolder:
 
     @classmethod
     def check_same(cls, config: Config, own: str | None = None) -> None:
-        """Raise RunError unless ``output_dir`` holds this run, with this config; `train.rounds` may
-        grow.
+        """Raise RunError unless ``output_dir`` holds this run with this config; `train.rounds` may
+        be larger.
 
-        ``own``: the participant whose run it is; None: a simulation of all. Nothing is changed.
+        ``own``: the participant whose run it is; None: a simulation of all. Changes nothing.
         """
         path = Path(config.output_dir)
         check_unused(path)
@@ -147,9 +148,9 @@ class RunFolder:
 
     @classmethod
     def resume(cls, config: Config, manifest: str) -> RunFolder:
-        """Take up the run in ``output_dir``, of which `check_same` knows that it is this one.
+        """Open the run in ``output_dir`` again; call `check_same` before.
 
-        Raises RunError when a key of the manifest (canonical JSON) differs.
+        Raises RunError if a key of the manifest (canonical JSON) differs.
         """
         folder = cls(Path(config.output_dir))
         agreed = _read_manifest(folder.path)
@@ -160,20 +161,18 @@ class RunFolder:
         return folder
 
     def remove(self) -> None:
-        """Take back what `create` made, and all that came into it."""
+        """Remove the folder that `create` made, with all its content."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def save(self, run: str, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint beside the last one and keep both, the one before them goes; a crash
-        leaves two of them whole.
+        """Write a checkpoint and keep the one before it, so that a crash leaves a whole one.
 
-        Raises RunError when there is no space left, or no right to write; those that were there
-        then stay.
+        Raises RunError if there is no space or no permission; earlier checkpoints then stay.
         """
         runs = self.path / "checkpoints" / run
         target = runs / f"round-{checkpoint.rounds_done:06d}"
         partial, aside = runs / f".{target.name}.partial", runs / f"{target.name}.before"
-        for leftover in runs.glob(".*.partial"):  # of a process that was killed while it saved
+        for leftover in runs.glob(".*.partial"):  # left by a process that was killed while it saved
             shutil.rmtree(leftover, ignore_errors=True)
         files = {
             "factors.safetensors": save(checkpoint.factors),
@@ -185,7 +184,8 @@ class RunFolder:
             for name, content in files.items():
                 write_atomically(partial / name, content)
             write_atomically(partial / SUMS_FILE, sums_text(files))
-            if target.exists():  # the same rounds again: at no moment is there no whole checkpoint
+            # the same round again: rename, so that one whole checkpoint exists at every moment
+            if target.exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 target.rename(aside)
                 self._damaged = {aside if path == target else path for path in self._damaged}
@@ -197,7 +197,7 @@ class RunFolder:
                 " --resume"
             ) from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # a full disk gets its space back
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk, this frees the space again
         _, *older = self._newest_first(run)
         whole = [path for path in older if path not in self._damaged]
         for path in older:
@@ -205,7 +205,7 @@ class RunFolder:
                 shutil.rmtree(path, ignore_errors=True)
 
     def finish(self, run: str, rounds_done: int, result: dict[str, Any]) -> None:
-        """Keep the result of a finished run beside its last checkpoint."""
+        """Write the result of a finished run beside its last checkpoint."""
         folder = self.path / "checkpoints" / run / f"round-{rounds_done:06d}"
         content = json.dumps(result)
         write_atomically(folder / RESULT_FILE, content)
@@ -215,10 +215,10 @@ class RunFolder:
             write_atomically(folder / SUMS_FILE, sums)
 
     def latest(self, run: str) -> Checkpoint | None:
-        """The newest whole checkpoint of ``run``, or None before its first. Warns of a damaged one
-        that is passed over.
+        """The newest whole checkpoint of ``run``, or None if there is none. Warns of a damaged
+        newer one.
 
-        Raises RunError when all that are there are damaged.
+        Raises RunError if all checkpoints are damaged.
         """
         damages = []
         for folder in self._newest_first(run):
@@ -241,7 +241,7 @@ class RunFolder:
         return None
 
     def _newest_first(self, run: str) -> list[Path]:
-        """The checkpoints that are there: one with ``.before`` was made before another of the same
+        """All checkpoints, newest first; one named ``.before`` is older than another of the same
         round.
         """
         found = (self.path / "checkpoints" / run).glob("round-*")
@@ -249,9 +249,7 @@ class RunFolder:
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises OSError, ValueError or SafetensorError, saying what is wrong, unless the folder is as
-    it was saved.
-    """
+    """Raises OSError, ValueError or SafetensorError if the folder is not as it was saved."""
     names = ["factors.safetensors", "optimizer.safetensors", "state.json"]
     finished = folder / RESULT_FILE
     if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none
@@ -268,7 +266,9 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
-    """Raises OSError or ValueError unless the file is a JSON object with at least ``keys``."""
+    """The JSON object in the file. Raises OSError or ValueError if it is none or lacks one of
+    ``keys``.
+    """
     read = json.loads(path.read_text())
     missing = keys - read.keys() if isinstance(read, dict) else keys
     if missing:
@@ -277,8 +277,8 @@ def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> Config:
-    """The resolved config of the run in ``path``. Raises RunError when there is no run, or its
-    config is damaged.
+    """The config of the run in ``path``. Raises RunError if there is no run or its config is
+    damaged.
     """
     try:
         return parse_section(Config, yaml.safe_load((path / "config.yaml").read_text()))
@@ -292,7 +292,7 @@ def read_config(path: Path) -> Config:
 
 
 def resume_command(path: Path) -> str:
-    """What goes on with the run in ``path``: of the program that began it."""
+    """The command that resumes the run in ``path``."""
     own, config = (_first_event(path) or {}).get("own"), f"{path}/config.yaml"
     if own is None:
         return f"dlora simulate {config} --resume"
@@ -304,9 +304,7 @@ def resume_command(path: Path) -> str:
 
 
 def _first_event(path: Path) -> dict[str, Any] | None:
-    """What the log of the run in ``path`` begins with; None where it stopped before that was
-    written.
-    """
+    """The first event in the log of the run in ``path``; None if it was not written."""
     try:
         with open(path / "log.jsonl", encoding="utf-8") as log:
             event = json.loads(log.readline())
@@ -316,7 +314,7 @@ def _first_event(path: Path) -> dict[str, Any] | None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """What the run's participants agreed on; None where it stopped before that was written."""
+    """The manifest of the run in ``path``; None if it was not written."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
@@ -331,7 +329,7 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _why_another(path: Path, config: Config, own: str | None) -> RunError | None:
-    """Why the run in ``path`` cannot go on as ``own``'s with ``config``; None: it is this run."""
+    """Why the run in ``path`` cannot be resumed for ``own`` with ``config``; None: it can."""
     try:
         stored = read_config(path)
     except RunError as damaged:
@@ -369,7 +367,7 @@ def _changed(key: str, before: Any, now: Any) -> RunError:
 
 
 def environment(group_size: int) -> dict[str, Any]:
-    """What bit-for-bit resuming depends on beside the config."""
+    """What the last bit of a resumed run depends on, besides the config."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -378,7 +376,7 @@ def environment(group_size: int) -> dict[str, Any]:
 
 
 def warn_of_another(stored: dict[str, Any], here: dict[str, Any]) -> None:
-    """Say so when a run was saved by another torch, with other threads or another group size."""
+    """Warn if a run was saved with another torch, number of threads or group size."""
     if stored != here:
         warnings.warn(
             f"this run was saved with {stored} and goes on with {here}: right, but not bit for bit",

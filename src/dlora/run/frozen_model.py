@@ -1,6 +1,4 @@
-"""How a device's half reaches the body: in a cloud far away, or in one of its own in this
-process.
-"""
+"""How a device's half reaches the frozen model: in a cloud, or in this process."""
 
 from __future__ import annotations
 
@@ -30,10 +28,11 @@ from dlora.split.device.half import Half
 from dlora.wire.frame import ChannelDown, Link
 from dlora.wire.split.codec import split_kind
 
-CLOUD, DEVICE = "cloud", "device"  # in one process
-# into a wait for the cloud; then 4 times as late each, at last as often as that
+CLOUD, DEVICE = "cloud", "device"  # names of both halves in one process
+# Seconds of waiting before the first message. Each next message comes after four times as long, but
+# at most LAST_WORD_S after the one before.
 FIRST_WORD_S, LAST_WORD_S = 1.0, 300.0
-OWN_MEMORY = 0.5  # of what is free, for the body's activations
+OWN_MEMORY = 0.5  # fraction of the free memory, for the body's activations
 
 
 @contextmanager
@@ -45,11 +44,13 @@ def far_cloud(
     tell: Callable[[str, str], object],
     give_up: Callable[[], bool],
 ) -> Iterator[Callable[[], int]]:
-    """Link ``half`` to the cloud that the config names; gives the bytes so far, both ways.
+    """Link ``half`` to the cloud that the config names; yields a function that returns the bytes so
+    far, both ways.
 
-    ``tell(event, reason)`` hears what stands between the two: connection-refused, certificate,
-    cloud-away, cloud-lost, cloud-silent, cloud-back. A wait for the cloud ends with Interrupted
-    once ``give_up`` says so. ``half`` may be forgotten meanwhile, and is of no use then.
+    ``tell(event, reason)`` receives the events of the link: connection-refused, certificate,
+    cloud-away, cloud-lost, cloud-silent, cloud-back. When ``give_up`` returns True, a wait for the
+    cloud ends with Interrupted. ``half`` may be deleted inside the context, and cannot be used
+    after it.
     """
     assert config.split is not None
     cloud = federation.current.members[config.split.cloud]
@@ -112,8 +113,9 @@ def far_cloud(
 def _saying(
     tell: Callable[[str], object], cloud: str, give_up: Callable[[], bool]
 ) -> Callable[[], bool]:
-    """``give_up``, asked some times a second by who waits for a link; from time to time it tells
-    for how long already.
+    """Wrap ``give_up``, which a wait for a link calls some times a second.
+
+    From time to time the wrapper also tells since when there is no link.
     """
     began_at, clock, due_s = time.monotonic(), time.strftime("%H:%M:%S"), FIRST_WORD_S
 
@@ -132,8 +134,9 @@ def _saying(
 
 @contextmanager
 def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
-    """Run the body here too, at the other end of a wire in memory; gives the bytes so far, both
-    ways.
+    """Run the body in this process, at the other end of a link in memory.
+
+    Yields a function that returns the bytes so far, both ways.
     """
     assert config.split is not None
     kind = split_kind(config.split.wire)
@@ -165,7 +168,7 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
 
 
 def teller(log: RunLog, cloud: str) -> Callable[[str, str], None]:
-    """What `far_cloud` tells, said in the log and on the terminal."""
+    """A function that puts the events of `far_cloud` into the log and on the terminal."""
     waiting = f"waiting for the cloud {cloud}"
 
     told_of_certificate = certificate_teller(log)
@@ -195,8 +198,8 @@ def _link(
 
 
 def reach_cloud(log: RunLog, prepared: Prepared) -> None:
-    """Wait for the cloud. Raises CloudError when it refuses this device, or when one of the texts
-    alone is more than it takes.
+    """Wait for the cloud. Raises CloudError if it refuses this device, or if one text has more
+    tokens than it takes.
     """
     assert prepared.half is not None and prepared.config.split is not None
     log.tick("phase", text=f"waiting for the cloud {prepared.config.split.cloud}")
@@ -216,8 +219,8 @@ def reach_cloud(log: RunLog, prepared: Prepared) -> None:
 
 
 def check_halves(config: Config, name: str, listed: Federation) -> None:
-    """Raise ConfigError or IdentityError unless ``name`` may be a device and ``config.split.cloud``
-    is a cloud to dial.
+    """Raise ConfigError or IdentityError unless ``name`` is a device and ``config.split.cloud`` is
+    a cloud with an address.
     """
     if config.split is None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How many participants go through the model at once: tried on the run's own rows, and measured."""
+"""How many participants train at once: measured, and tried on the run's own rows."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from dlora.model.layers import has_dropout
 from dlora.run.prepare import Prepared
 from dlora.train import activation_bytes, forward
 
-_USABLE_MEMORY = 0.6  # of what is free: the rest is for the frozen model's workspace and for others
-_TRIED = 3  # participants of a trial: an odd number, which fewer shapes fit by chance
-# |together - alone| / |alone|: float32 stays below 1e-4, another participant's factors give 1e-1
+# fraction of the free memory; the rest is for the frozen model's temporary tensors and other
+# programs
+_USABLE_MEMORY = 0.6
+_TRIED = 3  # participants of a trial; an odd number fits fewer tensor shapes by chance
+# |together - alone| / |alone|: float32 rounding stays below 1e-4, another participant's factors
+# give 1e-1
 _ROUNDING = 2e-3
 
 
 class Grouping(NamedTuple):
-    """How many participants train at once; ``reason``: why it is one at a time though more would
-    fit, else None.
+    """How many participants train at once.
+
+    ``reason``: why it is one although memory has room for more; else None.
     """
 
     size: int
@@ -36,15 +40,14 @@ class Grouping(NamedTuple):
 
 
 def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
-    """How many participants train at once: as many as their longest batches leave room for, at
-    least 1, and one at a time where this model mixes participants.
+    """How many participants train at once: as many as memory holds, at least 1.
 
-    Measured, not guessed: what one participant's forward keeps, on a batch of ``max_length`` tokens
-    a row. ``stored``: the size that a run which goes on began with. Raises RunError where that
-    cannot have been right. Warns of one at a time.
+    It is 1 if the model mixes participants. The memory of one participant's forward is measured on
+    a batch that repeats the longest row. ``stored``: the size with which a resumed run began. Raises
+    RunError if that size cannot have given right results. Warns if a model forces one at a time.
     """
     if prepared.half is not None or stored == 1:
-        # a cloud: tokens travel without padding, and so one participant's at a time
+        # through a cloud, tokens travel without padding, so one participant goes at a time
         return Grouping(1, None)
     size = stored or _fitting(prepared)
     if size == 1:
@@ -73,14 +76,14 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
 def why_one_at_a_time(
     model: StackedModel, rows: Sequence[Sequence[Example]], pad_token_id: int
 ) -> str | None:
-    """Why what this model gives one participant depends on the others in the batch; None where it
-    does not.
+    """Why the model's output for one participant depends on the others in the batch; None: it does
+    not.
 
-    ``rows``: some of each of at least two participants. They go through together and each alone,
-    with factors that differ, in rows that differ in length, and must come out the same. That finds
-    what no shape tells: inputs without a batch dimension (DeBERTa's table of relative positions),
-    tokens that are reordered, layers that see the padding or the whole batch. What
-    `StackedModel.use` has bound is another's afterwards.
+    ``rows``: some rows of each of at least two participants. They run through the model together
+    and each alone, with different factors and rows of different lengths. Both must give the same
+    logits. This finds what no shape shows: inputs without a batch dimension (DeBERTa's table of
+    relative positions), tokens that are reordered, layers that see the padding or the whole batch.
+    Afterwards the model is bound to the trial's factors (`StackedModel.use`).
     """
     network = model.network
     kind = type(network).__name__
@@ -93,7 +96,8 @@ def why_one_at_a_time(
         for layer in network.modules()
         if isinstance(layer, (StackedLora, StackedCore))
     )
-    for training in (False,) if draws else (False, True):  # some act otherwise while they train
+    # some models compute differently in training mode
+    for training in (False,) if draws else (False, True):
         network.train(training)
         reason = _differs(model, factors, rows, pad_token_id)
         if reason is not None:
@@ -133,7 +137,7 @@ def _logits(
     """The logits of each row: (classes,), or (its own tokens, vocabulary)."""
     model.use(factors)
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # architectures that hash by chance do so alike
+        torch.manual_seed(0)  # some architectures draw random hashes; the seed makes them the same
         logits = forward(model, collate(rows, pad_token_id).to(model.device)).float()
     return [
         row if row.dim() == 1 else row[: len(example.input_ids)]
@@ -142,8 +146,9 @@ def _logits(
 
 
 def _of_unequal_length(rows: Sequence[Sequence[Example]]) -> list[list[Example]]:
-    """Each participant's rows cut to another length; the last token, which may be one that ends a
-    text, stays last.
+    """Each participant's rows, cut to another length for each participant.
+
+    The last token stays last, because it may mark the end of a text.
     """
     longest = max(len(row.input_ids) for own in rows for row in own)
     count = min(len(own) for own in rows)
@@ -163,8 +168,8 @@ def _cut(row: Example, length: int) -> Example:
 
 
 def _all_different(model: StackedModel, num_participants: int) -> Factors:
-    """Factors whose updates are about as large as what the frozen linears give, other ones for each
-    participant.
+    """Different factors for each participant; their updates are about as large as the frozen
+    linears' outputs.
     """
     generator = torch.Generator().manual_seed(0)
     return {
@@ -190,7 +195,7 @@ def _fitting(prepared: Prepared) -> int:
         if device.type == "cuda"
         else psutil.virtual_memory().available
     )
-    # value, gradient, two moments
+    # float32 value, gradient and two moments of AdamW
     state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * len(prepared.names)
     room_bytes = _USABLE_MEMORY * free_bytes - state_bytes
     return max(1, min(len(prepared.names), int(room_bytes / kept_bytes)))

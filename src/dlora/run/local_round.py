@@ -1,4 +1,4 @@
-"""The local steps of a round, for all who train in this process: which rows, which rate, which
+"""The local steps of a round, for all participants in this process: rows, learning rate,
 dropout.
 """
 
@@ -18,10 +18,10 @@ from dlora.train import Group, Participants, learning_rate, local_steps
 
 
 class Training:
-    """Participants, and how they train: n peers, one real peer, or the pooled participant whose
-    batch is all peers' joined.
+    """The participants and their training: n peers, one real peer, or one pooled participant.
 
-    What a round does follows from its number and the seed alone, so a checkpoint need not hold it.
+    The batch of the pooled participant joins the batches of all peers. What a round does follows
+    from its number and the seed only, so no checkpoint holds it.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Training:
             group_size,
             pooled,
         )
-        self.tokens = 0  # read so far, padding left out
+        self.tokens = 0  # tokens read so far, without padding
         self.on_step = on_step  # hears how many participants took a step
         groups = batch_groups(local_steps, group_size)
         self.participants = Participants(
@@ -48,8 +48,9 @@ class Training:
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
 
     def round(self, number: int, names: frozenset[str]) -> Tensor:
-        """The local steps of one round on the tensors ``names``, group after group; each
-        participant's mean loss (P,).
+        """The local steps of one round on the tensors ``names``, group after group.
+
+        Returns each participant's mean loss, (P,).
         """
         losses = []
         for group in self.participants.groups:
@@ -87,8 +88,9 @@ class Training:
         ]
 
     def batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
-        """Each step's micro-batches. The pooled participant takes all peers' rows, in portions that
-        fit.
+        """The micro-batches of each step.
+
+        The pooled participant takes the rows of all peers, in portions that fit into memory.
         """
         section = self.prepared.config.train
         rows = section.per_device_train_batch_size
@@ -117,8 +119,8 @@ class Training:
 
 
 def batch_groups(local_steps: Sequence[int], group_size: int) -> list[range]:
-    """Neighbouring participants with equally many local steps go together, at most ``group_size``
-    of them.
+    """Groups of at most ``group_size`` consecutive participants that have the same number of local
+    steps.
     """
     groups, first = [], 0
     for _, alike in itertools.groupby(local_steps):

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder: who has it, and since when."""
+"""One process at a time in a run folder: which process uses it, and since when."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LOCK_FILE = "lock"  # in the run folder while a process uses it
 
 @contextlib.contextmanager
 def sole_use(path: Path) -> Iterator[None]:
-    """No other process uses the run folder ``path``; it is made if it is not there, and goes again
-    if it stays empty.
+    """Inside this context no other process uses the run folder ``path``.
 
-    The kernel gives the lock back when its process ends, however it ends. Raises RunError when
-    another process has the folder, and says which, or when the folder cannot be made.
+    The folder is made if it is not there, and removed again if it stays empty. The kernel releases
+    the lock when the process ends, in whatever way. Raises RunError, which names the other process,
+    if the folder is in use, and if it cannot be made.
     """
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -39,21 +39,22 @@ def sole_use(path: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             if _is_at(descriptor, path / LOCK_FILE):
-                # before the lock goes: nobody can lock a file that is about to vanish
+                # remove the file before the lock is released, so that nobody locks a file that is
+                # about to be removed
                 os.unlink(path / LOCK_FILE)
         os.close(descriptor)
         remove_empty(made)
 
 
 def check_unused(path: Path) -> None:
-    """Raise RunError while another process uses the run folder ``path``. Nothing is made."""
-    # no folder yet, or a name for none
+    """Raise RunError if another process uses the run folder ``path``. Makes nothing."""
+    # the folder does not exist yet, or its name is not valid
     with contextlib.suppress(OSError, ValueError), open(path / LOCK_FILE, "rb") as file:
         _lock(file.fileno(), path)
 
 
 def cannot_make(path: Path, cause: BaseException | None) -> RunError:
-    """What to say where ``output_dir`` cannot be made."""
+    """The error for an ``output_dir`` that cannot be made."""
     reason = getattr(cause, "strerror", None) or cause
     return RunError(
         f"output_dir {path} cannot be made ({reason}); fix that, or choose another with --set"
@@ -62,7 +63,9 @@ def cannot_make(path: Path, cause: BaseException | None) -> RunError:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Innermost first; what others have put something into stays, and so does what is gone."""
+    """Remove these folders in the given order (innermost first); a folder that is not empty
+    stays.
+    """
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -74,10 +77,10 @@ def _locked(path: Path) -> int:
         descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             _lock(descriptor, path)
-            # else its last owner removed it between the two calls
+            # otherwise its last owner removed it between the two calls
             if _is_at(descriptor, path / LOCK_FILE):
                 who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now()}
-                # a full disk: the lock holds without a name in it
+                # on a full disk the lock works without the name of its owner
                 with contextlib.suppress(OSError):
                     os.ftruncate(descriptor, 0)
                     os.pwrite(descriptor, json.dumps(who).encode(), 0)
@@ -109,7 +112,8 @@ def _owner(descriptor: int) -> str:
     try:
         who: Any = json.loads(os.pread(descriptor, 1000, 0))
         return f"process {who['pid']} on {who['host']}, since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # between its lock and its name
+    # the owner has locked the file and not written its name yet
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 

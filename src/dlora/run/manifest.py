@@ -8,7 +8,7 @@ from typing import Any
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """The canonical JSON: sorted keys, no spaces, UTF-8."""
+    """The manifest as canonical JSON: sorted keys, no spaces, not escaped to ASCII."""
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 

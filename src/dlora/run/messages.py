@@ -1,9 +1,9 @@
-"""What a real peer's messages hold: names, dtypes and shapes by the message's name, agreed before
-anything is sent.
+"""What the messages of a real peer hold: names, dtypes and shapes of tensors, by message name.
 
-With a schedule, a round's message holds the tensors of the units that took part at its sender,
-which only it knows: any of those that would be sent without a schedule, and nothing else. So such a
-message has a longest length and no fixed one.
+All peers derive this from the run's manifest before a message is sent. Under a schedule, a round's
+message holds only the tensors of the units that took part at its sender, and only the sender knows
+them. They are some of the tensors that would be sent without a schedule. The length of such a
+message is therefore not fixed, but has an upper bound.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.run.prepare import WIRE_DTYPES, Prepared
 from dlora.wire.tensors import Expected, decode_tensors, encode, held, message_num_bytes
 
-# of the end of a run; always float32, for nothing mixes their rounding away
+# messages of the end of a run; always float32, because no later mixing reduces their rounding error
 REDUCTION = ("sum", "average")
 
 
 def expected_tensors(prepared: Prepared, message: str) -> Expected:
-    """Name -> dtype and shape in a message of that name with everything active; nothing for a name
-    that no peer sends.
+    """Tensor name -> dtype and shape in a message of that name if all units are active.
+
+    Empty for a name that no peer sends.
     """
     round = round_of(message)
     shapes = {name: tuple(tensor.shape) for name, tensor in prepared.trained.items()}
@@ -40,8 +41,9 @@ def expected_tensors(prepared: Prepared, message: str) -> Expected:
 
 
 def message_bytes(prepared: Prepared, message: str, names: Collection[str] | None = None) -> int:
-    """The length of a message of that name that holds those of its tensors that are in ``names``;
-    None: all of them.
+    """The length of a message of that name in bytes.
+
+    ``names``: the message holds only its tensors that are in ``names``; None: all of them.
     """
     expected = expected_tensors(prepared, message)
     return message_num_bytes(
@@ -50,7 +52,9 @@ def message_bytes(prepared: Prepared, message: str, names: Collection[str] | Non
 
 
 def message_sizes(prepared: Prepared, message: str) -> range:
-    """The lengths a message of that name can have; none for a name that no peer sends."""
+    """The lengths in bytes that a message of that name can have; empty for a name that no peer
+    sends.
+    """
     if not expected_tensors(prepared, message):
         return range(0)
     longest = message_bytes(prepared, message)
@@ -58,7 +62,7 @@ def message_sizes(prepared: Prepared, message: str) -> range:
 
 
 def encode_message(prepared: Prepared, message: str, tensors: Mapping[str, Tensor]) -> bytes:
-    """One participant's tensors ((1, ...) each) as that message."""
+    """Encode one participant's tensors, (1, ...) each, as that message."""
     wire = torch.float32 if message in REDUCTION else WIRE_DTYPES[prepared.config.peers.wire]
     return encode({name: tensor[0] for name, tensor in tensors.items()}, wire)
 
@@ -66,7 +70,8 @@ def encode_message(prepared: Prepared, message: str, tensors: Mapping[str, Tenso
 def decode_message(prepared: Prepared, message: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a message in float32, (1, ...) each.
 
-    Raises ValueError unless the file holds what a message of that name must, every value finite.
+    Raises ValueError if the file does not hold what a message of that name must, or a value is not
+    finite.
     """
     expected = expected_tensors(prepared, message)
     tensors = decode_tensors(
@@ -82,5 +87,5 @@ def decode_message(prepared: Prepared, message: str, path: Path) -> dict[str, Te
 
 
 def _leaves_out(prepared: Prepared, message: str) -> bool:
-    """Whether a message of that name may hold fewer tensors than with everything active."""
+    """Whether a message of that name may hold fewer tensors than with all units active."""
     return prepared.config.schedule.kind != "all" and round_of(message) is not None

@@ -23,8 +23,10 @@ from dlora.run.spent import Spent, Stopwatch, spent_before
 
 @dataclass
 class OpenRun:
-    """A run whose folder and log are open. ``own``: the one participant that trains here; None: all
-    of them do. ``stored``: the newest checkpoint of each of its arms.
+    """A run whose folder and log are open.
+
+    ``own``: the only participant that trains here; None: all of them do. ``stored``: the newest
+    checkpoint of each arm.
     """
 
     prepared: Prepared
@@ -36,21 +38,21 @@ class OpenRun:
     group_size: int
     stop: Callable[[], bool]
     watch: Stopwatch
-    # something is trained here: from now on the folder stays whatever comes
+    # training has begun here: from now on the folder stays, even if the run fails
     began: bool = False
 
     @property
     def config(self) -> Config:
-        """What the user asked for."""
+        """The run's config."""
         return self.prepared.config
 
     def begin(self) -> None:
-        """All is loaded and linked; what trains now is kept."""
+        """Note that everything is loaded and linked; from now on the folder is kept."""
         self.watch.started()
         self.began = True
 
     def finished(self, arm: str) -> Summary | None:
-        """The result of an arm that has done all its rounds in an earlier process."""
+        """The result of an arm if it has done all its rounds in an earlier process, else None."""
         stored = self.stored[arm]
         if stored and stored.result and stored.rounds_done >= self.config.train.rounds:
             result: Summary = stored.result["result"]
@@ -58,11 +60,13 @@ class OpenRun:
         return None
 
     def spent(self, arm: str) -> Spent:
-        """Where the time of an arm goes, from here on."""
+        """A counter for the seconds of an arm in this process; it begins with those of earlier
+        processes.
+        """
         return self.watch.run(spent_before(self.stored[arm]))
 
     def conclude(self, results: Mapping[str, Summary]) -> Summary:
-        """The last event, summary.json and the page; returns the summary."""
+        """Emit the last event, write summary.json and the report page; returns the summary."""
         seconds = sum(result["seconds"] for result in results.values())
         summed = summary(self.prepared, results, self.manifest, self.group_size, seconds, self.own)
         self.log.emit("done", seconds=self.watch.running_s)
@@ -82,12 +86,13 @@ def opened(
     whole_process: bool = False,
     check: Callable[[Prepared], object] = lambda prepared: None,
 ) -> Iterator[OpenRun]:
-    """Check and prepare all that a run needs, then make its folder or take it up again.
+    """Check and prepare all that a run needs, then make its folder or open it again.
 
-    ``own``: the participant whose run it is; None: a simulation of all. ``check`` looks at what is
-    prepared, before anything is written. ``whole_process``: the start-up that the summary tells of
-    began with the process. Raises UserError before anything is written when the run cannot start.
-    Where a neighbour or the cloud refuses it before it trained anything, its folder goes again.
+    ``own``: the participant whose run it is; None: a simulation of all. ``check`` examines the
+    prepared run before anything is written. ``whole_process``: the start-up time in the summary
+    begins with the process and not with this call. Raises UserError before anything is written if
+    the run cannot start. If a neighbour or the cloud refuses the run before it has trained, its new
+    folder is removed again.
     """
     watch = Stopwatch(whole_process)
     if resume:
@@ -97,9 +102,11 @@ def opened(
     prepared = prepare(config, loading(listeners), own=own, resume=resume)
     loaded(listeners)
     check(prepared)
-    if own is None or prepared.half is None:  # a device has no weights
+    # a device has no weights and got its directions from the cloud
+    if own is None or prepared.half is None:
         prepared.hand_directions()
-    # Others take part while it goes on: they agree on its rounds, and hear of what its log says.
+    # Other peers run at the same time: they must agree on the number of rounds, and the log must
+    # keep what happened between them.
     among_others = own is not None and bool(config.peers.members)
     manifest = prepared.manifest | ({"rounds": config.train.rounds} if among_others else {})
     with sole_use(Path(config.output_dir)):
@@ -123,7 +130,8 @@ def opened(
             try:
                 yield run
             except (NeighbourError, CloudError):
-                if not (resume or run.began):  # once that is right, the same command starts anew
+                # when the cause is removed, the same command can start again
+                if not (resume or run.began):
                     folder.remove()
                 raise
 
@@ -131,7 +139,7 @@ def opened(
 def _grouping(
     prepared: Prepared, own: str | None, stored: Mapping[str, Checkpoint | None]
 ) -> Grouping:
-    """How many train at once: one where there is one only."""
+    """How many participants train at once; 1 if only one trains here."""
     if own is not None:
         return Grouping(1, None)
     before = (one.state["environment"]["group_size"] for one in stored.values() if one)
@@ -139,5 +147,7 @@ def _grouping(
 
 
 def _position(stored: Mapping[str, Checkpoint | None]) -> int:
-    """Up to where the log stays: what came after the last checkpoint is done, and told, again."""
+    """The position in the log up to which it stays: what came after the last checkpoint is done and
+    logged again.
+    """
     return max((one.result or one.state)["log_position"] if one else 0 for one in stored.values())

@@ -1,6 +1,4 @@
-"""Prepare a run: load data and model, build the topology, and find all that is wrong before it
-starts.
-"""
+"""Prepare a run: load data and model, build the topology, and find mistakes before it starts."""
 
 from __future__ import annotations
 
@@ -35,36 +33,36 @@ WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start."""
+    """A run that is ready to start."""
 
     config: Config
     data: FederatedData
     topology: Topology
     model: StackedModel
-    streams: tuple[BatchStream, ...]  # one for each of those that train here
-    tokenizer: Any  # transformers' own
+    streams: tuple[BatchStream, ...]  # one for each peer that trains here
+    tokenizer: Any  # a tokenizer of transformers
     manifest: dict[str, Any]
-    # modules that share an input, as factors are named; none where nothing is scheduled
+    # units of the schedule, with module names as in the factors; empty without a schedule
     units: tuple[Unit, ...] = ()
-    # of factors that nothing was trained of, by their hash
+    # scores of untrained factors, by the hash of the factors
     first_scores: dict[str, Scored] = field(default_factory=dict)
-    # where the frozen model is a cloud's: what has to be linked to it before anything trains
+    # the device's half, if the frozen model runs in a cloud; it must be linked before training
     half: Half | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The peers that train here, in order: all of a simulation's, or one real peer."""
+        """The peers that train here, in order: all peers of a simulation, or one real peer."""
         return tuple(self.data.peers)
 
     @property
     def pad_token_id(self) -> int:
-        """What rows of a batch are filled up with."""
+        """The token that fills up the rows of a batch."""
         token: int = self.tokenizer.pad_token_id
         return token
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """bfloat16 where the config asks for it."""
+        """bfloat16 if the config asks for it, else None."""
         return torch.bfloat16 if self.config.dtype == "bfloat16" else None
 
     @property
@@ -72,7 +70,7 @@ class Prepared:
         """Local steps of each peer in a round."""
         section = self.config.train
         if section.local_epochs is None:
-            assert section.local_steps is not None  # config/run.py sees to it
+            assert section.local_steps is not None  # config/run.py has checked this
             return [section.local_steps] * len(self.names)
         rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
         return [
@@ -86,8 +84,10 @@ class Prepared:
         on_batch: Callable[[int, int], None],
         killed: frozenset[int] = frozenset(),
     ) -> list[Scored]:
-        """Scores of each participant in ``factors`` ((P, ...) each), of which units may rest, on
-        the evaluation data.
+        """Scores of each participant in ``factors``, (P, ...) each, on the evaluation data.
+
+        ``on_batch(done, total)`` hears the progress. ``killed``: units that add nothing for these
+        participants.
         """
         return evaluate(
             self.model,
@@ -103,12 +103,12 @@ class Prepared:
 
     @property
     def message_bytes(self) -> int:
-        """One serialised message with everything the model trains in it."""
+        """Bytes of one serialised message with all tensors that train."""
         return len(encode(self.trained, WIRE_DTYPES[self.config.peers.wire]))
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
-        """The initial values of what trains: all but a head that rests."""
+        """The initial values of the tensors that train: all but a frozen head."""
         return {
             name: tensor
             for name, tensor in self.model.initial.items()
@@ -116,13 +116,13 @@ class Prepared:
         }
 
     def hand_directions(self) -> None:
-        """Under placement core: write the file that ``lora.frame`` names, if it is not there."""
+        """Under placement core: write the file that ``lora.frame`` names, if it does not exist."""
         given = self.config.lora.frame
         if self.model.directions and given and not Path(given).exists():
             write_directions(Path(given), self.model.directions)
 
     def keep_directions(self) -> None:
-        """Under placement core: write the file of the run folder, if it is not there."""
+        """Under placement core: write the file of the run folder, if it does not exist."""
         path = Path(self.config.output_dir, DIRECTIONS_FILE)
         if self.model.directions and not path.exists():
             write_directions(path, self.model.directions)
@@ -134,11 +134,11 @@ def prepare(
     own: str | None = None,
     resume: bool = False,
 ) -> Prepared:
-    """Read the data, build the topology, load the model; ``own`` is the name of a real peer, which
-    has only its own data.
+    """Read the data, build the topology, load the model.
 
-    ``resume``: what was computed once is read from the run folder. Raises the UserError that names
-    what is wrong.
+    ``own``: the name of a real peer, which has only its own data; None: all peers of a simulation.
+    ``resume``: core directions are read from the run folder. ``phase`` hears what is being loaded.
+    Raises a UserError that names the mistake.
     """
     phase("reading data")
     tokenizer = load_tokenizer(config.model)
@@ -169,7 +169,7 @@ def prepare(
         directions = (
             kept_directions(config, resume) if own is None or resume else handed_directions(config)
         )
-        # a simulation has the weights as well
+        # a simulation also has the weights, and can compute the directions
         if own is None and directions is None and config.lora.placement == "core":
             directions = whole_directions(config)
         half = load_half(config, tokenizer, data.label_names, directions)
@@ -183,7 +183,7 @@ def prepare(
         try_model(model, next(iter(data.peers.values()))[:2], tokenizer.pad_token_id, config.model)
     _doubt_rank(config.lora.r, model.initial)
     units = () if config.schedule.kind == "all" else _units(config, model, half)
-    named_units(config.schedule.units or (), units)  # that they are there
+    named_units(config.schedule.units or (), units)  # raises an error if a unit does not exist
     manifest: dict[str, Any] = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -216,9 +216,7 @@ def prepare(
 
 
 def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
-    """Warn of a rank that no update of a weight can have: (out, in) has at most the smaller of the
-    two.
-    """
+    """Warn of a rank that is larger than the rows or columns of an adapted weight."""
     pairs = [
         (name, initial[name], initial[f"{name[:-1]}B"])
         for name in initial
@@ -237,7 +235,7 @@ def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
 
 
 def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Unit, ...]:
-    """What the schedule switches on and off."""
+    """The units that the schedule turns on and off."""
     prefix = f"{model.network.base_model_prefix}."
     if half is not None:
         return tuple(renamed(group, prefix) for group in half.agreement.groups)

@@ -41,11 +41,11 @@ from dlora.run.scoring import Scoring
 from dlora.run.tally import Tally
 
 RUN = DEC_LORA.name
-LOOK_S = 0.2  # between two looks at what another thread has found out
+LOOK_S = 0.2  # seconds between two looks at a value that another thread sets
 
 
 class PeerRun:
-    """The state of one peer between two rounds, on its disk after each.
+    """The state of one peer between two rounds; it is on disk after each round.
 
     It is one class because the protocol calls its methods in turn, and they share the state of one
     round.
@@ -64,7 +64,8 @@ class PeerRun:
         self.log, self.stop, self.ledger, self.network = run.log, run.stop, ledger, network
         name, prepared, log, stored = run.own, run.prepared, run.log, run.stored[RUN]
         self.signatures = signatures
-        # of who is active, not in the log yet: local steps are another thread's
+        # changes of the active set that are not in the log yet, because local steps run in another
+        # thread
         self.changes: list[dict[str, Any]] = []
         self.schedules = Schedules(
             RUN, prepared, lambda event, **fields: self.changes.append(fields)
@@ -93,9 +94,9 @@ class PeerRun:
         # the factors after the last round's local steps, until they are committed
         self.walked: Factors = {}
         self.round: dict[str, Any] = {}  # the last round's event
-        self.trained_round: int | None = None  # since the last commit
+        self.trained_round: int | None = None  # the round that was trained since the last commit
         self.abandoned = False
-        self.seconds = 0.0  # of training and exchange, waiting included
+        self.seconds = 0.0  # seconds of training and exchange, with the waiting
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
@@ -103,15 +104,16 @@ class PeerRun:
                 self.progress.position, stored.state.get("chain"), self.progress.since_round
             )
             self.tally.load(stored.state, self.progress.rounds_done, 1)
-            # dlora 0.1.0 had none
+            # dlora 0.1.0 had no belief in its checkpoints
             self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))
             self.seconds, self.round = stored.state["seconds"], stored.state["round"]
         self.began_at = time.monotonic() - self.seconds
         self.losses = torch.full((1,), math.nan)
 
     async def live(self, neighbours: list[str]) -> tuple[Factors, int]:
-        """The run, while the network serves; returns the average of all and how many peers are in
-        it.
+        """Run all rounds while the network serves.
+
+        Returns the average of all peers, (1, ...) each, and how many peers are in it.
         """
         config = self.prepared.config
         self.tally.begin()
@@ -174,7 +176,7 @@ class PeerRun:
         serving = asyncio.create_task(self.network.serve(talk))
         life = asyncio.create_task(gossip.run())
         stopping = asyncio.create_task(self._stopped_outside_a_round())
-        # all but life end only with an error
+        # except for ``life``, these end only with an error
         ends: list[asyncio.Future[Any]] = [exchange.failed, serving, stopping, life]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -195,13 +197,13 @@ class PeerRun:
         )
 
     def _standing(self) -> Factors:
-        """What of the function as it stands is trained."""
+        """The trained tensors of the factors, without what a schedule has dropped."""
         standing = self.training.participants.standing()
         return {name: standing[name] for name in self.training.trained}
 
     async def _stopped_outside_a_round(self) -> None:
-        """Raise Interrupted when the user stops before the first local step or after the last:
-        there is no round to finish.
+        """Raise Interrupted if the user stops before the first local step or after the last
+        round.
         """
         while not self.stop() or (
             self.run.began and self.progress.rounds_done < self.prepared.config.train.rounds
@@ -212,7 +214,7 @@ class PeerRun:
         )
 
     def gives_up(self) -> bool:
-        """Whether a wait for the cloud is to end."""
+        """Whether a wait for the cloud must end."""
         return self.stop() or self.abandoned
 
     # What the protocol is handed
@@ -221,7 +223,7 @@ class PeerRun:
         self.run.began = True
         every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
         due = number and every and number % every == 0
-        if due and self.scoring.chosen:  # its own score: nobody has the average before the end
+        if due and self.scoring.chosen:  # only its own score: the average exists only at the end
             own = await asyncio.to_thread(self._own_scores)
             self.tally.scored(number, None, own, 1, self.seconds)
         before = copied(self.training.trained)
@@ -239,8 +241,8 @@ class PeerRun:
         return self.training.participants.took_part()[0]
 
     def _check(self, neighbour: str, message: str, path: Path) -> None:
-        """Raise ValueError unless a neighbour's message is what its name says, Implausible unless
-        it is to be believed.
+        """Raise ValueError if a neighbour's message is not what its name says, Implausible if it
+        cannot be believed.
         """
         came = decode_message(self.prepared, message, path)
         num_peers = came.pop("num_peers", None)
@@ -258,7 +260,7 @@ class PeerRun:
         self.changes.clear()
 
     def _commit(self, progress: Progress) -> None:
-        """Factors, optimiser and progress to disk; then the round is done."""
+        """Write factors, optimiser and progress to disk; then the round is done."""
         if not self.belief.holds(progress.rounds_done, self.walked, self.training.trained):
             raise RunError(
                 f"{self.name} does not save round {progress.rounds_done}: what its neighbours sent"
@@ -295,16 +297,19 @@ class PeerRun:
             )
 
     def _count_exchange(self) -> float:
-        """Seconds of the run so far; what nothing else took of them went into the exchange, waiting
-        included.
+        """Seconds of the run so far.
+
+        The time that nothing else took counts as exchange, with the waiting.
         """
         seconds, counted = time.monotonic() - self.began_at, self.spent.seconds
         self.spent.add("exchange", max(0.0, seconds - sum(counted.values())))
         return seconds
 
     def _skip(self, rounds: int) -> None:
-        """The peer takes its neighbours' state: moments begin anew, the schedule keeps its scores
-        and goes to their round.
+        """Skip ``rounds`` rounds after the peer has taken its neighbours' state.
+
+        The optimiser's moments begin anew. The schedule keeps its scores and goes on to the new
+        round.
         """
         for group in self.training.participants.groups:
             group.optimizer.state.clear()
@@ -314,7 +319,7 @@ class PeerRun:
     # The end
 
     def finish(self, consensus: Factors, num_peers: int) -> dict[str, Any]:
-        """Score and write the two adapters; returns the result that the summary shows."""
+        """Score, and write the two adapters; returns the result for the summary."""
         self._count_exchange()
         standing = self.training.participants.standing()
         own = self._own_scores() if self.scoring.chosen else {}
@@ -338,7 +343,7 @@ class PeerRun:
         return self.scoring.peers(self.training.participants.standing())
 
     def _bytes_here(self) -> int:
-        """Serialised frames that this peer sent and received in this process."""
+        """Bytes of the serialised frames that this peer sent and received in this process."""
         traffic = self.network.traffic
         return sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 

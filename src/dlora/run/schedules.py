@@ -1,4 +1,4 @@
-"""The schedules of one run: made as its config says, told in its log, kept in its checkpoints."""
+"""The schedules of one run: made from its config, reported in its log, kept in its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dlora.run.prepare import Prepared
 
 
 class Schedules:
-    """Each participant's schedule in the run ``run``: ``scheduled``, or None where everything is
-    active all the time.
+    """The schedule of each participant in the run ``run``.
 
-    ``emit`` writes an event into the log and hears of each change of an active set.
+    ``scheduled`` is None if all units are always active. ``emit`` writes an event into the log; it
+    is called for each change of an active set.
     """
 
     def __init__(self, run: str, prepared: Prepared, emit: Callable[..., None]) -> None:
@@ -29,13 +29,11 @@ class Schedules:
 
     @property
     def each(self) -> Sequence[Schedule]:
-        """One a participant; none without a schedule."""
+        """One schedule for each participant; empty without a schedule."""
         return self.scheduled.schedules if self.scheduled else ()
 
     def tell(self, tell: Callable[..., None]) -> None:
-        """What the numbers in the events to come mean, and who starts: two kinds of events for
-        ``tell``.
-        """
+        """Report the units and the first active sets: events "units" and "active" for ``tell``."""
         if self.scheduled is not None:
             lora = self.prepared.config.lora
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
@@ -45,7 +43,7 @@ class Schedules:
                 tell("active", **self._who_is_active(participant, schedule))
 
     def skip(self, rounds: int) -> None:
-        """Rounds that were passed over, to catch up with the others."""
+        """Skip rounds, because the peer catches up with the others."""
         for participant, (schedule, steps) in enumerate(
             zip(self.each, self.prepared.local_steps, strict=False)
         ):
@@ -57,15 +55,17 @@ class Schedules:
         return {"schedules": [schedule.state() for schedule in self.each]} if self.each else {}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's."""
+        """Take the state of a checkpoint."""
         for schedule, of_one in zip(self.each, state.get("schedules", ()), strict=True):
             schedule.load(of_one)
 
     @property
     def spent(self) -> dict[str, float]:
-        """The adapter's traffic and a split device's FLOPs for it, of those with all units active.
+        """The adapter's traffic and a split device's FLOPs, as fractions of those with all units
+        active.
 
-        The mean over the participants; of the whole run, and of what follows the warm-up.
+        Each is the mean over the participants, for the whole run and for the part after the
+        warm-up.
         """
         whole = [(one.meter.fraction, one.meter.flops_fraction) for one in self.each]
         after = [one.meter.after_warmup for one in self.each]
@@ -81,10 +81,11 @@ class Schedules:
         self.emit("active", **self._who_is_active(participant, schedule))
 
     def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
-        """An active set, from local step ``step`` on, and its FLOPs a token; each unit's utility as
-        last known.
+        """The fields of an event "active": the active set from local step ``step`` on, and its
+        FLOPs a token.
 
-        The fractions: what has been spent so far, of that with all units active.
+        ``utility`` has the last known value of each unit. The fractions compare what was spent so
+        far with what all units active would have cost.
         """
         return dict(
             run=self.run,
@@ -100,8 +101,8 @@ class Schedules:
 
 
 def first_step(prepared: Prepared) -> dict[str, Any]:
-    """How many units there are, how many are active in the first step, and what part of the
-    adapter's traffic they have.
+    """How many units there are, how many are active in the first step, and their fraction of the
+    adapter's traffic.
     """
     [schedule] = _made(prepared, ["any"]).schedules
     fraction = sum(schedule.costs[unit] for unit in schedule.active) / sum(schedule.costs)
@@ -119,7 +120,9 @@ def _made(
     participants: Sequence[str],
     on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
 ) -> Scheduled:
-    """One a participant; warns of a run that is over before anything has been chosen."""
+    """One schedule for each participant; warns if the run ends before the schedule chooses
+    anything.
+    """
     config = prepared.config
     made = schedule_units(
         config.schedule, prepared.units, config.lora, config.seed, participants, on_change

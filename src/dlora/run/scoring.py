@@ -1,4 +1,4 @@
-"""Who of a run is scored, and how many of them in one forward."""
+"""Which participants of a run are scored, and how many of them in one forward."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from dlora.seeds import derive_seed
 
 
 class Scoring:
-    """The scores of one run's participants. Scoring can be done again at any time: a listener that
-    raises ends it.
+    """The scores of one run's participants.
+
+    A listener may raise an error to end the scoring, because it can be repeated at any time.
     """
 
     def __init__(
@@ -41,15 +42,16 @@ class Scoring:
         rows = len(prepared.data.evaluation) + sum(
             len(choice.options) for choice in prepared.data.choices
         )
-        # A forward holds no more rows than one participant's does, so memory is no question; where
-        # one has enough rows for a forward of its own, it has it, and its scores do not depend on
-        # the others to the last bit.
+        # A forward with several participants has no more rows than one of a single participant, so
+        # it needs no more memory. A participant with enough rows for its own forward gets one: then
+        # its scores do not depend on the others even in the last bit.
         self.at_once = max(1, min(group_size, prepared.config.per_device_eval_batch_size // rows))
         self.chosen = scored_peers(prepared.config, len(prepared.names))
 
     def average(self, factors: dict[str, Tensor], first: bool = False) -> Scored:
-        """The scores of the average of all, whose factors are (1, ...) each. What all runs have
-        before they train, ``first``, is scored once for all.
+        """The scores of the average of all participants; ``factors`` are (1, ...) each.
+
+        ``first``: nothing was trained yet. Such scores are computed once for all arms.
         """
         known = self.prepared.first_scores if first and self.prepared.half is None else {}
         if (key := digest(factors) if first else "") in known:
@@ -58,8 +60,9 @@ class Scoring:
         return known[key]
 
     def peers(self, standing: dict[str, Tensor]) -> dict[str, Scores]:
-        """The scores of each peer that ``eval_peers`` asks for; ``standing``: the factors of all
-        peers, (P, ...) each.
+        """The scores of each peer that ``eval_peers`` asks for, by name.
+
+        ``standing``: the factors of all peers, (P, ...) each.
         """
         names, own = self.prepared.names, {}
         for start in range(0, len(self.chosen), self.at_once):
@@ -83,8 +86,9 @@ class Scoring:
 
 
 def scored_peers(config: Config, num_peers: int) -> list[int]:
-    """The peers that are scored by themselves: all, none, or a sample that the seed draws, the same
-    all through a run.
+    """The indices of the peers that get their own scores: all, none, or a sample.
+
+    The seed draws the sample, which is the same during the whole run.
     """
     if config.eval_peers == "none":
         return []

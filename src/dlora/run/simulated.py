@@ -29,11 +29,11 @@ from dlora.run.tally import Tally
 
 
 class Run:
-    """Who takes part, over which topology, and the state between two rounds.
+    """One arm of a simulation: its participants, its topology, and its state between two rounds.
 
-    ``name``: of its arm. A pooled arm has one participant, whose batch is all peers' batches
-    joined. ``cloud_bytes`` counts what has gone between devices and their cloud in this process,
-    where there is one.
+    ``name``: of its arm. A pooled arm has one participant, whose batch joins the batches of all
+    peers. ``cloud_bytes`` returns the bytes between devices and their cloud in this process; None
+    without a cloud.
 
     Its attributes are the parts of a run, which each round needs together.
     """
@@ -87,14 +87,16 @@ class Run:
         return self.spent.seconds["training"] + self.spent.seconds["exchange"]
 
     def result(self) -> dict[str, Any]:
-        """Go on from the last checkpoint, run what is left of the rounds, save, score; raises
-        Interrupted when told to stop.
+        """Run the rounds that are left, save and score; returns the result for the summary.
+
+        It goes on from the last checkpoint. Raises Interrupted if it was told to stop, RunError if
+        a loss is not finite.
         """
         config, stored = self.prepared.config, self.stored
         if stored is not None:
             self._restore(stored)
         self.tally.begin()
-        if self.schedules is not None:  # a run that goes on has it in its log already
+        if self.schedules is not None:  # a resumed run has these events in its log already
             self.schedules.tell(self.log.emit if stored is None else self.log.tick)
         if stored is not None:
             self.tally.resumed(self.rounds_done)
@@ -140,14 +142,15 @@ class Run:
             return self.training.round(self.rounds_done, names)
 
     def _local_steps(self) -> list[int]:
-        """Local steps of each participant in a round; pooled training takes as many as the peers do
-        on average.
+        """Local steps of each participant in a round.
+
+        The pooled participant does as many as the peers do on average.
         """
         steps = self.prepared.local_steps
         return [round(sum(steps) / len(steps))] if self.arm.pooled else steps
 
     def _topology(self) -> Topology:
-        """Who talks to whom: as configured, everybody (fedavg), or nobody."""
+        """Who exchanges with whom: as configured, everybody (fedavg), or nobody."""
         if self.arm.talks == "as configured":
             return self.prepared.topology
         names = self.prepared.names
@@ -168,7 +171,7 @@ class Run:
         self.tally.load(stored.state, self.rounds_done, self.group_size)
 
     def _after_round(self) -> None:
-        """Score and save when it is time; stop when asked to."""
+        """Score and save if it is time; stop if asked to."""
         config, last = self.prepared.config, self.rounds_done == self.prepared.config.train.rounds
         peers = bool(config.eval_peers_every) and self.rounds_done % config.eval_peers_every == 0
         if not last and (
@@ -189,7 +192,7 @@ class Run:
             )
 
     def _save(self, due: Mapping[str, Any] | None = None) -> None:
-        """A checkpoint; ``due``: what is to be done before the next round."""
+        """Write a checkpoint; ``due``: what must be done before the next round."""
         with self.spent.on("saving"):
             factors, optimizer = self.participants.factors, self.participants.optimizer_state()
             state = self.tally.state(self.seconds, self.group_size)
@@ -197,14 +200,12 @@ class Run:
             self.folder.save(self.name, Checkpoint(self.rounds_done, factors, optimizer, state))
 
     def _score(self, peers: bool) -> tuple[Scored, dict[str, Scores]]:
-        """Score the average, and each peer's own where asked; remember the best average of trained
-        ones.
-        """
+        """Score the average and, if ``peers``, each peer that ``eval_peers`` names."""
         standing = self.participants.standing()
         try:
             consensus = self.scoring.average(average(standing), first=not self.rounds_done)
             own: dict[str, Scores] = {}
-            # of one participant the average is its own
+            # the average of one participant is the participant itself
             if peers and not self.arm.pooled and self.scoring.chosen:
                 alone = len(self.local_steps) == 1
                 own = (

@@ -1,6 +1,4 @@
-"""Where the time of a run goes: training, exchange, scoring, saving, and what comes before and
-after.
-"""
+"""Where the time of a run goes: training, exchange, scoring, saving, start-up, report."""
 
 from __future__ import annotations
 
@@ -16,10 +14,10 @@ KINDS = ("training", "exchange", "scoring", "saving")
 
 
 class Spent:
-    """The seconds of one run by what they went into.
+    """The seconds of one run, by what they were spent on (``KINDS``).
 
-    ``seconds``: in all processes of the run, of which ``before`` is what earlier ones spent;
-    ``here_s``: in this one.
+    ``seconds``: in all processes of the run; ``before`` is what earlier processes spent.
+    ``here_s``: in this process.
     """
 
     def __init__(self, before: Mapping[str, float] | None = None) -> None:
@@ -30,7 +28,7 @@ class Spent:
 
     @contextmanager
     def on(self, kind: str) -> Iterator[None]:
-        """What happens inside goes into ``kind``; inside another one, it is not counted there."""
+        """Count the time inside this context for ``kind``; an outer context does not count it."""
         self._turn()
         self._open.append(kind)
         try:
@@ -40,7 +38,7 @@ class Spent:
             self._open.pop()
 
     def add(self, kind: str, seconds: float) -> None:
-        """Seconds that were measured elsewhere."""
+        """Add seconds that were measured elsewhere."""
         self.seconds[kind] += seconds
         self.here_s += seconds
 
@@ -52,8 +50,9 @@ class Spent:
 
 
 class Stopwatch:
-    """The seconds of one process, from its start (``process``) or from the call of a program: also
-    those before and after its runs.
+    """The seconds of one process, also before and after its runs.
+
+    It begins with the process (``process``) or with this object.
     """
 
     def __init__(self, process: bool) -> None:
@@ -64,29 +63,30 @@ class Stopwatch:
         self._here: list[Spent] = []
 
     def started(self) -> None:
-        """All is loaded; the runs begin."""
+        """Note that everything is loaded and the runs begin."""
         self._start_up_s = time.monotonic() - self._began
 
     @property
     def running_s(self) -> float:
-        """Since `started`."""
+        """Seconds since `started`."""
         return time.monotonic() - self._began - self._start_up_s
 
     def run(self, before: Mapping[str, float] | None = None) -> Spent:
-        """A run of this process."""
+        """A new `Spent` for a run of this process."""
         self._here.append(Spent(before))
         return self._here[-1]
 
     @contextmanager
     def report(self) -> Iterator[None]:
-        """The page is written inside."""
+        """Count the time inside this context for the report page."""
         began = time.monotonic()
         yield
         self._report_s = time.monotonic() - began
 
     def spent_s(self, runs: Iterable[Mapping[str, float]]) -> dict[str, float]:
-        """Where all of the time went; of ``runs`` that went over several processes, in all of
-        them.
+        """Seconds by kind, for the whole process.
+
+        ``runs``: the seconds of each run, with those of its earlier processes.
         """
         known = self._start_up_s + self._report_s
         by_kind = {kind: sum(run.get(kind, 0.0) for run in runs) for kind in KINDS}
@@ -98,8 +98,9 @@ class Stopwatch:
 
 
 def spent_before(stored: Checkpoint | None) -> dict[str, float]:
-    """What earlier processes of a run spent, as its checkpoint says; one of version 0.1.0 knows
-    training and exchange only.
+    """The seconds that earlier processes of a run spent, as its checkpoint says.
+
+    A checkpoint of dlora 0.1.0 has one number for training and exchange; it counts as training.
     """
     if stored is None:
         return {}

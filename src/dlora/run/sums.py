@@ -1,4 +1,4 @@
-"""Checksums beside files that are read again, as `sha256sum --check` reads them too."""
+"""Checksums beside files that are read again, in the format of `sha256sum --check`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ SUMS_FILE = "SHA256SUMS"
 
 
 def sums_text(files: Mapping[str, bytes]) -> str:
-    """One line a file: its SHA-256 in hex, two blanks, its name."""
+    """One line for each file: its SHA-256 in hex, two blanks, its name."""
     return "".join(
         f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items()
     )
 
 
 def check_sums(folder: Path) -> list[str]:
-    """The names in the folder's SHA256SUMS. Raises ValueError or OSError unless each file is what
-    was saved.
+    """The names in the folder's SHA256SUMS.
+
+    Raises ValueError or OSError if a file is not what was saved.
     """
     names = []
     for line in (folder / SUMS_FILE).read_text().splitlines():

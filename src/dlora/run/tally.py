@@ -1,4 +1,4 @@
-"""What a run has done so far, and how it tells that: in events, in checkpoints, in its result."""
+"""What a run has done so far, in figures, for its events, its checkpoints and its result."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dlora.run.spent import Spent
 class Tally:
     """The figures of one arm over all of its processes: bytes, seconds, tokens, steps, best scores.
 
-    ``bytes_here``: serialised bytes that its participants sent to one another in this process, for
-    a real peer received ones too. ``cloud_bytes``: those that went between devices and their cloud
-    in this process; None where no cloud takes part.
+    ``bytes_here``: serialised bytes that its participants sent to each other in this process; for a
+    real peer, sent and received ones. ``cloud_bytes``: bytes between devices and their cloud in
+    this process; None if no cloud takes part.
 
     Its attributes are the figures that it adds up.
     """
@@ -42,28 +42,30 @@ class Tally:
         self.steps_done = 0  # local steps of all participants
         self._bytes_here, self._bytes_before = bytes_here, 0
         self.cloud_bytes = cloud_bytes
-        # other arms of this process may have been in the cloud before this one
+        # earlier arms of this process may have used the cloud too
         self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0
-        # read in earlier processes; None where their checkpoint does not say
+        # tokens read in earlier processes; None: their checkpoint does not say
         self._tokens_before: int | None = 0
 
     @property
     def tokens(self) -> int | None:
-        """Read by the local steps of all participants, padding left out; None: not known."""
+        """Tokens that the local steps of all participants have read, without padding; None: not
+        known.
+        """
         return None if self._tokens_before is None else self._tokens_before + self.training.tokens
 
     @property
     def bytes(self) -> dict[str, int]:
-        """On the wires, for an event, a checkpoint or a result."""
+        """Bytes on the wires, as fields of an event, a checkpoint or a result."""
         between = {"bytes_on_wire": self._bytes_before + self._bytes_here()}
         if self.cloud_bytes is None:
             return between
         return between | {"cloud_bytes": self._cloud_bytes_before + self.cloud_bytes()}
 
     def load(self, state: Mapping[str, Any], rounds_done: int, group_size: int) -> None:
-        """Go on from what `state` gave."""
+        """Take the figures of a checkpoint, as `state` returned them."""
         warn_of_another(state["environment"], environment(group_size))
-        # 0.1.0 kept scores of nothing trained
+        # dlora 0.1.0 also kept the scores of untrained factors
         self.best = state["best"] if state["best"].get("rounds_done") else {}
         self.steps_done = rounds_done * sum(self.training.local_steps)
         self._tokens_before = state.get("tokens")
@@ -73,7 +75,7 @@ class Tally:
             self.schedules.load(state)
 
     def state(self, seconds: float, group_size: int) -> dict[str, Any]:
-        """All that changes, for a checkpoint."""
+        """All figures that change, for a checkpoint."""
         return {
             **self.bytes,
             "seconds": seconds,

@@ -1,6 +1,4 @@
-"""Whether a model can be trained at all: one forward on the run's own rows, before anything is
-written.
-"""
+"""Whether a model can be trained: one forward on the run's own rows, before anything is written."""
 
 from __future__ import annotations
 
@@ -18,8 +16,8 @@ from dlora.train import forward
 
 @torch.no_grad()
 def try_model(model: StackedModel, rows: Sequence[Example], pad_token_id: int, name: str) -> None:
-    """Raise ModelError where the forward fails, or where the model does with weights what it cannot
-    do with updates.
+    """Raise ModelError if the forward fails, or if updates of an adapted weight would have no
+    effect.
     """
     layers = {
         path: layer
