@@ -43,8 +43,9 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
     """How many participants train at once: as many as memory holds, at least 1.
 
     It is 1 if the model mixes participants. The memory of one participant's forward is measured on
-    a batch that repeats the longest row. ``stored``: the size with which a resumed run began. Raises
-    RunError if that size cannot have given right results. Warns if a model forces one at a time.
+    a batch that repeats the longest row. ``stored``: the size with which a resumed run began.
+    Raises RunError if that size cannot have given right results. Warns if a model forces one at a
+    time.
     """
     if prepared.half is not None or stored == 1:
         # through a cloud, tokens travel without padding, so one participant goes at a time
