@@ -1,4 +1,6 @@
-"""Who talks to whom in round t, and how much: neighbours, mixing matrix, spectral gap."""
+"""Which peers exchange in round t, and with which weights: neighbours, mixing matrix,
+spectral gap.
+"""
 
 from __future__ import annotations
 
@@ -141,8 +143,7 @@ def build_topology(
     return Topology(section.kind, tuple(names), (mixing,))
 
 
-# --- graphs that stay the same
-# ---------------------------------------------------------------------------------------
+# Graphs that are the same in every round
 
 
 def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
@@ -170,7 +171,11 @@ def _joined(n: int, pairs: Iterable[tuple[int, int]]) -> nx.Graph[int]:
 
 
 def _erdos_renyi(n: int, p: float, seed: int) -> list[tuple[int, int]]:
-    """Each pair is an edge with probability p: the first connected graph from ``seed`` on."""
+    """Each pair is an edge with probability p; the first connected graph of the seeds from ``seed``
+    on.
+
+    Raises TopologyError if none of ``ERDOS_RENYI_TRIES`` graphs is connected.
+    """
     for attempt in range(seed, seed + ERDOS_RENYI_TRIES):
         # Python gives the same sequence in every version, so all peers draw the same graph
         draw = random.Random(attempt).random
@@ -261,8 +266,7 @@ def _laplacian(graph: nx.Graph[int]) -> Matrix:
     return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
 
 
-# --- what a topology is worth
-# ----------------------------------------------------------------------------------------
+# Checks and properties of a topology
 
 
 def check_mixing(mixing: ArrayLike) -> None:

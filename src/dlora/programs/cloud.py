@@ -65,7 +65,7 @@ def cloud(
         )
     identity = Identity.load(name, key, listed)
     place = listen_address(listen or config.listen, member.address)
-    assert place is not None  # it has an address
+    assert place is not None  # a cloud always has an address
     check_listen(place)
     metrics = (
         None if config.metrics is None else CloudMetrics(*check_listen(config.metrics, "metrics"))
@@ -134,7 +134,7 @@ async def _serve(
 
 
 class _Telling:
-    """Events for the listeners, one at a time, from whatever thread."""
+    """Passes events to the listeners, one at a time, from any thread."""
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self.listeners, self.traffic = tuple(listeners), Traffic()

@@ -115,7 +115,8 @@ def _took_part(
         )
         with cloud as live.tally.cloud_bytes:
             if half is not None and live.progress.rounds_done < config.train.rounds:
-                reach_cloud(log, run.prepared)  # before neighbours wait for one who cannot begin
+                # before the neighbours wait for a peer that cannot begin
+                reach_cloud(log, run.prepared)
             run.watch.started()
             consensus, num_peers = asyncio.run(live.live(neighbours))
             if (

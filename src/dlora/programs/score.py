@@ -1,4 +1,4 @@
-"""A finished run's adapters, loaded from their folders and scored again."""
+"""Load the adapters of a finished run from their folders and score them again."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def score(
 
 
 def _read_run(run: Path) -> tuple[Config, list[str] | None]:
-    """The run's config and its labels in order."""
+    """The run's config, and the label names in order. Raises RunError if they cannot be read."""
     config = read_config(run)
     try:
         return config, json.loads((run / "manifest.json").read_text())["labels"]

@@ -209,7 +209,7 @@ class RunFolder:
         folder = self.path / "checkpoints" / run / f"round-{rounds_done:06d}"
         content = json.dumps(result)
         write_atomically(folder / RESULT_FILE, content)
-        # dlora 0.1.0 wrote none; a result without a sum does not count
+        # dlora 0.1.0 wrote no sums; with sums, a result that has none does not count
         if (folder / SUMS_FILE).exists():
             sums = (folder / SUMS_FILE).read_text() + sums_text({RESULT_FILE: content.encode()})
             write_atomically(folder / SUMS_FILE, sums)
@@ -252,7 +252,7 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
     """Raises OSError, ValueError or SafetensorError if the folder is not as it was saved."""
     names = ["factors.safetensors", "optimizer.safetensors", "state.json"]
     finished = folder / RESULT_FILE
-    if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote none
+    if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote no sums
         names += [name for name in check_sums(folder) if name not in names]
     elif finished.exists():
         names.append(RESULT_FILE)

@@ -124,7 +124,7 @@ class PeerRun:
         if self.progress.rounds_done:
             logged = {event.get("round") for event in before if event["event"] == "round"}
             if self.round and self.round["round"] not in logged:
-                # the kill came between the commit and its line
+                # the process was killed between the commit and its line in the log
                 self.log.emit("round", **self.round)
             self.tally.resumed(self.progress.rounds_done)
         messages = Messages(
@@ -181,14 +181,15 @@ class PeerRun:
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             consensus, num_peers = next(end for end in ends if end.done()).result()
-        except ExceptionGroup as group:  # of the network's tasks: the first says it
+        # errors of the network's tasks: the first one names the cause
+        except ExceptionGroup as group:
             raise group.exceptions[0] from group
         finally:
             self.abandoned = True  # a second Ctrl-C need not wait for the local steps to end
             for end in ends:
                 end.cancel()
             await asyncio.gather(*ends, return_exceptions=True)
-        self.abandoned = False  # there are scores to come, through the cloud perhaps
+        self.abandoned = False  # scoring comes next, and may need the cloud
         device = self.prepared.model.device
         return (
             self.training.participants.factors

@@ -80,7 +80,7 @@ class Ledger(MessagesOnDisk):
         path = folder / "edges.jsonl"
         self._log = RunLog(path)  # removes a last line that a crash left incomplete
         self._entries: list[tuple[int, str, State]] = []
-        self._chain = [""]  # the hash at each position
+        self._chain = [""]  # ``chain`` after each number of entries
         # hashes of an edge's messages: own, theirs
         self._sums: dict[tuple[int, str], tuple[str, str]] = {}
         # neighbour -> round -> its word for the committed edge
@@ -125,7 +125,7 @@ class Ledger(MessagesOnDisk):
             entry |= {"signature": signature.hex()}
         chain = self._hashed({"event": state, **entry})
         self._log.emit(state, **entry, number=self.position + 1, chain=chain)
-        _ = self._log.position  # syncs
+        _ = self._log.position  # reading the position syncs the log to disk
         self._add({"event": state, **entry})
         self._states[round, neighbour] = state
 

@@ -46,15 +46,15 @@ class Progress:
 
 @dataclass(kw_only=True)
 class PeerGossip:
-    """Dec-LoRA for one peer: the same K local steps and mix, over the edges that both ends
-    committed.
+    """Dec-LoRA (arXiv 2501.15361) for one peer: K local steps and a mix over the edges that both
+    ends committed.
 
-    ``factors`` are (1, ...) each and changed in place. Handed in by the program: ``train(round,
-    names)``, which returns the names of what took part and so is to be sent; ``standing``, the
-    function that the average is taken of (the factors without what a schedule has dropped);
-    ``commit`` (factors, optimiser and progress to disk, all or nothing); ``skip``, which hears how
-    many rounds were passed over; and ``clock``, in seconds, which goes on while this program does
-    not run.
+    ``factors`` are (1, ...) each and changed in place. The program hands in five functions.
+    ``train(round, names)`` does the local steps and returns the names of the tensors that took
+    part; these are sent. ``standing()`` returns the factors whose average is taken, without what a
+    schedule has dropped. ``commit`` writes factors, optimiser and progress to disk, all or nothing.
+    ``skip`` is told how many rounds were skipped. ``clock`` returns seconds, and goes on while the
+    program does not run.
 
     Most of its attributes are what the program hands in, and its methods are one life in order.
     """

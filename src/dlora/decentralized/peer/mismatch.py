@@ -1,4 +1,4 @@
-"""Why a neighbour is in another run: the first key in which two manifests differ, in one line."""
+"""Why a neighbour is in another run: one line with the first key in which two manifests differ."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ class Words:
             self.report("two-folders", neighbour=neighbour, reason=reason)
             return False
         state = self.ledger.state(word.round, neighbour)
-        # the neighbour decides about this edge, and its decision comes apart
+        # the neighbour decides about this edge, and sends its decision in another frame
         promised_only = self.name > neighbour and state is not None
         if state == "committed" or promised_only or word.round < since:
             return False

@@ -37,13 +37,13 @@ from dlora.wire.split.frames import ACTIVE, Done, Failed, SplitFrame, Values, Wh
 
 
 class Channel(Protocol):
-    """One link to the cloud; both raise ChannelDown when it has ended."""
+    """One link to the cloud; both methods raise ChannelDown when it has ended."""
 
     def send(self, frame: SplitFrame) -> None:
-        """Hand a frame to the wire."""
+        """Send a frame."""
 
     def receive(self) -> SplitFrame:
-        """The next frame."""
+        """Wait for the next frame and return it."""
 
 
 class PartFailed(Exception):
