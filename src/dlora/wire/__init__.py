@@ -1,1 +1,1 @@
-"""What travels: frames and tensors as bytes."""
+"""What is sent over a network: frames and tensors, written as bytes."""

@@ -1,4 +1,4 @@
-"""What every frame has in common: its kind, its link, its errors, its bytes read within bounds."""
+"""What all frames have in common: kind, link, errors, and a parser that checks limits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ MAX_NUMBER = 2**53  # every JSON reader holds integers below it exactly
 
 
 class FrameError(ValueError):
-    """These bytes are not a frame, or a frame that no peer sends; one line says why."""
+    """The bytes are no frame, or a frame that breaks a limit; the text says why in one line."""
 
 
 def parse(message_type: Any, data: bytes) -> tuple[str, Any]:
-    """The kind of frame these bytes are, and its message. Raises FrameError for no frame, no known
-    kind, unknown fields.
+    """Parse bytes as protobuf; returns the name of the frame's kind and its message.
+
+    Raises FrameError when the bytes are no frame, or have no known kind, or have unknown fields.
     """
     try:
         message = message_type.FromString(data)
@@ -33,48 +34,53 @@ def parse(message_type: Any, data: bytes) -> tuple[str, Any]:
     return field, getattr(message, field)
 
 
-MAX_MANIFEST_BYTES = 1 << 20  # of a run's or a device's manifest
+MAX_MANIFEST_BYTES = 1 << 20  # limit for the manifest of a run or a device
 
 
 @dataclass(frozen=True)
 class FrameKind:
-    """What the links of a network carry, and how it is written."""
+    """The frames of one network: how they are written, and their limits."""
 
-    service: str  # gRPC's name for it
+    service: str  # the name of the gRPC service
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes], Any]  # raises FrameError
-    # of one frame; a longer one is refused by its announced length, before memory is taken
+    # A longer frame is refused because of its announced length, before memory is allocated.
     max_bytes: int
-    frames_per_s: float = 1e9  # small ones of one member; more wait at its end
-    frames_at_once: int = 1  # before that
+    # Small frames that one member may send per second; frames beyond that wait at the sender.
+    frames_per_s: float = 1e9
+    frames_at_once: int = 1  # frames that a member may send at once before that rate holds
 
     @property
     def as_bytes(self) -> FrameKind:
-        """The same for a link whose frames are bytes already: a `Channel` reads and writes them in
-        threads of its own.
+        """The same kind for a link that carries bytes.
+
+        A `Channel` uses it, because it encodes and decodes the frames in its own threads.
         """
         return replace(self, encode=bytes, decode=bytes)
 
 
 class Link(Protocol):
-    """One connection with one neighbour, whose identity the wire has proved. A frame is what the
-    network's kind says.
+    """One connection with one neighbour, whose identity the transport has checked.
+
+    The network's `FrameKind` says which frames it carries.
     """
 
     async def send(self, frame: Any) -> None:
-        """Hand a frame to the wire; waits while the other end is slow to take frames. Raises
-        LinkDown.
+        """Send a frame; waits while the other end takes frames slowly.
+
+        Raises LinkDown when the link has ended.
         """
 
     async def receive(self) -> Any:
-        """The next frame, checked against the limits of its kind. Raises LinkDown at the end."""
+        """The next frame, checked against its limits. Raises LinkDown when the link has ended."""
 
 
 class Misbehaviour(ValueError):
-    """The other side said what nobody says who keeps the rules: its link is ended, nothing of it is
-    used.
+    """The other side sent a frame that breaks the protocol.
+
+    Its link is ended, and nothing of this frame is used.
     """
 
 
 class ChannelDown(Exception):
-    """The link under a conversation has ended, whoever ended it."""
+    """The link of a split conversation has ended. Either side or the network may have ended it."""

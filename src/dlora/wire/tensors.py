@@ -1,4 +1,4 @@
-"""Tensors <-> bytes, everything checked before it is made: safetensors, never pickle."""
+"""Writes tensors as bytes and reads them with every check first: safetensors, never pickle."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", tor
 
 
 class MessageError(ValueError):
-    """These bytes are not the tensors that were expected; one line says why."""
+    """The bytes are not the expected tensors; the text says why in one line."""
 
 
 def encode(tensors: Mapping[str, Tensor], wire: torch.dtype) -> bytes:
-    """One message: header and payload of one participant's tensors in the wire's dtype."""
+    """One message: header and payload of one participant's tensors, in the dtype ``wire``."""
     return save(
         {name: tensor.detach().to("cpu", wire).contiguous() for name, tensor in tensors.items()}
     )
 
 
 def message_num_bytes(expected: Expected) -> int:
-    """The length that ``encode`` gives tensors of these dtypes and shapes; a message of another
-    length is not one.
+    """The length in bytes that ``encode`` gives for tensors of these dtypes and shapes.
+
+    A message of another length is refused.
     """
     header_bytes, payload_bytes = _sizes(expected)
     return 8 + header_bytes + payload_bytes
 
 
 def held(data: bytes | Path, known: Expected) -> Expected:
-    """The ``known`` tensors that a message says it holds, for `decode_tensors` to check. It is made
-    for messages that may leave some out. Reads the header alone, and no more of it than one of all
-    known tensors would have.
+    """The entries of ``known`` that a message names in its header.
 
-    Raises MessageError for a header that is longer, is none, or names anything else; OSError when
-    the file cannot be opened.
+    A message may leave out some of the known tensors; pass the result to `decode_tensors`, which
+    checks the rest. Only the header is read, and at most as many bytes as a header of all known
+    tensors has. Raises MessageError when the header is longer, is not valid, or names an unknown
+    tensor; raises OSError when the file cannot be opened.
     """
     most = 8 + _sizes(known)[0]
     if isinstance(data, Path):
@@ -67,12 +68,12 @@ def held(data: bytes | Path, known: Expected) -> Expected:
 
 
 def decode_tensors(data: bytes | Path, expected: Expected) -> dict[str, Tensor]:
-    """The tensors of a message, exactly those expected, in their order; a file is mapped, not read,
-    and must stay as it is.
+    """The tensors of a message, exactly the expected ones, in the order of ``expected``.
 
-    Raises MessageError, before any tensor is made, for another length, header, set of names, dtype,
-    shape or place of a tensor; then for a value that is not finite; OSError when the file cannot be
-    opened.
+    A file is mapped into memory, so it must not change while the tensors are used. Before any
+    tensor is made, raises MessageError when the length, the header, a name, dtype, shape or offset
+    is not the expected one. Raises MessageError too when a value is not finite, and OSError when
+    the file cannot be opened.
     """
     num_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
     if num_bytes != message_num_bytes(expected):
@@ -115,8 +116,10 @@ def _header(text: bytes | bytearray) -> object:
 
 
 def _starts(header: object, expected: Expected) -> dict[str, int]:
-    """Where in the payload each tensor begins; the payload's length is already known to be
-    right.
+    """Where in the payload each tensor begins, in bytes.
+
+    The caller has already checked the length of the payload. Raises MessageError when the header
+    does not describe the expected tensors, one after the other without gaps.
     """
     if not isinstance(header, dict) or header.keys() != expected.keys():
         odd = sorted(set(header) ^ set(expected))[:3] if isinstance(header, dict) else []
@@ -154,8 +157,10 @@ def _starts(header: object, expected: Expected) -> dict[str, int]:
 
 
 def _sizes(expected: Expected) -> tuple[int, int]:
-    """Bytes of header and payload: safetensors puts wider dtypes first, then goes by name, and pads
-    the header to 8 bytes.
+    """(bytes of the header, bytes of the payload).
+
+    safetensors sorts tensors by item size, the largest first, then by name, and pads the header to
+    a multiple of 8 bytes.
     """
     header, end = {}, 0
     for name in sorted(expected, key=lambda name: (-expected[name][0].itemsize, name)):
@@ -174,13 +179,11 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_list(value: object) -> bool:
-    """Whether this is a list of integers, without booleans and without 4.0, which are equal to
-    some.
-    """
+    """Whether this is a list of integers only. True and 4.0 are refused, though True == 1."""
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _short(value: object) -> str:
-    """On one line, whatever the other end wrote."""
+    """The value as JSON on one line of at most 80 characters, for an error message."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."

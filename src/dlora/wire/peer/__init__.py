@@ -1,1 +1,1 @@
-"""What two peers say to each other."""
+"""The frames that two peers send to each other."""

@@ -1,4 +1,4 @@
-"""Frames between peers <-> bytes, everything checked before it is made: protobuf, never pickle."""
+"""Writes frames between peers as bytes and reads them, with limits: protobuf, never pickle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dlora.wire.peer.frames import (
     Want,
 )
 
-# the other fields take less than 400
+# the other fields of a frame take less than 400 bytes
 MAX_FRAME_BYTES = max(MAX_CHUNK_BYTES, MAX_MANIFEST_BYTES) + 1024
 _KINDS: dict[str, type[Frame]] = {
     "hello": Hello,
@@ -38,7 +38,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def encode_frame(frame: Frame) -> bytes:
-    """The bytes of a frame. Raises FrameError where ``decode_frame`` would."""
+    """The bytes of a frame. Raises FrameError when ``decode_frame`` would refuse them."""
     _check(frame)
     field = _FIELDS[type(frame)]
     return peer_pb2.Frame(
@@ -47,8 +47,9 @@ def encode_frame(frame: Frame) -> bytes:
 
 
 def decode_frame(data: bytes) -> Frame:
-    """The frame these bytes are. Raises FrameError for anything else; holds at most a few times
-    ``MAX_FRAME_BYTES``.
+    """The frame that these bytes encode. Raises FrameError when they encode no allowed frame.
+
+    It uses at most a few times ``MAX_FRAME_BYTES`` of memory.
     """
     if len(data) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(data)} bytes; at most {MAX_FRAME_BYTES} are allowed")
@@ -60,7 +61,7 @@ def decode_frame(data: bytes) -> Frame:
 
 
 def _check(frame: Frame) -> None:
-    """Limits of every field, by its name."""
+    """Raise FrameError when a field is outside the limits for its name."""
     kind = type(frame).__name__
     for field, value in vars(frame).items():
         if isinstance(value, bool):

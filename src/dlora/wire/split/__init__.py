@@ -1,1 +1,1 @@
-"""What cloud and device say to each other."""
+"""The frames that cloud and device send to each other."""

@@ -1,9 +1,8 @@
-"""Frames of the split conversation <-> bytes, everything checked before it is made; three ways to
-write a tensor.
+"""Writes frames between cloud and device as bytes and reads them, with limits; three wire dtypes.
 
-float32 and bfloat16 are written as they are. int8 is dynamic and per row, that is per token: a
-row's scale is its largest magnitude / 127, a value is the nearest whole number of scales, so it is
-off by half a scale at most.
+float32 and bfloat16 are written directly. int8 is quantised dynamically, row by row (a row is a
+token): a row's scale is its largest absolute value / 127, and each value is rounded to the nearest
+multiple of the scale. The error is at most half a scale.
 """
 
 from __future__ import annotations
@@ -29,11 +28,12 @@ from dlora.wire.split.frames import (
 )
 
 MAX_SIDE = 1 << 20  # rows of a tensor, its width, tokens of a padded part
-# numbers of one group: r 128 at three modules of 32,768 and their input of 32,768
+# numbers in the factors of one unit; enough for r 128, three modules of width 32,768 and an input
+# of width 32,768
 MAX_FACTORS = 1 << 24
-MAX_UNITS = 1 << 16  # groups of a model
+MAX_UNITS = 1 << 16  # units of a model
 MAX_TEXT_BYTES = 2000
-# of a frame without its tensor: the positions of MAX_SIDE tokens, masks and types take 7.3 MiB
+# limit for a frame without its tensor; positions, masks and types of MAX_SIDE tokens take 7.3 MiB
 MAX_HEAD_BYTES = 8 << 20
 
 _KINDS: dict[str, type[SplitFrame]] = {kind.__name__.lower(): kind for kind in SplitFrame.__args__}
@@ -45,16 +45,16 @@ _LIMITS = {
     "width": MAX_SIDE + 1,
 }
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-# protobuf: this field, bytes of a length that follows
+# protobuf's tag for the field payload, as bytes with their length before them (wire type 2)
 _PAYLOAD_TAG = bytes([split_pb2.Frame.PAYLOAD_FIELD_NUMBER << 3 | 2])
-_MAX_SCALE = torch.finfo(torch.float32).max / 128  # whatever an int8 makes of it is finite
+_MAX_SCALE = torch.finfo(torch.float32).max / 128  # so that scale x any int8 is finite
 
 
 def encode_split(frame: SplitFrame, wire: Wire) -> bytes:
-    """The bytes of a frame; a reason or text is cut to one line of ``MAX_TEXT_BYTES``.
+    """The bytes of a frame; ``reason`` and ``text`` are cut to one line of ``MAX_TEXT_BYTES``.
 
-    Raises FrameError where ``decode_split`` would, such as for a tensor with a value that is not
-    finite.
+    Raises FrameError when ``decode_split`` would refuse the frame, for example because a value of
+    its tensor is not finite.
     """
     head, tensor = _head(frame)
     if tensor is None:
@@ -65,8 +65,9 @@ def encode_split(frame: SplitFrame, wire: Wire) -> bytes:
 
 
 def split_num_bytes(frame: SplitFrame, wire: Wire) -> int:
-    """The length that ``encode_split`` gives; only the shape of a tensor is read, so it may lie on
-    the device ``meta``.
+    """The length in bytes that ``encode_split`` gives.
+
+    Only the tensor's shape is read, so the tensor may be on the torch device ``meta``.
     """
     head, tensor = _head(frame)
     if tensor is None:
@@ -76,10 +77,10 @@ def split_num_bytes(frame: SplitFrame, wire: Wire) -> int:
 
 
 def decode_split(data: bytes, wire: Wire) -> SplitFrame:
-    """The frame these bytes are, its tensor (rows, width) float32 on the CPU in memory of its own.
+    """The frame that these bytes encode; its tensor is (rows, width) float32 on the CPU.
 
-    Raises FrameError for anything else, before that memory is taken. Whoever receives limits the
-    length of ``data``.
+    The tensor has its own memory. Raises FrameError when the bytes encode no allowed frame; limits
+    are checked before memory for the tensor is allocated. The caller limits the length of ``data``.
     """
     head, payload = _cut(data)
     field, inner = parse(split_pb2.Frame, head)
@@ -104,15 +105,18 @@ def decode_split(data: bytes, wire: Wire) -> SplitFrame:
 
 
 def _dtype(kind: type[SplitFrame], wire: Wire) -> Wire:
-    """How a frame's tensor is written: factors are exact on every wire, for what is handed off is
-    what was trained.
+    """The dtype in which a frame's tensor is written.
+
+    Factors are always float32, so that the cloud uses exactly the factors that were trained.
     """
     return "float32" if kind is HandOff else wire
 
 
 def _cut(data: bytes) -> tuple[bytes, memoryview]:
-    """What protobuf reads, and the payload, which it would copy twice; they stand as
-    ``encode_split`` writes them.
+    """Cut a frame into the bytes for protobuf and the payload, as ``encode_split`` joined them.
+
+    protobuf does not see the payload, because it would copy it twice. Raises FrameError when the
+    lengths do not fit.
     """
     head_bytes, start = _length_at(data, 1)
     end = start + head_bytes
@@ -130,7 +134,7 @@ def _cut(data: bytes) -> tuple[bytes, memoryview]:
 
 
 def _length_at(data: bytes, place: int) -> tuple[int, int]:
-    """The length that protobuf wrote here, and where what it counts begins."""
+    """(the length that protobuf wrote at ``place``, the place where the counted bytes begin)."""
     number = 0
     for shift, byte in zip(range(0, 35, 7), data[place : place + 5], strict=False):
         number |= (byte & 0x7F) << shift
@@ -140,8 +144,9 @@ def _length_at(data: bytes, place: int) -> tuple[int, int]:
 
 
 def _head(frame: SplitFrame) -> tuple[split_pb2.Frame, Tensor | None]:
-    """The message without its payload, and the tensor that the payload is of; checked but for the
-    tensor's values.
+    """The protobuf message without its payload, and the tensor for the payload.
+
+    Everything is checked but the tensor's values. Raises FrameError.
     """
     kind, fields = type(frame).__name__, dict(vars(frame))
     for name in ("reason", "text"):
@@ -173,7 +178,7 @@ def _head(frame: SplitFrame) -> tuple[split_pb2.Frame, Tensor | None]:
 
 
 def _check(kind: str, fields: dict[str, Any]) -> None:
-    """Limits of every field by its name, then of those of ``Begin`` together."""
+    """Raise FrameError when a field is outside its limits, or fields of ``Begin`` do not fit."""
     for name, value in fields.items():
         if isinstance(value, bool) or value is None:
             continue
@@ -219,7 +224,7 @@ def _check(kind: str, fields: dict[str, Any]) -> None:
 
 
 def _check_tokens(fields: dict[str, Any]) -> None:
-    """One bit, type or position a token, where there are any."""
+    """Raise FrameError unless ``Begin`` has one bit, type and position per token, where given."""
     num_places = fields["rows"] * fields["columns"]
     if num_places > MAX_SIDE:
         raise FrameError(
@@ -263,8 +268,9 @@ def _payload_bytes(rows: int, width: int, wire: Wire) -> int:
 
 
 def _payload(tensor: Tensor, wire: Wire, kind: str) -> list[memoryview]:
-    """The tensor's bytes, one part after the other; converted where it lies, so that few bytes
-    leave a GPU.
+    """The tensor's bytes, as one or two pieces (int8: scales, then values).
+
+    The tensor is converted on its own device, so that fewer bytes are copied from a GPU.
     """
     if wire == "int8":
         rows = tensor.float()
@@ -302,24 +308,28 @@ def _tensor(payload: memoryview, rows: int, width: int, wire: Wire, kind: str) -
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """``aminmax`` hands NaN on and takes a tenth of the time of ``isfinite().all()``."""
+    """Whether all values are finite.
+
+    ``aminmax`` returns NaN if there is one, and takes a tenth of the time of ``isfinite().all()``.
+    """
     return all(math.isfinite(end.item()) for end in tensor.aminmax())
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """A view of a tensor's memory, copied to the CPU first if it lies elsewhere; (bytes,)."""
+    """A view of a tensor's memory as bytes; a tensor on another device is copied to the CPU."""
     return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _one_line(text: str) -> str:
-    """As much of a text as may be sent: a report of a failure must not be a failure itself."""
+    """The text on one line, cut to ``MAX_TEXT_BYTES``: a report of a failure must not fail."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return shown.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
 def _varint(number: int) -> bytes:
-    """A length as protobuf writes it: 7 bits a byte, lowest first, the high bit for more to
-    come.
+    """A length as protobuf writes it: 7 bits per byte, lowest bits first.
+
+    The high bit of a byte says that another byte follows.
     """
     groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([group | 0x80 for group in groups[:-1]] + groups[-1:])
@@ -329,8 +339,9 @@ MAX_FRAME_BYTES = 256 << 20  # 16,384 tokens of width 4096 in float32
 
 
 def split_kind(wire: Wire = "float32", max_bytes: int = MAX_FRAME_BYTES) -> FrameKind:
-    """What links between cloud and device carry; ``wire`` is how tensors travel, which both ends
-    agree on first.
+    """The kind of frames between cloud and device.
+
+    ``wire``: the dtype in which tensors are sent; both ends must agree on it before.
     """
     return FrameKind(
         "dlora.split.Cloud",

@@ -1,8 +1,7 @@
-"""What cloud and device say to each other, frame by frame; how a frame travels is the wire's
-business.
+"""The frames that cloud and device send to each other, and what each means; codec.py writes them.
 
-A *part* is a micro-batch: some rows of a batch, on their way through the body together. Rows of
-every tensor are the part's real tokens, row after row, without padding (N of them).
+A *part* is a micro-batch: some rows of a batch that go through the body together. Every tensor has
+one row for each real token of the part (N tokens), batch row after batch row, without padding.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-PROTOCOL = 2  # 2: `Begin.packed`
+PROTOCOL = 2  # version 2 added `Begin.packed`
 
-# int8: per token, with a float32 scale each
+# int8: each token has its own float32 scale
 Wire: TypeAlias = Literal["float32", "bfloat16", "int8"]
 What: TypeAlias = Literal[
     "input", "update", "hidden", "hidden-gradient", "update-gradient", "input-gradient"
@@ -22,89 +21,96 @@ What: TypeAlias = Literal[
 Why: TypeAlias = Literal["memory", "tokens", "expired", "broken"]
 WIRES, WHATS, WHYS = get_args(Wire), get_args(What), get_args(Why)
 
-ACTIVE, LEFT_OUT, FIRST_VERSION = 0, 1, 2  # what `Begin.units` says of a group
+ACTIVE, LEFT_OUT, FIRST_VERSION = 0, 1, 2  # the values in `Begin.units`
 
 
 @dataclass(frozen=True)
 class Open:
-    """Device: the first frame on each link; what both halves must agree on."""
+    """From the device: the first frame on each link. Both halves must agree on its manifest."""
 
     manifest: str  # canonical JSON
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Cloud: agreed. What it takes of one device."""
+    """From the cloud: it accepts the device, within these limits."""
 
-    max_tokens: int  # of all parts that are in the cloud at once
-    max_parts: int
+    max_tokens: int  # tokens of all parts of the device that are in the cloud at once
+    max_parts: int  # parts of the device that are in the cloud at once
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Cloud: not agreed, or no room for one more device; the link ends."""
+    """From the cloud: the manifests differ, or there is no room for one more device.
+
+    The link ends.
+    """
 
     reason: str  # one line: the key, both values, what to do
-    later: bool = False  # it may be otherwise in a while
+    later: bool = False  # whether a later attempt may be accepted
 
 
 @dataclass(frozen=True, eq=False)
 class Begin:
-    """Device: send this part through the body.
+    """From the device: run the forward pass of the body on this part.
 
     Its attributes are the fields of the frame.
     """
 
-    call: int  # of the forward that it belongs to; a number is used once a session
+    call: int  # number of the forward pass that it belongs to; each is used once in a session
     part: int
     rows: int
-    columns: int  # tokens of a padded row
-    mask: bytes  # attention mask, (rows x columns) bits, first bit highest, as numpy.packbits
-    # which of the N tokens' final hidden states the head reads, N bits; empty: the pooled output
+    columns: int  # tokens in a padded row
+    # attention mask, (rows x columns) bits, highest bit first, as numpy.packbits writes it
+    mask: bytes
+    # N bits: the tokens whose final hidden states the head reads; empty: it reads the pooled output
     needed: bytes
-    keep: bool  # a backward will follow
-    seed: int | None  # of the body's own dropout; None: no dropout
-    token_types: bytes  # one a token, or empty
-    positions: tuple[int, ...]  # one a token, or empty: the body counts
-    # one a group: ACTIVE, LEFT_OUT, or the version that was handed off; empty: all are active
+    keep: bool  # whether a backward pass will follow
+    seed: int | None  # seed of the body's own dropout; None: no dropout
+    token_types: bytes  # one for each token, or empty
+    positions: tuple[int, ...]  # one for each token; empty: the body numbers the tokens
+    # for each unit: ACTIVE, LEFT_OUT, or the version that was handed off; empty: all are active
     units: tuple[int, ...]
     embedded: Tensor  # (N, hidden width)
-    # no attention mask was given: where positions begin again within a row, another text begins
+    # whether rows hold several texts; no attention mask was given, and a text begins where the
+    # positions in a row begin again
     packed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """Either: numbers at one place of a part's way.
+    """From either side: one tensor of a part's forward or backward pass.
 
-    down: ``input`` of a group of modules; ``hidden``, the body's output; ``update-gradient``, of
-    the loss by an update. up: ``update`` of a group's modules, side by side; ``hidden-gradient``;
-    ``input-gradient``, what the update adds to it.
+    The cloud sends ``input`` (the input of a unit's modules), ``hidden`` (the body's output) and
+    ``update-gradient`` (the gradient of the loss with respect to an update). The device sends
+    ``update`` (the updates of a unit's modules, side by side), ``hidden-gradient``, and
+    ``input-gradient`` (the part of the input's gradient that comes through the update).
     """
 
     what: What
     call: int
     part: int
-    group: int  # 0 where there is none
+    group: int  # the number of the unit; 0 if the tensor belongs to no unit
     tensor: Tensor  # (tokens, width), float32 on both ends
-    reply: bool = False  # update-gradient: an input-gradient is waited for
+    reply: bool = False  # update-gradient: the cloud waits for an input-gradient
 
 
 @dataclass(frozen=True, eq=False)
 class HandOff:
-    """Device: the factors of a killed group, for parts begun later; they take the place of an
-    earlier version.
+    """From the device: the factors of a killed unit, for parts that begin later.
+
+    They replace an earlier version.
     """
 
-    group: int
-    version: int  # from 2 on
-    # (1, numbers) float32 on every wire: the factors of each module, one after the other
+    group: int  # the number of the unit
+    version: int  # at least FIRST_VERSION
+    # (1, numbers), float32 for every wire dtype: the factors of each module, one after the other
     tensor: Tensor
 
 
 @dataclass(frozen=True)
 class Done:
-    """Cloud: the backward of a part is through; nothing of it is left here."""
+    """From the cloud: the backward pass of a part is finished; the cloud keeps nothing of it."""
 
     call: int
     part: int
@@ -112,7 +118,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Cloud: a part could not go on; nothing of it is left here."""
+    """From the cloud: a part failed, and the cloud keeps nothing of it."""
 
     call: int
     part: int
@@ -122,7 +128,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Drop:
-    """Device: forget all parts of a call."""
+    """From the device: forget all parts of a call."""
 
     call: int
 
