@@ -99,8 +99,8 @@ class Exchange:
         """Wait for a neighbour's message that is not for this round's mix; None if it does not
         come.
 
-        The neighbour has a round's message already, or will never have it. So the wait for one ends
-        when its bytes stop coming or another round is offered.
+        A neighbour either has the message of a round already or will never have it. The wait for
+        such a message ends when its bytes stop coming or when the neighbour offers another round.
         """
         clock, other = asyncio.get_running_loop(), self.neighbours[neighbour]
         began_at, of_round = clock.time(), round_of(message) is not None

@@ -55,7 +55,9 @@ class Neighbour:
         self.promised.clear()
 
     def say(self, frame: Frame) -> None:
-        """Queue a frame. Without a link it is lost; what matters is said again on the next link."""
+        """Queue a frame. Without a link the frame is lost; important frames are sent again on the
+        next link.
+        """
         # a neighbour that asks again and again must not fill the memory
         if self.link is not None and frame not in self.queue:
             self.queue.append(frame)

@@ -135,8 +135,8 @@ class CloudPart:
     def gather(self, padded: Tensor) -> Tensor:
         """Take the real tokens out of ``padded``: (..., width) -> (N, width).
 
-        A tensor that already has N rows stays as it is. So does a tensor with one row for each row
-        of the part, as the input of a pooler has.
+        Two kinds of tensors stay as they are: a tensor that already has N rows, and a tensor with
+        one row for each row of the part (the input of a pooler).
         """
         flat = padded.reshape(-1, padded.shape[-1])
         return (

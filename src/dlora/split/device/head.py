@@ -15,8 +15,8 @@ from dlora.split.device.body import Reads, hidden_width
 def head_reads(network: Any, stubs: Sequence[Any]) -> Reads:
     """Which hidden states the head reads.
 
-    One text of three tokens and a pad goes through the head, again with each hidden state changed.
-    A changed logit shows that the head reads that state.
+    The head computes the logits of one text of three tokens and a pad, and again with each hidden
+    state changed. A changed logit shows that the head reads that state.
     """
     config, remote = network.config, [stub.forward for stub in stubs]
     pad = config.pad_token_id if config.pad_token_id is not None else 0
