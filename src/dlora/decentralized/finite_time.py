@@ -84,8 +84,8 @@ def _simple_base(n: int, k: int) -> list[Matrix]:
     power of k+1 peers. Each part takes its own mean.
 
     2. Go through the parts, largest first. Every peer of the later parts meets one peer of each
-    block of this part. The weights make each block's mean the mean of all peers; the later parts
-    keep the mean of all peers too.
+    block of this part. With these weights, the mean of each block becomes the mean of all peers,
+    and the mean of the later parts becomes it too.
 
     3. Each block then takes its mean, while the later parts still do step 2.
     """

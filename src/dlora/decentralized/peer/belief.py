@@ -29,13 +29,13 @@ class Belief:
     """What one peer has seen of its own training and of each edge; all of it survives a resume.
 
     A peer's way is the sum over rounds of the norm by which its local steps moved its factors. All
-    peers start from the same factors and mixing only averages, so two honest peers are at most as
-    far apart as the sum of the longer of their ways and the other's: |theirs - own| <= way_i +
-    way_j. This peer knows only its own way. A neighbour's way may be 99 times as long (another
-    learning rate, more rows in a local epoch): the bound is `FAR` times this peer's reach. After a
-    first message over an edge, a message is also refused if it is `NEAR` times farther than both
-    this peer's reach and the largest distance over that edge so far. What a liar sends does not
-    change the way, nor the bound of `FAR`.
+    peers start from the same factors and mixing only averages, so two honest peers are never
+    further apart than the sum of their ways: |theirs - own| <= way_i + way_j. This peer knows only
+    its own way. A neighbour's way may be 99 times as long (another learning rate, more rows in a
+    local epoch): the bound is `FAR` times this peer's reach. After the first accepted message over
+    an edge, a message is also refused if it is `NEAR` times further away than this peer's reach and
+    than every earlier message over that edge. What a liar sends does not change the way, nor the
+    bound of `FAR`.
 
     ``step``: the way of one round of AdamW at the full learning rate, if each number moves by that
     rate in each step: sqrt(numbers) x rate x steps. It serves peers that have not trained yet, or
@@ -63,8 +63,9 @@ class Belief:
         )
 
     def walked(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        """Add one round's local steps, which changed the factors from ``before`` to ``after``, (1,
-        ...) each.
+        """Add the way of one round's local steps.
+
+        The steps changed the factors, (1, ...) each, from ``before`` to ``after``.
         """
         way = distance(before, after)
         if math.isfinite(way):
