@@ -1,4 +1,4 @@
-"""The arms of a comparison: who talks to whom, whose data lie together, which score counts."""
+"""The arms of a comparison: who exchanges factors, whose data are pooled, which score counts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Arm:
     name: str  # in config, log, summary and checkpoints
     title: str  # as people read it
     meaning: str = ""  # a sentence of the page, after the title
-    result: str = ""  # a part of the page's first sentence; {} is the figure that counts
-    against: str = ""  # what the main arm's difference from this one is called
+    result: str = ""  # a part of the page's first sentence; {} is replaced by the arm's score
+    against: str = ""  # the name of the main arm's difference from this arm
     talks: Literal["as configured", "with all", "with nobody"] = "with nobody"
     pooled: bool = False  # all data belong to one participant
-    # the average's score, or the mean of the peers' own
+    # which score counts: that of the average adapter, or the mean of the peers' own scores
     counts: Literal["consensus", "peers_mean"] = "consensus"
-    # plain LoRA: neither a schedule nor the configured rule, and its adapters are not written
+    # a baseline is plain LoRA: it has no schedule and no configured rule, and writes no adapters
     baseline: bool = True
 
 
@@ -76,5 +76,5 @@ ARMS = {arm.name: arm for arm in (DEC_LORA, DLORA, POOLED, LOCAL, FEDAVG)}
 
 
 def arm_of(name: str) -> Arm:
-    """The arm of that name; one that only another version knows is shown as what its log says."""
+    """The arm of that name. A name that only another version of dlora knows is its own title."""
     return ARMS.get(name) or Arm(name=name, title=name, result=f"{name} {{}}")

@@ -1,4 +1,4 @@
-"""What the owner of a cloud decides, in the manner of `run.py`."""
+"""The config of a cloud, which its owner writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlora.config.run import Quantization
 
 
 class LimitsSection(Section):
-    """What the cloud gives at most, so that no device takes it from the others."""
+    """Limits of the cloud, so that no device can use it up for the others."""
 
     max_devices: int = Field(64, ge=1, description="linked at once; the next one is refused")
     max_tokens: int = Field(16384, ge=1, description="of one device, in the cloud at once")
@@ -22,8 +22,8 @@ class LimitsSection(Section):
         None,
         ge=1,
         description=(
-            "for what all devices have on their way; null: 60 % of what is free once the model is"
-            " loaded"
+            "memory for the parts of all devices; null: 60 % of the memory that is free after the"
+            " model is loaded"
         ),
     )
     idle_s: float = Field(
@@ -32,21 +32,20 @@ class LimitsSection(Section):
 
 
 class CoreSection(Section):
-    """What the cloud holds for devices of placement core."""
+    """The core directions that the cloud holds for devices with placement core."""
 
-    r: int = Field(ge=1, description="rank of the frame; that of the devices' lora.r")
+    r: int = Field(ge=1, description="rank of the directions; equal to the devices' lora.r")
     frame: Text = Field(
         min_length=1,
         description=(
-            "its file; read, or written if it is not there; devices need a copy (lora.frame)"
+            "the file of the directions; it is written if it does not exist; devices need a copy"
+            " (lora.frame)"
         ),
     )
 
 
 class CloudConfig(Document):
-    """One cloud: the frozen model and what it gives. `CloudConfig.load` reads it from YAML; only
-    `model` must be given.
-    """
+    """One cloud. `CloudConfig.load` reads it from YAML. Only `model` must be given."""
 
     model: Text = Field(
         description="a hub name, a folder, or pkg://package/folder inside an installed package"
@@ -70,7 +69,7 @@ class CloudConfig(Document):
         None, description="HOST:PORT; null: all interfaces at the port of this member's address"
     )
     metrics: Text | None = Field(
-        None, description="HOST:PORT where Prometheus reads, such as 127.0.0.1:9100; null: nowhere"
+        None, description="HOST:PORT for Prometheus, for example 127.0.0.1:9100; null: no metrics"
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""A config with every key, its default and its meaning, that loads as it is printed."""
+"""Prints a config with every key, its default and its meaning; the printed text can be loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.reading import Section, section_of
 from dlora.config.run import Config
 
-# What has no default, or none that shows what may stand there.
+# Values for keys that have no default, or whose default does not show what a value looks like.
 _GIVEN: dict[str, Any] = {
     "model": "path/to/model",
     "train": "train.jsonl",
@@ -25,7 +25,7 @@ _GIVEN: dict[str, Any] = {
 
 
 def example(document: type[Config | CloudConfig]) -> str:
-    """The commented YAML of a run or a cloud; blocks that are null by default stand behind #."""
+    """The YAML of a run or a cloud, with comments. Blocks that are null by default are comments."""
     run = document is Config
     head = "a run (dlora simulate, peer, device)" if run else "a cloud (dlora cloud)"
     lines = [f"# Every key of {head} with its default; what has one can be left out."]
@@ -60,7 +60,7 @@ def _comment(meaning: str | None, indent: str) -> list[str]:
 
 
 def _value(key: str, field: FieldInfo) -> str:
-    """The default as YAML: JSON is YAML, but for words that need no quotes."""
+    """The default as YAML. It is written as JSON, but a text is written without quotes."""
     default = _GIVEN.get(key) if field.default is PydanticUndefined else field.default
     if isinstance(default, str):
         return default

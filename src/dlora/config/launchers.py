@@ -1,4 +1,4 @@
-"""Whether a launcher started this process as one of several, which would all write one folder."""
+"""Refuses a process that a launcher started as one of several, since all would write one folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dlora.errors import ConfigError
 
 
 def refuse_ranks(environment: Mapping[str, str]) -> None:
-    """Raise ConfigError where torchrun, mpirun or srun started several processes of one simulation.
+    """Raise ConfigError if torchrun, mpirun or srun started several processes of one simulation.
 
-    A batch script of Slurm that has several tasks but starts dlora itself, once, is no such case.
+    A Slurm batch script with several tasks that starts dlora only once is allowed.
     """
     for launcher, rank, size in (
         ("torchrun", "RANK", "WORLD_SIZE"),

@@ -1,24 +1,26 @@
-"""What may name a participant: it names a folder on every disk, and a file beside others."""
+"""Which names a participant may have: each is also the name of a folder and of files."""
 
 from __future__ import annotations
 
 import re
 
-# file systems take 255 bytes a name; files of a ledger add to it
+# File systems allow 255 bytes in a name; a ledger's file names are longer than the peer's name.
 _MAX_CHARACTERS, _MAX_BYTES = 80, 200
 
 
 def safe_name(value: str) -> str:
-    """`value` as the name of a folder: letters, digits, dot, dash, underscore, 80 of them at most;
-    "" if none is left.
+    """`value` as the name of a folder: at most 80 letters, digits, dots, dashes and underscores.
+
+    The result is "" if nothing is left.
     """
     name = re.sub(r"[^\w.-]+", "-", value).strip("-.")[:_MAX_CHARACTERS]
     return name.encode(errors="ignore")[:_MAX_BYTES].decode(errors="ignore").rstrip("-.")
 
 
 def why_unsafe(names: list[str] | tuple[str, ...]) -> str | None:
-    """What is wrong with the first of `names` that cannot name a folder beside the others; None
-    where all can.
+    """Why the first unusable one of `names` cannot be the name of a folder; None if all can.
+
+    Two names that differ only in upper and lower case are refused too.
     """
     seen: dict[str, str] = {}
     for name in names:
@@ -28,7 +30,7 @@ def why_unsafe(names: list[str] | tuple[str, ...]) -> str | None:
                 " or digits at the ends"
             )
             return f"{_shown(name)} cannot name a folder; use {allowed}"
-        # some disks do not tell upper from lower case
+        # some file systems do not distinguish upper and lower case
         if (other := seen.setdefault(name.casefold(), name)) != name:
             return f"{_shown(name)} and {_shown(other)} are the same as folder names; rename one"
     return None

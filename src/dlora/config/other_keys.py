@@ -1,9 +1,9 @@
-"""What keys of other tools are called here, and which have no counterpart."""
+"""Keys of other tools: their names in dlora's config, and which have no counterpart."""
 
 from __future__ import annotations
 
-# A key as TRL, PEFT, transformers or Axolotl know it -> what to write instead. Keys of this config
-# stand in backticks.
+# A key of TRL, PEFT, transformers or Axolotl -> what to write instead. Keys of dlora's config are
+# in backticks.
 ADVICE = {
     "max_steps": "a run has `train.rounds` times `train.local_steps` steps; set these",
     "num_train_epochs": (
@@ -72,7 +72,8 @@ ADVICE = {
     "trust_remote_code": "code of a model folder is never run; remove it",
 }
 
-# Keys that only one of the two kinds of config has, for people who give a program the other kind.
+# Keys that only one of the two kinds of config has. They help to say that a program got the config
+# of the other kind.
 OF_A_RUN = frozenset(
     {
         "task",

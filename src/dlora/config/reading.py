@@ -1,6 +1,4 @@
-"""How a config is read: YAML, overrides, ${NAME}, and every mistake in it as one line in the user's
-spelling.
-"""
+"""Reads a config: YAML, overrides and ${NAME}; reports each mistake in one line."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from dlora.config.yaml_file import MAX_CHARACTERS, ConfigLoader, read_yaml
 from dlora.errors import ConfigError
 
 _MAX_SHOWN = 80  # characters of a value in a message
-_MAX_LINES = 20  # mistakes that are named at once
+_MAX_LINES = 20  # mistakes in one message
 
 
 def _as_written(value: Any) -> Any:
@@ -30,12 +28,12 @@ def _as_written(value: Any) -> Any:
     return value
 
 
-# a name or a label, which may be a whole number
+# a name or a label; a whole number in the YAML becomes text
 Text = Annotated[str, BeforeValidator(_as_written)]
 
 
 class Section(BaseModel):
-    """One block of the YAML: immutable, and every key in it is a known one."""
+    """One block of the YAML. It is immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
@@ -46,14 +44,14 @@ S = TypeVar("S", bound=Section)
 
 
 class Document(Section):
-    """The outermost block: what one file holds."""
+    """The outermost block: the content of one config file."""
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Self:
-        """Read a YAML file, apply ``key.sub=value`` overrides, fill in ``${NAME}`` from the
-        environment.
+        """Read a YAML file, apply overrides ``key.sub=value``, and replace ``${NAME}``.
 
-        Raises ConfigError naming the key, what came and what was expected.
+        The values for ``${NAME}`` come from the environment. Raises ConfigError, which names the
+        key, the value and what was expected.
         """
         try:
             with Path(path).open(encoding="utf-8-sig") as file:
@@ -84,8 +82,9 @@ class Document(Section):
 
     @classmethod
     def given(cls, config: Self | str | Path) -> Self:
-        """A config as it is, or the one in a YAML of that path. Raises ConfigError for anything
-        else.
+        """Return a config unchanged, or load it when a path is given.
+
+        Raises ConfigError when it is neither a config nor a path, or when the file is wrong.
         """
         if isinstance(config, str | Path):
             return cls.load(config)
@@ -102,7 +101,7 @@ class Document(Section):
         return parse_section(cls, _substitute(tree))
 
     def dump(self) -> str:
-        """The resolved YAML: every default written out."""
+        """The config as YAML, with every default."""
         return yaml.safe_dump(
             self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120
         )
@@ -151,7 +150,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _substitute(value: Any, key: str = "") -> Any:
-    """Replace every ``${NAME}`` by the environment's value; an unset one is an error."""
+    """Replace every ``${NAME}`` by its value in the environment.
+
+    Raises ConfigError when a name is not set there.
+    """
     if isinstance(value, dict):
         return {
             name: _substitute(inner, f"{key}.{name}".strip(".")) for name, inner in value.items()
@@ -173,7 +175,7 @@ def _substitute(value: Any, key: str = "") -> Any:
 
 
 def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
-    """One pydantic mistake as one line in the user's spelling."""
+    """One mistake that pydantic found, as one line with the key as the user writes it."""
     path = [str(part) for part in mistake["loc"]]
     key = ".".join(path)
     section: Any = root
@@ -183,7 +185,8 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
     form = next(
         (at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None
     )
-    # a key with several forms: pydantic names the form, and each of them complains
+    # For a key with several forms pydantic reports a mistake for each form. One line for the key is
+    # enough.
     if form is not None:
         for part in mistake["loc"][:form]:
             tree = tree[part]
@@ -222,7 +225,7 @@ def _of_another_kind(root: type[Section]) -> frozenset[str]:
 
 
 def _advice(key: str, section: type[Section], root: type[Section]) -> str:
-    """What to write instead of an unknown key."""
+    """A text that says what to write instead of an unknown key."""
     known = list(section.model_fields)
     elsewhere = [path for path in paths_of(root) if path.split(".")[-1] == key]
     if key in ADVICE and "limits" not in root.model_fields:  # a cloud has few of these keys
@@ -234,7 +237,7 @@ def _advice(key: str, section: type[Section], root: type[Section]) -> str:
 
 
 def paths_of(section: type[Section], above: str = "") -> list[str]:
-    """Every key of a document by its whole path, such as train.rounds."""
+    """Every key of a document by its full path, for example train.rounds."""
     paths = []
     for key in section.model_fields:
         paths.append(above + key)
@@ -244,13 +247,13 @@ def paths_of(section: type[Section], above: str = "") -> list[str]:
 
 
 def _short(value: str | Path) -> str:
-    """A value that a message can hold."""
+    """A value as text, cut to a length that fits into a message."""
     text = str(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text):,} characters)"
 
 
 def section_of(section: Any, key: str) -> type[Section] | None:
-    """The block of keys that a key of ``section`` holds; None where it holds a value."""
+    """The class of the block that a key of ``section`` holds; None if the key holds a value."""
     field = section.model_fields.get(key) if section else None
     candidates = (field.annotation, *get_args(field.annotation)) if field else ()
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -1,4 +1,4 @@
-"""A run as the user writes it: its participants, its schedule, its cloud, and all keys together."""
+"""The config of a run: participants, schedule and cloud, and the document that joins all keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Quantization = Literal["none", "int8", "nf4"]
 
 
 class TopologySection(Section):
-    """Who talks to whom."""
+    """Which peers are neighbours."""
 
     kind: Literal[
         "ring", "complete", "erdos-renyi", "exponential", "hypercube", "base-k", "edges"
@@ -24,9 +24,10 @@ class TopologySection(Section):
     seed: int | None = Field(
         None,
         ge=0,
-        description="erdos-renyi: the first connected graph from this seed on (default 0)",
+        description="erdos-renyi: seeds from this one on are tried until the graph is connected"
+        " (default 0)",
     )
-    k: int | None = Field(None, ge=1, description="base-k: neighbours a round, at most (default 1)")
+    k: int | None = Field(None, ge=1, description="base-k: most neighbours in a round (default 1)")
     edges: tuple[tuple[Text | int, Text | int], ...] | None = Field(
         None, description="edges: pairs of peers, by name or index"
     )
@@ -47,34 +48,35 @@ class TopologySection(Section):
 
 
 class PeersSection(Section):
-    """The participants and how they agree."""
+    """The participants, and how they mix their factors."""
 
     count: int | None = Field(
         None,
         ge=1,
         description=(
-            "how many; iid and dirichlet need it; null: as many as shares, sizes, files or column"
-            " values"
+            "number of peers; iid and dirichlet need it; null: the number of shares, sizes, files"
+            " or column values"
         ),
     )
     topology: TopologySection = TopologySection()
     weights: Literal["metropolis", "laplacian"] | None = Field(
         None,
         description=(
-            "null: metropolis, or what the topology fixes; laplacian: the paper's I - 2L/(3"
-            " lambda_max)"
+            "mixing weights; null: metropolis, or the weights that the topology fixes; laplacian:"
+            " the paper's I - 2L/(3 lambda_max)"
         ),
     )
     rule: Literal["factor", "ffa", "alternate"] = Field(
         "factor",
         description=(
-            "factor: the paper; ffa: A frozen; alternate: one factor trains, both are mixed"
+            "factor: A and B train and are mixed, as in the paper; ffa: A is frozen; alternate: one"
+            " factor trains, both are mixed"
         ),
     )
     period: int = Field(
         5, ge=1, description="rule alternate: rounds after which the other factor trains"
     )
-    wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of what is sent")
+    wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of sent factors")
     members: tuple[Text, ...] | None = Field(
         None, description="names instead of a count: who takes part (`dlora peer`)"
     )
@@ -93,8 +95,8 @@ class PeersSection(Section):
         None,
         ge=1,
         description=(
-            "participants in one forward; null: as many as fit; one where the model would mix their"
-            " rows"
+            "participants in one forward pass; null: as many as fit into memory, but 1 if the model"
+            " would mix their rows"
         ),
     )
 
@@ -115,7 +117,7 @@ class PeersSection(Section):
 
 
 class SplitSection(Section):
-    """The frozen model elsewhere: data, labels, factors and head stay here."""
+    """The cloud that runs the frozen model. Data, labels, factors and head stay on the device."""
 
     cloud: Text = Field(
         min_length=1,
@@ -124,7 +126,7 @@ class SplitSection(Section):
     wire: Literal["float32", "bfloat16", "int8"] = Field(
         "bfloat16",
         description=(
-            "dtype of hidden states and updates on their way; int8: dynamic, a scale for each token"
+            "dtype of sent hidden states, updates and gradients; int8: each token has its own scale"
         ),
     )
     pipeline: int = Field(
@@ -143,8 +145,8 @@ class SplitSection(Section):
 
 
 class ScheduleSection(Section):
-    """Which units train now. A unit is a group of modules that share one input: query, key and
-    value; gate and up; ...
+    """Which units train now. A unit is a group of modules that read the same input, for example
+    query, key and value.
 
     A key that a kind does not use has no effect, so that one file serves all kinds: `--set
     schedule.kind=all`. Only `units` is refused.
@@ -153,7 +155,8 @@ class ScheduleSection(Section):
     kind: Literal["all", "static", "random", "probe", "kr"] = Field(
         "all",
         description=(
-            "kr: Kill and Revive; static: the units named; random: drawn anew; probe: chosen once"
+            "which units train; all: every unit; kr: Kill and Revive; static: those in `units`;"
+            " random: drawn anew each `period`; probe: chosen once, after `warmup_steps`"
         ),
     )
     active_fraction: float = Field(
@@ -184,8 +187,8 @@ class ScheduleSection(Section):
         80,
         ge=1,
         description=(
-            "local steps; kr: of the first rotation, which tries every unit; probe: with all units"
-            " active"
+            "kr: local steps of the first rotation, which tries every unit; probe: local steps with"
+            " all units active"
         ),
     )
     rewarm_steps: int = Field(
@@ -211,9 +214,7 @@ class ScheduleSection(Section):
 
 
 class Config(Document):
-    """One run. `Config.load` reads it from YAML; every field has a default that works but `model`'s
-    and `data`'s.
-    """
+    """One run. `Config.load` reads it from YAML. Only `model` and `data` must be given."""
 
     model: Text = Field(
         description="a hub name, a folder, or pkg://package/folder inside an installed package"
@@ -225,15 +226,15 @@ class Config(Document):
     pooling: Literal["mean"] | None = Field(
         None,
         description=(
-            "classification: null is the model's own head; mean: mean over tokens and one linear"
-            " (sentence encoders)"
+            "classification; null: the model's own head; mean: one linear on the mean over tokens"
+            " (for sentence encoders)"
         ),
     )
     quantization: Quantization = Field(
-        "none", description="of the frozen base only; needs dlora[4bit]"
+        "none", description="of the frozen weights only; needs dlora[4bit]"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: autocast; what trains stays float32"
+        "float32", description="bfloat16: autocast; factors and head stay float32"
     )
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     lora: LoraSection = LoraSection()
@@ -242,19 +243,19 @@ class Config(Document):
     peers: PeersSection = PeersSection()
     schedule: ScheduleSection = ScheduleSection()
     split: SplitSection | None = Field(
-        None, description="the frozen model runs in this member's cloud; null: here"
+        None, description="the cloud that runs the frozen model; null: it runs here"
     )
     eval_every: int = Field(
-        5, ge=0, description="rounds between scores of the average; 0: at the end only"
+        5, ge=0, description="rounds between scores of the average adapter; 0: only at the end"
     )
     eval_peers_every: int = Field(
-        0, ge=0, description="rounds between scores of each peer's own; 0: at the end only"
+        0, ge=0, description="rounds between scores of each peer's own adapter; 0: only at the end"
     )
     eval_peers: Literal["all", "none"] | Annotated[int, Field(ge=1)] = Field(
         "all",
         description=(
-            "whose own scores: all, none, or of so many, drawn by the seed (their mean with its"
-            " standard error)"
+            "peers whose own adapters are scored: all, none, or a number of peers, drawn by the"
+            " seed (then the mean has a standard error)"
         ),
     )
     per_device_eval_batch_size: int = Field(
@@ -265,10 +266,13 @@ class Config(Document):
     )
     compare: tuple[Baseline, ...] = Field((), description="baselines on the same data and seed")
     seed: int = Field(
-        0, ge=0, lt=2**63, description="of initial factors, order of rows, dropout and partition"
+        0,
+        ge=0,
+        lt=2**63,
+        description="seed of initial factors, order of rows, dropout and partition",
     )
     output_dir: Text = Field(
-        "runs/run", description="the folder of the run; it must not hold another"
+        "runs/run", description="the folder of the run; it must not hold another run"
     )
 
     @model_validator(mode="after")

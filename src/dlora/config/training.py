@@ -1,4 +1,4 @@
-"""The blocks lora, data and train: what one participant trains, and on what."""
+"""The config blocks lora, data and train: what one participant trains, and on which rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dlora.config.names import why_unsafe
 from dlora.config.reading import Section, Text
 
-_NOT_YET = {  # PEFT's keys that people will write -> what is so, and what to do instead
+_NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to do instead
     "use_dora": "dlora does not do DoRA yet; leave it out",
     "use_rslora": (
         "dlora does not do rsLoRA yet; the same scaling is lora_alpha x sqrt(r), written as"
@@ -50,8 +50,8 @@ class LoraSection(Section):
         ge=0,
         lt=1,
         description=(
-            "`simulate` draws one mask for all; with peers.group_size 1 one for each, as real"
-            " peers do"
+            "`simulate` draws one mask for all peers; with peers.group_size 1 it draws one for each"
+            " peer, as real peers do"
         ),
     )
     target_modules: Literal["all-linear"] | tuple[Text, ...] | Text = Field(
@@ -66,15 +66,15 @@ class LoraSection(Section):
     placement: Literal["literal", "core"] = Field(
         "literal",
         description=(
-            "literal: A and B train; core: both are the weight's own top directions, an r x r core"
-            " trains"
+            "literal: A and B train; core: A and B are frozen at the top singular directions of the"
+            " weight, and an r x r core between them trains"
         ),
     )
     frame: Text | None = Field(
         None,
         min_length=1,
         description=(
-            "core: the file of these directions; read, or written if it is not there; null:"
+            "core: the file of the directions; it is written if it does not exist; null: they are"
             " computed from the model"
         ),
     )
@@ -95,31 +95,33 @@ class LoraSection(Section):
 
 
 class PartitionSection(Section):
-    """Whose rows are whose."""
+    """How the training rows are divided between the peers."""
 
     kind: Literal["iid", "dirichlet", "label-shares", "by-column", "files"] = Field(
         "iid",
         description=(
-            "how rows become the peers'; files: each peer has its own, data.train is {peer: file}"
+            "how rows are divided; files: each peer has its own file, and data.train is"
+            " {peer: file}"
         ),
     )
     concentration: float | None = Field(
-        None, gt=0, description="dirichlet: small is skewed (0.1), large is iid"
+        None, gt=0, description="dirichlet: a small value (0.1) is skewed, a large value is iid"
     )
     min_rows: int = Field(
-        1, ge=1, description="dirichlet: redraw until every peer has this many rows"
+        1, ge=1, description="dirichlet: rows are drawn again until every peer has at least so many"
     )
     shares: tuple[tuple[float, ...], ...] | None = Field(
         None,
         description=(
-            "label-shares: one row a peer, one column a label: the make-up of that peer's data"
+            "label-shares: one row for each peer, one column for each label: the shares of the"
+            " labels in that peer's data"
         ),
     )
     column: Text | None = Field(
-        None, description="by-column: the column whose values name the clients"
+        None, description="by-column: the column whose values say to which peer a row belongs"
     )
     sizes: tuple[float, ...] | None = Field(
-        None, description="iid, label-shares: relative number of rows a peer"
+        None, description="iid, label-shares: relative number of rows for each peer"
     )
 
     @model_validator(mode="after")
@@ -144,13 +146,13 @@ class PartitionSection(Section):
 
 
 class DataSection(Section):
-    """The text, its columns and how it is divided."""
+    """The training and evaluation data, their columns, and how rows are divided."""
 
     train: Text | dict[Text, Text] = Field(
         description="jsonl, json, csv, tsv, parquet (also .gz), a hub name, or {peer: file}"
     )
     eval: Text | dict[Text, Text] = Field(
-        description="what every score is measured on; same forms as train"
+        description="the rows on which every score is measured; the same forms as train"
     )
     columns: tuple[Text, ...] | None = Field(
         None, description="names of the columns of a csv or tsv without a header"
@@ -160,7 +162,7 @@ class DataSection(Section):
     )
     label: Text = Field("label", description="classification: the column of the label")
     labels: tuple[Text, ...] | None = Field(
-        None, description="names in order; null: those of the training data, sorted"
+        None, description="the labels in order; null: the labels of the training data, sorted"
     )
     no_label: tuple[Text, ...] | None = Field(
         None,
@@ -172,8 +174,8 @@ class DataSection(Section):
     fold_system: bool = Field(
         False,
         description=(
-            "chats: write the turn of the system into the first of the user, for templates without"
-            " that role"
+            "chats: write the system's turn into the user's first turn, for templates without the"
+            " role system"
         ),
     )
     max_length: int = Field(128, ge=2, description="tokens; longer examples are cut")
@@ -201,30 +203,34 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """Local training between two exchanges; names and meaning are those of transformers'
+    """Local training between two exchanges. Keys have the names of transformers'
     TrainingArguments.
     """
 
     rounds: int = Field(20, ge=1, description="exchanges with the neighbours")
     local_steps: int | None = Field(
-        None, ge=1, description="optimiser steps a peer between two exchanges (default 5)"
+        None, ge=1, description="optimiser steps of each peer between two exchanges (default 5)"
     )
     local_epochs: float | None = Field(
         None, gt=0, description="instead of local_steps: passes over the peer's own rows"
     )
-    per_device_train_batch_size: int = Field(8, ge=1, description="examples a peer and micro-batch")
+    per_device_train_batch_size: int = Field(
+        8, ge=1, description="examples of each peer in one micro-batch"
+    )
     gradient_accumulation_steps: int = Field(
         1, ge=1, description="micro-batches in one optimiser step"
     )
-    learning_rate: float = Field(1e-3, gt=0, description="the highest of the run")
+    learning_rate: float = Field(1e-3, gt=0, description="the highest learning rate of the run")
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw, or sgd without momentum"
     )
     optimizer_state: Literal["keep", "reset"] = Field(
         "keep", description="AdamW's moments after a mix: kept, or set to zero"
     )
-    weight_decay: float = Field(0.0, ge=0, description="of everything that trains")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="per participant; null: no clipping")
+    weight_decay: float = Field(0.0, ge=0, description="applies to everything that trains")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="for each participant's gradient; null: no clipping"
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how the learning rate falls over the run"
     )
@@ -240,7 +246,7 @@ class TrainSection(Section):
         ),
     )
     gradient_checkpointing: bool = Field(
-        False, description="compute activations twice to keep fewer"
+        False, description="compute activations again in the backward pass, to save memory"
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""How YAML is read: every word as it stands, no key twice, nothing that grows without end."""
+"""Reads YAML: words stay text, a key may not come twice, and depth and size are limited."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 import yaml
 from yaml.composer import Composer
 
-MAX_CHARACTERS = 1 << 20  # a federation file of 1,000 members; PyYAML reads some 30,000 a second
-_MAX_DEPTH = 50  # blocks in blocks; a config needs five
-_MAX_VALUES = 100_000  # each counted as often as aliases repeat it
-_MAX_DIGITS = 18  # of a whole number: what 64 bits hold
+# Enough for a federation file of 1,000 members. PyYAML reads about 30,000 characters per second.
+MAX_CHARACTERS = 1 << 20
+_MAX_DEPTH = 50  # blocks within blocks; a config needs five
+_MAX_VALUES = 100_000  # a value that aliases repeat counts each time
+_MAX_DIGITS = 18  # in a whole number, so that it fits into 64 bits
 
 
 class _Bounded(Composer):
-    """A key that stands twice, and what grows without end, is a yaml.MarkedYAMLError."""
+    """Raises yaml.MarkedYAMLError for a key that comes twice and for a tree that is too large."""
 
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """One value of the tree, which PyYAML would follow as deep as Python lets it."""
+        """Compose one value; the depth is limited, because PyYAML recurses for each level."""
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             problem = f"blocks lie more than {_MAX_DEPTH} deep in one another"
@@ -30,7 +31,7 @@ class _Bounded(Composer):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """One block of keys, each of which stands there once."""
+        """Compose one block of keys; a key that comes twice is an error."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -50,7 +51,7 @@ class _Bounded(Composer):
         return node
 
     def compose_document(self) -> yaml.Node | None:
-        """The whole tree, of which aliases make more than stands there."""
+        """Compose the whole tree and check its size, with every alias expanded."""
         node: yaml.Node | None = super().compose_document()
         if node is not None:
             _count(node, {})
@@ -58,14 +59,14 @@ class _Bounded(Composer):
 
 
 def _count(node: yaml.Node, counted: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """The values in a node and how deep they lie, an alias counted as what it stands for."""
+    """(the number of values in a node, its depth), with every alias expanded."""
     if id(node) in counted:
         if counted[id(node)] == (0, 0):
             raise yaml.MarkedYAMLError(
                 problem="an alias stands for a block that holds it", problem_mark=node.start_mark
             )
         return counted[id(node)]
-    counted[id(node)] = 0, 0  # under way
+    counted[id(node)] = 0, 0  # marks a node that is being counted, to find an alias to itself
     total, depth = 1, 1
     if isinstance(node, yaml.CollectionNode):
         parts = (
@@ -89,20 +90,20 @@ def _count(node: yaml.Node, counted: dict[int, tuple[int, int]]) -> tuple[int, i
 
 
 class TextLoader(_Bounded, yaml.BaseLoader):
-    """Every value is text, so that a member may be called ``no`` or ``7``."""
+    """Reads every value as text, so that a member may have the name ``no`` or ``7``."""
 
 
 class ConfigLoader(_Bounded, yaml.SafeLoader):
-    """Numbers, true, false and null; all else is text.
+    """Reads numbers, true, false and null; every other value is text.
 
-    YAML 1.1, which PyYAML reads, takes no and off for false, 010 for 8, 1_0 for 10, 1:30 for 90,
-    and 1e-3 for text.
+    PyYAML follows YAML 1.1, which reads no and off as false, 010 as 8, 1_0 as 10, 1:30 as 90, and
+    1e-3 as text. This class does not.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def whole_number(self, node: yaml.ScalarNode) -> int:
-        """A whole number of a length that Python and the log can write."""
+        """A whole number; one with too many digits for Python and the log is an error."""
         if len(node.value) > _MAX_DIGITS:
             problem = f"a number has {len(node.value):,} digits, at most {_MAX_DIGITS} are read"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
@@ -125,7 +126,7 @@ ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.whole_number)
 
 
 def read_yaml(text: str, loader: type[TextLoader | ConfigLoader]) -> Any:
-    """What a YAML text holds. Raises ValueError in one line: what is wrong, and where."""
+    """The content of a YAML text. Raises ValueError: one line with the mistake and its place."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
