@@ -1,1 +1,1 @@
-"""Links: real wires, and those that stay in memory."""
+"""Links between participants: over gRPC, or within one process."""

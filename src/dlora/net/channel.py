@@ -1,8 +1,7 @@
-"""A link for threads that wait: cloud and device compute in threads of their own, the wire lives in
-one event loop.
+"""Lets threads use a link: cloud and device compute in threads, the links run in an event loop.
 
-Frames become bytes, and bytes frames, in the thread that sends or receives, so that a large one
-holds up nobody else.
+The thread that sends or receives a frame also encodes or decodes it, so that a large frame does not
+delay the other links in the loop.
 """
 
 from __future__ import annotations
@@ -20,18 +19,22 @@ from typing import Any
 from dlora.net.transport import LinkDown, Network, Traffic
 from dlora.wire.frame import ChannelDown, FrameError, FrameKind, Link
 
-WINDOW_FRAMES = 8  # that wait at one end of a channel, each way
-INLINE_BYTES = 1 << 20  # decoded within the event loop: 0.3 ms at most; more than that in a thread
-FLUSH_S = 1.0  # for the last frames to leave
-LOOK_S = 0.2  # between two questions whether to give up
-GIVE_UP_S = 3.0  # of an answer, after which a user's stop is not put off to the end of the round
+WINDOW_FRAMES = 8  # frames that can wait at one end of a channel, in each direction
+# Smaller frames are decoded within the event loop, in at most 0.3 ms; larger ones in a thread.
+INLINE_BYTES = 1 << 20
+FLUSH_S = 1.0  # time for the last frames to be sent when a channel closes
+LOOK_S = 0.2  # time between two calls of ``give_up``
+# After waiting so long for an answer, a user's stop takes effect at once and not only at the end of
+# the round.
+GIVE_UP_S = 3.0
 
 
 class Channel:
-    """One link between a device and the cloud. Made in the link's event loop, used in any thread.
+    """One link between a device and the cloud, for use in any thread.
 
-    ``kind`` is how frames are written; both ends may change it once they have agreed. The link
-    carries it ``as_bytes``.
+    Make it within the link's event loop. ``kind`` says how frames are written; both ends may set
+    another one after they have agreed on it. The link itself must carry bytes
+    (`FrameKind.as_bytes`).
     """
 
     def __init__(self, link: Link, kind: FrameKind) -> None:
@@ -41,20 +44,20 @@ class Channel:
         self._incoming: deque[bytes] = deque()
         self._outgoing: deque[bytes] = deque()
         self._down = False
-        # there may be something; there may be room
+        # set when there may be a frame to write, and when there may be room for an incoming one
         self._to_write, self._to_read = asyncio.Event(), asyncio.Event()
-        self._given_up = asyncio.Event()  # the other end takes nothing any more
+        self._given_up = asyncio.Event()  # set when the other end has not taken a frame in time
 
     @property
     def is_down(self) -> bool:
-        """Whether nothing can be sent any more; what has arrived can still be received."""
+        """Whether the link has ended. Frames that have arrived can still be received."""
         return self._down
 
     def send(self, frame: Any, timeout_s: float | None = None) -> None:
-        """Hand a frame to the link; waits while the other end is slow, and ends the link when that
-        takes ``timeout_s``.
+        """Send a frame; waits while the other end is slow.
 
-        Raises ChannelDown, and FrameError for a bad frame.
+        The link ends when the wait takes ``timeout_s``. Raises ChannelDown when the link has ended,
+        and FrameError when the frame is not allowed or too long.
         """
         data = self.kind.encode(frame)
         if len(data) > self.kind.max_bytes:
@@ -76,8 +79,10 @@ class Channel:
             self._wake(self._to_write)
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The next frame. Raises ChannelDown at the end, TimeoutError, and FrameError for what is
-        no frame.
+        """The next frame.
+
+        Raises ChannelDown when the link has ended, TimeoutError after ``timeout_s``, and FrameError
+        when the bytes are no allowed frame.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._incoming or self._down, timeout_s):
@@ -89,19 +94,19 @@ class Channel:
         return self.kind.decode(data)
 
     def close(self) -> None:
-        """End the link, after what was sent has left."""
+        """End the link after all waiting frames are sent."""
         with self._changed:
             self._down = True
             self._changed.notify_all()
             self._wake(self._to_write)
 
     async def carry(self, hear: Callable[[Any], object] | None = None) -> None:
-        """Carry frames until the link ends or is closed; to be awaited, once, by the conversation
-        of the network.
+        """Move frames between channel and link until the link ends or the channel is closed.
 
-        Frames that arrive go to ``hear``, one after the other, which may not block; without it,
-        they wait for ``receive``. Raises FrameError for what is no frame, and what ``hear`` raises,
-        each after ending the link.
+        The network's ``talk`` awaits it once for each link. ``hear`` is called with each arriving
+        frame, in order, and must not block; without ``hear``, frames wait for `receive`. Ends the
+        link and raises FrameError when the bytes are no allowed frame, or the error that ``hear``
+        raised.
         """
         reading, writing = asyncio.create_task(self._read(hear)), asyncio.create_task(self._write())
         giving_up = asyncio.create_task(self._given_up.wait())
@@ -141,7 +146,7 @@ class Channel:
             await self._to_read.wait()
 
     async def _write(self) -> None:
-        """Returns when the channel was closed and all is written."""
+        """Write outgoing frames; returns when the channel is closed and all frames are written."""
         while True:
             with self._changed:
                 self._to_write.clear()
@@ -160,12 +165,12 @@ class Channel:
 
 
 class WatchedChannel:
-    """A channel of a device that looks, while it waits for an answer, whether that is too long: a
-    cloud can hang, link and all.
+    """A device's channel that reports a cloud that does not answer.
 
-    ``silent()`` is called once for each answer that takes more than ``silence_s``, ``back()`` when
-    it has come. ``give_up`` is asked five times a second once ``GIVE_UP_S`` have passed; the wait
-    then ends with ChannelDown.
+    A cloud can stop answering while its link stays up. ``silent()`` is called once for each answer
+    that takes longer than ``silence_s``, and ``back()`` when that answer arrives. After
+    ``GIVE_UP_S`` of waiting, ``give_up()`` is called five times a second; when it returns True, the
+    channel is closed and `receive` raises ChannelDown.
     """
 
     def __init__(
@@ -204,9 +209,7 @@ class WatchedChannel:
 
 
 class LoopThread:
-    """An event loop in a thread of its own, for programs that wait in ordinary calls; ``with`` ends
-    it.
-    """
+    """An event loop in its own thread, for programs that use blocking calls; ``with`` ends it."""
 
     def __init__(self) -> None:
         begun: Future[asyncio.AbstractEventLoop] = Future()
@@ -218,14 +221,14 @@ class LoopThread:
         self._loop = begun.result()
 
     def start(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        """Run it in the loop until it returns or the loop ends."""
+        """Run a coroutine in the loop until it returns or the loop ends."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         """Cancel everything that runs in the loop, wait until it has ended, end the thread."""
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._end.set)
-        # which may be where the collector finds a forgotten model
+        # The garbage collector may call this from the loop's own thread, which cannot join itself.
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -246,27 +249,28 @@ class LoopThread:
 
 
 class Dialler:
-    """The device's way to its cloud: one channel after the other, over a network whose only
-    neighbour is the cloud.
+    """Makes a device's channels to its cloud, one after the other.
+
+    The cloud is the only neighbour in ``network``.
     """
 
     def __init__(self, network: Network, loop: LoopThread, kind: FrameKind) -> None:
         self._network, self._loop, self._kind = network, loop, kind
         self._changed = threading.Condition()
-        self._latest: Channel | None = None  # that nobody has yet
-        self._given: Channel | None = None
-        self._serving: Future[None] | None = None  # from the first dial on
+        self._latest: Channel | None = None  # the newest channel, not yet returned by `dial`
+        self._given: Channel | None = None  # the channel that `dial` returned last
+        self._serving: Future[None] | None = None  # set by the first dial
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes by neighbour, of all channels so far."""
+        """The bytes of all channels so far, for each neighbour."""
         return self._network.traffic
 
     def dial(self, give_up: Callable[[], bool] = lambda: False) -> Channel:
-        """A channel to the cloud, as soon as it can be had; ends the one given before.
+        """Wait for a new channel to the cloud and return it; the channel returned before is ended.
 
-        Raises ChannelDown once ``give_up`` says so, which is asked five times a second; whatever
-        the network failed with.
+        ``give_up`` is called five times a second; raises ChannelDown when it returns True. Raises
+        the network's own error when the network has failed.
         """
         if self._serving is None:
             self._serving = self._loop.start(self._network.serve(self._talk))
@@ -285,7 +289,7 @@ class Dialler:
                 self._changed.wait(LOOK_S)
 
     def close(self) -> None:
-        """End the channel and dial no more."""
+        """End the channels and stop dialling."""
         for channel in (self._given, self._latest):
             if channel is not None:
                 channel.close()

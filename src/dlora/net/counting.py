@@ -1,4 +1,4 @@
-"""The wire of a simulation: it moves nothing and counts the bytes."""
+"""The transport of a simulation: it sends nothing and counts the bytes that peers would send."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dlora.wire.tensors import encode
 
 
 class MemoryTransport:
-    """Carries messages between participants stacked in one process.
+    """Counts the messages between participants that are stacked in one process.
 
-    ``bytes_on_wire`` counts serialised messages, both directions. Messages that hold the same names
-    have the same shapes and dtype, so one of them is serialised and stands for all; its length
-    depends on nothing else.
+    ``bytes_on_wire`` is the number of bytes of all serialised messages in both directions. Messages
+    with the same names have the same shapes and dtype, and so the same length. Only one of them is
+    serialised to get that length.
     """
 
     def __init__(self, wire: torch.dtype = torch.float32, bytes_on_wire: int = 0) -> None:
@@ -30,8 +30,10 @@ class MemoryTransport:
         edges: Sequence[tuple[int, int]],
         names: Sequence[Collection[str]] | None = None,
     ) -> Sequence[tuple[int, int]]:
-        """Every edge is committed; the messages of both its ends went over it, each with what
-        ``names`` lets it hold.
+        """Count the messages of one round and return all ``edges``, because all are committed.
+
+        Each end of an edge sends one message. ``names[p]``: the tensors that participant p sends;
+        None: all of ``sent``.
         """
         for edge in edges:
             for end in edge:

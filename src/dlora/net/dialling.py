@@ -1,4 +1,4 @@
-"""The dialling end: every neighbour that has an address is dialled as long as there is no link."""
+"""Dials every neighbour that has an address, again and again while there is no link with it."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from dlora.net.partners import Partners
 from dlora.net.watch import Watch
 from dlora.wire.frame import FrameKind
 
-ACCEPTED = ("dlora-link", "accepted")  # the listener's first headers
+ACCEPTED = ("dlora-link", "accepted")  # the header with which a listener accepts a link
 
 
 class Dialling:
-    """Trusts, at each attempt, the certificates of the one member that it dials."""
+    """Dials the neighbours. Each attempt trusts only the certificates of the dialled member."""
 
     def __init__(self, partners: Partners, links: Links, kind: FrameKind, watch: Watch) -> None:
         self.partners, self.links, self.kind = partners, links, kind
         self._watch = watch
-        # not set while we dial
+        # for each neighbour an event, which is not set during an attempt
         self._attempted = {name: asyncio.Event() for name in partners.dialled}
         for attempted in self._attempted.values():
             attempted.set()
-        self._said: dict[str, str] = {}  # why a neighbour cannot be dialled, told once
-        self._hung_up: defaultdict[str, int] = defaultdict(int)  # times on end, in the handshake
+        self._said: dict[str, str] = {}  # name -> why it cannot be dialled, as reported last
+        # name -> how many attempts in a row the other end closed during the handshake
+        self._hung_up: defaultdict[str, int] = defaultdict(int)
 
     async def keep_dialling(self, name: str) -> None:
-        """Dial for ever, with longer and longer pauses as long as nobody is there."""
+        """Dial until cancelled. While the neighbour does not answer, the pauses grow."""
         pause_s = options.MIN_PAUSE_S
         while True:
             if name in self.links:
@@ -47,12 +48,12 @@ class Dialling:
             pause_s = min(2 * pause_s, options.MAX_PAUSE_S)
 
     async def attempted(self, name: str) -> None:
-        """Wait until no attempt to dial this neighbour is under way."""
+        """Wait until no attempt to dial this neighbour is running."""
         if name in self._attempted:
             await self._attempted[name].wait()
 
     async def _dial(self, name: str, address: str) -> float:
-        """Dial once and talk; seconds that the link lived."""
+        """Dial once and talk; returns for how many seconds there was a link."""
         identity, trusted = self.partners.identity, self.partners.trusted(name)
         tls = grpc.ssl_channel_credentials(trusted, identity.key_pem, identity.certificate_pem)
         settings = dialler_options(self.kind.max_bytes, name)
@@ -62,7 +63,7 @@ class Dialling:
             self._attempted[name].clear()
             try:
                 async with asyncio.timeout(DIAL_S):
-                    # of a failed call they are empty
+                    # the headers of a failed call are empty
                     if ACCEPTED not in list(await call.initial_metadata()):
                         self._explain(name, await call.code(), await call.details())
                         return 0.0
@@ -86,8 +87,9 @@ class Dialling:
             return lived_s
 
     def _explain(self, name: str, code: grpc.StatusCode, details: str | None) -> None:
-        """Say once what stands between us and a neighbour; that it is not there yet is nothing to
-        be said.
+        """Report once why a neighbour cannot be dialled.
+
+        A neighbour that is not running yet is not reported.
         """
         text = ascii(details or "")[:300]
         if "Socket closed" in text:

@@ -1,8 +1,9 @@
-"""Connections that nobody has proved to be a member's: many of them must not keep members out.
+"""Closes the oldest connections of strangers when there are many, so that members can connect.
 
-TLS is below Python, and who is refused there is never seen here. What can be seen is this process's
-own sockets: when many of those at the listener's port belong to no link, the oldest are hung up. A
-member's handshake takes a moment; those who hold connections to fill the room hold old ones.
+gRPC does the TLS handshake itself, so Python never sees a caller that fails it. Python can see the
+sockets of its own process. When too many sockets at the listener's port belong to no link, the
+oldest are shut down. A member finishes its handshake quickly, so the old connections belong to
+strangers.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import socket
 import stat
 from collections.abc import Iterator
 
-OPEN_FILES = "/dev/fd"  # of this process, on Linux and macOS
+OPEN_FILES = "/dev/fd"  # the open files of this process, on Linux and macOS
 
 Place = tuple[str, int]  # host and port of the other end, as in the text of `place_of`
 
 
 def place_of(peer: str) -> Place | None:
-    """Host and port in what gRPC says of a caller, such as ipv4:10.0.0.1:51000 or
-    ipv6:%5B::1%5D:51000.
+    """(host, port) from gRPC's text for a caller; None if it has no port.
+
+    Such a text is ipv4:10.0.0.1:51000 or ipv6:%5B::1%5D:51000.
     """
     _, _, text = (
         peer.replace("%5B", "").replace("%5D", "").replace("[", "").replace("]", "").partition(":")
@@ -30,8 +32,9 @@ def place_of(peer: str) -> Place | None:
 
 
 class Doorman:
-    """Knows who is at the door since when, and hangs up on the oldest strangers when there are more
-    than ``room``.
+    """Remembers since when each stranger is connected.
+
+    It shuts down the oldest connections when there are more than ``room`` strangers.
     """
 
     def __init__(self, room: int) -> None:
@@ -42,7 +45,7 @@ class Doorman:
 
     @contextlib.contextmanager
     def let_in(self, peer: str) -> Iterator[None]:
-        """While this lasts, the caller whom gRPC calls ``peer`` is known as a member."""
+        """Within this context, the caller that gRPC names ``peer`` counts as a member."""
         place = place_of(peer)
         if place is not None:
             self._members.add(place)
@@ -52,7 +55,7 @@ class Doorman:
             self._members -= {place}
 
     def look(self, port: int) -> int:
-        """Look once at who is at ``port``; how many were hung up on."""
+        """Check once the connections at ``port``; returns how many were shut down."""
         try:
             files = [int(name) for name in os.listdir(OPEN_FILES) if name.isdecimal()]
         except OSError:  # another system: what gRPC itself bounds must do
@@ -74,7 +77,7 @@ class Doorman:
 
 
 def _caller(file: int, port: int) -> Place | None:
-    """Who is at the other end, where this open file is a connection accepted at ``port``."""
+    """The other end of this open file, if it is a connection accepted at ``port``; else None."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(os.fstat(file).st_mode):
             with socket.socket(fileno=os.dup(file)) as copy:
@@ -88,8 +91,9 @@ def _caller(file: int, port: int) -> Place | None:
 
 
 def _hung_up(file: int, place: Place) -> bool:
-    """Shut the connection down unless the file has become another one meanwhile; its owner then
-    finds it ended.
+    """Shut the connection down; gRPC then finds it ended. Returns whether it was shut down.
+
+    It is left alone if the file number now belongs to another connection.
     """
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(file)) as copy:
         host, port = copy.getpeername()[:2]
@@ -100,5 +104,5 @@ def _hung_up(file: int, place: Place) -> bool:
 
 
 def _plain(host: str) -> str:
-    """An IPv4 address in IPv6's clothes as itself."""
+    """The address without the prefix that IPv6 sockets put before an IPv4 address."""
     return host.removeprefix("::ffff:")

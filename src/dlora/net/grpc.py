@@ -1,8 +1,8 @@
-"""The wire between machines: gRPC over mutual TLS 1.3, one stream a link; keeps the contract of
-`transport.py`.
+"""The network between machines, as `transport.py` defines it: gRPC over mutual TLS 1.3.
 
-Who is at the other end is proved before a link exists. A link ends when the federation file's
-certificates for the other end change, and is dialled again with the new ones.
+Each link is one gRPC stream. The identity of the other end is proved before a link exists. When the
+other end's certificates in the federation file change, the link ends and is dialled again with the
+new certificates.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from dlora.wire.frame import FrameKind
 class GrpcNetwork:
     """All links of one participant.
 
-    ``neighbours`` are dialled where they have an address; None makes a cloud, which dials nobody,
-    lets in whoever has the role device in the federation file as it then is, and answers gRPC's
-    health checks on the same port. ``listen`` is HOST:PORT to be dialled at, port 0 for any free
-    one, or None to dial only. ``on_refused`` hears, in one line, of everything that was turned away
-    or ended for what it sent, as far as it came through TLS; ``on_certificate`` of each that ends
-    soon, is over, or is not valid yet. ``kind`` is what the links carry. ``bound`` is set while it
-    serves.
+    - ``neighbours``: the members to dial, if they have an address. None makes a cloud: it dials no
+      one, accepts every member that has the role device in the current federation file, and
+      answers gRPC's health checks on the same port.
+    - ``listen``: HOST:PORT on which to accept links (port 0: any free port), or None to dial only.
+    - ``kind``: the frames that the links carry.
+    - ``on_refused``: called with one line for each caller that was refused after TLS, and for each
+      link that was ended because of what came over it.
+    - ``on_certificate``: called with one line for each certificate that expires soon, has expired,
+      or is not valid yet.
+
+    ``bound`` is set while the network serves.
     """
 
     def __init__(
@@ -59,14 +63,14 @@ class GrpcNetwork:
 
     @property
     def port(self) -> int | None:
-        """The one listened on; None where nothing listens."""
+        """The port on which it listens; None when it does not listen."""
         return (self._listener.port or None) if self._listener is not None else None
 
     async def serve(self, talk: Talk) -> None:
-        """Listen, dial, and talk over every link until cancelled; then let the last frames go.
+        """Listen, dial, and call ``talk`` for each link until cancelled; then send the last frames.
 
-        Whatever ends a conversation ends its link and nothing else. Raises ConfigError when
-        ``listen`` cannot be had.
+        An error in one conversation ends only its own link. Raises ConfigError when it cannot
+        listen at ``listen``.
         """
         self._links.talk = talk
         if self._listener is not None:

@@ -1,4 +1,4 @@
-"""One link over gRPC: the stream, and the two slots between it and a conversation."""
+"""One link over gRPC: its stream, and a slot for each direction between stream and conversation."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dlora.net.slot import Slot
 from dlora.net.transport import LinkDown, Traffic
 from dlora.wire.frame import FrameKind
 
-METHOD = "Talk"  # of a service that is named after what the links carry
+METHOD = "Talk"  # the method of the gRPC service that `FrameKind.service` names
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
 
-# What gRPC raises when a stream has ended, whichever end it was that ended it.
+# The exceptions that gRPC raises when either end has ended a stream.
 ENDED = (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
 
 
 class GrpcLink:
-    """One end of a link; tasks of the network carry frames between its two slots and the stream."""
+    """One end of a link. Tasks of the network move frames between its two slots and the stream."""
 
     def __init__(
         self,
@@ -44,16 +44,16 @@ class GrpcLink:
         self.outgoing: Slot[bytes] = Slot()
 
     async def send(self, frame: Any) -> None:
-        """Hand a frame to the wire; waits while the one before it has not left. Raises LinkDown."""
+        """Send a frame; waits until the frame before it is sent. Raises LinkDown, FrameError."""
         await self.outgoing.put(self.kind.encode(frame))
 
     async def receive(self) -> Any:
-        """The next frame. Raises LinkDown at the end."""
+        """The next frame. Raises LinkDown when the link has ended."""
         return await self.incoming.get()
 
     @property
     def is_closed(self) -> bool:
-        """Whether this end has ended it."""
+        """Whether this end has ended the link."""
         return self._closed
 
     def close(self) -> None:
@@ -63,7 +63,10 @@ class GrpcLink:
         self.outgoing.close()
 
     async def write(self, traffic: Traffic) -> None:
-        """Frames out of the link; gRPC's write returns once HTTP/2 had room for the frame."""
+        """Write outgoing frames to the stream until the link ends, and count them in ``traffic``.
+
+        gRPC's write returns when HTTP/2's window had room for the frame.
+        """
         with contextlib.suppress(*ENDED, LinkDown):
             try:
                 while True:

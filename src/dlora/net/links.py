@@ -1,8 +1,9 @@
-"""The links of one participant, one with each partner: which of two stays, and talking over it.
+"""The links of one participant, one with each partner: which of two links stays, and its frames.
 
-Two ends may dial each other at once. Of two links the one dialled by the smaller name stays, and of
-two dialled by the same end the newer one. Both ends judge alike, so one link stays. A conversation
-begins when the one before it, if any, was told that its link is down and has returned.
+Two participants may dial each other at the same time. When there are two links, the one dialled by
+the participant with the smaller name stays; when the same participant dialled both, the newer one
+stays. Both ends use the same rule, so exactly one link stays. The conversation over a new link
+begins after the conversation over the old link has returned.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ FOR_EVER_S = 1e6
 
 
 class Links:
-    """All links that live; ``talk`` is to be set before the first."""
+    """All current links. Set ``talk`` before the first link."""
 
     talk: Talk
 
@@ -36,7 +37,7 @@ class Links:
         self._unlinked = {name: asyncio.Event() for name in partners.dialled}
         for unlinked in self._unlinked.values():
             unlinked.set()
-        # one conversation at a time
+        # for each partner a lock, so that there is one conversation at a time
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._paces: defaultdict[str, Rate] = defaultdict(
             lambda: Rate(kind.frames_per_s, kind.frames_at_once, FOR_EVER_S)
@@ -46,17 +47,20 @@ class Links:
         return name in self._links
 
     async def unlinked(self, name: str) -> None:
-        """Wait until there is no link with this neighbour, which is one that is dialled."""
+        """Wait until there is no link with this neighbour, which must be one that is dialled."""
         await self._unlinked[name].wait()
 
     def refused(self, reason: str) -> None:
-        """Somebody was turned away, or a link ended for what came over it."""
+        """Report a refused caller, or a link that was ended because of what came over it."""
         line = self._told.line(reason, asyncio.get_running_loop().time())
         if line is not None:
             self._tell_refused(line)
 
     async def keep_trusted(self) -> None:
-        """Whoever was struck off the federation file loses the link, silent or not."""
+        """End the link of every member whose certificates in the federation file have changed.
+
+        A member without certificates there any more loses its link too. Runs until cancelled.
+        """
         while True:
             for name, link in [*self._links.items()]:
                 if self.partners.trusted(name) != link.trusted and not link.is_closed:
@@ -65,7 +69,10 @@ class Links:
             await asyncio.sleep(options.RELOAD_S)
 
     def take(self, link: GrpcLink) -> bool:
-        """Make this the neighbour's link, or not; see the caption for the rule."""
+        """Make this the neighbour's link if the rule at the top of this file allows it.
+
+        Returns whether it is the neighbour's link now.
+        """
         name, old = link.neighbour, self._links.get(link.neighbour)
         if old is not None:
             if old.dialled_by < link.dialled_by:
@@ -77,14 +84,14 @@ class Links:
         return True
 
     def forget(self, link: GrpcLink) -> None:
-        """It has ended, or never began."""
+        """Remove a link that has ended or that never began."""
         if self._links.get(link.neighbour) is link:
             del self._links[link.neighbour]
             if link.neighbour in self._unlinked:
                 self._unlinked[link.neighbour].set()
 
     async def converse(self, link: GrpcLink) -> None:
-        """Talk over a link until it ends. Whatever ends the conversation ends nothing else."""
+        """Call ``talk`` for a link until it ends. An error in it does not affect other links."""
         name = link.neighbour
         try:
             async with self._turns[name]:
@@ -115,8 +122,9 @@ class Links:
             self.forget(link)
 
     async def _read(self, link: GrpcLink) -> None:
-        """Frames into the link, one ahead of the conversation; the rest waits in HTTP/2's window,
-        then at the other end.
+        """Read frames from the stream into the link, one frame ahead of the conversation.
+
+        Further frames wait in HTTP/2's window, then at the other end.
         """
         name = link.neighbour
         limit_s: float | None = FIRST_FRAME_S
@@ -125,7 +133,7 @@ class Links:
             while True:
                 async with asyncio.timeout(limit_s):
                     data = await link.stream.read()
-                if not isinstance(data, bytes):  # the end
+                if not isinstance(data, bytes):  # the stream has ended
                     return
                 if len(data) < FEW_BYTES and (
                     pause_s := self._paces[name].take(asyncio.get_running_loop().time())

@@ -1,6 +1,4 @@
-"""Where a program accepts links, checked before all else; what it says of certificates
-meanwhile.
-"""
+"""The address on which a program accepts links, checked early; reports on certificates."""
 
 from __future__ import annotations
 
@@ -14,8 +12,9 @@ from dlora.events.log import RunLog
 
 
 def listen_address(listen: str | None, address: str | None) -> str | None:
-    """``listen``, else all interfaces at the port of the member's ``address``; None where there is
-    neither.
+    """``listen`` if given, else all interfaces at the port of the member's ``address``.
+
+    None if neither is given.
     """
     if listen is None and address is not None:
         return f"[::]:{address.rpartition(':')[2]}"
@@ -23,8 +22,9 @@ def listen_address(listen: str | None, address: str | None) -> str | None:
 
 
 def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
-    """Host and port. Raises ConfigError when nobody can listen there: later there would be a run
-    folder to remove.
+    """(host, port) of ``listen``. Raises ConfigError when this program cannot listen there.
+
+    Call it before a run folder is made, so that the user has none to remove after the error.
     """
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -41,7 +41,7 @@ def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
     for family, kind, protocol, _, address in places:
         try:
             with socket.socket(family, kind, protocol) as probe:
-                # as gRPC: a closed link is in nobody's way
+                # as gRPC does; else a connection closed a moment ago would block the port
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
         except OSError as error:
@@ -56,9 +56,7 @@ def check_listen(listen: str, option: str = "--listen") -> tuple[str, int]:
 
 
 def certificate_teller(log: RunLog) -> Callable[[str], None]:
-    """Says in the log and on the terminal what a network finds of certificates: one ends soon, is
-    over or not valid yet.
-    """
+    """A function for `GrpcNetwork`'s ``on_certificate``: it writes to the log and the terminal."""
 
     def tell(reason: str) -> None:
         log.emit("certificate", reason=reason)

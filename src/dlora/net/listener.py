@@ -1,7 +1,7 @@
-"""The listening end: who is let in, one call after the other, and links that calls become.
+"""The listening end: checks each caller and makes a link of each accepted call.
 
-The TLS layer trusts the partners' certificates; then the handler wants the very certificate that
-the federation file lists for the name in it, that name to be a partner, and TLS 1.3.
+The TLS layer trusts the partners' certificates. The handler then requires TLS 1.3, that the name in
+the certificate is a partner's name, and that the federation file lists this certificate for it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from dlora.wire.frame import FrameKind
 
 
 class Listener:
-    """Listens at ``address``, HOST:PORT; ``port`` is the one listened on. A cloud's answers gRPC's
-    health checks on the same port.
+    """Listens at ``address``, HOST:PORT; ``port`` is the port in use.
+
+    The listener of a cloud answers gRPC's health checks on the same port.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Listener:
         self._servers: list[grpc.aio.Server] = []  # the last one listens
 
     async def open(self) -> None:
-        """Take the address. Raises ConfigError when it cannot be had."""
+        """Bind the address. Raises ConfigError when that fails."""
         await self._health.set(self.kind.service, health_pb2.HealthCheckResponse.SERVING)
         self._servers = [self._server(self.address, self.partners.roots())]
 
@@ -64,20 +65,19 @@ class Listener:
         tasks.create_task(self._keep_the_door())
 
     def take_no_more(self) -> None:
-        """We are going: calls that come now do not become links."""
+        """Make no more links of calls, because the network is stopping."""
         self._taking = False
 
     async def stop(self) -> None:
-        """Let the last frames go."""
+        """Stop the servers after the last frames are sent."""
         await asyncio.gather(*(server.stop(FLUSH_S) for server in self._servers))
 
     async def _keep_listening(self) -> None:
-        """A new server on the same port whenever the certificates to trust change; links through
-        the one before live on.
+        """Start a new server on the same port whenever the trusted certificates change.
 
-        gRPC's own way, `dynamic_ssl_server_credentials`, is no way: 200 strangers' connections at
-        once then abort the process or crash it (1.85.1; the test of that in
-        `tests/net/test_attacks.py` shows it in half of its runs).
+        Links of the old server go on. gRPC's own way, `dynamic_ssl_server_credentials`, cannot be
+        used: with it, 200 connections of strangers at once abort or crash the process (1.85.1; the
+        test of that in `tests/net/test_attacks.py` shows it in half of its runs).
         """
         roots = self.partners.roots()
         while True:
@@ -85,11 +85,11 @@ class Listener:
             changed = self.partners.roots()
             if changed == roots:
                 continue
-            roots = b""  # nothing is trusted until the next one listens
-            # of its links; it stops listening now
+            roots = b""  # differs from `changed`, so that a failed start is tried again
+            # the old server stops listening now and keeps its links
             self._tasks.create_task(self._servers[-1].stop(FOR_EVER_S))
             await asyncio.sleep(0)
-            with contextlib.suppress(ConfigError):  # the port is not free yet: once more
+            with contextlib.suppress(ConfigError):  # the port is not free yet; try again
                 server = self._server(f"{self.address.rpartition(':')[0]}:{self.port}", changed)
                 self._servers.append(server)
                 await server.start()
@@ -130,11 +130,11 @@ class Listener:
             await self._admit(name, context)
 
     async def _admit(self, name: str, context: Context) -> None:
-        """A partner's call becomes its link, in its turn.
+        """Make a link of a partner's call, as soon as the limit for its calls allows it.
 
-        So that two ends seldom have two links, the smaller name, while its own attempt is under
-        way, lets a call wait for up to a second. The larger name never does, so the two cannot wait
-        for each other.
+        Two participants that dial each other would get two links. To make that rare, the one with
+        the smaller name lets the call wait for up to a second while it dials the caller itself. The
+        one with the larger name never waits, so they cannot wait for each other.
         """
         wait_s = self._arrivals[name].take(asyncio.get_running_loop().time())
         if wait_s is None:
@@ -167,13 +167,13 @@ class Listener:
             link.close()
 
     def _who(self, context: Context) -> tuple[str, str | None]:
-        """The name of the caller, and why it is refused."""
+        """(the caller's name, why it is refused); the reason is None if it is accepted."""
         facts = {key: next(iter(values), b"") for key, values in context.auth_context().items()}
         name = facts.get("x509_common_name", b"").decode(errors="replace")
         version = facts.get("ssl_tls_version", b"no TLS").decode(errors="replace")
         if version != "TLSv1.3":
             return name, f"{version} instead of TLSv1.3"
-        if name not in self.partners.names:  # of others the certificate is not even looked at
+        if name not in self.partners.names:  # the certificate is not read
             return name, self.partners.refusal(name, b"")
         der = ssl.PEM_cert_to_DER_cert(facts.get("x509_pem_cert", b"").decode())
         return name, self.partners.refusal(name, der)

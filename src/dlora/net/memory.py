@@ -1,4 +1,4 @@
-"""The wire of queues inside one process, which keeps the contract of `transport.py`."""
+"""A network of queues inside one process, which does what `transport.py` asks of a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dlora.net.transport import LinkDown, Talk, Traffic
 from dlora.wire.frame import FrameError, FrameKind
 
 MAX_PAUSE_S = 10.0  # between two attempts to dial
-WINDOW_FRAMES = 8  # that one end may be ahead of the other
+WINDOW_FRAMES = 8  # frames that one end may be ahead of the other
 
 
 class MemoryLink:
@@ -24,8 +24,9 @@ class MemoryLink:
         self.other: MemoryLink  # set by the hub
 
     async def send(self, frame: Any) -> None:
-        """Queue a frame for the other end; waits while its window is full, and for ever where
-        frames are lost.
+        """Queue a frame for the other end. Raises LinkDown when the link has ended.
+
+        Waits while the other end's window is full, and without end while the hub loses frames.
         """
         data = self.hub.kind.encode(frame)
         await self._unless_down(self.hub.way(self.here, self.there).wait())
@@ -33,7 +34,7 @@ class MemoryLink:
         self.traffic.sent(self.there, len(data))
 
     async def receive(self) -> Any:
-        """The next frame."""
+        """The next frame. Raises LinkDown when the link has ended, FrameError for a bad frame."""
         data = await self._unless_down(self.inbox.get())
         assert data is not None
         if len(data) > self.hub.kind.max_bytes:
@@ -44,7 +45,7 @@ class MemoryLink:
         return self.hub.kind.decode(data)
 
     def close(self) -> None:
-        """End the link, both ends."""
+        """End the link at both ends."""
         self.down.set()
         self.other.down.set()
 
@@ -62,9 +63,10 @@ class MemoryLink:
 
 
 class MemoryHub:
-    """The networks of several participants in one event loop, and what can go wrong between them.
+    """The networks of several participants in one event loop, with faults that a test can make.
 
-    ``neighbours`` names who links with whom; the smaller name dials.
+    ``neighbours``: for each participant the names of its neighbours. The smaller name dials.
+    ``redial_s``: the first pause before it dials again.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class MemoryHub:
         return MemoryNetwork(self, name)
 
     def way(self, here: str, there: str) -> asyncio.Event:
-        """Set while frames from ``here`` reach ``there``: clear it and they are held back, one
-        way.
+        """An event that is set while frames from ``here`` reach ``there``.
+
+        Clear it to hold the frames of this direction back.
         """
         if (here, there) not in self._ways:
             self._ways[here, there] = asyncio.Event()
@@ -89,7 +92,7 @@ class MemoryHub:
         return self._ways[here, there]
 
     def cut(self, one: str, two: str) -> None:
-        """End the link between two participants and let no new one come up."""
+        """End the link between two participants and allow no new one."""
         self._cut.add(frozenset((one, two)))
         for network in (self._served.get(one), self._served.get(two)):
             for link in network.links if network else ():
@@ -97,11 +100,11 @@ class MemoryHub:
                     link.close()
 
     def mend(self, one: str, two: str) -> None:
-        """Let links between two participants come up again."""
+        """Allow links between two participants again."""
         self._cut.discard(frozenset((one, two)))
 
     def dial(self, here: MemoryNetwork, there: str) -> tuple[MemoryLink, MemoryNetwork] | None:
-        """A link to ``there``; None while it cannot be reached."""
+        """(a new link to ``there``, that participant's network); None while it is not reachable."""
         other = self._served.get(there)
         if other is None or frozenset((here.name, there)) in self._cut:
             return None
@@ -113,7 +116,7 @@ class MemoryHub:
         return link, other
 
     def listen(self, network: MemoryNetwork, listening: bool) -> None:
-        """Be reachable, or no longer."""
+        """Make a network reachable for the others, or end that."""
         if listening:
             self._served[network.name] = network
         elif self._served.get(network.name) is network:
@@ -121,7 +124,7 @@ class MemoryHub:
 
 
 class MemoryNetwork:
-    """All links of one participant in memory; keeps the contract of `transport.py`."""
+    """All links of one participant in memory, as `transport.py` asks of a network."""
 
     def __init__(self, hub: MemoryHub, name: str) -> None:
         self.hub, self.name, self.traffic = hub, name, Traffic()
@@ -130,7 +133,7 @@ class MemoryNetwork:
         self._tasks: asyncio.TaskGroup
 
     async def serve(self, talk: Talk) -> None:
-        """Take links and dial neighbours of larger names until cancelled, again after each end."""
+        """Accept links and keep dialling each neighbour with a larger name, until cancelled."""
         self._talk = talk
         self.hub.listen(self, True)
         try:
@@ -159,7 +162,7 @@ class MemoryNetwork:
     async def _run(self, link: MemoryLink) -> None:
         self.links.add(link)
         try:
-            # whatever ends a conversation ends its link, nothing else
+            # an error in a conversation ends only its own link
             with contextlib.suppress(Exception):
                 await self._talk(link.there, link)
         finally:

@@ -1,4 +1,4 @@
-"""With whom there may be a link now, and with which certificates."""
+"""Which members may have a link with this participant now, and with which certificates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dlora.identity.keys import Identity
 
 
 class Partners:
-    """The members that this participant links with, as its federation file now lists them.
+    """The members that may have a link with this participant, read from its federation file.
 
-    ``neighbours`` are dialled where they have an address; None makes a cloud, which dials nobody
-    and lets in whoever has the role device.
+    ``neighbours`` are dialled if they have an address. None makes a cloud, which dials no one and
+    accepts every member with the role device.
     """
 
     def __init__(
@@ -23,12 +23,12 @@ class Partners:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """With whom there can be a link now."""
+        """The names of the members that may have a link now."""
         members = self.federation.current.members.values() if self.is_cloud else ()
         return self.dialled + tuple(member.name for member in members if member.role == "device")
 
     def trusted(self, name: str) -> bytes:
-        """The certificates of whom a link may be with; nothing for others."""
+        """The member's certificates (PEM) if it may have a link, else empty bytes."""
         federation = self.federation.current
         member = federation.members.get(name)
         if member is None or (self.is_cloud and member.role != "device"):
@@ -36,13 +36,15 @@ class Partners:
         return federation.trusted([name])
 
     def roots(self) -> bytes:
-        """The certificates of all. Never empty, which gRPC refuses: our own certificate lets nobody
-        in, because we are not our neighbour.
+        """The certificates (PEM) of all members that may have a link.
+
+        gRPC refuses an empty list, so the result is then this participant's own certificate. No one
+        gets a link with it, because this participant is not its own neighbour.
         """
         return b"".join(map(self.trusted, self.names)) or self.identity.certificate_pem
 
     def refusal(self, name: str, certificate_der: bytes) -> str | None:
-        """Why whoever shows this certificate in this name gets no link; None where it gets one."""
+        """Why a caller with this name and certificate gets no link; None if it gets one."""
         own = self.identity.name
         if name not in self.names:
             wanted = "device in the federation file" if self.is_cloud else "neighbour"

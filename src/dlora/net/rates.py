@@ -1,21 +1,23 @@
-"""How often somebody may do something: a number at once, then so many a second."""
+"""Limits how often something may happen: a burst at once, then a fixed rate per second."""
 
 from __future__ import annotations
 
 
 class Rate:
-    """One member's budget for one kind of thing; times are the event loop's.
+    """The limit for one member and one kind of event; times come from the event loop's clock.
 
-    What comes too fast is put off, until ``queue_s`` would not be enough for it to wait its turn.
+    An event that comes too early must wait. It is refused if it would wait longer than ``queue_s``.
     """
 
     def __init__(self, per_s: float, burst: int, queue_s: float) -> None:
         self.per_s, self.burst, self.queue_s = per_s, burst, queue_s
-        self._taken, self._at = 0.0, 0.0  # that are not made up for yet, at that time
+        # events that count against the burst, and the time at which that number was right
+        self._taken, self._at = 0.0, 0.0
 
     def take(self, now: float) -> float | None:
-        """Seconds until one more is due, 0 for at once; None, and it does not count, where the
-        queue is too long.
+        """Seconds that the next event must wait; 0: it may happen at once.
+
+        None: the wait would be longer than ``queue_s``; the event is refused and not counted.
         """
         self._taken = max(0.0, self._taken - (now - self._at) * self.per_s)
         self._at = now
@@ -27,15 +29,16 @@ class Rate:
 
 
 class Told:
-    """What is said of others' doings, so that nobody fills a log: the first lines, then one a
-    second.
+    """Limits the log lines that other members can cause, so that no one can fill the log.
+
+    The first ``burst`` lines are logged, then ``per_s`` lines per second.
     """
 
     def __init__(self, per_s: float = 1.0, burst: int = 100) -> None:
         self._rate, self._left_out = Rate(per_s, burst, queue_s=0.0), 0
 
     def line(self, text: str, now: float) -> str | None:
-        """The line to say now, None for none; it tells how many were left out before it."""
+        """The line to log now, with the number of lines left out before it; None: log nothing."""
         if self._rate.take(now) is None:
             self._left_out += 1
             return None

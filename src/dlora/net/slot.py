@@ -1,6 +1,4 @@
-"""Room for one thing between two tasks, where either can be cancelled while it waits and nothing is
-lost.
-"""
+"""A queue for one item between two tasks; cancelling a waiting task loses no item."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ _T = TypeVar("_T")
 
 
 class Slot(Generic[_T]):
-    """One end puts, the other gets; ``close`` wakes both."""
+    """One task puts items and another gets them; ``close`` wakes both."""
 
     def __init__(self) -> None:
         self._items: deque[_T] = deque()
@@ -22,7 +20,7 @@ class Slot(Generic[_T]):
         self._changed = asyncio.Event()
 
     async def put(self, item: _T) -> None:
-        """Waits while there is no room. Raises LinkDown once closed."""
+        """Put an item; waits while there is no room. Raises LinkDown when the slot is closed."""
         while self._items and not self._closed:
             await self._change()
         if self._closed:
@@ -31,7 +29,7 @@ class Slot(Generic[_T]):
         self._changed.set()
 
     async def get(self) -> _T:
-        """Waits while there is nothing. Raises LinkDown once closed and empty."""
+        """Get an item; waits while there is none. Raises LinkDown when closed and empty."""
         while not self._items:
             if self._closed:
                 raise LinkDown("the link has ended")
@@ -40,7 +38,7 @@ class Slot(Generic[_T]):
         return self._items.popleft()
 
     def close(self) -> None:
-        """No more is put."""
+        """Close the slot: no more items can be put, but an item in it can still be got."""
         self._closed = True
         self._changed.set()
 

@@ -1,8 +1,8 @@
-"""The contract of a wire, and the byte counter: `memory.py` and `grpc.py` keep it.
+"""What every network must do (`memory.py` and `grpc.py` are networks), and the byte counter.
 
-A network keeps at most one link to each neighbour, dials again with growing pauses when one ends,
-and calls ``talk`` for each new link. A frame that was sent arrives whole, once and in order, or the
-link ends.
+A network keeps at most one link with each neighbour. When a link ends, it dials again after a
+pause, and the pauses grow. It calls ``talk`` for each new link. Every sent frame arrives whole,
+once and in order, or the link ends.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dlora.wire.frame import Link
 
 
 class LinkDown(Exception):
-    """The link has ended, whoever ended it; what was sent last may or may not have arrived."""
+    """The link has ended, at either end. The frames sent last may or may not have arrived."""
 
 
 Talk: TypeAlias = Callable[[str, Link], Awaitable[None]]
@@ -27,22 +27,24 @@ class Network(Protocol):
     traffic: Traffic
 
     async def serve(self, talk: Talk) -> None:
-        """Listen, dial, and run ``talk(neighbour, link)`` for every link until cancelled; when it
-        returns, the link ends.
+        """Listen, dial, and run ``talk(neighbour, link)`` for every link until cancelled.
+
+        A link ends when its ``talk`` returns.
         """
 
 
 @dataclass
 class Traffic:
-    """Bytes of serialised frames, by neighbour; sent and received apart. TLS and HTTP/2 come on top
-    (law 8).
+    """Bytes of serialised frames for each neighbour, sent and received apart.
+
+    The bytes that TLS and HTTP/2 add are not counted (law 8).
     """
 
     sent_bytes: dict[str, int] = field(default_factory=dict)
     received_bytes: dict[str, int] = field(default_factory=dict)
 
     def sent(self, neighbour: str, num_bytes: int) -> None:
-        """Count a frame that was handed to the wire."""
+        """Count a frame that is sent."""
         self.sent_bytes[neighbour] = self.sent_bytes.get(neighbour, 0) + num_bytes
 
     def received(self, neighbour: str, num_bytes: int) -> None:

@@ -1,6 +1,4 @@
-"""What time and the federation file do to a network that runs: certificates that end, members that
-were struck off.
-"""
+"""Reports certificates that expire and members that leave the federation file during a run."""
 
 from __future__ import annotations
 
@@ -12,16 +10,17 @@ from dlora.identity.keys import Identity
 
 
 class Watch:
-    """Looks at certificates and at who is listed; ``tell`` hears in one line of each thing, once
-    for each stage of it.
+    """Checks certificates and the list of members.
+
+    ``tell`` is called with one line when a member's state becomes worse, once for each stage.
     """
 
     def __init__(self, identity: Identity, tell: Callable[[str], object]) -> None:
         self._identity, self._tell = identity, tell
-        self._told: dict[str, int] = {}  # whose -> the stage told last
+        self._told: dict[str, int] = {}  # name of the member -> the stage reported last
 
     def look(self, federation: Federation, neighbours: Iterable[str]) -> None:
-        """Once; to be called again and again."""
+        """Check once. Call it regularly."""
         own = self._identity.name
         ours = self._identity.certificate_pem.decode()
         self._judge(
@@ -46,8 +45,9 @@ class Watch:
                 self._judge(name, member.certificates, f"the certificate of {name}", advice)
 
     def hung_up(self) -> str:
-        """What may be the matter when somebody whom we dial hangs up before a word: TLS tells a
-        caller no more than that.
+        """A text for the case that the other end closes the connection during the TLS handshake.
+
+        TLS gives the caller no reason, so the text names the likely ones.
         """
         _, begin, end, here = validity(self._identity.certificate_pem.decode())
         return (
@@ -57,7 +57,7 @@ class Watch:
         )
 
     def _judge(self, name: str, certificates: Iterable[str], whose: str, advice: str) -> None:
-        """Report the state of a member's certificates; among several the best one counts."""
+        """Report the state of a member's certificates; the best of them counts."""
         worries = [concern(pem) for pem in certificates]
         if None in worries:
             self._told.pop(name, None)
