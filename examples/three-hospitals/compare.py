@@ -58,9 +58,9 @@ def main(folder: Path) -> None:
             )
             print(f"{what}: no number differs by more than {apart:.2g} between two hospitals")
     print(
-        "\nAlone, a hospital can be right about the labels it has and no others. Here each learnt"
-        " from all. LoRA factors\ntravelled between three processes, texts and keys did not, and"
-        " there was no fourth process."
+        "\nAlone, a hospital can be right only about the labels that it has. Here each hospital"
+        " learnt from all.\nLoRA factors travelled between the three processes; texts and keys did"
+        " not. There was no server."
     )
 
 
