@@ -1,4 +1,4 @@
-"""The public names, about a dozen. Importing does nothing."""
+"""The public names of dlora. Importing this package loads no large library."""
 
 from __future__ import annotations
 
@@ -54,12 +54,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name's module when it is first asked for: torch takes seconds."""
+    """Import a public name's module when the name is first used, because torch takes seconds.
+
+    Raises AttributeError for any other name.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'dlora' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    """What completion shows."""
+    """The names that completion shows."""
     return __all__

@@ -1,4 +1,4 @@
-"""Everything that can go wrong, one tree.
+"""The errors of dlora, as one tree of exceptions.
 
     DloraError                  say what was asked, what came, what to do
     ├── UserError               the user's mistake                        exit code 2
@@ -8,8 +8,8 @@
     │   ├── TopologyError       a graph or matrix that cannot be mixed on
     │   ├── RunError            a run folder: another run's, changed, damaged, no space left
     │   └── IdentityError       a key, a certificate, a federation file
-    ├── NeighbourError          the other side's: it is in another run     exit code 3
-    ├── CloudError              the other side's: the cloud refused, or cannot do it    exit code 3
+    ├── NeighbourError          a neighbour's mistake: it is in another run     exit code 3
+    ├── CloudError              the cloud refused, or cannot do what was asked  exit code 3
     └── Interrupted             Ctrl-C; the run is saved and resumable    exit code 4
 
 Exit code 0 is a finished run.
@@ -17,7 +17,7 @@ Exit code 0 is a finished run.
 
 
 class DloraError(Exception):
-    """The root; ``exit_code`` is what the command line returns for it."""
+    """The base class; ``exit_code`` is the exit code of the command line."""
 
     exit_code = 1
 
@@ -53,7 +53,7 @@ class IdentityError(UserError):
 
 
 class NeighbourError(DloraError):
-    """The other side is not in this run; nothing was exchanged with it."""
+    """A neighbour is not in this run; nothing was exchanged with it."""
 
     exit_code = 3
 

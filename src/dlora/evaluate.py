@@ -1,4 +1,4 @@
-"""Scores: of one peer, of the average, of the pooled baseline."""
+"""Scores adapters: those of single peers, the average adapter, and the baselines."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Scored:
-    """One participant's scores; ``confusion[a][b]`` of a classifier: rows of class a that were
-    taken for class b.
+    """One participant's scores.
+
+    ``confusion[a][b]``, for a classifier: the number of rows of class a that were predicted as b.
     """
 
     scores: Scores
@@ -40,15 +41,14 @@ def evaluate(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     killed: frozenset[int] = frozenset(),
 ) -> list[Scored]:
-    """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all of them in one
-    forward.
+    """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all P together.
 
-    Classification: accuracy, f1 (of the second class when there are two, else the mean over
-    classes) and mean loss. Causal-lm: loss and perplexity a target token; with ``choices`` also
-    accuracy, the answer being the likeliest option. ``batch_size``: examples of one participant in
-    a forward, which has P times as many rows. ``on_batch`` hears (examples done, examples in all),
-    before the first batch too. ``killed``: units whose factors rest, as `StackedModel.use` takes
-    them.
+    Returns one `Scored` for each participant. Classification: accuracy, f1 (of the second class
+    when there are two, else the mean over classes) and mean loss. Causal-lm: loss and perplexity
+    per target token; with ``choices`` also accuracy, where the most likely option is the answer.
+    ``batch_size``: examples of one participant in a forward pass, which has P times as many rows.
+    ``on_batch(done, total)`` is called with numbers of examples, before the first batch and after
+    each. ``killed``: numbers of the units that are not trained, as for `StackedModel.use`.
     """
     model.use(factors, killed)
     model.network.eval()
@@ -58,7 +58,7 @@ def evaluate(
     on_batch(0, total)
 
     def batches(rows: Sequence[Example], already: int) -> list[tuple[Tensor, Tensor, list[int]]]:
-        """Losses (P, N), predictions (P, N) and the N indices of ``rows``, a batch at a time."""
+        """For each batch of N rows: losses (P, N), predictions (P, N) and N indices of ``rows``."""
         results, done = [], already
         for chosen in batches_of(rows, batch_size):
             batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(
@@ -112,15 +112,13 @@ def evaluate(
 
 
 def batches_of(rows: Sequence[Example], batch_size: int) -> list[list[int]]:
-    """The indices of ``rows``, a batch at a time, alike lengths together so that little is
-    padding.
-    """
+    """The indices of ``rows`` in batches; rows of similar length are together to save padding."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     return [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
 def primary_metric(scores: Scores) -> str:
-    """What "best" looks at: accuracy where there is one, else loss."""
+    """The score that decides which adapter is best: accuracy if there is one, else loss."""
     return "accuracy" if "accuracy" in scores else "loss"
 
 
@@ -156,15 +154,16 @@ def standard_errors(peers: Mapping[str, Scores], num_peers: int) -> Scores | Non
 
 
 def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Each example's summed loss (N,), and its most likely class (N,) where there are classes; on
-    the CPU.
+    """(summed loss of each example (N,), its most likely class (N,)), on the CPU.
+
+    For a language model, which has no classes, the second tensor is the loss again.
     """
     losses = summed_loss(logits, labels, len(labels)).cpu()
     return losses, logits.argmax(dim=-1).cpu() if logits.dim() == 2 else losses
 
 
 def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Rows by class and by the class that they were taken for: (N,), (N,) -> (C, C)."""
+    """Numbers of rows by true class and predicted class: (N,), (N,) -> (C, C)."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(
         num_classes, num_classes
     )

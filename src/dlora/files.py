@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and that outlive a power cut."""
+"""Writes files so that each is complete or absent, also after a power cut."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dlora.errors import RunError
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: under a temporary name beside it, synced, then renamed over
-    it.
+    """Write a complete file or nothing.
 
-    Raises RunError when the disk is full or the place cannot be written; the old file is then
-    untouched.
+    The content is written to a temporary file in the same folder and synced, then that file is
+    renamed. Raises RunError when the disk is full or the path cannot be written; the old file is
+    then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +32,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Sync a folder to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +41,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error that says what to do."""
+    """A RunError that says why ``path`` cannot be written and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(
             f"no space left on device while writing {path}; free some, then go on with --resume"

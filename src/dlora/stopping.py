@@ -1,4 +1,4 @@
-"""How the wish to stop reaches a command: Ctrl-C, SIGTERM of a service, SIGUSR1 of Slurm."""
+"""How a command is stopped: by Ctrl-C, by a service's SIGTERM or by Slurm's SIGUSR1."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any, Protocol
 
 from dlora.errors import Interrupted
 
-# of people, of services, of Slurm before a job's end
+# sent by Ctrl-C, by a service manager, and by Slurm before a job's time ends
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Screen(Protocol):
-    """What draws on the terminal while a command works."""
+    """The display on the terminal while a command works."""
 
     def say(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print a separate line."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Remove the display and restore the terminal."""
 
 
 class Stop:
-    """Whether the first of these signals has come, to which ``answer`` is said. The second is a
-    KeyboardInterrupt.
+    """Remembers whether one of `SIGNALS` has arrived; the second raises KeyboardInterrupt.
 
-    While a command loads, which it does until `hear` hears something else than "loading", the first
-    ends the process at once: nothing is written yet. No exception does that, for libraries that are
-    being imported swallow exceptions.
+    At the first signal, ``answer`` is printed. While the command is loading (until `hear` gets
+    another event than "loading"), nothing is written yet, and the first signal ends the process at
+    once with `os._exit`. An exception would not do it, because libraries that are being imported
+    catch exceptions.
     """
 
     def __init__(self, answer: str, screen: Screen) -> None:
@@ -42,12 +42,13 @@ class Stop:
         self._answer, self._screen = answer, screen
 
     def __call__(self) -> bool:
-        """What the programs ask."""
+        """Whether the run should stop after this round."""
         return self.asked
 
     def hear(self, event: Mapping[str, Any]) -> None:
-        """A listener of the program's events. Raises Interrupted while a run is scored: that can be
-        done again.
+        """Listen to the program's events.
+
+        After a signal, raises Interrupted while a run is scored, because scoring can be repeated.
         """
         self.loading = self.loading and event["event"] == "loading"
         if self.asked and event["event"] == "evaluating":
@@ -55,7 +56,7 @@ class Stop:
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.loading:
-            with contextlib.suppress(RuntimeError):  # of a write that the signal has interrupted
+            with contextlib.suppress(RuntimeError):  # the signal interrupted a write
                 self._screen.close()
             again = (
                 f"stopped before it began; nothing was written; start it again with: {_command()}"
@@ -80,16 +81,18 @@ class Stop:
 
 
 def _write(text: str) -> None:
-    """A line on standard error, past Python's buffer: a signal may come while that is written, and
-    it cannot be entered twice.
+    """Write a line to standard error without Python's buffer.
+
+    The signal may arrive during a write to that buffer, which does not allow a second write.
     """
     os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
 
 @contextmanager
 def resumable(screen: Screen) -> Iterator[Stop]:
-    """The first signal lets the round finish and saves; the second gives it up. Either way: how to
-    go on.
+    """Within this context, the first signal lets the round finish, and the second discards it.
+
+    The run then ends with Interrupted, whose text has the command that resumes it.
     """
     with Stop("stopping after this round; Ctrl-C again discards it", screen) as stop:
         try:

@@ -1,6 +1,4 @@
-"""Local steps: model + factors + batches -> factors + statistics. The same loop in all four
-squares.
-"""
+"""Takes local steps: model, factors and batches in; changed factors and losses out."""
 
 from __future__ import annotations
 
@@ -21,12 +19,11 @@ from dlora.lora.stacked import StackedModel
 
 
 class Group:
-    """Participants ``first`` .. ``last - 1``, who go through the model together; owns their
-    optimiser.
+    """Participants ``first`` to ``last - 1``, which share each forward pass, and their optimiser.
 
-    ``parameters`` are views of the run's factors, so a step here is a step there. With a schedule,
-    ``units`` says who takes part in a step; the optimiser then has each participant's tensors by
-    themselves. ``moments``: what it has, by name.
+    ``parameters`` are views of the run's factors, so a local step changes the factors themselves.
+    With a schedule, ``units`` decides which tensors take part in a step, and the optimiser has a
+    separate tensor for each participant. ``moments``: the optimiser's state, by name.
     """
 
     def __init__(
@@ -56,9 +53,7 @@ class Group:
         )
 
     def train_only(self, names: frozenset[str]) -> None:
-        """Switch gradients on for ``names`` and off for the rest; what has no gradient takes no
-        step.
-        """
+        """Compute gradients only for ``names``; tensors without a gradient take no step."""
         if self.units is not None:
             self.units.train_only(names)
             return
@@ -66,7 +61,7 @@ class Group:
             tensor.requires_grad_(name in names)
 
     def step(self, learning_rate: float, max_grad_norm: float | None) -> None:
-        """Clip, take the optimiser's step with the gradients that are there, forget them."""
+        """Clip the gradients, take the optimiser's step with them, and delete them."""
         scores: list[dict[int, float]] = []
         if self.units is not None:
             self.units.mask_gradients()
@@ -102,9 +97,7 @@ class Participants:
         ]
 
     def standing(self) -> Factors:
-        """The function as it stands, for scores and adapters: the factors, with zero for what a
-        schedule has dropped.
-        """
+        """The factors, (P, ...) each, as they are scored and exported: dropped units are zero."""
         standing = dict(self.factors)
         for group in self.groups:
             for name, participant in group.units.left_out() if group.units else ():
@@ -114,8 +107,9 @@ class Participants:
         return standing
 
     def took_part(self) -> list[frozenset[str]]:
-        """The names of the tensors that the last local steps of each participant may have changed:
-        what it has to send.
+        """For each participant, names of the tensors that its last local steps may have changed.
+
+        It must send these tensors.
         """
         return [
             frozenset(group.parameters)
@@ -136,7 +130,7 @@ class Participants:
         }
 
     def load(self, factors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
-        """Take back what a checkpoint holds; the groups must be those that wrote it."""
+        """Restore factors and optimiser from a checkpoint that the same groups have written."""
         for name, tensor in factors.items():
             self.factors[name].copy_(tensor)
         by_first = {group.first: group for group in self.groups}
@@ -156,12 +150,11 @@ def local_steps(
     autocast_dtype: torch.dtype | None = None,
     on_step: Callable[[int], None] = lambda num_participants: None,
 ) -> Tensor:
-    """Train one group: one optimiser step for each entry of ``batches``, which is a step's
-    micro-batches.
+    """Train one group; each entry of ``batches`` holds the micro-batches of one optimiser step.
 
-    Each participant minimises the mean of its own loss over its own targets in the step; the stack
-    minimises the sum of those means, so no participant's gradient depends on another's. Returns
-    losses (steps, P) on the CPU.
+    Each participant minimises the mean loss over its own targets in the step. The stack minimises
+    the sum of these means, so a participant's gradient does not depend on the others. Returns the
+    losses (steps, P) on the CPU. ``on_step(num_participants)`` is called after each step.
     """
     model.use(group.parameters)
     model.network.train()
@@ -215,8 +208,9 @@ def summed_loss(logits: Tensor, labels: Tensor, num_participants: int) -> Tensor
 
 
 def num_targets(labels: Tensor, num_participants: int) -> Tensor:
-    """How many targets each participant has: (P,), at least 1 so that a batch without any is no
-    division by zero.
+    """How many targets each participant has: (P,).
+
+    The number is at least 1, so that a batch without targets causes no division by zero.
     """
     counted = labels if labels.dim() == 1 else labels[:, 1:]
     return (counted.reshape(num_participants, -1) != -100).sum(dim=1).clamp(min=1)
@@ -224,9 +218,7 @@ def num_targets(labels: Tensor, num_participants: int) -> Tensor:
 
 @torch.no_grad()
 def clip_each(parameters: Sequence[Tensor], max_norm: float) -> None:
-    """Scale each participant's gradient down to ``max_norm``: torch's clip_grad_norm_, a
-    participant at a time.
-    """
+    """Scale each participant's gradient down to ``max_norm``, as torch's clip_grad_norm_ does."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
     norm_P = torch.linalg.vector_norm(torch.stack(norms), dim=0)
@@ -236,8 +228,9 @@ def clip_each(parameters: Sequence[Tensor], max_norm: float) -> None:
 
 
 def learning_rate(section: TrainSection, step: int, num_steps: int) -> float:
-    """The rate of local step ``step`` (from 0) of ``num_steps``: as transformers' schedules of the
-    same names.
+    """The learning rate of local step ``step`` (from 0) of ``num_steps``.
+
+    It is the rate of transformers' schedule of the same name.
     """
     if step < section.warmup_steps:
         return section.learning_rate * step / section.warmup_steps
@@ -251,15 +244,19 @@ def learning_rate(section: TrainSection, step: int, num_steps: int) -> float:
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """bfloat16 arithmetic where the config asks for it; what trains stays float32."""
+    """A context for arithmetic in ``dtype``, or one that changes nothing if it is None.
+
+    Trained tensors stay float32.
+    """
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
 def activation_bytes(
     model: StackedModel, factors: Factors, batch: Batch, autocast_dtype: torch.dtype | None
 ) -> int:
-    """What one forward keeps for its backward, counted on the autograd graph: distinct storages,
-    not the parameters'.
+    """Bytes that one forward pass keeps for its backward pass.
+
+    They are the distinct storages that autograd saves, without those of parameters.
     """
     model.use({name: tensor.detach().requires_grad_() for name, tensor in factors.items()})
     weights = {

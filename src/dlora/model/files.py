@@ -1,4 +1,4 @@
-"""What a model's folder may be: weights as safetensors, and nothing in it that makes Python run."""
+"""Finds a model's folder and refuses weights other than safetensors and code of its own."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ FORMS = (
     "give a folder with config.json, weights and tokenizer, a hub name (owner/name) or"
     " pkg://package/folder"
 )
-# for every from_pretrained and from_config: transformers would ask on standard input
+# For every from_pretrained and from_config; else transformers asks a question on standard input.
 NO_CODE = {"trust_remote_code": False}
-SAFE_WEIGHTS = {"use_safetensors": True}  # for every model's from_pretrained: the others are pickle
-# implementations that transformers itself holds
+# For every model's from_pretrained, because the other weight files are pickle.
+SAFE_WEIGHTS = {"use_safetensors": True}
+# implementations that are part of transformers
 _OURS = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 
 
 def find_model(model: str) -> str:
-    """The folder or hub name that ``from_pretrained`` understands. Raises ModelError."""
+    """The folder or hub name for ``from_pretrained``. Raises ModelError when there is no folder."""
     if model.startswith("pkg://"):
         package, _, inside = model.removeprefix("pkg://").partition("/")
         try:
             spec = importlib.util.find_spec(package)
-        except (ImportError, ValueError):  # a dotted name whose parent is not there; no name at all
+        except (ImportError, ValueError):  # the parent of a dotted name is missing; an invalid name
             spec = None
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
@@ -47,7 +48,7 @@ def find_model(model: str) -> str:
                 f" {_listing(folder.parent)}"
             )
         return str(folder)
-    if os.path.isdir(model):  # False for 300 letters too, where Path raises
+    if os.path.isdir(model):  # False for a name that is too long, where Path.is_dir raises
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ModelError(f"model {model}: no such folder; {FORMS}")
@@ -55,10 +56,10 @@ def find_model(model: str) -> str:
 
 
 def read_config(source: str) -> Any:
-    """The architecture's configuration. Raises ModelError where the folder asks for code of its own
-    or for pickled weights.
+    """The architecture's configuration (transformers.PretrainedConfig).
 
-    Raises OSError and ValueError as transformers does where there is none.
+    Raises ModelError when the folder has only pickled weights or needs its own Python code; raises
+    OSError or ValueError, as transformers does, when there is no configuration.
     """
     if os.path.isdir(source):
         _refuse_other_weights(Path(source))
@@ -81,7 +82,7 @@ def read_config(source: str) -> Any:
 
 
 def _implementations(raw: Any) -> Iterator[tuple[str, str]]:
-    """Every key of a configuration that names code for attention or experts, and what it names."""
+    """Yield (key, value) for every key that names an implementation of attention or experts."""
     for key, value in raw.items():
         if isinstance(value, dict):
             inner = {f"{key}.{name}_implementation": named for name, named in value.items()}

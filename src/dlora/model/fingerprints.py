@@ -11,8 +11,9 @@ from torch import nn
 
 
 def fingerprint(network: nn.Module, but: Sequence[str] = ()) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights, without the modules named
-    in ``but``.
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of the frozen weights.
+
+    The modules named in ``but`` are left out.
     """
     digest = hashlib.sha256()
     outside = tuple(f"{name}." for name in but)
@@ -26,9 +27,7 @@ def fingerprint(network: nn.Module, but: Sequence[str] = ()) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 over what turns text into ids: the vocabulary, the fast tokenizer's pipeline, the
-    chat template.
-    """
+    """SHA-256 (hex) over the tokenizer's vocabulary, its fast pipeline and its chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     pipeline = (
         backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))

@@ -1,4 +1,4 @@
-"""What layers a model has: linears of its blocks, dropout, how many tokens it takes."""
+"""Facts about a model's layers: linears of its blocks, dropout, the most tokens it accepts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ LINEAR = (nn.Linear, Conv1D)
 
 
 def block_linears(network: nn.Module) -> list[str]:
-    """Names of the linears of the transformer blocks: those that stand in a numbered list of
-    modules.
-    """
+    """Names of the linears of the transformer blocks, that is, of those within an nn.ModuleList."""
     lists = block_lists(network)
     return [
         name
@@ -28,7 +26,7 @@ def block_linears(network: nn.Module) -> list[str]:
 
 
 def block_lists(network: nn.Module) -> tuple[str, ...]:
-    """What the names of all that stands in a numbered list of modules begin with."""
+    """The prefixes of the names of all modules within an nn.ModuleList."""
     return tuple(
         f"{name}." for name, module in network.named_modules() if isinstance(module, nn.ModuleList)
     )
@@ -36,8 +34,9 @@ def block_lists(network: nn.Module) -> tuple[str, ...]:
 
 @torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
-    """Whether this maps each token by its weight and does nothing else: some routers of experts are
-    made from nn.Linear.
+    """Whether the module multiplies each token by its weight and does nothing else.
+
+    Some routers of experts are subclasses of nn.Linear that do more; for them this is False.
     """
     if not isinstance(module, LINEAR):
         return False
@@ -57,8 +56,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def max_tokens(network: nn.Module) -> int | None:
-    """How many tokens a text may have: as many as there are learned positions; None where positions
-    are computed.
+    """The most tokens that a text may have: the number of learned positions.
+
+    None if the model computes its positions.
     """
     for name, module in network.named_modules():
         if name.rpartition(".")[2] in (
@@ -66,7 +66,7 @@ def max_tokens(network: nn.Module) -> int | None:
             "embed_positions",
             "wpe",
         ) and isinstance(module, nn.Embedding):
-            # OPT; RoBERTa
+            # Positions that are not used: OPT has an offset, RoBERTa a padding position.
             skipped = (
                 getattr(module, "offset", 0)
                 if module.padding_idx is None
@@ -77,14 +77,12 @@ def max_tokens(network: nn.Module) -> int | None:
 
 
 def has_dropout(model_config: Any) -> bool:
-    """Whether a training forward draws at random."""
+    """Whether a forward pass in training draws random numbers, by the model's configuration."""
     return any(getattr(model_config, key) for key in dropout_keys(model_config))
 
 
 def dropout_keys(model_config: Any) -> list[str]:
-    """The configuration's keys that make a training forward draw at random, as every architecture
-    spells them.
-    """
+    """The configuration's keys for dropout rates; each architecture has its own names for them."""
     return [
         key
         for key, value in model_config.to_dict().items()

@@ -1,4 +1,4 @@
-"""Load the frozen model, its tokenizer, or the body alone; quantise it where asked."""
+"""Loads the frozen model, its tokenizer, or only the body; quantises it if asked."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from dlora.model.quiet import quietly
 
 
 class MeanPooledClassifier(nn.Module):
-    """Any transformers body, the mean over its real tokens, one new linear: what sentence encoders
-    were trained for.
+    """A classifier: a transformers body, the mean over its real tokens, and one new linear.
+
+    Sentence encoders are trained to give such a mean.
     """
 
     base_model_prefix = "body"
@@ -37,7 +38,7 @@ class MeanPooledClassifier(nn.Module):
         self.config = body.config
         self.body = body
         self.classifier = nn.Linear(body.config.hidden_size, body.config.num_labels)
-        nn.init.normal_(self.classifier.weight, std=0.02)  # as BERT and Llama begin theirs
+        nn.init.normal_(self.classifier.weight, std=0.02)  # as BERT and Llama initialise theirs
         nn.init.zeros_(self.classifier.bias)
 
     def forward(
@@ -48,8 +49,10 @@ class MeanPooledClassifier(nn.Module):
         labels: Tensor | None = None,
         **ignored: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, classes), with ``labels`` the mean loss too. PEFT hands on its own
-        keywords, which are ignored.
+        """Logits (batch, classes), and the mean loss if ``labels`` (batch,) are given.
+
+        ``input_ids`` and ``attention_mask`` are (batch, length). PEFT passes other keywords, which
+        are ignored.
         """
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         hidden_BLH = self.body(
@@ -63,10 +66,10 @@ class MeanPooledClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """A model nobody trains, and what is new in it.
+    """A frozen model, and the names of its new modules.
 
-    ``head``: names of the modules whose weights no checkpoint holds (a classifier): seeded from the
-    run, kept in the adapter.
+    ``head``: names of the modules whose weights the checkpoint does not hold (a classifier). They
+    are drawn from the run's seed and saved with the adapter.
     """
 
     network: Any  # transformers.PreTrainedModel
@@ -75,18 +78,21 @@ class FrozenModel:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer, with a pad token (the end-of-text one where the model has none)."""
+    """The model's tokenizer. If it has no pad token, the end-of-text token is used for padding.
+
+    Raises ModelError when there is no usable tokenizer.
+    """
     source = find_model(model)
     with quietly():
         try:
-            read_config(source)  # what may not be read is said before anything of it is
+            read_config(source)  # refuses a folder before anything in it is used
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"model {model}: no tokenizer can be loaded from {source} ({_first_line(error)});"
                 f" {FORMS}"
             ) from error
-    # transformers makes an empty one where the files are missing
+    # transformers makes an empty tokenizer when the files are missing
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ModelError(
             f"model {model}: {source} holds no tokenizer (no tokenizer.json or vocabulary); {FORMS}"
@@ -105,11 +111,10 @@ def load_tokenizer(model: str) -> Any:
 def load_model(
     config: Config, tokenizer: Any, label_names: Sequence[str] | None, blocks: bool = True
 ) -> FrozenModel:
-    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``. Raises
-    ModelError.
+    """Load the frozen model; new heads are drawn on the CPU from ``config.seed``.
 
-    ``blocks=False``: without its transformer blocks, whose weights are not read either; the rest is
-    the same to the bit.
+    ``blocks=False``: the transformer blocks are left out and their weights are not read; all other
+    weights are bit-equal. Raises ModelError.
     """
     source = find_model(config.model)
     arguments: dict[str, Any] = {
@@ -118,7 +123,7 @@ def load_model(
         **NO_CODE,
         **SAFE_WEIGHTS,
     }
-    # another task's head makes room for ours; for the body, see _new_modules
+    # a head for another task is replaced by ours; _new_modules refuses mismatches in the body
     arguments["ignore_mismatched_sizes"] = True
     factory: Any = transformers.AutoModelForCausalLM
     if label_names is not None:
@@ -188,7 +193,7 @@ def load_model(
 
 
 def _refuse_architecture(config: Config, model_config: Any, factory: Any) -> None:
-    """Raise ModelError for an architecture that transformers has no class of, for this task."""
+    """Raise ModelError when transformers has no class of this architecture for the task."""
     if type(model_config) in factory._model_mapping:
         return
     kind = model_config.model_type
@@ -209,15 +214,16 @@ def _refuse_architecture(config: Config, model_config: Any, factory: Any) -> Non
 
 
 def _refuse_tokens(network: Any, tokenizer: Any, model: str) -> None:
-    """Raise ModelError where the tokenizer gives ids that the embedding has no row for; fewer ids
-    than rows are usual.
+    """Raise ModelError when the tokenizer gives ids for which the embedding has no row.
+
+    More rows than ids are usual and allowed.
     """
     embedding = (
         network.body.get_input_embeddings()
         if hasattr(network, "body")
         else network.get_input_embeddings()
     )
-    if not isinstance(embedding, nn.Embedding):  # CANINE hashes
+    if not isinstance(embedding, nn.Embedding):  # CANINE hashes characters instead
         return
     largest = max(tokenizer.get_vocab().values())
     if largest >= embedding.num_embeddings:
@@ -229,8 +235,9 @@ def _refuse_tokens(network: Any, tokenizer: Any, model: str) -> None:
 
 
 def load_body_network(config: CloudConfig) -> Any:
-    """The body that a cloud serves, on its device or devices. Raises ModelError; weights that are
-    missing are an error too.
+    """The body that a cloud serves, on its device or devices.
+
+    Raises ModelError when it cannot be loaded or when weights are missing in its folder.
     """
     source = find_model(config.model)
     arguments: dict[str, Any] = {"dtype": getattr(torch, config.dtype), **NO_CODE, **SAFE_WEIGHTS}
@@ -257,7 +264,7 @@ def load_body_network(config: CloudConfig) -> Any:
             f"model {config.model}: its folder has no weights for {', '.join(sorted(missing)[:3])}"
         )
     if report["missing_keys"]:
-        network.pooler = None  # nobody shall train on a random one
+        network.pooler = None  # else devices would train on a random pooler
     _freeze(network)
     device = resolve_device(config.device)
     if config.device_map is None and (config.quantization == "none" or device.type != "cpu"):
@@ -269,15 +276,18 @@ def _freeze(network: Any) -> None:
     network.requires_grad_(False)
     for layer in network.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks 4-bit weights at the first evaluation on a CPU, into a form
-            # without a backward: training after it would be wrong
+            # On a CPU, bitsandbytes repacks 4-bit weights at the first evaluation. The new form has
+            # no backward pass, so training after it would be wrong.
             layer.support_avx512bf16_for_cpu = False
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the first accelerator, else the CPU."""
+    """The torch device of this name; ``auto`` is the first accelerator, or the CPU if none.
+
+    Raises ModelError when the device is not available.
+    """
     if device == "auto":
-        # a build for a GPU names its kind also where there is none, or no driver
+        # without check_available, a torch built for GPUs names one even if there is none
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         resolved = torch.device(device)
@@ -290,15 +300,18 @@ def resolve_device(device: str) -> torch.device:
 
 
 def body_maker(network: Any) -> Callable[[], Any]:
-    """Makes another body of this architecture, with weights that mean nothing; all that is the
-    head's is left out.
+    """A function that makes another body of this architecture, without head.
+
+    The weights of that body are not initialised.
     """
     return no_init_weights()(lambda: transformers.AutoModel.from_config(network.config, **NO_CODE))  # type: ignore[no-any-return]
 
 
 def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, ...]:
-    """The head: the children beside the body that hold weights, and body modules the checkpoint has
-    no weights for.
+    """The names of the head's modules.
+
+    They are the modules with weights beside the body, and linears in the body for which the
+    checkpoint has no weights. Raises ModelError when weights of another body module are missing.
     """
     if config.task == "causal-lm":
         outside: list[str] = []
@@ -326,7 +339,10 @@ def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, 
 
 
 def _quantization(kind: Literal["int8", "nf4"], factory: Any, model_config: Any) -> Any:
-    """bitsandbytes' configuration; everything beside the transformer blocks keeps its precision."""
+    """The configuration for bitsandbytes. Only linears of the transformer blocks are quantised.
+
+    Raises ModelError when bitsandbytes is not installed.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"quantization {kind} needs bitsandbytes; pip install dlora[4bit]")
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Libraries are told to be quiet, before they are imported and while they load a model."""
+"""Silences messages of libraries, before they are imported and while they load a model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ import os
 import sys
 from collections.abc import Iterator
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # no run of ours phones home
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of an optional kernel
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # a run sends nothing to the hub
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional kernel
 
 from transformers.utils import logging as transformers_logging
 
 
 @contextlib.contextmanager
 def without_bitsandbytes() -> Iterator[None]:
-    """Keep PEFT from importing bitsandbytes, which takes seconds, where no base is quantised by it:
-    it is not there.
+    """Within this context, PEFT finds no bitsandbytes, whose import takes seconds.
 
-    A quantised base has imported it before, and then nothing changes.
+    When the base model is quantised, bitsandbytes is imported already, and nothing changes.
     """
     if "bitsandbytes" in sys.modules:
         yield
         return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's own way to say so
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # makes an import fail
     try:
         yield
     finally:
@@ -37,8 +36,9 @@ def without_bitsandbytes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """transformers reports new heads and draws bars of its own; here that is expected and the log
-    says it.
+    """Within this context, transformers prints no warnings about new heads and no progress bars.
+
+    New heads are expected here, and dlora's log reports them.
     """
     verbosity, bars = (
         transformers_logging.get_verbosity(),
