@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("disk_of_a_virtual_world")
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=20, suppress_health_check=SUPPRESSED)
+@settings(max_examples=8, suppress_health_check=SUPPRESSED)
 @given(HISTORIES)
 def test_every_history_ends_well(tmp_path: Path, history: History) -> None:
     try_history(history, tmp_path)

@@ -20,6 +20,7 @@ from kit.processes import HUB, running, until
 from kit.relay import Relay
 from kit.updates import UPDATE_BOUND, assert_same, relative_difference, update_of
 
+pytestmark = pytest.mark.slow
 ModelFolder = Callable[..., Path]
 
 
@@ -115,7 +116,6 @@ def test_both_counts_are_in_the_log_the_table_and_the_report(undisturbed: Undist
         assert "sent and received by this peer" in page and "to the cloud and back" in page
 
 
-@pytest.mark.slow
 def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
     tmp_path: Path,
     model_folder: ModelFolder,
@@ -150,7 +150,6 @@ def test_a_device_and_the_cloud_are_killed_and_the_run_ends_with_the_same_bits(
         ]
 
 
-@pytest.mark.slow  # 10 s of waiting for what is away
 def test_neighbours_go_on_without_a_device_whose_cloud_is_away(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -193,7 +192,6 @@ def test_neighbours_go_on_without_a_device_whose_cloud_is_away(
     )
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_the_cloud_is_away_ends_a_device_that_can_go_on(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:

@@ -22,7 +22,7 @@ from kit.as_simulated import assert_as_simulated
 from kit.call_cli import Outcome
 from kit.processes import NAMES, Federation, running, until
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_page")]
 ModelFolder = Callable[..., Path]
 PATIENT_S = 60.0  # longer than any restart takes: the others wait
 
@@ -139,7 +139,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(survived: Survived) -> None:
     assert message.endswith(" --resume") and f"--name {INTERRUPTED}" in message
 
 
-@pytest.mark.slow
 def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -190,7 +189,6 @@ def test_the_others_go_on_without_a_frozen_peer_and_take_it_back(
     assert [event["was"] < event["round"] for event in peers.events("east", "caught-up")] == [True]
 
 
-@pytest.mark.slow
 def test_stopped_before_anybody_came_and_resumed_after_the_end(
     tmp_path: Path, model_folder: ModelFolder
 ) -> None:
@@ -233,7 +231,6 @@ def test_stopped_before_anybody_came_and_resumed_after_the_end(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("topology", "kind"), [("ring", "all"), ("base-k", "all"), ("ring", "kr")])
 def test_kill_9_at_any_instant(
@@ -276,7 +273,6 @@ def test_kill_9_at_any_instant(
     assert_as_simulated(peers)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system: needs root")
 def test_a_full_disk_during_a_commit_leaves_the_last_commit_whole(
     tmp_path: Path, model_folder: ModelFolder
