@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dlora
 from dlora.config.run import Config
-from dlora.events.log import Event
+from dlora.events.kinds import Event
 from dlora.lora.units import Unit, device_flops
 from dlora.split.device.adapter import Adapter
 

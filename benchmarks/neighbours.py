@@ -65,7 +65,7 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
             decode=lambda message, path: {},
         ),
         check=lambda neighbour, message, path: None,
-        report=lambda event, **fields: None,
+        report=lambda event: None,
         signatures=MemberSignatures(network.identity, network.federation),
     )
     serving = asyncio.create_task(network.serve(exchange.talk))

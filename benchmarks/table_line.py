@@ -28,7 +28,7 @@ import torch
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import Interrupted
-from dlora.events.log import Event
+from dlora.events.kinds import Event
 from dlora.identity.federation import federation_text
 from dlora.identity.keys import new_identity
 from dlora.programs.device import device

@@ -27,6 +27,7 @@ from dlora.identity.signatures import MemberSignatures
 from dlora.run.findings import Findings
 from dlora.wire.peer.frames import Hello
 from kit import virtual_clock
+from kit.any_event import any_event
 from kit.older_copies import older_copy_of
 from kit.virtual_federation import FaultyLedger, World
 
@@ -58,8 +59,8 @@ def test_without_signatures_an_older_copy_is_only_reported(
     assert set(world.results) == set(world.names) and not world.broken
     told = [fields for name in world.names for fields in world.story_of(name, "lacks")]
     assert told and {(fields["neighbour"], fields["shown"]) for fields in told} == {(victim, 0)}
-    findings = Findings("north", num_peers, lambda event, **fields: None)
-    findings("lacks", **told[0])
+    findings = Findings("north", num_peers, lambda event: None)
+    findings(any_event("lacks", **told[0]))
     [warning] = findings.warnings(num_peers)
     assert warning.startswith(f"{victim}: its folder does not hold what is mixed here")
 
@@ -125,10 +126,8 @@ def test_a_word_counts_while_a_certificate_of_its_key_is_listed(
         identity = Identity.load(name, tmp_path / f"{name}.key", Federation.load(path))
         return Words(name, RUN, ledger, MemberSignatures(identity, FederationFile(path)), report)
 
-    reports: list[dict[str, Any]] = []
-
-    def report(event: str, **fields: Any) -> None:
-        reports.append({"event": event, **fields})
+    reports: list[Any] = []
+    report = reports.append
 
     with opened(tmp_path / "of north") as north, opened(tmp_path / "of south") as south:
         own = north.keep(round_message(0), b"north's").sha256

@@ -17,9 +17,7 @@ BERT = [[f"layer.{block}.{name}" for name in names] for block in (0, 11) for nam
     ["attention.output.dense"], ["intermediate.dense"], ["output.dense"])]  # fmt: skip
 
 
-def told(
-    changes: list[tuple[int, list[int]]], costs: list[int], peer: str = "peer-0"
-) -> list[dict[str, Any]]:
+def told(changes: list[tuple[int, list[int]]], costs: list[int], peer: str = "peer-0") -> list[Any]:
     """The events of one participant, its traffic reckoned step by step; FLOPs are traffic less 2
     for the lowest unit.
     """
@@ -49,7 +47,7 @@ def flops(units: list[int], costs: list[int]) -> int:
     return sum(costs[unit] for unit in units) - 2 if units else 0
 
 
-def units_event(costs: list[int], names: list[list[str]] | None = None) -> dict[str, Any]:
+def units_event(costs: list[int], names: list[list[str]] | None = None) -> Any:
     units = [
         {"modules": held, "cost": cost}
         for held, cost in zip(names or [["m"]] * len(costs), costs, strict=True)

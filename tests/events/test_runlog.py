@@ -17,14 +17,15 @@ from dlora.events.log import RunLog, read_log
 from dlora.events.record import run_records
 from dlora.files import write_atomically
 from dlora.show.words import bytes_text, count_text, score_text, seconds_text
+from kit.any_event import any_event
 
 
 def test_events_are_written_and_heard_ticks_only_heard(tmp_path: Path) -> None:
-    heard: list[dict[str, Any]] = []
+    heard: list[Any] = []
     with RunLog(tmp_path / "log.jsonl", [heard.append]) as log:
-        log.emit("start", model="Charité \n", runs=["dec-lora"])
-        log.tick("step", run="dec-lora", done=1, total=5)
-        log.emit("done", seconds=1.5)
+        log.emit(any_event("start", model="Charité \n", runs=["dec-lora"]))
+        log.tick(any_event("step", run="dec-lora", done=1, total=5))
+        log.emit(any_event("done", seconds=1.5))
     assert [event["event"] for event in heard] == ["start", "step", "done"]
     written = read_log(tmp_path / "log.jsonl")
     assert written == [heard[0], heard[2]]
@@ -37,10 +38,12 @@ def test_events_are_written_and_heard_ticks_only_heard(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl") as log:
         log.emit(
-            "round",
-            loss=float("nan"),
-            losses=[1.0, float("inf")],
-            scores={"a": {"f1": float("-inf")}},
+            any_event(
+                "round",
+                loss=float("nan"),
+                losses=[1.0, float("inf")],
+                scores={"a": {"f1": float("-inf")}},
+            )
         )
     line = (tmp_path / "log.jsonl").read_text()
     assert "NaN" not in line and "Infinity" not in line
@@ -56,28 +59,28 @@ def test_an_event_is_on_the_file_before_the_listener_hears_it(tmp_path: Path) ->
     path = tmp_path / "log.jsonl"
     seen: list[int] = []
     with RunLog(path, [lambda _event: seen.append(len(read_log(path)))]) as log:
-        log.emit("a")
-        log.emit("b")
+        log.emit(any_event("a"))
+        log.emit(any_event("b"))
     assert seen == [1, 2]
 
 
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with RunLog(path) as log:
-        log.emit("a")
+        log.emit(any_event("a"))
         position = log.position
         assert position == path.stat().st_size
-        log.emit("lost")
+        log.emit(any_event("lost"))
     with RunLog(path) as log:
         log.truncate(position)
-        log.emit("b")
+        log.emit(any_event("b"))
         assert log.position == path.stat().st_size
     assert [event["event"] for event in read_log(path)] == ["a", "b"]
 
 
 def test_a_position_beyond_the_log_is_refused(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl") as log:
-        log.emit("a")
+        log.emit(any_event("a"))
         size = log.position
         with pytest.raises(
             RunError, match=f"holds {size} bytes, the checkpoint was made at {size + 1}"
@@ -92,7 +95,7 @@ def test_a_torn_last_line_is_ignored_and_never_glued_to_the_next(tmp_path: Path,
     path.write_text('{"event": "a"}\n' + torn)
     assert [event["event"] for event in read_log(path)] == ["a"]
     with RunLog(path) as log:
-        log.emit("b")
+        log.emit(any_event("b"))
     assert [event["event"] for event in read_log(path)] == ["a", "b"]
 
 
@@ -123,12 +126,12 @@ def test_a_full_disk_is_a_run_error(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
-    heard: list[dict[str, Any]] = []
+    heard: list[Any] = []
     with (
         RunLog(tmp_path / "log.jsonl", [heard.append]) as log,
         pytest.raises(RunError, match="no space left on device"),
     ):
-        log.emit("a")
+        log.emit(any_event("a"))
     assert heard == []
 
 

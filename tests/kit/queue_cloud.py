@@ -15,6 +15,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.data.batches import Batch, collate
 from dlora.data.formats import Example
+from dlora.events.serving import DeviceEvent
 from dlora.lora.core import Directions
 from dlora.lora.factors import Factors, stack
 from dlora.lora.stacked import StackedModel, attach
@@ -89,11 +90,11 @@ class QueueCloud:
 
     def __init__(self, body: Body, limits: Limits = LIMITS, memory_bytes: int = 10**9) -> None:
         self.body, self.limits, self.budget = body, limits, Budget(memory_bytes)
-        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.told: list[DeviceEvent] = []
         self.channels: list[QueueChannel] = []
 
-    def tell(self, event: str, fields: dict[str, Any]) -> None:
-        self.told.append((event, fields))
+    def tell(self, event: DeviceEvent) -> None:
+        self.told.append(event)
 
     def dial(
         self,

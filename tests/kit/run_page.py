@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dlora.events.log import RunLog
+from kit.any_event import any_event
 
 FINAL = {"dec-lora": 0.843, "dlora": 0.843, "pooled": 0.849, "local": 0.66, "fedavg": 0.845}
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -102,16 +103,28 @@ def make_run(
             "loss": 4 - 2 * value, "perplexity": math.exp(4 - 2 * value)}  # fmt: skip
 
     with RunLog(folder / "log.jsonl") as log:
-        # fmt: off
-        log.emit("start", version="0.1.0", model=model, task=task, metric=metric, runs=list(runs),
-            peers=peers,
-                 edges=edges, spectral_gap=0.195, trainable_parameters=1234, message_bytes=4936,
-                 group_size=count,
-                 **more)
-        # fmt: on
+        log.emit(
+            any_event(
+                "start",
+                version="0.1.0",
+                model=model,
+                task=task,
+                metric=metric,
+                runs=list(runs),
+                peers=peers,
+                edges=edges,
+                spectral_gap=0.195,
+                trainable_parameters=1234,
+                message_bytes=4936,
+                group_size=count,
+                **more,
+            )
+        )
         for run in runs:
             sent = 0 if run in ("pooled", "local", "dlora") else 4936 * 2 * count
-            log.emit("run", run=run, rounds=6, local_steps=[5] * count, participants=count)
+            log.emit(
+                any_event("run", run=run, rounds=6, local_steps=[5] * count, participants=count)
+            )
             for done in range(7):
                 value = FINAL[run] - 0.3 * 0.5**done
                 own = (
@@ -120,9 +133,19 @@ def make_run(
                     else {name: scores(value - 0.02) for name in names}
                 )
                 moved = {"cloud_bytes": 30_000_000 * done} if split else {}
-                log.emit("scores", run=run, rounds_done=done, consensus=scores(value), peers=own,
-                         peers_mean=own and scores(value - 0.02), bytes_on_wire=sent * done,
-                         **moved, seconds=2.0 * done)  # fmt: skip
+                log.emit(
+                    any_event(
+                        "scores",
+                        run=run,
+                        rounds_done=done,
+                        consensus=scores(value),
+                        peers=own,
+                        peers_mean=own and scores(value - 0.02),
+                        bytes_on_wire=sent * done,
+                        **moved,
+                        seconds=2.0 * done,
+                    )
+                )
                 if done == 6:
                     break
                 if done == stop_at:
@@ -133,11 +156,21 @@ def make_run(
                     "fedavg": 0.0,
                     "dlora": 0.0,
                 }.get(run)
-                log.emit("round", run=run, round=done, loss=1 - value, losses=[1 - value] * count,
-                    learning_rate=1e-3,
-                         consensus_distance=distance, bytes_on_wire=sent * (done + 1),
-                         **moved, seconds=2.0 * (done + 1))  # fmt: skip
-            log.emit("run-done", run=run)
+                log.emit(
+                    any_event(
+                        "round",
+                        run=run,
+                        round=done,
+                        loss=1 - value,
+                        losses=[1 - value] * count,
+                        learning_rate=1e-3,
+                        consensus_distance=distance,
+                        bytes_on_wire=sent * (done + 1),
+                        **moved,
+                        seconds=2.0 * (done + 1),
+                    )
+                )
+            log.emit(any_event("run-done", run=run))
             summary["runs"][run] = {
                 "consensus": scores(FINAL[run]),
                 "peers_mean": None if run == "pooled" else scores(FINAL[run] - 0.01),

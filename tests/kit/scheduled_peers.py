@@ -141,7 +141,7 @@ class Peers:
             self.results[peer.name] = peer.finish(average, num_peers)
         finally:
             self.lengths[peer.name] |= ledger.lengths
-            self.bytes[peer.name] = peer.tally.bytes["bytes_on_wire"]
+            self.bytes[peer.name] = peer.tally.cost(peer.seconds)["bytes_on_wire"]
             ledger.close()
 
     def active(self, name: str) -> list[tuple[int, list[int]]]:

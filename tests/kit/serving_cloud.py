@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config.cloud import CloudConfig
-from dlora.events.log import Event
 from dlora.identity.federation import Federation, FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity
 from dlora.net.channel import Channel, Dialler, LoopThread
@@ -63,18 +62,18 @@ class Serving:
     """What a cloud that runs in a thread has told so far."""
 
     def __init__(self) -> None:
-        self.events: list[Event] = []
+        self.events: list[Any] = []
         self.done: Future[Summary]
         self.stop = threading.Event()
 
-    def heard(self, kind: str, **fields: Any) -> list[Event]:
+    def heard(self, kind: str, **fields: Any) -> list[Any]:
         return [
             event
             for event in [*self.events]
             if event["event"] == kind and fields.items() <= event.items()
         ]
 
-    def wait_for(self, kind: str, **fields: Any) -> Event:
+    def wait_for(self, kind: str, **fields: Any) -> Any:
         until(
             lambda: self.heard(kind, **fields) or self.done.done(), f"{kind} {fields}", PATIENCE_S
         )

@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.topology import Topology, build_topology
+from dlora.events.neighbours import NeighbourEvent
 from dlora.lora.factors import Factors
 from dlora.net.memory import MemoryHub, MemoryNetwork
 from dlora.net.transport import LinkDown
@@ -162,7 +164,7 @@ class World:
             patience=PATIENCE,
             messages=messages,
             check=lambda neighbour, message, path: self._decode(message, path),
-            report=lambda event, **fields: self._report(name, event, fields),
+            report=partial(self._report, name),
             signatures=Signer(name),
         )
 
@@ -223,9 +225,10 @@ class World:
     def heard(self, name: str, event: str, fields: dict[str, Any]) -> None:
         """What a peer reports, when it does."""
 
-    def _report(self, name: str, event: str, fields: dict[str, Any]) -> None:
-        self.story.append((asyncio.get_running_loop().time(), name, event, fields))
-        self.heard(name, event, fields)
+    def _report(self, name: str, event: NeighbourEvent) -> None:
+        fields = {key: value for key, value in event.items() if key != "event"}
+        self.story.append((asyncio.get_running_loop().time(), name, event["event"], fields))
+        self.heard(name, event["event"], fields)
 
     def _ask(self, name: str, what: str) -> None:
         if self.fault(name, what):

@@ -66,7 +66,8 @@ def node(name: str, folder: Path) -> None:
     network = GrpcNetwork(
         identity, FederationFile(path), [other], f"{ADDRESSES[name]}:{PORT}", PEERS
     )
-    ledger, story = Ledger(folder / name), []
+    ledger = Ledger(folder / name)
+    story: list[Any] = []
 
     async def live() -> float:
         exchange = Exchange(
@@ -82,7 +83,7 @@ def node(name: str, folder: Path) -> None:
                 decode=lambda message, path: {},
             ),
             check=lambda neighbour, message, path: None,
-            report=lambda event, **fields: story.append([event, fields]),
+            report=story.append,
             signatures=MemberSignatures(identity, network.federation),
         )
         serving = asyncio.create_task(network.serve(exchange.talk))
@@ -105,7 +106,7 @@ def node(name: str, folder: Path) -> None:
         "seconds": seconds,
         "sent_bytes": sum(network.traffic.sent_bytes.values()),
         "grown_bytes": peak_bytes() - before_bytes,
-        "links": sum(event == "linked" for event, _ in story),
+        "links": sum(event["event"] == "linked" for event in story),
         "story": story,
     }
     ledger.close()

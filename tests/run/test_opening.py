@@ -13,6 +13,7 @@ from dlora.errors import CloudError, NeighbourError, RunError, UserError
 from dlora.events.log import read_log
 from dlora.run.folder import RunFolder
 from dlora.run.opening import opened
+from kit.any_event import any_event
 from kit.scheduled_peers import KR, federation
 
 MakeConfig = Callable[..., Config]
@@ -78,7 +79,7 @@ def test_a_simulation_tells_again_what_it_does_again_and_a_peer_keeps_what_it_sa
     config = federation(make_config, KR)
     for resume in (False, True):
         with opened(config, ["dec-lora"], own=own, resume=resume) as run:
-            run.log.emit("linked", neighbour="south")
+            run.log.emit(any_event("linked", neighbour="south"))
     events = [event["event"] for event in read_log(run.folder.log_path)]
     assert events == ["start", "linked"] + ["linked"] * (own is not None)
     manifest = json.loads((run.folder.path / "manifest.json").read_text())

@@ -15,7 +15,8 @@ import dlora
 from dlora.config.run import Config
 from dlora.errors import ConfigError, Interrupted
 from dlora.evaluate import standard_errors
-from dlora.events.log import Event, read_log
+from dlora.events.kinds import Event
+from dlora.events.log import read_log
 
 pytestmark = pytest.mark.usefixtures("no_page")
 

@@ -5,7 +5,7 @@ adapters score.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def test_a_crash_between_checkpoints_costs_the_rounds_since_the_last(
         output_dir=str(tmp_path / "crashed"),
     )
 
-    def crash(event: dict[str, Any]) -> None:
+    def crash(event: Mapping[str, Any]) -> None:
         if event["event"] == "scores" and event["rounds_done"] == 3:
             raise KeyboardInterrupt
 

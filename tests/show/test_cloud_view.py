@@ -5,26 +5,26 @@ from __future__ import annotations
 import io
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from dlora.events.cloud import CloudRecord
-from dlora.events.log import Event
 from dlora.show.cloud.metrics import CloudMetrics
 from dlora.show.cloud.table import CloudView
 from dlora.show.tables import served_table
 
 NOW = "2026-01-02T03:04:05.678Z"
-SERVING: Event = {
+SERVING: Any = {
     "event": "serving",
     "model": "[b]model",
     "listen": "[::]:7000",
     "federation": "federation.yaml",
     "metrics": "127.0.0.1:9100",
 }
-STORY: list[Event] = [
+STORY: list[Any] = [
     {"event": "linked", "device": "[i]phone"},
     {"event": "opened", "device": "[i]phone", "wire": "bfloat16", "groups": 4},
     {
@@ -75,9 +75,10 @@ STORY: list[Event] = [
 ]
 
 
-def tell(listener: CloudRecord | CloudMetrics | CloudView, *events: Event) -> None:
+def tell(listener: CloudRecord | CloudMetrics | CloudView, *events: Any) -> None:
     for event in events:
-        listener({"time": NOW, **event})
+        timed: Any = {"time": NOW, **event}
+        listener(timed)
 
 
 def drawn(view: CloudView) -> str:

@@ -6,10 +6,9 @@ from typing import Any
 
 from rich.console import Console
 
-from dlora.events.log import Event
 from dlora.show.progress import STARTING, Progress
 
-STORY: list[Event] = [
+STORY: list[Any] = [
     {"event": "phase", "text": "loading model"},
     {"event": "start", "metric": "accuracy", "runs": ["dec-lora", "local"]},
     {"event": "run", "run": "dec-lora", "rounds": 2, "local_steps": [5, 5], "participants": 2},
@@ -24,7 +23,7 @@ STORY: list[Event] = [
         "peers_mean": None,
     },
 ]
-END: list[Event] = [
+END: list[Any] = [
     {"event": "run-done", "run": "dec-lora"},
     {"event": "resumed", "run": "local", "rounds_done": 3},
     {"event": "step", "run": "local", "done": 20, "total": 100},
@@ -87,14 +86,14 @@ def test_a_real_peer_shows_who_is_here() -> None:
 
 
 def test_a_device_shows_what_goes_to_its_cloud_and_back() -> None:
-    scores: Event = {
+    scores: Any = {
         "event": "scores",
         "run": "dlora",
         "rounds_done": 1,
         "consensus": {"accuracy": 0.62},
         "peers_mean": None,
     }
-    story: list[Event] = [
+    story: list[Any] = [
         STORY[1],
         {"event": "phase", "text": "waiting for the cloud hub: [b]hub is not who it should be"},
         {"event": "run", "run": "dlora", "rounds": 2, "local_steps": [5], "participants": 1},
@@ -166,7 +165,7 @@ def test_quiet_prints_nothing() -> None:
 
 def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:
     so_far = {"adapter_fraction": 1.0, "device_flops_fraction": 1.0, "device_flops": 8}
-    active: Event = {
+    active: Any = {
         "event": "active",
         "run": "dec-lora",
         "peer": "solo",
@@ -175,7 +174,7 @@ def test_a_scheduled_run_shows_who_is_active_and_what_that_costs() -> None:
         **so_far,
     }
     units = [{"modules": ["a"], "cost": cost} for cost in (10, 30)]
-    told: Event = {"event": "units", "run": "dec-lora", "units": units, "device_flops": 40}
+    told: Any = {"event": "units", "run": "dec-lora", "units": units, "device_flops": 40}
     with Progress(terminal()) as progress:
         for event in (STORY[1], STORY[2] | {"local_steps": [5]}, told, active):
             progress(event)
@@ -208,7 +207,7 @@ def test_on_a_narrow_terminal_notes_stand_below_whole_and_the_bar_stays_whole() 
 
 
 def test_a_score_of_an_earlier_round_says_so() -> None:
-    scores = {
+    scores: Any = {
         "event": "scores",
         "run": "dec-lora",
         "peers_mean": None,
@@ -231,6 +230,12 @@ def test_a_run_whose_first_event_is_its_scoring_has_a_line() -> None:
     """`dlora eval` into a file that takes longer than a line's pause: its run has no bar yet."""
     file = io.StringIO()
     progress = Progress(Console(file=file), lines_every_s=0)
-    scoring = {"event": "evaluating", "run": "dec-lora", "what": "consensus", "done": 1, "total": 2}
+    scoring: Any = {
+        "event": "evaluating",
+        "run": "dec-lora",
+        "what": "consensus",
+        "done": 1,
+        "total": 2,
+    }
     progress(scoring)
     assert "Dec-LoRA" in file.getvalue() and "1 of 2" in file.getvalue()

@@ -166,7 +166,7 @@ def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path)
 
 def through(cloud: queue_cloud.QueueCloud, tokens: int) -> int:
     """Parts of so many tokens that got through."""
-    return sum(event == "part" and fields["tokens"] == tokens for event, fields in [*cloud.told])
+    return sum(event["event"] == "part" and event["tokens"] == tokens for event in [*cloud.told])
 
 
 # Memory

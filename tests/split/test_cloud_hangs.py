@@ -19,6 +19,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.net.channel import GIVE_UP_S
 from dlora.programs.cloud import cloud
 from dlora.run.cloud_of_a_peer import CloudOfAPeer
+from dlora.run.frozen_model import CloudWord
 from dlora.split.cloud.body import Body
 from kit.processes import HUB, Split, running, until
 
@@ -103,12 +104,19 @@ def test_a_device_whose_cloud_hangs_is_away_for_its_neighbours() -> None:
     """
     said: list[str] = []
     log: Any = SimpleNamespace(
-        emit=lambda event, **fields: said.append(event), tick=lambda event, **fields: None
+        emit=lambda event: said.append(event["event"]), tick=lambda event: None
     )
     cloud = CloudOfAPeer(log, "hub")
     away = []
-    for event in ("cloud-silent", "cloud-back", "cloud-lost", "connection-refused", "cloud-back"):
+    words: list[CloudWord] = [
+        "cloud-silent",
+        "cloud-back",
+        "cloud-lost",
+        "connection-refused",
+        "cloud-back",
+    ]
+    for event in words:
         cloud.hear(event, "a reason")
         away.append(cloud.is_away)
     assert away == [True, False, True, True, False]
-    assert said == ["cloud-silent", "cloud-back", "cloud-lost", "connection-refused", "cloud-back"]
+    assert said == words

@@ -259,7 +259,7 @@ def test_halves_that_do_not_fit_are_told_why(
     calls.manifest = json.dumps(json.loads(calls.manifest) | {key: value})
     with pytest.raises(CloudError, match=message):
         step(half)
-    assert [event for event, _ in cloud.told] == ["refused"]
+    assert [event["event"] for event in cloud.told] == ["refused"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_batch_over_the_limits_goes_part_after_part(
     cloud = cloud_for(half, limits=replace(LIMITS, max_tokens=max_tokens, max_parts=max_parts))
     calls = link(half, cloud, pipeline)
     assert_close(step(half), reference)
-    assert not [event for event, _ in cloud.told if event == "failed"] and not calls.repeated
+    assert not [event for event in cloud.told if event["event"] == "failed"] and not calls.repeated
     assert_empty(cloud)
 
 
@@ -152,7 +152,7 @@ def test_out_of_memory_inside_the_body_is_said(half: Half, monkeypatch: pytest.M
     calls = link(half, cloud)
     assert_close(step(half), reference)
     assert calls.repeated == 2
-    assert [fields["why"] for event, fields in cloud.told if event == "failed"] == [
+    assert [event["why"] for event in cloud.told if event["event"] == "failed"] == [
         "memory",
         "memory",
     ]
@@ -195,7 +195,7 @@ def test_a_silent_device_frees_its_memory_and_repeats_the_step(half: Half) -> No
     calls = link(half, cloud, seen=seen)
     assert_equal(step(half), reference)
     assert calls.repeated == 1
-    assert [fields["why"] for event, fields in cloud.told if event == "failed"] == ["expired"]
+    assert [event["why"] for event in cloud.told if event["event"] == "failed"] == ["expired"]
 
 
 def test_a_cloud_that_never_waits_long_enough_is_an_error(half: Half) -> None:

@@ -11,7 +11,6 @@ import typer
 from dlora.commands.documents import load, print_document
 from dlora.commands.options import AsJson, ConfigPath, FederationPath, KeyPath, ListenAt, Overrides
 from dlora.errors import ConfigError
-from dlora.events.log import Listener
 from dlora.show.progress import Progress
 from dlora.show.tables import dry_run_table, served_table, summary_table
 from dlora.stopping import Stop, resumable
@@ -114,9 +113,10 @@ def cloud(
         from dlora.config.cloud import CloudConfig
 
         loaded = CloudConfig.load(config, set_)
+        from dlora.events.serving import CloudListener
         from dlora.programs.cloud import cloud as program
 
-        hearing: list[Listener] = [view, stop.hear]
+        hearing: list[CloudListener] = [view, stop.hear]
         summary = program(
             loaded,
             name=name,

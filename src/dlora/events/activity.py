@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Event = Mapping[str, Any]
+from dlora.events.kinds import Active, Event
+
 _MOST_COLUMNS = 300  # of a map: about as many as a picture has room for
 
 
@@ -23,7 +23,7 @@ class Activity:
         self.costs: list[int] = []
         self.changes: dict[str, list[tuple[int, frozenset[int]]]] = {}
         self.device_flops = 0  # a token, with all units active
-        self._told: dict[str, Event] = {}  # of each participant, its last event
+        self._told: dict[str, Active] = {}  # of each participant, its last event
 
     def hear(self, event: Event) -> None:
         """Take one event; others than these two change nothing."""

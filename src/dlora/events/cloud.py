@@ -6,7 +6,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from dlora.events.log import Event
+from dlora.events.serving import CloudEvent, Serving
 
 NUM_NEWS = 3
 
@@ -52,16 +52,15 @@ class CloudRecord:
 
     def __init__(self) -> None:
         self.devices: dict[str, Served] = {}
-        self.serving: Event | None = None  # the event
+        self.serving: Serving | None = None  # the event
         self.refused_links = 0
         # time, one line: the last things that went wrong
         self.news: deque[tuple[str, str]] = deque(maxlen=NUM_NEWS)
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: CloudEvent) -> None:
         """Hear one event; unknown ones change nothing."""
-        served = (
-            self.devices.setdefault(event["device"], Served()) if "device" in event else Served()
-        )
+        device = str(event.get("device", ""))
+        served = self.devices.setdefault(device, Served()) if device else Served()
         match event["event"]:
             case "serving":
                 self.serving = event
@@ -98,5 +97,5 @@ class CloudRecord:
                 served.since = None
                 served.parts_here = served.tokens_here = 0
 
-    def _note(self, event: Event, text: str) -> None:
+    def _note(self, event: CloudEvent, text: str) -> None:
         self.news.append((event["time"], text))

@@ -1,4 +1,4 @@
-"""What happened: one JSON line an event; progress bars read it."""
+"""The log of a run: one JSON line an event; progress bars hear it."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from dlora.errors import RunError
+from dlora.events.kinds import Event, Loaded, Logged
+from dlora.events.timed import Loading, with_time
 from dlora.files import cannot_write
 
-Event = dict[str, Any]
+LogLine = dict[str, Any]  # an event as a log has it; another version may have written it
 Listener = Callable[[Event], None]
 
 
-class RunLog:
-    """The log of one run: events are written and heard, ticks are only heard.
+class JsonLines:
+    """A file of JSON objects, one a line, to which lines are only added.
 
     A line counts once its newline is on the file: a torn one, left by a crash, is cut off on
     opening. Raises RunError when the file cannot be opened or written.
     """
 
-    def __init__(self, path: str | Path, listeners: Iterable[Listener] = ()) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._listeners = tuple(listeners)
         try:
-            # unbuffered: an event is on the file before the listeners hear it
+            # unbuffered: a line is on the file when `append` returns
             self._file = io.FileIO(self.path, "a+")
             torn_bytes = _torn_bytes(self._file)
             if torn_bytes:
@@ -39,9 +39,8 @@ class RunLog:
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def emit(self, event: str, **fields: Any) -> None:
-        """Append one line, then tell the listeners; a number that is not finite becomes null."""
-        entry: Event = {"event": event, "time": now(), **fields}
+    def append(self, entry: Mapping[str, object]) -> None:
+        """Append one line; a number that is not finite becomes null."""
         line = (to_json(entry) + "\n").encode()
         start = self._file.seek(0, os.SEEK_END)
         try:
@@ -52,11 +51,6 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self._file.truncate(start)
             raise cannot_write(self.path, error) from error
-        self._tell(entry)
-
-    def tick(self, event: str, **fields: Any) -> None:
-        """Tell the listeners only: progress within a round, too frequent for the file."""
-        self._tell({"event": event, "time": now(), **fields})
 
     @property
     def position(self) -> int:
@@ -85,7 +79,7 @@ class RunLog:
         """Close the file; closing twice is fine."""
         self._file.close()
 
-    def __enter__(self) -> RunLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -96,9 +90,27 @@ class RunLog:
     ) -> None:
         self.close()
 
-    def _tell(self, entry: Event) -> None:
+
+class RunLog(JsonLines):
+    """The log of one run: events are written and heard, ticks are only heard."""
+
+    def __init__(self, path: str | Path, listeners: Iterable[Listener] = ()) -> None:
+        super().__init__(path)
+        self._listeners = tuple(listeners)
+
+    def emit(self, event: Logged) -> None:
+        """Write an event, then tell the listeners."""
+        timed = with_time(event)
+        self.append(timed)
+        self._tell(timed)
+
+    def tick(self, event: Event) -> None:
+        """Tell the listeners only: progress within a round, too frequent for the file."""
+        self._tell(with_time(event))
+
+    def _tell(self, event: Event) -> None:
         for listener in self._listeners:
-            listener(entry)
+            listener(event)
 
 
 def loading(listeners: Iterable[Listener]) -> Callable[[str], None]:
@@ -106,7 +118,7 @@ def loading(listeners: Iterable[Listener]) -> Callable[[str], None]:
 
     def tell(text: str) -> None:
         for listener in listeners:
-            listener({"event": "loading", "text": text})
+            listener(Loading(event="loading", text=text))
 
     return tell
 
@@ -116,7 +128,7 @@ def loaded(listeners: Iterable[Listener]) -> None:
     something can be lost.
     """
     for listener in listeners:
-        listener({"event": "loaded"})
+        listener(Loaded(event="loaded"))
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -124,7 +136,7 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def read_log(path: str | Path) -> list[Event]:
+def read_log(path: str | Path) -> list[LogLine]:
     """All events of a log in order; a torn last line (no newline) is ignored.
 
     Raises RunError when the file cannot be read, or naming the number (from 1) of a line that is no
@@ -162,11 +174,6 @@ def _torn_bytes(file: io.FileIO) -> int:
             return torn + block - newline - 1
         torn += block
     return torn
-
-
-def now() -> str:
-    """The time of an event: UTC, ISO 8601, milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 
 from dlora.config.arms import Arm, arm_of
 from dlora.events.activity import Activity
-from dlora.events.log import Event
+from dlora.events.kinds import as_event
+from dlora.events.log import LogLine
 
 
 @dataclass(kw_only=True)
@@ -22,9 +23,9 @@ class RunRecord:
     rounds_done: int = 0
     local_steps: list[int] = field(default_factory=list)  # of each participant in a round
     done: bool = False
-    scores: dict[int, Event] = field(default_factory=dict)  # rounds_done -> the last scores event
-    by_round: dict[int, Event] = field(default_factory=dict)  # round -> its event
-    latest: Event = field(default_factory=dict)  # each field of these events as it was last said
+    scores: dict[int, LogLine] = field(default_factory=dict)  # rounds_done -> the last scores event
+    by_round: dict[int, LogLine] = field(default_factory=dict)  # round -> its event
+    latest: LogLine = field(default_factory=dict)  # each field of these events as it was last said
     activity: Activity = field(default_factory=Activity)
     summary: Mapping[str, Any] = field(default_factory=dict)
 
@@ -47,32 +48,38 @@ class RunRecord:
 
 
 def run_records(
-    events: Iterable[Event], start: Event, summary: Mapping[str, Any]
+    lines: Iterable[LogLine], start: LogLine, summary: Mapping[str, Any]
 ) -> list[RunRecord]:
-    """The events sorted by run, in the order of the start event; `summary` is summary.json, {}
-    while unfinished.
+    """The lines of a log, sorted by run, in the order of the start event.
+
+    ``summary``: summary.json; {} while the run is unfinished.
     """
     runs = {
         name: RunRecord(name=name, summary=summary.get("runs", {}).get(name, {}))
         for name in start["runs"]
     }
-    for event in events:
-        run = runs.get(event.get("run", ""))
+    for line in lines:
+        run = runs.get(line.get("run", ""))
         if run is None:
             continue
-        said = {key: value for key, value in event.items() if value is not None}
-        if event["event"] in ("round", "scores"):
-            run.latest |= said
-        if event["event"] == "run":
-            run.rounds, run.local_steps = event["rounds"], event.get("local_steps", run.local_steps)
-        elif event["event"] == "round":
-            run.by_round[event["round"]] = event
-            run.rounds_done = event["round"] + 1
-        elif event["event"] == "scores":
-            # Peers' own scores may come in an event of their own after the average's: keep both.
-            run.scores[event["rounds_done"]] = run.scores.get(event["rounds_done"], {}) | said
-        elif event["event"] == "run-done":
-            run.done = True
-        else:
-            run.activity.hear(event)
+        event, said = (
+            as_event(line),
+            {key: value for key, value in line.items() if value is not None},
+        )
+        match event["event"]:
+            case "run":
+                run.rounds = event["rounds"]
+                run.local_steps = event.get("local_steps", run.local_steps)
+            case "round":
+                run.latest |= said
+                run.by_round[event["round"]] = line
+                run.rounds_done = event["round"] + 1
+            case "scores":
+                run.latest |= said
+                # Peers' own scores may come in an event of their own after the average's: keep both
+                run.scores[event["rounds_done"]] = run.scores.get(event["rounds_done"], {}) | said
+            case "run-done":
+                run.done = True
+            case _:
+                run.activity.hear(event)
     return list(runs.values())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from dlora.errors import ConfigError
 from dlora.events.log import RunLog
+from dlora.events.timed import Certificate
 
 
 def listen_address(listen: str | None, address: str | None) -> str | None:
@@ -59,7 +60,7 @@ def certificate_teller(log: RunLog) -> Callable[[str], None]:
     """A function for `GrpcNetwork`'s ``on_certificate``: it writes to the log and the terminal."""
 
     def tell(reason: str) -> None:
-        log.emit("certificate", reason=reason)
+        log.emit(Certificate(event="certificate", reason=reason))
         warnings.warn(reason, stacklevel=2)
 
     return tell

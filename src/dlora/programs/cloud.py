@@ -16,7 +16,17 @@ import torch
 from dlora.config.cloud import CloudConfig
 from dlora.errors import IdentityError
 from dlora.events.cloud import CloudRecord
-from dlora.events.log import Listener, now
+from dlora.events.serving import (
+    CloudEvent,
+    CloudListener,
+    DeviceClosed,
+    DeviceEvent,
+    DeviceLinked,
+    DeviceRefused,
+    Load,
+    Serving,
+)
+from dlora.events.timed import Certificate, ConnectionRefused, Loading, with_time
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.net.channel import Channel
@@ -45,7 +55,7 @@ def cloud(
     key: str | Path,
     federation: str | Path,
     listen: str | None = None,
-    listeners: Sequence[Listener] = (),
+    listeners: Sequence[CloudListener] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Summary:
     """Run the frozen model for the devices of the federation until ``stop()`` returns True.
@@ -72,7 +82,7 @@ def cloud(
     )
     record = CloudRecord()
     telling = _Telling([record, *([metrics] if metrics else []), *listeners])
-    telling.tell("loading", text=f"loading {config.model}")
+    telling.tell(Loading(event="loading", text=f"loading {config.model}"))
     body = load_body(config)
     limits = config.limits
     guests = _Guests(
@@ -88,20 +98,20 @@ def cloud(
         None,
         place,
         guests.kind.as_bytes,
-        lambda reason: telling.tell("connection-refused", reason=reason),
-        lambda reason: telling.tell("certificate", reason=reason),
+        lambda reason: telling.tell(ConnectionRefused(event="connection-refused", reason=reason)),
+        lambda reason: telling.tell(Certificate(event="certificate", reason=reason)),
     )
     telling.traffic = network.traffic
     began_at = time.monotonic()
     with metrics or contextlib.nullcontext():
-        serving = {
-            "model": config.model,
-            "federation": str(federation),
-            "metrics": f"{metrics.host}:{metrics.port}" if metrics else None,
-        }
-        asyncio.run(
-            _serve(network, guests, stop, lambda: telling.tell("serving", listen=place, **serving))
+        serving = Serving(
+            event="serving",
+            listen=place,
+            model=config.model,
+            federation=str(federation),
+            metrics=f"{metrics.host}:{metrics.port}" if metrics else None,
         )
+        asyncio.run(_serve(network, guests, stop, lambda: telling.tell(serving)))
     return {
         "version": __version__,
         "model": config.model,
@@ -136,15 +146,16 @@ async def _serve(
 class _Telling:
     """Passes events to the listeners, one at a time, from any thread."""
 
-    def __init__(self, listeners: Sequence[Listener]) -> None:
+    def __init__(self, listeners: Sequence[CloudListener]) -> None:
         self.listeners, self.traffic = tuple(listeners), Traffic()
         self._lock = threading.Lock()
 
-    def tell(self, event: str, **fields: Any) -> None:
+    def tell(self, event: CloudEvent) -> None:
         """What happened."""
         with self._lock:
+            timed = with_time(event)
             for listener in self.listeners:
-                listener({"event": event, "time": now(), **fields})
+                listener(timed)
 
     def tell_load(self, device: str, parts: int, tokens: int) -> None:
         """What a device has here, and its bytes so far, over all links."""
@@ -152,12 +163,14 @@ class _Telling:
             ways.get(device, 0) for ways in (self.traffic.sent_bytes, self.traffic.received_bytes)
         )
         self.tell(
-            "load",
-            device=device,
-            parts=parts,
-            tokens=tokens,
-            sent_bytes=sent,
-            received_bytes=received,
+            Load(
+                event="load",
+                device=device,
+                parts=parts,
+                tokens=tokens,
+                sent_bytes=sent,
+                received_bytes=received,
+            )
         )
 
 
@@ -208,17 +221,17 @@ class _Guests:
             if isinstance(frame, Refused):
                 channel.close()
 
-        def tell(event: str, fields: dict[str, Any]) -> None:
-            if event == "opened":
-                channel.kind = split_kind(fields["wire"], self.kind.max_bytes)
-            self.telling.tell(event, device=device, **fields)
+        def tell(event: DeviceEvent) -> None:
+            if event["event"] == "opened":
+                channel.kind = split_kind(event["wire"], self.kind.max_bytes)
+            self.telling.tell(event)
 
         if len(self._sessions) >= self.max_devices:
             reason = (
                 f"{self.max_devices} devices are here, and limits.max_devices is that; this one"
                 " waits for a place"
             )
-            tell("refused", {"reason": reason})
+            tell(DeviceRefused(event="refused", device=device, reason=reason))
             await channel.carry(
                 lambda _: None if channel.is_down else send(Refused(reason, later=True))
             )
@@ -227,14 +240,14 @@ class _Guests:
             device, self.body, self.limits, self.budget, send, tell
         )
         session.evict_others = self._evict
-        tell("linked", {})
+        tell(DeviceLinked(event="linked", device=device))
         try:
             await channel.carry(session.hear)
         finally:
             session.close()
             del self._sessions[device]
             self.telling.tell_load(device, 0, 0)
-            tell("closed", {})
+            tell(DeviceClosed(event="closed", device=device))
 
 
 def _free_bytes(body: Body) -> int:

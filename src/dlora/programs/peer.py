@@ -15,6 +15,7 @@ from dlora.data.first_look import members_of
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.errors import ConfigError, NeighbourError
 from dlora.events.log import Listener, RunLog
+from dlora.events.timed import ConnectionRefused
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.identity.signatures import MemberSignatures
@@ -134,7 +135,7 @@ def _tell_of_refusal(log: RunLog, reason: str) -> None:
     """In the log; on the terminal too where this peer dialled, for it is one of its own neighbours
     and no stranger.
     """
-    log.emit("connection-refused", reason=reason)
+    log.emit(ConnectionRefused(event="connection-refused", reason=reason))
     if reason.startswith("dialling "):
         warnings.warn(reason, stacklevel=2)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dlora.decentralized.topology import spectral_gap
 from dlora.evaluate import primary_metric
+from dlora.events.kinds import Start
 from dlora.events.log import to_json
 from dlora.files import write_atomically
 from dlora.lora.factors import num_parameters, stack
@@ -22,7 +23,7 @@ Summary = dict[str, Any]
 
 def introduction(
     prepared: Prepared, runs: Sequence[str], group_size: int, own: str | None = None
-) -> dict[str, Any]:
+) -> Start:
     """The facts about a run before it starts.
 
     ``own``: the only participant whose data are here; None: all participants' data are here.
@@ -30,32 +31,30 @@ def introduction(
     data, topology = prepared.data, prepared.topology
     labels = data.label_counts or {}
     here = {name: len(rows) for name, rows in data.peers.items()}
-    return {
-        "version": __version__,
-        "model": prepared.config.model,
-        "task": prepared.config.task,
-        "metric": "accuracy"
-        if prepared.config.task == "classification" or data.choices
-        else "loss",
-        "runs": list(runs),
-        **({} if own is None else {"own": own}),
-        **(
-            {}
-            if prepared.config.split is None
-            else {"split": prepared.config.split.model_dump(mode="json")}
-        ),
-        "data": data.facts,
-        "warnings": list(data.warnings),
-        "peers": [
+    said = Start(
+        event="start",
+        version=__version__,
+        model=prepared.config.model,
+        task=prepared.config.task,
+        metric="accuracy" if prepared.config.task == "classification" or data.choices else "loss",
+        runs=list(runs),
+        data=data.facts,
+        warnings=list(data.warnings),
+        peers=[
             {"name": name, "rows": here.get(name), "labels": labels.get(name)}
             for name in topology.names
         ],
-        "edges": [topology.edges(round) for round in range(topology.period)],
-        "spectral_gap": spectral_gap(topology),
-        "trainable_parameters": num_parameters(stack(prepared.trained, 1)),
-        "message_bytes": prepared.message_bytes,
-        "group_size": group_size,
-    }
+        edges=[topology.edges(round) for round in range(topology.period)],
+        spectral_gap=spectral_gap(topology),
+        trainable_parameters=num_parameters(stack(prepared.trained, 1)),
+        message_bytes=prepared.message_bytes,
+        group_size=group_size,
+    )
+    if own is not None:
+        said["own"] = own
+    if prepared.config.split is not None:
+        said["split"] = prepared.config.split.model_dump(mode="json")
+    return said
 
 
 def summary(

@@ -7,7 +7,7 @@ import asyncio
 from dlora.decentralized.peer.patience import BEATS
 from dlora.events.log import RunLog
 from dlora.net.transport import Talk
-from dlora.run.frozen_model import teller
+from dlora.run.frozen_model import CloudWord, teller
 from dlora.wire.frame import Link
 
 LOOK_S = 0.2  # seconds between two looks at a value that another thread sets
@@ -23,7 +23,7 @@ class CloudOfAPeer:
     def __init__(self, log: RunLog, name: str) -> None:
         self._tell, self.is_away = teller(log, name), False
 
-    def hear(self, event: str, reason: str) -> None:
+    def hear(self, event: CloudWord, reason: str) -> None:
         """Take one event of `far_cloud`."""
         if event in ("cloud-lost", "cloud-silent", "cloud-back"):
             self.is_away = event != "cloud-back"

@@ -5,10 +5,10 @@ were mixed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.topology import Topology
+from dlora.events.neighbours import NeighbourEvent
 
 
 class Findings:
@@ -17,45 +17,35 @@ class Findings:
     It keeps the first report of each kind about each neighbour.
     """
 
-    def __init__(self, name: str, num_peers: int, emit: Callable[..., object]) -> None:
+    def __init__(self, name: str, num_peers: int, emit: Callable[[NeighbourEvent], object]) -> None:
         self.name, self.num_peers, self.emit = name, num_peers, emit
         self._found: dict[tuple[str, str], str] = {}
 
-    def __call__(self, event: str, **fields: Any) -> None:
-        """Take one report of the exchange."""
-        self.emit(event, **fields)
-        reason = fields.get("reason", "")
-        match event:
+    def __call__(self, event: NeighbourEvent) -> None:
+        """Take one event of the exchange."""
+        self.emit(event)
+        match event["event"]:
             case "not-followed" | "left-out" | "other-content" | "two-folders":
-                self._keep(event, fields["neighbour"], reason)
+                self._keep(event["event"], event["neighbour"], event["reason"])
             # if it was shown its own signature, the neighbour restores the edge or stops with its
             # own message
-            case "lacks" if not fields["shown"]:
-                self._keep(event, fields["neighbour"], reason)
+            case "lacks" if not event["shown"]:
+                self._keep("lacks", event["neighbour"], event["reason"])
             case "implausible":  # and so not taken
-                self._keep(
-                    event, fields["neighbour"], f"its {fields['message']} was refused: {reason}"
-                )
+                text = f"its {event['message']} was refused: {event['reason']}"
+                self._keep("implausible", event["neighbour"], text)
             case "doubtful":
-                self._keep(
-                    f"doubtful-{fields['message']}",
-                    fields["neighbour"],
-                    f"its {fields['message']}: {reason}",
-                )
-            case "unlinked" if reason.startswith("refused: "):
-                self._keep("refused", fields["neighbour"], reason)
+                text = f"its {event['message']}: {event['reason']}"
+                self._keep(f"doubtful-{event['message']}", event["neighbour"], text)
+            case "unlinked" if event["reason"].startswith("refused: "):
+                self._keep("refused", event["neighbour"], event["reason"])
             case "caught-up":  # they really were ahead
-                for neighbour in fields["neighbours"]:
+                for neighbour in event["neighbours"]:
                     self._found.pop(("not-followed", neighbour), None)
-                ahead, place = (
-                    ", ".join(fields["neighbours"]),
-                    f"from round {fields['was']} to {fields['round']}",
-                )
-                self._keep(
-                    event,
-                    self.name,
-                    f"it was far behind, and took the state of {ahead} to go {place}",
-                )
+                ahead = ", ".join(event["neighbours"])
+                place = f"from round {event['was']} to {event['round']}"
+                text = f"it was far behind, and took the state of {ahead} to go {place}"
+                self._keep("caught-up", self.name, text)
 
     def _keep(self, kind: str, neighbour: str, text: str) -> None:
         self._found.setdefault((kind, neighbour), text)

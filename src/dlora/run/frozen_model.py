@@ -7,13 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Literal
 
 import psutil
 
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import CloudError, ConfigError, IdentityError, Interrupted
+from dlora.events.kinds import CloudNews, Phase
 from dlora.events.log import RunLog
+from dlora.events.timed import ConnectionRefused
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.net.channel import Channel, Dialler, LoopThread, WatchedChannel
@@ -34,6 +37,11 @@ CLOUD, DEVICE = "cloud", "device"  # names of both halves in one process
 FIRST_WORD_S, LAST_WORD_S = 1.0, 300.0
 OWN_MEMORY = 0.5  # fraction of the free memory, for the body's activations
 
+# the kinds of news that `far_cloud` tells
+CloudWord = Literal[
+    "cloud-lost", "cloud-away", "cloud-silent", "cloud-back", "connection-refused", "certificate"
+]
+
 
 @contextmanager
 def far_cloud(
@@ -41,7 +49,7 @@ def far_cloud(
     config: Config,
     identity: Identity,
     federation: FederationFile,
-    tell: Callable[[str, str], object],
+    tell: Callable[[CloudWord, str], object],
     give_up: Callable[[], bool],
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; yields a function that returns the bytes so
@@ -167,19 +175,23 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
             serving.cancel()
 
 
-def teller(log: RunLog, cloud: str) -> Callable[[str, str], None]:
+def teller(log: RunLog, cloud: str) -> Callable[[CloudWord, str], None]:
     """A function that puts the events of `far_cloud` into the log and on the terminal."""
     waiting = f"waiting for the cloud {cloud}"
 
     told_of_certificate = certificate_teller(log)
 
-    def tell(event: str, reason: str) -> None:
+    def tell(event: CloudWord, reason: str) -> None:
         if event == "certificate":
             told_of_certificate(reason)
             return
-        log.emit(event, reason=reason)
+        if event == "connection-refused":
+            log.emit(ConnectionRefused(event=event, reason=reason))
+        else:
+            log.emit(CloudNews(event=event, reason=reason))
         if event != "cloud-back":
-            log.tick("phase", text=waiting if event == "cloud-lost" else f"{waiting}: {reason}")
+            text = waiting if event == "cloud-lost" else f"{waiting}: {reason}"
+            log.tick(Phase(event="phase", text=text))
 
     return tell
 
@@ -202,7 +214,8 @@ def reach_cloud(log: RunLog, prepared: Prepared) -> None:
     tokens than it takes.
     """
     assert prepared.half is not None and prepared.config.split is not None
-    log.tick("phase", text=f"waiting for the cloud {prepared.config.split.cloud}")
+    waiting = f"waiting for the cloud {prepared.config.split.cloud}"
+    log.tick(Phase(event="phase", text=waiting))
     limits = prepared.half.open()
     data = prepared.data
     options = [option for choice in data.choices for option in choice.options]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.errors import RunError
-from dlora.events.log import now
+from dlora.events.timed import now
 
 LOCK_FILE = "lock"  # in the run folder while a process uses it
 

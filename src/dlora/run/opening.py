@@ -10,6 +10,7 @@ from typing import Any
 
 from dlora.config.run import Config
 from dlora.errors import CloudError, NeighbourError
+from dlora.events.kinds import Done, OneAtATime
 from dlora.events.log import Listener, RunLog, loaded, loading
 from dlora.files import write_atomically
 from dlora.run.account import Summary, conclude, introduction, summary
@@ -69,7 +70,7 @@ class OpenRun:
         """Emit the last event, write summary.json and the report page; returns the summary."""
         seconds = sum(result["seconds"] for result in results.values())
         summed = summary(self.prepared, results, self.manifest, self.group_size, seconds, self.own)
-        self.log.emit("done", seconds=self.watch.running_s)
+        self.log.emit(Done(event="done", seconds=self.watch.running_s))
         self.log.close()
         return conclude(self.folder, summed, self.watch)
 
@@ -123,9 +124,9 @@ def opened(
                 log.truncate(_position(stored))
             if log.position == 0:
                 write_atomically(folder.path / "manifest.json", manifest_text(manifest))
-                log.emit("start", **introduction(prepared, arms, grouping.size, own))
+                log.emit(introduction(prepared, arms, grouping.size, own))
                 if grouping.reason is not None:
-                    log.emit("one-at-a-time", reason=grouping.reason)
+                    log.emit(OneAtATime(event="one-at-a-time", reason=grouping.reason))
             run = OpenRun(prepared, own, manifest, folder, log, stored, grouping.size, stop, watch)
             try:
                 yield run

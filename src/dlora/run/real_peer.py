@@ -9,7 +9,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.peer.word import Signatures
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores
+from dlora.events.kinds import Active, Phase, RoundDone
 from dlora.events.log import read_log
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
@@ -66,10 +67,8 @@ class PeerRun:
         self.signatures = signatures
         # changes of the active set that are not in the log yet, because local steps run in another
         # thread
-        self.changes: list[dict[str, Any]] = []
-        self.schedules = Schedules(
-            RUN, prepared, lambda event, **fields: self.changes.append(fields)
-        )
+        self.changes: list[Active] = []
+        self.schedules = Schedules(RUN, prepared, self.changes.append)
         self.training = Training(
             prepared, prepared.local_steps, 1, False, self._step, self.schedules.scheduled
         )
@@ -93,7 +92,7 @@ class PeerRun:
         )
         # the factors after the last round's local steps, until they are committed
         self.walked: Factors = {}
-        self.round: dict[str, Any] = {}  # the last round's event
+        self.round: RoundDone | None = None  # the last round's event
         self.trained_round: int | None = None  # the round that was trained since the last commit
         self.abandoned = False
         self.seconds = 0.0  # seconds of training and exchange, with the waiting
@@ -106,7 +105,9 @@ class PeerRun:
             self.tally.load(stored.state, self.progress.rounds_done, 1)
             # dlora 0.1.0 had no belief in its checkpoints
             self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))
-            self.seconds, self.round = stored.state["seconds"], stored.state["round"]
+            self.seconds = stored.state["seconds"]
+            if before := stored.state["round"]:  # dlora 0.1.0 did not write the kind beside it
+                self.round = cast(RoundDone, {"event": "round", **before})
         self.began_at = time.monotonic() - self.seconds
         self.losses = torch.full((1,), math.nan)
 
@@ -125,7 +126,7 @@ class PeerRun:
             logged = {event.get("round") for event in before if event["event"] == "round"}
             if self.round and self.round["round"] not in logged:
                 # the process was killed between the commit and its line in the log
-                self.log.emit("round", **self.round)
+                self.log.emit(self.round)
             self.tally.resumed(self.progress.rounds_done)
         messages = Messages(
             sizes=partial(message_sizes, self.prepared),
@@ -162,14 +163,10 @@ class PeerRun:
             progress=self.progress,
         )
         ended = self.progress.rounds_done == config.train.rounds
-        self.log.tick(
-            "phase",
-            text=(
-                "finished; answering neighbours that are not"
-                if ended
-                else "waiting for the neighbours"
-            ),
+        text = (
+            "finished; answering neighbours that are not" if ended else "waiting for the neighbours"
         )
+        self.log.tick(Phase(event="phase", text=text))
         talk = exchange.talk
         if self.cloud is not None:
             talk = partial(self.cloud.talk_unless_away, exchange.talk, config.peers.silence_s)
@@ -257,7 +254,7 @@ class PeerRun:
 
     def _log_changes(self) -> None:
         for change in self.changes:
-            self.log.emit("active", **change)
+            self.log.emit(change)
         self.changes.clear()
 
     def _commit(self, progress: Progress) -> None:
@@ -287,10 +284,10 @@ class PeerRun:
                 ),
             )
         self.progress = Progress(**vars(progress))
-        if trained is None:
+        if trained is None or self.round is None:
             return  # no round: the peer caught up, or doubts were settled after the last
         self.trained_round, self.walked = None, {}
-        self.log.emit("round", **self.round)
+        self.log.emit(self.round)
         if self.stop() and progress.rounds_done < last:
             raise Interrupted(
                 f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and"

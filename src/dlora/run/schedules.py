@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+from dlora.events.kinds import Active, Saved, Units
 from dlora.lora.active import Scheduled, schedule_units
 from dlora.lora.kill_revive import Schedule
 from dlora.lora.units import device_flops
@@ -15,11 +16,11 @@ from dlora.run.prepare import Prepared
 class Schedules:
     """The schedule of each participant in the run ``run``.
 
-    ``scheduled`` is None if all units are always active. ``emit`` writes an event into the log; it
-    is called for each change of an active set.
+    ``scheduled`` is None if all units are always active. ``emit`` is called
+    for each change of an active set.
     """
 
-    def __init__(self, run: str, prepared: Prepared, emit: Callable[..., None]) -> None:
+    def __init__(self, run: str, prepared: Prepared, emit: Callable[[Active], object]) -> None:
         self.run, self.prepared, self.emit = run, prepared, emit
         self.scheduled = (
             None
@@ -32,15 +33,15 @@ class Schedules:
         """One schedule for each participant; empty without a schedule."""
         return self.scheduled.schedules if self.scheduled else ()
 
-    def tell(self, tell: Callable[..., None]) -> None:
+    def tell(self, tell: Callable[[Units | Active], object]) -> None:
         """Report the units and the first active sets: events "units" and "active" for ``tell``."""
         if self.scheduled is not None:
             lora = self.prepared.config.lora
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
             every = device_flops(self.prepared.units, range(len(units)), lora.r, lora.placement)
-            tell("units", run=self.run, units=units, device_flops=every)
+            tell(Units(event="units", run=self.run, units=units, device_flops=every))
             for participant, schedule in enumerate(self.each):
-                tell("active", **self._who_is_active(participant, schedule))
+                tell(self._who_is_active(participant, schedule))
 
     def skip(self, rounds: int) -> None:
         """Skip rounds, because the peer catches up with the others."""
@@ -60,7 +61,7 @@ class Schedules:
             schedule.load(of_one)
 
     @property
-    def spent(self) -> dict[str, float]:
+    def spent(self) -> Saved:
         """The adapter's traffic and a split device's FLOPs, as fractions of those with all units
         active.
 
@@ -70,24 +71,26 @@ class Schedules:
         whole = [(one.meter.fraction, one.meter.flops_fraction) for one in self.each]
         after = [one.meter.after_warmup for one in self.each]
         means = {"": whole, "_after_warmup": [both for both in after if both is not None]}
-        return {
+        fractions = {
             f"{name}_fraction{part}": sum(both[place] for both in of_all) / len(of_all)
             for part, of_all in means.items()
             for place, name in enumerate(("adapter", "device_flops"))
             if of_all
         }
+        return cast(Saved, fractions)
 
     def _changed(self, participant: int, schedule: Schedule) -> None:
-        self.emit("active", **self._who_is_active(participant, schedule))
+        self.emit(self._who_is_active(participant, schedule))
 
-    def _who_is_active(self, participant: int, schedule: Schedule) -> dict[str, Any]:
-        """The fields of an event "active": the active set from local step ``step`` on, and its
+    def _who_is_active(self, participant: int, schedule: Schedule) -> Active:
+        """Event "active": the active set from local step ``step`` on, and its
         FLOPs a token.
 
         ``utility`` has the last known value of each unit. The fractions compare what was spent so
         far with what all units active would have cost.
         """
-        return dict(
+        return Active(
+            event="active",
             run=self.run,
             peer=self.prepared.names[participant],
             step=schedule.steps_done,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dlora.config.run import Config
 from dlora.evaluate import Scored, Scores
+from dlora.events.kinds import Evaluating
 from dlora.events.log import RunLog
 from dlora.lora.active import Scheduled
 from dlora.lora.factors import digest
@@ -78,7 +79,9 @@ class Scoring:
 
     def _scored(self, factors: dict[str, Tensor], what: str, whose: Sequence[int]) -> list[Scored]:
         def heard(done: int, total: int) -> None:
-            self.log.tick("evaluating", run=self.run, what=what, done=done, total=total)
+            self.log.tick(
+                Evaluating(event="evaluating", run=self.run, what=what, done=done, total=total)
+            )
 
         with self.spent.on("scoring"):
             killed = self.scheduled.killed(whose) if self.scheduled else frozenset()

@@ -134,7 +134,7 @@ class Run:
                 " any more; lower train.learning_rate and start anew in another output_dir"
             )
         apart = consensus_distance(self.trained)
-        self.log.emit("round", **self.tally.round(self.rounds_done, losses, apart, self.seconds))
+        self.log.emit(self.tally.round(self.rounds_done, losses, apart, self.seconds))
         self.rounds_done += 1
 
     def _train(self, names: frozenset[str]) -> Tensor:

@@ -8,6 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from dlora.evaluate import Scored, Scores, better, mean_scores, standard_errors
+from dlora.events.kinds import (
+    ArmBegins,
+    ArmDone,
+    Cost,
+    Resumed,
+    RoundDone,
+    RoundScored,
+    Saved,
+    StepDone,
+)
 from dlora.events.log import RunLog
 from dlora.run.folder import environment, warn_of_another
 from dlora.run.local_round import Training
@@ -54,13 +64,12 @@ class Tally:
         """
         return None if self._tokens_before is None else self._tokens_before + self.training.tokens
 
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Bytes on the wires, as fields of an event, a checkpoint or a result."""
-        between = {"bytes_on_wire": self._bytes_before + self._bytes_here()}
-        if self.cloud_bytes is None:
-            return between
-        return between | {"cloud_bytes": self._cloud_bytes_before + self.cloud_bytes()}
+    def cost(self, seconds: float) -> Cost:
+        """Bytes and seconds so far, as fields of an event, a checkpoint or a result."""
+        cost = Cost(bytes_on_wire=self._bytes_before + self._bytes_here(), seconds=seconds)
+        if self.cloud_bytes is not None:
+            cost["cloud_bytes"] = self._cloud_bytes_before + self.cloud_bytes()
+        return cost
 
     def load(self, state: Mapping[str, Any], rounds_done: int, group_size: int) -> None:
         """Take the figures of a checkpoint, as `state` returned them."""
@@ -77,8 +86,7 @@ class Tally:
     def state(self, seconds: float, group_size: int) -> dict[str, Any]:
         """All figures that change, for a checkpoint."""
         return {
-            **self.bytes,
-            "seconds": seconds,
+            **self.cost(seconds),
             "spent_s": dict(self.spent.seconds),
             "tokens": self.tokens,
             "best": self.best,
@@ -92,33 +100,40 @@ class Tally:
         """Event run."""
         steps = self.training.local_steps
         self.log.emit(
-            "run", run=self.arm, rounds=self.rounds, local_steps=steps, participants=len(steps)
+            ArmBegins(
+                event="run",
+                run=self.arm,
+                rounds=self.rounds,
+                local_steps=steps,
+                participants=len(steps),
+            )
         )
 
     def resumed(self, rounds_done: int) -> None:
         """Event resumed."""
-        self.log.emit("resumed", run=self.arm, rounds_done=rounds_done)
+        self.log.emit(Resumed(event="resumed", run=self.arm, rounds_done=rounds_done))
 
     def step(self, num_participants: int) -> None:
         """Tick step: that many participants have done a local step."""
         self.steps_done += num_participants
         total = sum(self.training.local_steps) * self.rounds
-        self.log.tick("step", run=self.arm, done=self.steps_done, total=total)
+        self.log.tick(StepDone(event="step", run=self.arm, done=self.steps_done, total=total))
 
     def round(
         self, number: int, losses: Tensor, consensus_distance: float | None, seconds: float
-    ) -> dict[str, Any]:
-        """The fields of event round; ``losses``: each participant's."""
-        return {
-            "run": self.arm,
-            "round": number,
-            "loss": losses.mean().item(),
-            "losses": losses.tolist(),
-            "learning_rate": self.training.learning_rates(number, self.training.local_steps[0])[-1],
-            "consensus_distance": consensus_distance,
-            **self.bytes,
-            "seconds": seconds,
-        }
+    ) -> RoundDone:
+        """Event round, for the log; ``losses``: each participant's."""
+        rates = self.training.learning_rates(number, self.training.local_steps[0])
+        return RoundDone(
+            event="round",
+            run=self.arm,
+            round=number,
+            loss=losses.mean().item(),
+            losses=losses.tolist(),
+            learning_rate=rates[-1],
+            consensus_distance=consensus_distance,
+            **self.cost(seconds),
+        )
 
     def scored(
         self,
@@ -139,15 +154,16 @@ class Tally:
         ):
             self.best = {"rounds_done": rounds_done, **consensus}
         self.log.emit(
-            "scores",
-            run=self.arm,
-            rounds_done=rounds_done,
-            consensus=consensus,
-            peers=dict(own) or None,
-            peers_mean=mean_scores(own) if own else None,
-            peers_mean_error=standard_errors(own, num_peers),
-            **self.bytes,
-            seconds=seconds,
+            RoundScored(
+                event="scores",
+                run=self.arm,
+                rounds_done=rounds_done,
+                consensus=consensus,
+                peers=dict(own) or None,
+                peers_mean=mean_scores(own) if own else None,
+                peers_mean_error=standard_errors(own, num_peers),
+                **self.cost(seconds),
+            )
         )
 
     def done(
@@ -159,23 +175,31 @@ class Tally:
         seconds: float,
     ) -> dict[str, Any]:
         """Event run-done; returns the result that the summary shows."""
-        spent = self.schedules.spent if self.schedules else {}
+        spent = self.schedules.spent if self.schedules else Saved()
+        mean = mean_scores(own) if own else None
         result = {
             "consensus": consensus.scores,
-            "peers_mean": mean_scores(own) if own else None,
+            "peers_mean": mean,
             "peers_mean_error": standard_errors(own, num_peers),
             "peers": dict(own),
             "best": self.best,
             "confusion": consensus.confusion,
-            **self.bytes,
+            **self.cost(seconds),
             **spent,
             "consensus_distance": consensus_distance,
-            "seconds": seconds,
             "spent_s": dict(self.spent.seconds),
             "tokens": self.tokens,
             "tokens_per_second": None if self.tokens is None else self.tokens / seconds,
             "local_steps": self.training.local_steps,
         }
-        shown = {key: result[key] for key in ("consensus", "peers_mean", "seconds")}
-        self.log.emit("run-done", run=self.arm, **shown, **self.bytes, **spent)
+        self.log.emit(
+            ArmDone(
+                event="run-done",
+                run=self.arm,
+                consensus=consensus.scores,
+                peers_mean=mean,
+                **self.cost(seconds),
+                **spent,
+            )
+        )
         return result

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dlora.config.arms import DEC_LORA, arm_of
 from dlora.events.activity import Activity
-from dlora.events.log import Event
+from dlora.events.kinds import Event, RoundDone, RoundScored
 from dlora.show.words import NBSP, bytes_text, score_text, seconds_text
 
 STARTING = "starting: torch and transformers take some seconds to load"
@@ -162,7 +162,7 @@ class Progress:
                     f"{name} {state}" for name, state in sorted(self._neighbours.items())
                 )
                 self._note(DEC_LORA.name, neighbours=here)
-            case "interrupted" | "done":
+            case "done":
                 self._forget()
 
     def __enter__(self) -> Progress:
@@ -246,7 +246,7 @@ class Progress:
             self._passing = None
 
 
-def _with_cloud(event: Event) -> dict[str, str]:
+def _with_cloud(event: RoundDone | RoundScored) -> dict[str, str]:
     """The bytes with the cloud, of a run that has one: scoring adds to them too."""
     return (
         {"cloud": f"{bytes_text(event['cloud_bytes'])} with the cloud"}

@@ -19,6 +19,7 @@ from dlora.decentralized.peer.mismatch import difference
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import BEATS, Patience
 from dlora.errors import RunError
+from dlora.events.neighbours import Linked, NotBelieved, Refused, Unlinked
 from dlora.wire.frame import Link, Misbehaviour
 from dlora.wire.peer.frames import Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
 
@@ -61,11 +62,7 @@ class Conversation:
         except TimeoutError:
             return
         if not isinstance(hello, Hello):
-            edges.report(
-                "unlinked",
-                neighbour=name,
-                reason=f"refused: it began with {type(hello).__name__} instead of Hello",
-            )
+            self._unlinked(name, f"refused: it began with {type(hello).__name__} instead of Hello")
             return
         if hello.manifest_hash != self.manifest_hash:
             self._refuse(other, difference(edges.name, self.manifest, name, hello.manifest))
@@ -75,15 +72,13 @@ class Conversation:
             return
         if (abandoned := edges.words.abandoned(name, hello)) is not None:
             await link.send(abandoned)
-            edges.report(
-                "unlinked",
-                neighbour=name,
-                reason="refused: it uses a folder again that it had given up for another one",
+            self._unlinked(
+                name, "refused: it uses a folder again that it had given up for another one"
             )
             return
         other.linked(link)
         other.ledger = hello.ledger
-        edges.report("linked", neighbour=name, round=hello.round)
+        edges.report(Linked(event="linked", neighbour=name, round=hello.round))
         for shown in edges.words.lacking(name, hello):
             other.say(shown)
         for round in edges.ledger.in_doubt(name):
@@ -128,8 +123,11 @@ class Conversation:
             if other.link is link:
                 other.link = None
                 other.all_said.set()
-            edges.report("unlinked", neighbour=name, reason=reason)
+            self._unlinked(name, reason)
             edges.waits.pulse()
+
+    def _unlinked(self, name: str, reason: str) -> None:
+        self.edges.report(Unlinked(event="unlinked", neighbour=name, reason=reason))
 
     def _hear(self, other: Neighbour, frame: Frame) -> None:
         edges = self.edges
@@ -160,7 +158,12 @@ class Conversation:
                 except Implausible as error:
                     arrived = False
                     edges.report(
-                        "implausible", neighbour=other.name, message=name, reason=str(error)
+                        NotBelieved(
+                            event="implausible",
+                            neighbour=other.name,
+                            message=name,
+                            reason=str(error),
+                        )
                     )
                 if arrived and round_of(name) == edges.round and other.name in edges.mixing:
                     edges.promise(other, edges.round)
@@ -180,5 +183,5 @@ class Conversation:
     def _refuse(self, other: Neighbour, reason: str) -> None:
         if other.refused != reason:
             other.refused = reason
-            self.edges.report("refused", neighbour=other.name, reason=reason)
+            self.edges.report(Refused(event="refused", neighbour=other.name, reason=reason))
         self.edges.waits.pulse()

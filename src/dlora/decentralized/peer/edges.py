@@ -19,6 +19,7 @@ from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import Waits
 from dlora.decentralized.peer.word import Words
+from dlora.events.neighbours import EdgeEnded, NeighbourEvent
 from dlora.wire.frame import Misbehaviour
 from dlora.wire.peer.frames import Decided, Have, Offer, Shown
 
@@ -37,7 +38,7 @@ class Edges:
         neighbours: Mapping[str, Neighbour],
         words: Words,
         waits: Waits,
-        report: Callable[..., object],
+        report: Callable[[NeighbourEvent], object],
     ) -> None:
         self.name, self.ledger, self.neighbours, self.words = name, ledger, neighbours, words
         self.waits, self.report = waits, report
@@ -144,7 +145,7 @@ class Edges:
         self.ledger.record(
             round, other.name, "committed" if committed else "dropped", other.ledger, signature
         )
-        self.report("edge", neighbour=other.name, round=round, committed=committed, reason=reason)
+        self._report(other, round, committed, reason)
         if self.decides(other.name):
             other.say(
                 Decided(round, committed, self.words.ours(other.name, round) if committed else b"")
@@ -184,10 +185,15 @@ class Edges:
             self.record(other, round, False, reason)
         else:
             doubt = state() == "promised"
-            self.report(
-                "edge",
+            self._report(other, round, None if doubt else False, reason)
+
+    def _report(self, other: Neighbour, round: int, committed: bool | None, reason: str) -> None:
+        self.report(
+            EdgeEnded(
+                event="edge",
                 neighbour=other.name,
                 round=round,
-                committed=None if doubt else False,
+                committed=committed,
                 reason=reason,
             )
+        )

@@ -21,6 +21,14 @@ from dlora.decentralized.peer.messages_on_disk import round_message, round_of
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import BEATS, Patience, Waits
 from dlora.decentralized.peer.word import Signatures, Words
+from dlora.events.neighbours import (
+    EndedWithout,
+    NeighbourEvent,
+    NotBelieved,
+    NotFetched,
+    NotFollowed,
+    OtherContent,
+)
 from dlora.wire.frame import Link, Misbehaviour
 from dlora.wire.peer.frames import Status
 
@@ -30,7 +38,7 @@ class Exchange:
 
     ``check(neighbour, message_name, path)`` raises ValueError if a file is not the message that it
     should be. It raises Implausible if it is that message but cannot be believed; such a message
-    counts as not received. ``report(event, **fields)`` receives what happened and why.
+    counts as not received. ``report`` hears each event.
     ``signatures`` makes this peer's signatures and checks its neighbours'. ``failed`` ends with the
     error if this peer's own disk or folder fails.
     """
@@ -46,7 +54,7 @@ class Exchange:
         patience: Patience,
         messages: Messages,
         check: Callable[[str, str, Path], object],
-        report: Callable[..., object],
+        report: Callable[[NeighbourEvent], object],
         signatures: Signatures,
     ) -> None:
         self.ledger, self.patience, self.report = ledger, patience, report
@@ -85,11 +93,11 @@ class Exchange:
                 self.edges.consider(self.neighbours[other])
             # no frame is being read here, and the conversation may go on without that promise
             except Misbehaviour as error:
+                name = round_message(self.edges.round)
                 self.report(
-                    "implausible",
-                    neighbour=other,
-                    message=round_message(self.edges.round),
-                    reason=str(error),
+                    NotBelieved(
+                        event="implausible", neighbour=other, message=name, reason=str(error)
+                    )
                 )
         await asyncio.gather(
             *(self.edges.settle(self.neighbours[other], started_at) for other in self.edges.mixing)
@@ -118,7 +126,9 @@ class Exchange:
         reason = await self.edges.waits.until(other, done, began_at)
         self.edges.wanted.discard((neighbour, message))
         if reason is not None:
-            self.report("not-fetched", neighbour=neighbour, message=message, reason=reason)
+            self.report(
+                NotFetched(event="not-fetched", neighbour=neighbour, message=message, reason=reason)
+            )
         came = self.ledger.received(neighbour, message)
         return None if came is None else came.path
 
@@ -160,7 +170,11 @@ class Exchange:
             )
             if reason is not None:
                 doubts = len(self.ledger.in_doubt(other.name))
-                self.report("ended-without", neighbour=other.name, reason=reason, in_doubt=doubts)
+                self.report(
+                    EndedWithout(
+                        event="ended-without", neighbour=other.name, reason=reason, in_doubt=doubts
+                    )
+                )
 
         await asyncio.gather(*(settle(other) for other in self.neighbours.values()))
 
@@ -179,7 +193,7 @@ class Exchange:
         other = self.neighbours[neighbour]
         if not other.disbelieved:
             other.disbelieved = True
-            self.report("not-followed", neighbour=neighbour, reason=reason)
+            self.report(NotFollowed(event="not-followed", neighbour=neighbour, reason=reason))
 
     def compare(self, message: str, last: int) -> None:
         """Report each neighbour in round ``last`` or later that did not offer the same content of
@@ -200,4 +214,8 @@ class Exchange:
                 if offer
                 else f"it did not say which {message} it has"
             )
-            self.report("other-content", neighbour=other.name, message=message, reason=reason)
+            self.report(
+                OtherContent(
+                    event="other-content", neighbour=other.name, message=message, reason=reason
+                )
+            )

@@ -26,7 +26,8 @@ from dlora.decentralized.peer.messages_on_disk import (
     round_of,
 )
 from dlora.errors import RunError
-from dlora.events.log import RunLog, read_log
+from dlora.events.log import JsonLines, read_log
+from dlora.events.timed import now
 from dlora.files import write_atomically
 
 State = Literal["promised", "committed", "dropped"]
@@ -78,7 +79,7 @@ class Ledger(MessagesOnDisk):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         path = folder / "edges.jsonl"
-        self._log = RunLog(path)  # removes a last line that a crash left incomplete
+        self._log = JsonLines(path)  # removes a last line that a crash left incomplete
         self._entries: list[tuple[int, str, State]] = []
         self._chain = [""]  # ``chain`` after each number of entries
         # hashes of an edge's messages: own, theirs
@@ -124,7 +125,9 @@ class Ledger(MessagesOnDisk):
         if state == "committed" and signature:
             entry |= {"signature": signature.hex()}
         chain = self._hashed({"event": state, **entry})
-        self._log.emit(state, **entry, number=self.position + 1, chain=chain)
+        self._log.append(
+            {"event": state, "time": now(), **entry, "number": self.position + 1, "chain": chain}
+        )
         _ = self._log.position  # reading the position syncs the log to disk
         self._add({"event": state, **entry})
         self._states[round, neighbour] = state

@@ -21,6 +21,7 @@ from dlora.decentralized.peer.patience import BEATS
 from dlora.decentralized.peer.spread import faded, too_far, widened
 from dlora.decentralized.topology import Topology
 from dlora.errors import NeighbourError, RunError
+from dlora.events.neighbours import CaughtUp, Doubtful, LeftOut
 from dlora.lora.factors import Factors
 
 PARTING_S = 2.0  # seconds in which a neighbour of another run can read why this peer leaves
@@ -244,7 +245,9 @@ class PeerGossip:
         )
         self.commit(self.progress)
         self.exchange.edges.since = now
-        self.exchange.report("caught-up", round=now, was=was, neighbours=sorted(ahead))
+        self.exchange.report(
+            CaughtUp(event="caught-up", round=now, was=was, neighbours=sorted(ahead))
+        )
 
     def _ahead(self, neighbour: Neighbour) -> int:
         """How many rounds a neighbour's last message is ahead of this peer; 0 without a link or a
@@ -292,10 +295,9 @@ class PeerGossip:
             if part["num_peers"].item() > num_below or not all(
                 tensor.isfinite().all() for tensor in joined.values()
             ):
+                reason = f"its sum is not that of {num_below} peers"
                 self.exchange.report(
-                    "left-out",
-                    neighbour=names[child],
-                    reason=f"its sum is not that of {num_below} peers",
+                    LeftOut(event="left-out", neighbour=names[child], reason=reason)
                 )
                 continue
             self._judge(
@@ -330,7 +332,9 @@ class PeerGossip:
                 f"it is far from all that this peer has seen, in {len(far)} of {len(own)} tensors,"
                 f" such as {far[0]}"
             )
-            self.exchange.report("doubtful", neighbour=sender, message=message, reason=reason)
+            self.exchange.report(
+                Doubtful(event="doubtful", neighbour=sender, message=message, reason=reason)
+            )
 
 
 def median(states: Sequence[Tensor]) -> Tensor:

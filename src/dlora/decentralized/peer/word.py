@@ -17,6 +17,7 @@ from typing import Protocol
 from dlora.decentralized.peer.ledger import Ledger, Word
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.errors import RunError
+from dlora.events.neighbours import Lacks, NeighbourEvent, TwoFolders
 from dlora.wire.frame import Misbehaviour
 from dlora.wire.peer.frames import Hello, Shown
 
@@ -57,7 +58,7 @@ class Words:
         run: str,
         ledger: Ledger,
         signatures: Signatures,
-        report: Callable[..., object],
+        report: Callable[[NeighbourEvent], object],
     ) -> None:
         self.name, self.run, self.ledger, self.signatures, self.report = (
             name,
@@ -144,12 +145,14 @@ class Words:
                 " its key is used twice"
             )
             self.report(
-                "lacks",
-                neighbour=neighbour,
-                round=last,
-                edges=len(words),
-                shown=len(shown),
-                reason=reason,
+                Lacks(
+                    event="lacks",
+                    neighbour=neighbour,
+                    round=last,
+                    edges=len(words),
+                    shown=len(shown),
+                    reason=reason,
+                )
             )
         return shown
 
@@ -175,7 +178,7 @@ class Words:
                 f" {self.ledger.folder.parent}: stop the other machine that runs as {self.name}, or"
                 " go on with the folder that was used last"
             )
-            self.report("two-folders", neighbour=neighbour, reason=reason)
+            self.report(TwoFolders(event="two-folders", neighbour=neighbour, reason=reason))
             return False
         state = self.ledger.state(word.round, neighbour)
         # the neighbour decides about this edge, and sends its decision in another frame

@@ -18,7 +18,7 @@ from prometheus_client import (
     make_wsgi_app,
 )
 
-from dlora.events.log import Event
+from dlora.events.serving import CloudEvent
 
 STEP_BUCKETS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 MAX_READERS = 16  # connections at once; one more is closed: files must remain for devices
@@ -106,9 +106,9 @@ class CloudMetrics:
         )
         self._so_far: dict[tuple[str, str], int] = {}  # (device, way) -> bytes counted
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: CloudEvent) -> None:
         """Hear one event; unknown ones change nothing."""
-        device = event.get("device", "")
+        device = str(event.get("device", ""))
         match event["event"]:
             case "linked":
                 self._linked.inc()
@@ -119,12 +119,12 @@ class CloudMetrics:
             case "load":
                 self._parts.labels(device).set(event["parts"])
                 self._tokens_here.labels(device).set(event["tokens"])
-                for way, counter in (
-                    ("sent_bytes", self._sent),
-                    ("received_bytes", self._received),
+                for way, so_far, counter in (
+                    ("sent", event["sent_bytes"], self._sent),
+                    ("received", event["received_bytes"], self._received),
                 ):
-                    counter.labels(device).inc(event[way] - self._so_far.get((device, way), 0))
-                    self._so_far[device, way] = event[way]
+                    counter.labels(device).inc(so_far - self._so_far.get((device, way), 0))
+                    self._so_far[device, way] = so_far
             case "part":
                 self._tokens.labels(device).inc(event["tokens"])
                 self._waited.labels(device).inc(event["waited_s"])

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlora.events.cloud import CloudRecord, Served
-from dlora.events.log import Event
+from dlora.events.serving import CloudEvent
 from dlora.show.progress import STARTING
 from dlora.show.words import NBSP, bytes_text, seconds_text
 
@@ -40,7 +40,7 @@ class CloudView:
             transient=True,
         )
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, event: CloudEvent) -> None:
         """Hear one event; unknown ones change nothing."""
         self._record(event)
         if event["event"] == "loading":
@@ -95,7 +95,7 @@ class CloudView:
         )
 
 
-def _said(event: Event) -> str | None:
+def _said(event: CloudEvent) -> str | None:
     """The event as a line, where it is worth one."""
     match event["event"]:
         case "serving":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config.arms import DEC_LORA, DLORA, FEDAVG, LOCAL, POOLED
-from dlora.events.log import Event
+from dlora.events.log import LogLine
 from dlora.events.record import RunRecord
 from dlora.show.words import NBSP, bytes_text, percent_text, score_text
 
@@ -42,7 +42,7 @@ class Page:
     def __init__(
         self,
         config: Mapping[str, Any],
-        start: Event,
+        start: LogLine,
         runs: list[RunRecord],
         summary: Mapping[str, Any],
     ) -> None:

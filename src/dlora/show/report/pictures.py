@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from dlora.events.activity import unit_labels
-from dlora.events.log import Event
+from dlora.events.log import LogLine
 from dlora.events.record import RunRecord
 from dlora.show.drawing import MOST_NAMES, Line, Series, curves, graph, heat_map, stacked_bars
 from dlora.show.report.page import MOST_LABELS, Page, look
@@ -275,7 +275,7 @@ class Pictures:
         )
 
     def _series(
-        self, run: RunRecord, events: Mapping[int, Event], key: str, positive: bool = False
+        self, run: RunRecord, events: Mapping[int, LogLine], key: str, positive: bool = False
     ) -> Series:
         values = [event.get(key) for event in events.values()]
         colour, dash = look(run)

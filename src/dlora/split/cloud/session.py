@@ -7,11 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dlora.events.serving import DeviceEvent, DeviceOpened, DeviceRefused, PartDone, PartFailed
 from dlora.split.agreement import Agreement, agree
 from dlora.split.cloud.body import Body
 from dlora.split.cloud.handed_off import HandedOff, HandOffs
@@ -41,9 +41,8 @@ class Session:
     """What the cloud knows of one device while its link lasts. Nothing of it is kept afterwards.
 
     ``hear`` takes each frame of the device in order and never waits. ``send`` is called from
-    threads of the session, may wait, and raises ChannelDown when the link has ended. ``tell(event,
-    fields)`` is called when something happens, from any thread; the events are opened (told before
-    the device hears it), refused, part and failed.
+    threads of the session, may wait, and raises ChannelDown when the link has ended. ``tell``
+    hears each event, from any thread; it hears ``opened`` before the device does.
 
     It is one class because one lock guards all of its state.
     """
@@ -55,7 +54,7 @@ class Session:
         limits: Limits,
         budget: Budget,
         send: Callable[[SplitFrame], None],
-        tell: Callable[[str, dict[str, Any]], None] = lambda event, fields: None,
+        tell: Callable[[DeviceEvent], None] = lambda event: None,
     ) -> None:
         self.device, self.body, self.limits, self.budget = device, body, limits, budget
         self._send, self._tell = send, tell
@@ -151,10 +150,14 @@ class Session:
     def _open(self, manifest: str) -> SplitFrame:
         agreed = agree(manifest, self.body.facts, self.body.groups, self.body.directions)
         if isinstance(agreed, str):
-            self._tell("refused", {"reason": agreed})
+            self._tell(DeviceRefused(event="refused", device=self.device, reason=agreed))
             return Refused(agreed)
         self.agreement = agreed
-        self._tell("opened", {"wire": agreed.wire, "groups": len(agreed.groups)})
+        self._tell(
+            DeviceOpened(
+                event="opened", device=self.device, wire=agreed.wire, groups=len(agreed.groups)
+            )
+        )
         return Opened(self.limits.max_tokens, self.limits.max_parts)
 
     # Parts
@@ -279,8 +282,16 @@ class Session:
             answer = through_the_cloud(
                 part, lambda part: self.body.forward(part, agreement.dropout)
             )
-            fields = {"tokens": len(begin.embedded), "keep": begin.keep, "waited_s": work.waited_s}
-            self._tell("part", {**fields, "seconds": time.monotonic() - began_at})
+            self._tell(
+                PartDone(
+                    event="part",
+                    device=self.device,
+                    tokens=len(begin.embedded),
+                    keep=begin.keep,
+                    waited_s=work.waited_s,
+                    seconds=time.monotonic() - began_at,
+                )
+            )
             self._idle_frames = 0
         except Gone:
             if work.evicted:
@@ -327,7 +338,7 @@ class Session:
             self._send(frame)
 
     def _failed(self, begin: Begin, why: Why, text: str) -> Failed:
-        self._tell("failed", {"why": why, "text": text})
+        self._tell(PartFailed(event="failed", device=self.device, why=why, text=text))
         return Failed(begin.call, begin.part, why, text[:1000])
 
 
