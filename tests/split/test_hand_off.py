@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlora.lora.factors import Factors
 from dlora.split.agreement import agree, proposal_text
+from dlora.split.cloud.handed_off import HandedOff, HandOffs
 from dlora.split.cloud.limits import Budget, Limits
 from dlora.split.cloud.session import Session
 from dlora.split.tensors import as_factors
@@ -191,3 +192,14 @@ def test_what_is_handed_off_is_what_was_trained(model_folder: Folder) -> None:
         # alpha / r
         torch.testing.assert_close(lora_B, 2 * values[f"{named}.lora_B"][0], rtol=0, atol=0)
     assert as_factors(torch.zeros(1, 5), group, 4, core=False) is None
+
+
+def test_factors_without_room_are_not_kept_and_the_cloud_goes_on() -> None:
+    """A part that needs them fails with "memory"; the session that was handed them does not."""
+    kept = HandOffs("phone", Budget(100))
+    kept.keep(0, HandedOff(1, [[torch.zeros(10)]]))
+    kept.keep(1, HandedOff(1, [[torch.zeros(1000)]]))  # more than the cloud has
+    kept.keep(0, HandedOff(2, [[torch.zeros(20)]]))
+    assert kept.budget.free_bytes == 100 - 20 * 4
+    kept.clear()
+    assert kept.budget.free_bytes == 100

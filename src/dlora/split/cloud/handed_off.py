@@ -45,9 +45,10 @@ class HandOffs:
         """
         if (before := self._kept.pop(group, None)) is not None:
             self._replaced(before)
-        if self.budget.take(self.device, new.num_bytes):
+        taken = self.budget.take(self.device, new.num_bytes)
+        if taken:
             self._kept[group] = new
-        else:
+        elif taken is None:
             self.budget.forgo(self.device, new.num_bytes)
 
     def named(self, begin: Begin, num_groups: int) -> dict[int, HandedOff] | None:
