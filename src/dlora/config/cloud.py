@@ -13,7 +13,7 @@ from dlora.config.run import Quantization
 class LimitsSection(Section):
     """Limits of the cloud, so that no device can use it up for the others."""
 
-    max_devices: int = Field(64, ge=1, description="linked at once; the next one is refused")
+    max_devices: int = Field(64, ge=1, description="linked at once; the next one waits for a place")
     max_tokens: int = Field(16384, ge=1, description="of one device, in the cloud at once")
     max_parts: int = Field(
         64, ge=1, description="micro-batches of one device, in the cloud at once"
