@@ -177,6 +177,7 @@ class Tally:
         """Event run-done; returns the result that the summary shows."""
         spent = self.schedules.spent if self.schedules else Saved()
         mean = mean_scores(own) if own else None
+        cost = self.cost(seconds)
         result = {
             "consensus": consensus.scores,
             "peers_mean": mean,
@@ -184,7 +185,7 @@ class Tally:
             "peers": dict(own),
             "best": self.best,
             "confusion": consensus.confusion,
-            **self.cost(seconds),
+            **cost,
             **spent,
             "consensus_distance": consensus_distance,
             "spent_s": dict(self.spent.seconds),
@@ -198,7 +199,7 @@ class Tally:
                 run=self.arm,
                 consensus=consensus.scores,
                 peers_mean=mean,
-                **self.cost(seconds),
+                **cost,
                 **spent,
             )
         )
