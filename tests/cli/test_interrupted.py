@@ -27,7 +27,7 @@ from kit.call_cli import (
 )
 
 # time to interrupt one
-LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 30, "peers.count": 2, "save_every": 2}
+LONG_ROUNDS = {"train.rounds": 4, "train.local_steps": 12, "peers.count": 2, "save_every": 2}
 CLOCKS = {"seconds", "spent_s", "participant_steps_per_second", "tokens_per_second"}
 
 

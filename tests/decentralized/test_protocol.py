@@ -61,7 +61,7 @@ def count_faults(folder: Path, topology: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("topology", "away_s", "every"),
     [
-        pytest.param("ring", 3.0, 8, id="ring-back-at-once-at-every-eighth-place"),
+        pytest.param("ring", 3.0, 16, id="ring-back-at-once-at-every-sixteenth-place"),
         *(
             pytest.param(topology, away_s, 1, id=f"{topology}-{word}", marks=pytest.mark.slow)
             for topology in ("ring", "base-k")

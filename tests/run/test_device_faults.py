@@ -82,6 +82,7 @@ def cloud_killed_at(
     return split
 
 
+@pytest.mark.slow  # test_split_faults.py breaks the same step in one process
 def test_a_cloud_killed_in_a_step_and_started_again(
     tmp_path: Path, model_folder: ModelFolder, relay: Relay, undisturbed: Undisturbed
 ) -> None:

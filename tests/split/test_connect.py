@@ -57,7 +57,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("cloud")
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_anybodys_training_loop_is_that_of_peft(
     members: Members, folder: Path, family: str, tmp_path: Path, accumulate: int
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_run_over_the_wire_is_the_run_without(
     assert wired.get("adapter_fraction") == local.get("adapter_fraction")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_over_the_wire_is_the_uninterrupted_one(
     make_config: Callable[..., Config], tmp_path: Path
 ) -> None:
