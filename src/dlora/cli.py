@@ -1,4 +1,4 @@
-"""The command line: every command, and how a mistake is told. No logic."""
+"""The command line: it lists every command and tells a mistake in one line. It holds no logic."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What stands behind dlora on the command line: parse, call one function, print."""
+"""The commands of `dlora`: each parses its arguments, calls one function and prints."""

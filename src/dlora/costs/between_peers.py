@@ -32,9 +32,8 @@ _SIGNATURE = bytes(SIGNATURE_BYTES)
 
 
 def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
-    """Serialised frames over each edge in a run in which nothing fails, both directions (law 8).
-
-    Where a schedule goes by scores they are no count but a bound: what is sent is at most that.
+    """The serialised frames over each edge in a run in which nothing fails, both directions
+    together (law 8). Where a schedule chooses by scores, the figure is an upper bound and no count.
     """
     topology, rounds = prepared.topology, prepared.config.train.rounds
     rule, count = build_rule(prepared.config.peers), Counter[tuple[int, int]]()
@@ -66,7 +65,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
 
 
 def transfer(message: str, num_bytes: int) -> Iterator[Frame]:
-    """The frames that carry one message, and that ask for it."""
+    """The frames that carry one message, and the frame that asks for it."""
     yield Offer(message, num_bytes, _HASH)
     yield Want(message, 0)
     for offset in range(0, num_bytes, MAX_CHUNK_BYTES):

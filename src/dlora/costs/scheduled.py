@@ -50,8 +50,8 @@ def sent_names(
 
 
 def _of_round(schedule: Schedule, steps: int, weight: list[int]) -> frozenset[int]:
-    """The units that take part in the next ``steps`` local steps; ``weight``: what each adds to a
-    message, in bytes.
+    """The units that take part in the next ``steps`` local steps. ``weight`` says what each adds to
+    a message, in bytes.
     """
     known, unknown = frozenset[int](), 0
     chosen = schedule.section.kind in CHOSEN
@@ -66,8 +66,8 @@ def _of_round(schedule: Schedule, steps: int, weight: list[int]) -> frozenset[in
 
 
 def _heaviest(schedule: Schedule, budget: float, weight: list[int]) -> frozenset[int]:
-    """Units that weigh at least as much as any that cost at most ``budget``: the best by weight and
-    cost, the last in part.
+    """Units that weigh at least as much as any set that costs at most ``budget``: those with the
+    most weight for their cost, and a part of the last one.
     """
     taken, cost = [], 0
     for unit in sorted(schedule.units, key=lambda unit: -weight[unit] / schedule.costs[unit]):

@@ -1,4 +1,4 @@
-"""The frames of a step in which nothing fails, without their numbers: what a plan counts."""
+"""The frames of one step of a split run in which nothing fails, without the numbers in them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ def frames_of(
     keep: bool,
     units: tuple[int, ...] = (),
 ) -> Iterator[SplitFrame]:
-    """Up and down, of a batch whose ``embedded`` is a placeholder (B, L, 1).
-
-    ``widths``: of embedded tokens, of hidden. ``units``: as in `Begin`.
+    """The frames up and down for a batch whose ``embedded`` is a placeholder (B, L, 1). ``widths``:
+    of the embedded tokens and of the hidden states. ``units``: as in `Begin`.
     """
     active = [
         number for number in range(len(agreement.groups)) if not units or units[number] == ACTIVE

@@ -44,11 +44,13 @@ _LINK = Opened(1 << 14, 1 << 6)
 
 
 class Chooses(Protocol):
-    """Who is active, step after step: a `Schedule`, or what one has left in a log."""
+    """Says which units are active, step after step: a `Schedule`, or what a schedule has left in a
+    log.
+    """
 
     @property
     def active(self) -> frozenset[int]:
-        """In the next step."""
+        """The units that are active in the next step."""
 
     def observe(self, scores: Mapping[int, float]) -> None:
         """A step is done."""
@@ -186,7 +188,7 @@ class _Device:
         return self._contents.setdefault(unit, object())
 
     def step(self) -> None:
-        """One local step further."""
+        """Count one more local step."""
         if self.schedule is not None:
             self._trained |= self.schedule.active
             self.in_round |= self.schedule.active
@@ -194,8 +196,8 @@ class _Device:
             self.schedule.observe({})
 
     def mixed(self, heard: frozenset[int]) -> None:
-        """A round ends: what both this end and a neighbour trained in it is another, killed since
-        or not.
+        """A round ends. What both this device and a neighbour trained in it has a new content,
+        whether it was killed since or not.
         """
         self._change(self.in_round & heard)
 
@@ -204,8 +206,8 @@ class _Device:
             self._contents[unit] = object()
 
     def bytes_of(self, batch: Batch, keep: bool) -> Counter[str]:
-        """What a batch moves, on its way there and, with ``keep``, back: down and up, adapter and
-        boundary.
+        """The bytes of a batch on its way there and, with ``keep``, back: down and up, for adapters
+        and for the boundary.
         """
         half = self.half
         mask = batch.attention_mask != 0
@@ -297,7 +299,7 @@ def _scoring(prepared: Prepared) -> Iterator[Batch]:
 
 
 def _scored(prepared: Prepared, devices: Sequence[_Device]) -> Counter[str]:
-    """One evaluation on each of these."""
+    """One evaluation of each of these devices."""
     count = Counter[str]()
     for device in devices:
         for batch in _scoring(prepared):
@@ -308,8 +310,8 @@ def _scored(prepared: Prepared, devices: Sequence[_Device]) -> Counter[str]:
 def _scored_after(
     config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]
 ) -> list[_Device]:
-    """Who goes through the evaluation rows after so many rounds: the average, and where due those
-    of several on their own.
+    """Who goes through the evaluation rows after so many rounds: the average, and, in the rounds
+    where this is due, several peers on their own.
     """
     last = rounds_done == config.train.rounds
     own = last or _due(config.eval_peers_every, rounds_done)
@@ -322,8 +324,8 @@ def _scored_after(
 def _scored_by_itself(
     config: Config, rounds_done: int, mean: _Device, devices: Sequence[_Device]
 ) -> list[_Device]:
-    """Likewise of a device with neighbours: itself in between, itself and the average of all at the
-    end.
+    """The same for a device with neighbours: itself during the run, itself and the average of all
+    at the end.
     """
     own = [devices[peer] for peer in scored_peers(config, len(devices))]
     if rounds_done == config.train.rounds:

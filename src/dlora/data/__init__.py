@@ -1,1 +1,1 @@
-"""Whose rows: read, formatted, labelled, divided, batched."""
+"""The examples of a run: rows are read, formatted, labelled, divided among peers and batched."""

@@ -18,7 +18,9 @@ _FREE_ROWS = 2_000_000
 
 
 def read_parquet(raw: bytes, path: Path) -> list[Row]:
-    """Every row of a parquet file. Raises DataError: no parquet, or far larger than the file."""
+    """Every row of a parquet file. Raises DataError where the file is no parquet, or would grow far
+    beyond its size.
+    """
     import pyarrow  # type: ignore[import-untyped]  # comes with datasets, whose own reader keeps a second copy
     import pyarrow.parquet  # type: ignore[import-untyped]
 

@@ -51,8 +51,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 class BatchStream:
-    """One peer's endless order of examples: a permutation a pass, a pure function of (seed, name,
-    position).
+    """One peer's endless order of examples: a new permutation for each pass. It depends on (seed,
+    name, position) alone.
     """
 
     def __init__(self, num_examples: int, seed: int, name: str) -> None:

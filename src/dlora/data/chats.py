@@ -1,6 +1,4 @@
-"""A chat as the tokenizer's template writes it: which of its characters and tokens are the
-answers.
-"""
+"""A chat as the tokenizer's template writes it, and which of its tokens belong to answers."""
 
 from __future__ import annotations
 
@@ -102,7 +100,7 @@ def from_sharegpt(turns: Any, place: str) -> Any:
 
 
 def _checked(messages: Any, place: str, first: int) -> Messages:
-    """The turns, without the keys that are null: tables give every turn the keys of all."""
+    """The turns without the keys that are null: tables give each turn the keys of all turns."""
     shape = "messages must be a list of {role, content}, both text"
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         raise DataError(f"{place}: {shape}")
@@ -147,8 +145,8 @@ def _functions(tools: Any, place: str) -> Any:
 
 
 def _folded(turns: Messages, place: str) -> Messages:
-    """The system turn at the beginning of the first turn of the user, a blank line between, as
-    Gemma's own template has it.
+    """The turns with the system turn written at the beginning of the first turn of the user, after
+    it a blank line, as in Gemma's own template.
     """
     if len(turns) < 2 or turns[1]["role"] != "user":
         raise DataError(
@@ -172,7 +170,9 @@ def _with_contents(turns: Messages, render: Render) -> Messages:
 
 
 def _check_written(turns: Messages, functions: Any, whole: str, render: Render, place: str) -> None:
-    """What the template leaves out would be missing in training, and nobody would see it."""
+    """Raise DataError where the template leaves something out: it would be missing in training, and
+    nobody would see it.
+    """
     if (
         turns[0]["role"] == "system"
         and turns[0]["content"].strip()
@@ -214,7 +214,7 @@ def _advice(turns: Messages, render: Render) -> str:
 
 
 def _called(call: Any) -> dict[str, Any]:
-    """The function of a tool call, in OpenAI's form or a flat one."""
+    """The function of a tool call, which is in OpenAI's form or a flat one."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     return inner if isinstance(inner, dict) else {}
 
@@ -247,10 +247,9 @@ def _answers(turns: Messages, whole: str, render: Render, first: int) -> list[tu
 def _by_marks(
     turns: Messages, whole: str, render: Render, answers: list[int], strip: bool
 ) -> list[tuple[int, int]] | None:
-    """The same from the whole chat, rendered with a mark at the end of each answer; None where
-    marks change more than that.
-
-    ``strip``: for templates that cut the blanks at the end of a content.
+    """The same, found in the whole chat, which is rendered with a mark at the end of each answer.
+    None where the marks change more than that. ``strip``: for templates that cut the blanks at the
+    end of a content.
     """
     marks = {turn: f"@@answer-{turn}@@" for turn in answers}
     marked = copy.deepcopy(turns)

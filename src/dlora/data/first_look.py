@@ -1,6 +1,4 @@
-"""What is wrong with a run by its config and its files' names alone: said before anything slow is
-imported.
-"""
+"""Mistakes that the config and the names of its files show, before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -16,9 +14,8 @@ from dlora.errors import ConfigError
 
 
 def look(config: Config, program: str, name: str | None) -> None:
-    """Raise UserError where ``program``, as ``name`` if that is one participant, cannot start.
-
-    The programs check the same and more once their libraries are there.
+    """Raise UserError where ``program`` cannot start (as ``name``, if it is one participant). The
+    programs check the same and more once their libraries are imported.
     """
     if program == "simulate":
         refuse_ranks(os.environ)
@@ -32,8 +29,8 @@ def look(config: Config, program: str, name: str | None) -> None:
 
 
 def members_of(config: Config, name: str) -> tuple[str, ...]:
-    """Who takes part. Raises ConfigError where nobody is named, where ``name`` is not, and for what
-    needs everybody's data.
+    """Who takes part. Raises ConfigError where nobody is named, where ``name`` is not among them,
+    and where the config asks for what needs everybody's data.
     """
     members = config.peers.members
     if members is None:

@@ -82,11 +82,9 @@ class _Question(NamedTuple):
 def encode_causal(
     placed: list[PlacedRow], tokenizer: Any, section: DataSection, with_choices: bool
 ) -> tuple[list[Example], list[Choice]]:
-    """Rows (at least one) as examples, in the form that their columns say; choices where rows have
-    options.
-
-    Without `with_choices` only the right option is tokenised. Raises DataError: unknown columns, or
-    which row is wrong and what to do.
+    """Rows (at least one) as examples, in the form that their columns say, and as choices where
+    rows have options. Without `with_choices` only the right option is tokenised. Raises DataError
+    for unknown columns, or naming the row that is wrong and what to do.
     """
     kinds = list(dict.fromkeys((row.columns, _is_chat(row)) for row in placed))
     if len(kinds) > 1:  # several files, each in its own form
@@ -131,7 +129,9 @@ def encode_causal(
 
 
 def form_of(placed: PlacedRow) -> tuple[str, ...]:
-    """The columns by which a row's form is known. Raises DataError: none that causal-lm knows."""
+    """The columns by which a row's form is known. Raises DataError where causal-lm knows none of
+    them.
+    """
     form = next((form for form in _FORMS if set(form) <= set(placed.columns)), None)
     if form is None:
         source, columns = placed.place.rpartition(" row ")[0], ", ".join(placed.columns)
@@ -163,8 +163,8 @@ def _is_chat(placed: PlacedRow) -> bool:
 
 
 def _conversation(placed: PlacedRow, tokenizer: Any, section: DataSection) -> Example:
-    """One chat, loss on the answers only; with prompt + completion as lists of messages on those of
-    the completion.
+    """One chat, with the loss on the answers only. For prompt + completion as lists of messages,
+    the loss is on the answers of the completion.
     """
     row, _, place, _ = placed
     form, first = form_of(placed)[0], 0
@@ -228,8 +228,8 @@ def _question(form: tuple[str, ...], row: Row, place: str, has_eos: bool) -> _Qu
 
 
 def _alpaca_prompt(instruction: str, context: str) -> str:
-    """Stanford Alpaca's (tatsu-lab/stanford_alpaca, train.py), with LLM-Adapters' newline before
-    the response.
+    """The prompt of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py), with the newline that
+    LLM-Adapters puts before the response.
     """
     paired = ", paired with an input that provides further context" if context else ""
     return (
@@ -261,8 +261,8 @@ def _common(left: list[int], right: list[int]) -> int:
 
 
 def _answered(prompt: list[int], whole: list[int], tokenizer: Any, max_length: int) -> Example:
-    """Loss from the first token that differs from the prompt's own: one that joins both holds a
-    piece of the answer.
+    """The labels of prompt and answer. The loss begins at the first token that differs from the
+    prompt's own: a token that joins both holds a piece of the answer.
     """
     start = _common(prompt, whole)
     eos = tokenizer.eos_token_id
@@ -271,8 +271,8 @@ def _answered(prompt: list[int], whole: list[int], tokenizer: Any, max_length: i
 
 
 def _cut(ids: list[int], learn: list[bool], tokenizer: Any, max_length: int) -> Example:
-    """The last answer stays: what comes before it is cut on the left, and only then the answer at
-    its end.
+    """Cut to the length allowed. The last answer stays: what comes before it is cut on the left,
+    and only then the end of the answer.
     """
     num_tokens, num_learned = len(ids), sum(learn)
     if len(ids) > max_length:

@@ -1,4 +1,4 @@
-"""Which class each row has: names, numbers, rows without one, and what is no class at all."""
+"""Which class each row has: names, numbers, rows without a label, and values that are no class."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def label_names(section: DataSection, train: list[PlacedRow]) -> tuple[str, ...]
 
 
 def doubts(section: DataSection, train: list[PlacedRow], names: Sequence[str]) -> list[str]:
-    """What is odd about classes that were taken from the rows: sentences for the user."""
+    """Sentences for the user: what is odd about classes that were taken from the rows."""
     if section.labels is not None:
         return []
     counts = Counter(label_name(section, placed) for placed in train)
@@ -124,8 +124,8 @@ def label_indices(section: DataSection, placed: list[PlacedRow], names: Sequence
 
 
 def label_name(section: DataSection, placed: PlacedRow) -> str:
-    """The class of a row as text. Raises DataError for what is none: a score, a list, an empty
-    text.
+    """The class of a row as text. Raises DataError where the value can be no class: a score, a
+    list, an empty text.
     """
     value, column, place = placed.row[section.label], section.label, placed.place
     given = section.labels or ()

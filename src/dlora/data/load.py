@@ -99,8 +99,8 @@ def load_own_data(
 def _read_training(
     section: DataSection, task: str, owner: list[str]
 ) -> tuple[list[PlacedRow], tuple[str, ...] | None, list[str]]:
-    """The training rows that have a label where one is due, the classes, and what is odd about
-    them.
+    """The training rows (with a label, where the task needs one), the classes, and what is odd
+    about them.
     """
     train = read_placed(section.train, section.columns, _required(section, task) + owner)
     if task != "classification":

@@ -1,4 +1,4 @@
-"""Whose rows are whose: iid, dirichlet, label shares, by column, files."""
+"""How rows are divided among peers: iid, dirichlet, label shares, by column, files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ def partition(
     rows: Sequence[Row],
     seed: int,
 ) -> dict[str, list[int]]:
-    """Peer name -> ascending indices into `rows`; no row twice, nobody empty. A pure function of
-    its arguments.
-
-    `labels` (rows,) are class indices below `num_labels`, needed by dirichlet and label-shares.
-    Kind files is not known here: its rows come divided. Raises DataError or ConfigError when the
-    rows cannot be divided as asked, saying what to change.
+    """For each peer's name the ascending indices of its `rows`; no row is given twice, and no peer
+    is left empty. It depends on its arguments alone. `labels` (rows,) are class indices below
+    `num_labels`; dirichlet and label-shares need them. Kind files is not known here: its rows come
+    divided. Raises DataError or ConfigError when the rows cannot be divided as asked, and says what
+    to change.
     """
     if num_peers is not None and num_peers > len(rows):
         raise DataError(
@@ -64,8 +63,8 @@ def partition(
 def by_owner(
     owners: Sequence[str], files: Collection[str], num_peers: int | None
 ) -> dict[str, list[int]]:
-    """Kind files: `owners` (rows,) says whose file each row is from, `files` names the peers.
-    Errors as `partition`.
+    """The same for kind files: `owners` (rows,) says from whose file each row is, `files` names the
+    peers. Raises as `partition` does.
     """
     if num_peers is not None and num_peers != len(files):
         raise ConfigError(
@@ -144,7 +143,9 @@ def _dirichlet(
 
 
 def _label_shares(section: PartitionSection, num_peers: int | None, label_counts: Counts) -> Counts:
-    """The largest (peers, labels) with the sizes and make-up asked for that uses no row twice."""
+    """The largest counts (peers, labels) that have the sizes and the shares asked for and use no
+    row twice.
+    """
     assert section.shares is not None
     labels = len(label_counts)
     for peer, row in enumerate(section.shares):

@@ -58,7 +58,7 @@ def read_file(path: Path, columns: Sequence[str] | None) -> list[Row]:
 
 
 def _inflate(path: Path) -> bytes:
-    """What a .gz holds, as long as it does not grow beyond what text does."""
+    """What a .gz holds; refused where it grows beyond what text does."""
     parts, count = [], 0
     with path.open("rb") as packed, gzip.GzipFile(fileobj=packed) as file:
         while part := file.read(1 << 20):
@@ -191,8 +191,8 @@ def _table(text: str, usual: str, path: Path, columns: Sequence[str] | None) -> 
 
 
 def _fitting(text: str, delimiter: str, width: int) -> list[list[str]] | None:
-    """Quoted fields (RFC 4180) or none (GLUE's tsv, where a quote is a character): whichever fits
-    every row.
+    """Fields with quotes (RFC 4180) or without (GLUE's tsv, where a quote is a character): the
+    reading that fits every row.
     """
     quoted, plain = _quoted(text, delimiter), _plain(text, delimiter)
     # Two stray quotes can swallow the tsv lines between them and still leave whole rows.
@@ -209,13 +209,13 @@ def _fitting(text: str, delimiter: str, width: int) -> list[list[str]] | None:
 
 
 def _plain(text: str, delimiter: str) -> list[list[str]]:
-    """The rows with quotes as characters."""
+    """The rows, where quotes are characters."""
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     return [line.split(delimiter) for line in lines if line]
 
 
 def _quoted(text: str, delimiter: str) -> list[list[str]] | None:
-    """The rows with quotes understood, or None where they do not balance."""
+    """The rows, where quotes enclose a field. None where the quotes do not balance."""
     # the default refuses a field above 128 KiB; a C long may be 32 bits
     csv.field_size_limit(2**31 - 1)
     try:

@@ -58,8 +58,8 @@ def read_rows(source: str, columns: Sequence[str] | None = None) -> list[Row]:
 
 
 def check_there(source: str) -> None:
-    """Raise DataError where `read_rows` would find nothing: what may be the name of a hub data set
-    is not looked for.
+    """Raise DataError where `read_rows` would find nothing. A name that may be a hub data set is
+    not looked for.
     """
     path, folder = Path(source), Path(source.rpartition(":")[0] or source)
     try:

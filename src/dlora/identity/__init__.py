@@ -1,1 +1,1 @@
-"""Who is who without a centre: keys, certificates, the federation file."""
+"""Keys, certificates and the federation file: how members know each other without a centre."""

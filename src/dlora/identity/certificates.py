@@ -49,7 +49,7 @@ def make(name: str) -> tuple[str, str]:
 
 
 def as_pem(certificate: x509.Certificate) -> str:
-    """The certificate and nothing that stood around it."""
+    """The certificate without the text that stood around it."""
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
@@ -142,10 +142,9 @@ def validity(pem: str) -> tuple[str, str, str, str]:
 
 
 def concern(pem: str) -> tuple[int, str] | None:
-    """What is wrong with a certificate's time, or will soon be, in the middle of a line; None where
-    all is well.
-
-    The number grows when it is to be told again: as each of ``STAGES_S`` is passed, and at the end.
+    """What is wrong with a certificate's time, or will be soon, as the middle of a sentence; None
+    where all is well. The number beside it grows when the user should be told again: at each of
+    ``STAGES_S`` before the end, and at the end.
     """
     state, begin, end, here = validity(pem)
     if state == "not yet valid":
@@ -177,8 +176,8 @@ def _period(pem: str) -> tuple[datetime, datetime]:
 
 
 def _extensions(name: str) -> list[tuple[x509.ExtensionType, bool]]:
-    """What every certificate must say, and whether critically: without the first two it could sign
-    in another's name.
+    """What every certificate must say, and whether it is critical. Without the first two it could
+    sign in another's name.
     """
     # digital_signature comes first
     only_sign = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
@@ -208,8 +207,8 @@ def _owner(certificate: x509.Certificate) -> str:
 
 
 def _came(text: Any) -> str | None:
-    """What stands in a text instead, where somebody's other keys and certificates are recognised;
-    None: nothing of it.
+    """What stands in a text instead of our certificate, where another kind of key or certificate is
+    recognised; None where there is nothing of the kind.
     """
     try:
         certificates = x509.load_pem_x509_certificates(text.encode())

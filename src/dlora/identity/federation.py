@@ -156,7 +156,7 @@ def member_of_role(federation: Federation, name: str, role: Role) -> Member:
 
 
 class FederationFile:
-    """A federation file that is taken up anew whenever it changes and what it then says can be
+    """A federation file that is read again whenever it changes; what it says counts once it can be
     used.
     """
 
@@ -282,7 +282,7 @@ def checked_member(tree: Any, where: str) -> Member:
 
 
 def _came(value: Any) -> str:
-    """What came instead, in few words; values in a block are not printed: aliases make them as
+    """What came instead, in few words. Values in a block are not printed: aliases can make them as
     large as they like.
     """
     keys = f"the keys {', '.join(map(repr, value))}"[:200] if isinstance(value, dict) else None

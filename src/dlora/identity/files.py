@@ -35,7 +35,9 @@ def read_text(path: Path) -> str:
 
 
 def create_file(path: Path, text: str, mode: int) -> None:
-    """A file that did not exist, with its mode from the first byte on; not left behind half."""
+    """Make a file that did not exist, with its mode from the first byte on. A file that could not
+    be written whole is removed.
+    """
     created = False
     try:
         with open(

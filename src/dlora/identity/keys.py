@@ -34,7 +34,7 @@ from dlora.identity.files import create_file, read_text
 
 @dataclass(frozen=True)
 class Identity:
-    """Who we are, with the proof."""
+    """This member's name, key and certificate."""
 
     name: str
     key_pem: bytes = field(repr=False)  # stays out of every log

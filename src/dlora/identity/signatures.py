@@ -37,8 +37,8 @@ class MemberSignatures:
         )
 
     def is_signed(self, name: str, statement: bytes, signature: bytes) -> bool:
-        """Whether one of the member's certificates fits: those of the file as it now is, and our
-        own as it is.
+        """Whether the signature fits one of the member's certificates: those in the federation file
+        as it is now; for our own name also our own certificate.
         """
         member = self.federation.current.members.get(name)
         certificates = () if member is None else tuple(pem.encode() for pem in member.certificates)

@@ -151,14 +151,14 @@ class _Telling:
         self._lock = threading.Lock()
 
     def tell(self, event: CloudEvent) -> None:
-        """What happened."""
+        """Give the event to every listener."""
         with self._lock:
             timed = with_time(event)
             for listener in self.listeners:
                 listener(timed)
 
     def tell_load(self, device: str, parts: int, tokens: int) -> None:
-        """What a device has here, and its bytes so far, over all links."""
+        """Tell what a device holds in the cloud's memory, and its bytes so far over all links."""
         sent, received = (
             ways.get(device, 0) for ways in (self.traffic.sent_bytes, self.traffic.received_bytes)
         )
@@ -197,7 +197,7 @@ class _Guests:
         )
 
     def look(self) -> None:
-        """Tell what each device has here."""
+        """Tell of every device what it holds here."""
         for device, session in self._sessions.items():
             self.telling.tell_load(device, session.num_parts, session.num_tokens)
 

@@ -132,8 +132,8 @@ def _took_part(
 
 
 def _tell_of_refusal(log: RunLog, reason: str) -> None:
-    """In the log; on the terminal too where this peer dialled, for it is one of its own neighbours
-    and no stranger.
+    """Write a refused connection into the log. Where this peer dialled, say it on the terminal too:
+    the other end is a configured neighbour and no stranger.
     """
     log.emit(ConnectionRefused(event="connection-refused", reason=reason))
     if reason.startswith("dialling "):
@@ -141,14 +141,14 @@ def _tell_of_refusal(log: RunLog, reason: str) -> None:
 
 
 def _said(finished: Summary) -> tuple[int, list[str]]:
-    """How many peers a summary's average is of, and its warnings."""
+    """Of how many peers a summary's average is made, and its warnings."""
     told = finished["runs"][RUN]
     return told["consensus_peers"], told.get("warnings", [])
 
 
 def _tell(findings: Findings, num_peers: int, concluded: Summary) -> None:
-    """Warn of what was found. Raises NeighbourError where the average may be wrong or nobody's; all
-    is written by then.
+    """Warn of what was found. Raises NeighbourError where the average may be wrong, or where no
+    peer has one; everything is written before.
     """
     for text in findings.warnings(num_peers):
         warnings.warn(text, stacklevel=2)

@@ -97,7 +97,7 @@ class Tally:
     # Events
 
     def begin(self) -> None:
-        """Event run."""
+        """Write the event that the arm begins."""
         steps = self.training.local_steps
         self.log.emit(
             ArmBegins(
@@ -110,11 +110,11 @@ class Tally:
         )
 
     def resumed(self, rounds_done: int) -> None:
-        """Event resumed."""
+        """Write the event that the arm goes on after ``rounds_done`` rounds."""
         self.log.emit(Resumed(event="resumed", run=self.arm, rounds_done=rounds_done))
 
     def step(self, num_participants: int) -> None:
-        """Tick step: that many participants have done a local step."""
+        """Count a local step of that many participants, and tell the listeners."""
         self.steps_done += num_participants
         total = sum(self.training.local_steps) * self.rounds
         self.log.tick(StepDone(event="step", run=self.arm, done=self.steps_done, total=total))
@@ -122,7 +122,7 @@ class Tally:
     def round(
         self, number: int, losses: Tensor, consensus_distance: float | None, seconds: float
     ) -> RoundDone:
-        """Event round, for the log; ``losses``: each participant's."""
+        """The event of a finished round, for the log. ``losses``: one for each participant."""
         rates = self.training.learning_rates(number, self.training.local_steps[0])
         return RoundDone(
             event="round",

@@ -1,1 +1,1 @@
-"""What people see."""
+"""What people see: tables, progress, pages and their pictures."""

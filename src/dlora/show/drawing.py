@@ -182,11 +182,9 @@ def graph(
     label: str,
     standalone: bool = False,
 ) -> str:
-    """The peers on a circle and who talks to whom: a panel a round up to 6 rounds, else one,
-    coloured by round.
-
-    `edges_by_round` is one period of the topology. `standalone` gives a whole SVG file with colours
-    and a ground.
+    """The peers on a circle, and a line between those who exchange: a panel for each round up to 6
+    rounds, else one, coloured by round. `edges_by_round` is one period of the topology.
+    `standalone` gives a whole SVG file with colours and a background.
     """
     rounds = len(edges_by_round)
     panels = rounds if rounds <= _MOST_PANELS else 1

@@ -89,7 +89,7 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Leave the runs' bars and take no more of the terminal."""
+        """Leave the bars of the runs as they are and write nothing more."""
         self._forget()
         self._bars.stop()
 

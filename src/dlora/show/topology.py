@@ -62,8 +62,8 @@ def describe(topology: Topology) -> str:
 
 
 def as_figures(topology: Topology) -> dict[str, Any]:
-    """The same for machines: neighbours with their weights, a list a round of the cycle; then the
-    figures.
+    """The same as data for programs: for each round of the cycle the neighbours with their weights,
+    then the figures.
     """
     rounds, messages = rounds_to_agree(topology)
     peers = range(topology.num_peers)

@@ -20,8 +20,8 @@ def score_text(value: float | None, key: str) -> str:
 
 
 def error_text(error: float | None, key: str) -> str:
-    """What stands behind the mean score of a sample: (s.e. 0.4), in points for accuracy and f1;
-    nothing for all peers.
+    """The standard error behind the mean score of a sample: (s.e. 0.4), in points for accuracy and
+    f1. Empty where all peers were scored.
     """
     if error is None:
         return ""
@@ -38,7 +38,7 @@ def percent_text(fraction: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """A mean of counts: 2,000 or 312, below a hundred with what is behind the point, 7.5."""
+    """A mean of counts: 2,000 or 312; below a hundred with one digit behind the point, 7.5."""
     return f"{count:,.0f}" if count >= 100 or count == round(count) else f"{count:.3g}"
 
 

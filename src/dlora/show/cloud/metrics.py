@@ -29,7 +29,7 @@ class _Reader(WSGIRequestHandler):
     timeout = READER_S
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal is the cloud's own."""
+        """Write nothing: the terminal belongs to the cloud's own messages."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -62,7 +62,7 @@ class CloudView:
         )
 
     def close(self) -> None:
-        """Take the table away."""
+        """Remove the table from the terminal."""
         self._live.stop()
 
     def __enter__(self) -> CloudView:
@@ -96,7 +96,7 @@ class CloudView:
 
 
 def _said(event: CloudEvent) -> str | None:
-    """The event as a line, where it is worth one."""
+    """The event as a line, if people should read it."""
     match event["event"]:
         case "serving":
             metrics = f"; metrics on {event['metrics']}" if event["metrics"] else ""

@@ -213,7 +213,7 @@ class Page:
 
     @property
     def reckoned(self) -> str:
-        """Where the figures of what was saved come from."""
+        """From where the figures of what was saved come."""
         return "by the cost model" + (
             "" if self.split else ": no wire was used, all was computed here"
         )
@@ -284,5 +284,5 @@ class Page:
 
 
 def look(run: RunRecord) -> tuple[int, int]:
-    """The colour and the dashes of a run, the same all over the page."""
+    """The colour and the dashes of a run; they are the same on the whole page."""
     return _LOOKS.get(run.arm, (5, 3))

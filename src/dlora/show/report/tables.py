@@ -50,7 +50,9 @@ class Tables:
         return self.page.score((run.last(of) or {}).get(self.key)) + error_text(error, self.key)
 
     def best(self, run: RunRecord) -> str:
-        """The best score of the average and the round it came after; none where nobody talks."""
+        """The best score of the average, and the round after which it came; none where peers do not
+        exchange.
+        """
         logged = [
             {"rounds_done": done} | (event.get("consensus") or {})
             for done, event in run.scores.items()
@@ -118,8 +120,8 @@ class Tables:
 
     @property
     def cut(self) -> str:
-        """What data.max_length took from the training rows; empty where nothing, or where the log
-        does not say.
+        """What data.max_length took from the training rows. Empty where it took nothing, or where
+        the log does not say.
         """
         facts: Mapping[str, Any] = (self.page.start.get("data") or {}).get("train") or {}
         if not facts.get("cut_rows"):
@@ -177,7 +179,7 @@ class Tables:
 
     @property
     def held(self) -> str:
-        """The rows of a device and their labels."""
+        """The rows of a device, and their labels."""
         peer = self.page.start["peers"][0]
         labels = _label_text(peer.get("labels") or {}, ": ")
         return f"{peer['rows']:,}" + (f" ({labels})" if labels else "")
