@@ -156,14 +156,13 @@ def local_steps(
     the sum of these means, so a participant's gradient does not depend on the others. Returns the
     losses (steps, P) on the CPU. ``on_step(num_participants)`` is called after each step.
     """
-    model.use(group.parameters)
     model.network.train()
     if group.units is not None:
         group.units.leave_out()
     num_participants = group.last - group.first
     history: list[Tensor] = []
     for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
-        model.killed = group.units.killed if group.units else frozenset()
+        model.use(group.parameters, group.units.killed if group.units else frozenset())
         targets_P = torch.stack(
             [num_targets(batch.labels, num_participants) for batch in micro_batches]
         ).sum(0)
@@ -190,10 +189,7 @@ def forward(model: StackedModel, batch: Batch) -> Tensor:
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids
-    if model.loss_positions and batch.labels.dim() == 2:
-        # position l predicts token l + 1
-        arguments["loss_positions"] = F.pad(batch.labels[:, 1:] != -100, (0, 1))
-    logits: Tensor = model.network(**arguments).logits
+    logits: Tensor = model.network(**arguments, **model.inputs_for(batch.labels)).logits
     return logits
 
 

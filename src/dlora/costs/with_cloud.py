@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from dlora.config.run import Config
 from dlora.costs.scheduled import CHOSEN
@@ -211,9 +210,7 @@ class _Device:
         """
         half = self.half
         mask = batch.attention_mask != 0
-        half.body.loss_positions = None
-        if half.model.loss_positions and batch.labels.dim() == 2:
-            half.body.loss_positions = F.pad(batch.labels[:, 1:] != -100, (0, 1))
+        half.body.loss_positions = half.model.inputs_for(batch.labels).get("loss_positions")
         needed, positions = (
             half.body.needed(mask, batch.input_ids),
             half.body.positions(batch.input_ids, mask),

@@ -146,10 +146,6 @@ class StackedModel:
     - ``directions``: under placement core, A and B of each module; else empty.
     - ``head_rest``: the head's tensors that belong to no linear. They are never trained, but an
       adapter folder holds them too.
-    - ``loss_positions``: whether the network must be told at which positions of a text the loss is
-      computed.
-    - ``killed``: numbers of the units that no participant trains in the bound factors; a body in a
-      cloud then does no work for their gradients.
     """
 
     network: Any
@@ -158,15 +154,20 @@ class StackedModel:
     peft_config: peft.LoraConfig
     directions: Directions = field(default_factory=dict)
     head_rest: dict[str, Tensor] = field(default_factory=dict)
-    loss_positions: bool = False
-    killed: frozenset[int] = frozenset()
 
     def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
-        """Bind every layer to these (P, ...) tensors until the next call. Nothing is copied."""
-        self.killed = killed
+        """Bind every layer to these (P, ...) tensors until the next call. Nothing is copied.
+
+        ``killed``: numbers of the units that no participant trains, for a model whose body runs
+        elsewhere.
+        """
         for name, tensor in factors.items():
             module, _, attribute = name.rpartition(".")
             setattr(self.network.get_submodule(module), attribute, tensor)
+
+    def inputs_for(self, labels: Tensor) -> dict[str, Tensor]:
+        """What the network's forward takes beside a batch with these labels: nothing here."""
+        return {}
 
     @property
     def device(self) -> torch.device:

@@ -173,7 +173,8 @@ def prepare(
         if own is None and directions is None and config.lora.placement == "core":
             directions = whole_directions(config)
         half = load_half(config, tokenizer, data.label_names, directions)
-        model, weights_hash = half.model, half.fingerprint
+        model: StackedModel = half.model
+        weights_hash = half.fingerprint
     else:
         frozen = load_model(config, tokenizer, data.label_names)
         weights_hash = fingerprint(frozen.network, but=frozen.head)

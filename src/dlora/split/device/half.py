@@ -16,7 +16,7 @@ from dlora.config.run import Config
 from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import target_names
-from dlora.lora.stacked import StackedLinear, StackedModel, attach
+from dlora.lora.stacked import StackedLinear, attach
 from dlora.lora.units import active_groups, core_groups, find_units
 from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint
@@ -27,6 +27,7 @@ from dlora.split.device.adapter import Adapter
 from dlora.split.device.body import RemoteBody, hidden_width
 from dlora.split.device.calls import Calls
 from dlora.split.device.head import head_reads
+from dlora.split.device.model import SplitModel
 from dlora.split.device.step import Channel
 from dlora.split.device.transformers_class import as_remote, stand_in
 from dlora.wire.split.frames import Opened
@@ -40,7 +41,7 @@ class Half:
     the frozen weights that are here.
     """
 
-    model: StackedModel
+    model: SplitModel
     agreement: Agreement
     facts: dict[str, Any]
     fingerprint: str
@@ -130,7 +131,9 @@ def load_half(
                 torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False
             )
     whole = FrozenModel(network, frozen.source, frozen.head)
-    model = attach(whole, config.lora, config.task, config.seed, directions, weights_here=False)
+    stacked = attach(whole, config.lora, config.task, config.seed, directions, weights_here=False)
+    predicts_tokens = config.task == "causal-lm"
+    model = SplitModel(**vars(stacked), body=remote, predicts_tokens=predicts_tokens)
     _empty(body, embedding)
     targets = target_names(model.initial)
     outside = [name for name in targets if not name.startswith(prefix)]
@@ -146,11 +149,10 @@ def load_half(
         within = {name.removeprefix(prefix): tensor for name, tensor in model.directions.items()}
         of_frame = directions_digest(within, [name.removeprefix(prefix) for name in targets])
         active = core_groups(active, config.lora.r)
-    model.loss_positions = config.task == "causal-lm"
     remote.dropouts = [
         (layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)
     ]
-    as_remote(network, remote, model)
+    as_remote(network, model)
     facts = body_facts(model_config, embedding)
     agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
     return Half(model, agreement, facts, weights_hash, remote)

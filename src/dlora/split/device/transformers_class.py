@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dlora.errors import ConfigError
 from dlora.lora.adapter_io import save_adapter, save_trained
-from dlora.lora.stacked import StackedModel
 from dlora.split.device.inputs import by_name, check_names, loss_positions
+from dlora.split.device.model import SplitModel
 
 _TABLE = (
     "the cloud has the model's own token table, and no token can be added; take the model's own"
@@ -52,17 +51,9 @@ _SAID = {
 }
 
 
-class Body(Protocol):
-    """What a forward tells the `RemoteBody`."""
-
-    loss_positions: Tensor | None
-    unread: float
-    killed: frozenset[int]
-
-
-def as_remote(network: Any, body: Body, model: StackedModel) -> None:
+def as_remote(network: Any, model: SplitModel) -> None:
     """Change the network's class to a subclass that knows that the body runs elsewhere."""
-    original = type(network)
+    original, body = type(network), model.body
 
     class Remote(original):  # type: ignore[misc, valid-type]
         @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -71,12 +62,12 @@ def as_remote(network: Any, body: Body, model: StackedModel) -> None:
             given = by_name(original.forward, args, kwargs)
             check_names(given, self.config)
             looks, body.unread = given.pop("loss_positions", None), 0.0
-            if looks is None and model.loss_positions:
+            if looks is None and model.predicts_tokens:
                 looks = loss_positions(given)
                 if looks is not None:
                     # NaN shows a program that it reads logits which the cloud did not send
                     body.unread = float("nan")
-            body.loss_positions, body.killed = looks, model.killed
+            body.loss_positions = looks
             try:
                 return original.forward(self, **given)
             finally:
