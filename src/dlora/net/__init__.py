@@ -1,1 +1,1 @@
-"""Links between participants: over gRPC, or within one process."""
+"""Links between programs: over gRPC, or within one process."""

@@ -1,4 +1,4 @@
-"""One real peer: its own data and disk, its neighbours, and the cloud of a device."""
+"""One real peer, or a device with neighbours: its data, its disk, its neighbours, its cloud."""
 
 from __future__ import annotations
 
