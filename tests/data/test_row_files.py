@@ -225,7 +225,7 @@ def test_packed_text_is_no_bomb(tmp_path: Path) -> None:
     assert len(read_rows(str(path))) == 50_000
 
 
-@pytest.mark.parametrize("kind", ["rows", "bytes"])
+@pytest.mark.parametrize("kind", ["rows", pytest.param("bytes", marks=pytest.mark.slow)])
 def test_a_parquet_bomb(tmp_path: Path, kind: str) -> None:
     """Field case 38: a column of one value is a few bytes, and so is a long text of one letter."""
     path = tmp_path / "a.parquet"

@@ -156,7 +156,7 @@ def test_one_way_loss_and_a_pause_longer_than_the_bound(
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))]
 )
-@pytest.mark.parametrize("topology", ["ring", "base-k"])
+@pytest.mark.parametrize("topology", ["ring", pytest.param("base-k", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("rate", "tolerance"), [(0.0, 1e-11), (0.1, 1e-2)])
 def test_a_fifth_of_the_exchanges_fails(
     tmp_path: Path, topology: str, seed: int, rate: float, tolerance: float

@@ -80,6 +80,7 @@ def simulated(devices: Split, name: str, **changes: Any) -> Path:
     return Path(config.output_dir)
 
 
+@pytest.mark.slow
 def test_a_device_ends_where_a_run_without_any_cloud_ends(together: Devices) -> None:
     alone = simulated(together, "phone", split=None)
     config = together.config("phone")
@@ -94,6 +95,7 @@ def test_a_device_ends_where_a_run_without_any_cloud_ends(together: Devices) -> 
     assert_same(update, reference, UPDATE_BOUND["adamw"], "classification")
 
 
+@pytest.mark.slow
 def test_a_device_of_cores_exports_pairs_in_the_clouds_frame(together: Devices) -> None:
     frame, pairs = (
         load_file(together.folder / FRAME),
@@ -104,6 +106,7 @@ def test_a_device_of_cores_exports_pairs_in_the_clouds_frame(together: Devices) 
             assert torch.equal(tensor, frame[name.split("bert.", 1)[1].removesuffix(".weight")])
 
 
+@pytest.mark.slow
 def test_a_scheduled_device_says_what_it_saved(together: Devices) -> None:
     run = together.summary("watch")["runs"]["dlora"]
     assert 0 < run["adapter_fraction"] < 0.5 and 0 < run["device_flops_fraction"] < 0.5
@@ -111,6 +114,7 @@ def test_a_scheduled_device_says_what_it_saved(together: Devices) -> None:
     assert epochs == list(range(len(epochs))) and len(epochs) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEVICES)
 def test_a_device_ends_where_its_simulation_with_both_halves_ends(
     together: Devices, name: str

@@ -35,10 +35,10 @@ pytestmark = pytest.mark.usefixtures("no_page")
     ("schedule", "more"),
     [
         ({**KR, "on_kill": "drop"}, {}),
-        ({**RANDOM, "on_kill": "drop"}, {"lora.placement": "core"}),
         *(
             pytest.param(*slow, marks=pytest.mark.slow)
             for slow in [
+                ({**RANDOM, "on_kill": "drop"}, {"lora.placement": "core"}),
                 ({**KR, "on_kill": "hand-off"}, {}),
                 (RANDOM, {}),
                 (KR, {"peers.rule": "ffa"}),
@@ -193,6 +193,7 @@ def test_a_resumed_simulation_is_the_uninterrupted_one(
     assert story(broken) == story(whole)
 
 
+@pytest.mark.slow
 def test_peers_that_stop_and_go_on_end_as_if_they_had_not(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -51,9 +51,8 @@ def cut_at(place: int) -> Callable[[bool, SplitFrame], None]:
     return seen
 
 
-@pytest.mark.parametrize(
-    "section", [{}, pytest.param(CORE, marks=pytest.mark.slow)], ids=["literal", "core"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("section", [{}, CORE], ids=["literal", "core"])
 def test_a_link_lost_at_any_frame_hands_off_again(
     model_folder: Folder, section: dict[str, Any]
 ) -> None:

@@ -169,6 +169,7 @@ def watched_real(num_batches: int) -> tuple[Any, Any, Any]:
     )
 
 
+@pytest.mark.slow
 def test_real_texts_and_labels_on_the_narrowest_wire() -> None:
     config, body, watched = watched_real(1)
     assert watched.tokens(body.network.get_input_embeddings().weight) == (1.0, 1.0)
