@@ -73,7 +73,7 @@ class Work:
 
     config: Config
     counter: Counter
-    groups: Sequence[Unit] = ()
+    units: Sequence[Unit] = ()
     lora_flops: int = 0
     # (call, part) -> its real tokens
     tokens: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -97,9 +97,9 @@ class Work:
             self.tokens.clear()
 
     def _formula(self, step: int) -> int:
-        lora, every = self.config.lora, range(len(self.groups))
+        lora, every = self.config.lora, range(len(self.units))
         told = [flops for since, flops in self.sets if since <= step]
-        return told[-1] if told else device_flops(self.groups, every, lora.r, lora.placement)
+        return told[-1] if told else device_flops(self.units, every, lora.r, lora.placement)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Work:
 
         def counted(of: Callable[..., Any]) -> Callable[..., Any]:
             def call(adapter: Adapter, call: Any, part: int, *rest: Any) -> Any:
-                self.groups = adapter.groups
+                self.units = adapter.units
                 self.tokens[call.number, part] = len(call.begins[part].embedded)
                 with Counter() as counter:
                     result = of(adapter, call, part, *rest)

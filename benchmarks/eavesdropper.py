@@ -34,7 +34,7 @@ PATIENCE_S = 120.0  # for a frame that must come
 @dataclass
 class Part:
     """One part's way through the body, as the cloud sees it; ``inputs`` and ``updates`` by
-    group.
+    unit.
     """
 
     begin: Begin
@@ -81,9 +81,9 @@ class Tap:
                 part = found[frame.call, frame.part]
                 match frame.what:
                     case "input":
-                        part.inputs[frame.group] = frame.tensor
+                        part.inputs[frame.unit] = frame.tensor
                     case "update":
-                        part.updates[frame.group] = frame.tensor
+                        part.updates[frame.unit] = frame.tensor
                     case "hidden":
                         part.hidden = frame.tensor
                     case "hidden-gradient":
@@ -227,13 +227,13 @@ class Watched:
         Of its weights, all modules together; and of what it adds to the tokens of batch ``other``.
         """
         sums, count = torch.zeros(4, dtype=torch.float64), 0
-        prefix = self.half.body.prefix
-        for number, group in enumerate(self.half.agreement.groups):
+        prefix = self.half.model.body.prefix
+        for number, unit in enumerate(self.half.agreement.units):
             x = torch.cat([self.parts[place].inputs[number] for place in seen])[:num_tokens]
             updates = torch.cat([self.parts[place].updates[number] for place in seen])[:num_tokens]
             count, elsewhere = len(x), self.parts[other].inputs[number].double()
             for module, update in zip(
-                group.modules, torch.split(updates, list(group.out_features), dim=1), strict=True
+                unit.modules, torch.split(updates, list(unit.out_features), dim=1), strict=True
             ):
                 a, b = (
                     self.factors[seen[0]][f"{prefix}{module}.lora_{factor}"][0].double()

@@ -102,9 +102,9 @@ def flops(prepared: Prepared, settings: list[str], num_tokens: int) -> Flops:
             schedule.observe({})
         return Flops(schedule.meter.device_flops / steps, head)
     assert prepared.half is not None
-    groups = prepared.half.agreement.groups
+    units = prepared.half.agreement.units
     lora = prepared.config.lora
-    return Flops(device_flops(groups, range(len(groups)), lora.r, lora.placement), head)
+    return Flops(device_flops(units, range(len(units)), lora.r, lora.placement), head)
 
 
 def _schedule(prepared: Prepared) -> Schedule:

@@ -80,7 +80,7 @@ def test_a_plan_of_what_scores_will_choose_says_about(
 
 
 def test_the_plan_is_the_formula(make_config: Callable[..., Config]) -> None:
-    """Row A1 of the cost model: 2 (d_in + S d_out) numbers a token and group, less d_in at the
+    """Row A1 of the cost model: 2 (d_in + S d_out) numbers a token and unit, less d_in at the
     lowest.
     """
     config = make_config(
@@ -90,8 +90,8 @@ def test_the_plan_is_the_formula(make_config: Callable[..., Config]) -> None:
     costs = plan(config)["cloud"]
     width, wide, layers = 64, 128, 2
     # qkv, output, up, down
-    groups = [(width, 3 * width), (width, width), (width, wide), (wide, width)] * layers
-    numbers = sum(2 * (inputs + outputs) for inputs, outputs in groups) - width
-    assert costs["groups"] == len(groups)
-    assert costs["round_trips_a_step"] == 2 * len(groups) + 1
+    units = [(width, 3 * width), (width, width), (width, wide), (wide, width)] * layers
+    numbers = sum(2 * (inputs + outputs) for inputs, outputs in units) - width
+    assert costs["groups"] == len(units)
+    assert costs["round_trips_a_step"] == 2 * len(units) + 1
     assert costs["adapter_bytes_a_token"] == pytest.approx(4 * numbers, rel=0.02)

@@ -46,8 +46,8 @@ class Both:
     def scheduled(self) -> Scheduled | None:
         if self.config.schedule.kind == "all":
             return None
-        groups = [renamed(group, self.half.body.prefix) for group in self.half.agreement.groups]
-        return schedule_units(self.config.schedule, groups, self.config.lora, 0, ["phone"])
+        units = [renamed(unit, self.half.model.body.prefix) for unit in self.half.agreement.units]
+        return schedule_units(self.config.schedule, units, self.config.lora, 0, ["phone"])
 
 
 def train(

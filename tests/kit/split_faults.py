@@ -22,7 +22,7 @@ Folder = Callable[[str, str], Path]
 
 
 def small_half(model_folder: Folder, family: str = "bert", /, **overrides: Any) -> Half:
-    """Three groups in a tiny model, so that a step has few frames."""
+    """Three units in a tiny model, so that a step has few frames."""
     targets = {
         "bert": r".*(query|value)$|.*1\.output\.dense",
         "llama": r".*(q_proj|v_proj)|.*1.*down_proj",
@@ -144,7 +144,9 @@ class Failing:
 
 
 def gradients(half: Half) -> Factors:
-    pairs = zip(half.body.calls.adapter.tensors, half.body.calls.adapter.factors(), strict=True)  # type: ignore[union-attr]
+    assert half.model.body.calls is not None
+    adapter = half.model.body.calls.adapter
+    pairs = zip(adapter.tensors, adapter.factors(), strict=True)
     return {
         f"{name}.{factor}": tensor.grad.clone()
         for (name, factor), tensor in pairs

@@ -34,7 +34,7 @@ MINILM = [
     for block in range(6)
     for number, (ins, outs) in enumerate(WIDTHS)
 ]
-COSTS = [group.cost for group in MINILM]
+COSTS = [unit.cost for unit in MINILM]
 LITERAL = partial(device_flops, MINILM, r=8, placement="literal")
 EVERY = frozenset(range(len(MINILM)))
 

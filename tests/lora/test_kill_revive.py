@@ -130,7 +130,7 @@ def test_where_cores_train_a_unit_costs_its_modules_ranks(make_config: MakeConfi
 
 
 def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
-    factors, groups = one_layer_each(num_units=2, num_participants=1)
+    factors, units = one_layer_each(num_units=2, num_participants=1)
     expected = {name: tensor.clone() for name, tensor in factors.items()}
     section = ScheduleSection(
         kind="kr", active_fraction=0.5, on_kill="drop", period=1, warmup_steps=2, rewarm_steps=1
@@ -140,7 +140,7 @@ def test_a_dropped_unit_is_left_out_and_comes_back_with_what_it_had() -> None:
         0,
         1,
         TrainSection(optimizer="sgd"),
-        schedule_units(section, groups, LoraSection(), 0, ["p"]),
+        schedule_units(section, units, LoraSection(), 0, ["p"]),
     )
     assert training.units is not None
     training.train_only(frozenset(factors))
@@ -179,11 +179,11 @@ def test_a_revived_unit_has_its_second_moment_and_warms_up() -> None:
     """AdamW: as long as it rests its moments do; revived, the first is zero, and the rate rises
     over rewarm_steps.
     """
-    factors, groups = one_layer_each(num_units=2, num_participants=1)
+    factors, units = one_layer_each(num_units=2, num_participants=1)
     section = ScheduleSection(
         kind="kr", active_fraction=0.5, period=4, warmup_steps=8, rewarm_steps=4
     )
-    scheduled = schedule_units(section, groups, LoraSection(), 0, ["p"])
+    scheduled = schedule_units(section, units, LoraSection(), 0, ["p"])
     training = Training(
         factors, 0, 1, TrainSection(optimizer="adamw", max_grad_norm=1e-3), scheduled
     )
@@ -291,15 +291,15 @@ def test_stacked_participants_with_sets_of_their_own_are_separate_runs(
     section = ScheduleSection(kind="kr", **keys)
     train = TrainSection(optimizer=optimizer, weight_decay=0.1, max_grad_norm=0.5)
     names = ["p", "q", "r"]
-    factors, groups = one_layer_each(6, 3)
+    factors, units = one_layer_each(6, 3)
     alone = [
         {name: tensor[i : i + 1].clone() for name, tensor in factors.items()} for i in range(3)
     ]
     together = Training(
-        factors, 0, 3, train, schedule_units(section, groups, LoraSection(), 0, names)
+        factors, 0, 3, train, schedule_units(section, units, LoraSection(), 0, names)
     )
     single = [
-        Training(alone[i], 0, 1, train, schedule_units(section, groups, LoraSection(), 0, [name]))
+        Training(alone[i], 0, 1, train, schedule_units(section, units, LoraSection(), 0, [name]))
         for i, name in enumerate(names)
     ]
     assert together.units is not None

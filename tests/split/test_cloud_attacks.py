@@ -206,8 +206,8 @@ def begin(call: int = 1, part: int = 0, tokens: int = 4, width: int = 64) -> Beg
     )
 
 
-def update(call: int = 1, group: int = 0, shape: tuple[int, int] = (4, 192)) -> Values:
-    return Values("update", call, 0, group, torch.zeros(shape))
+def update(call: int = 1, unit: int = 0, shape: tuple[int, int] = (4, 192)) -> Values:
+    return Values("update", call, 0, unit, torch.zeros(shape))
 
 
 MISBEHAVIOUR: dict[str, tuple[list[SplitFrame], str]] = {

@@ -129,7 +129,7 @@ def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path)
     thief.send(Open(manifest))
     thief.receive()
     stop = threading.Event()
-    widths = [group.width for group in cloud.body.groups]
+    widths = [unit.width for unit in cloud.body.units]
 
     def steal() -> None:
         """Answer everything at once, so that all 60 parts always want to compute."""
@@ -139,8 +139,8 @@ def test_a_thief_with_60_parts_leaves_the_other_its_half(half: Half, bert: Path)
         while not stop.is_set():
             frame = thief.receive()
             if isinstance(frame, Values) and frame.what == "input":
-                update = torch.zeros(len(frame.tensor), widths[frame.group])
-                thief.send(Values("update", frame.call, frame.part, frame.group, update))
+                update = torch.zeros(len(frame.tensor), widths[frame.unit])
+                thief.send(Values("update", frame.call, frame.part, frame.unit, update))
             elif isinstance(frame, Values):
                 number += 1
                 thief.send(begin(number, 9, keep=False))
@@ -321,14 +321,14 @@ def test_a_text_whose_attention_finds_no_room_is_refused(model_folder: Callable[
 
 
 def test_a_device_answers_a_question_once(half: Half, bert: Path) -> None:
-    """Field case 41: a cloud that asks the same group again, in a forward that is not kept."""
+    """Field case 41: a cloud that asks the same unit again, in a forward that is not kept."""
     calls = half.link(
         queue_cloud.QueueCloud(queue_cloud.cloud_body(bert)).dial(), 1, lambda seconds: None
     )
     half.model.use(queue_cloud.factors(half.model))
     from dlora.split.device.adapter import Call
 
-    ask = Values("input", 1, 0, 0, torch.zeros(4, calls.adapter.groups[0].in_features))
+    ask = Values("input", 1, 0, 0, torch.zeros(4, calls.adapter.units[0].in_features))
 
     class Asking:
         answered = 0
@@ -341,7 +341,7 @@ def test_a_device_answers_a_question_once(half: Half, bert: Path) -> None:
 
     channel = Asking()
     call = Call(1, [begin(1, 4, keep=False)], 64, calls.adapter.factors())
-    with pytest.raises(Misbehaviour, match="asks for group 0 of part 0 again"):
+    with pytest.raises(Misbehaviour, match="asks for unit 0 of part 0 again"):
         forward_on_device(channel, call, calls.adapter)
     assert channel.answered == 1
 

@@ -84,8 +84,8 @@ def test_a_cloud_without_room_for_a_hand_off_is_asked_again(model_folder: Folder
         pauses.append(seconds)
         both.cloud.budget.give_back("another", taken)
 
-    assert both.half.body.calls is not None
-    both.half.body.calls.wait = wait
+    assert both.half.model.body.calls is not None
+    both.half.model.body.calls.wait = wait
     again, _ = one_step(both, {"killed": [0, 1]})
     torch.testing.assert_close(again, loss)
     assert len(pauses) == 1
@@ -98,7 +98,7 @@ def session_of(both: Both, sent: list[SplitFrame], memory_bytes: int = 10**8) ->
     agreed = agree(
         proposal_text(both.half.facts, both.half.agreement),
         both.cloud.body.facts,
-        both.cloud.body.groups,
+        both.cloud.body.units,
         {},
     )
     assert not isinstance(agreed, str)
@@ -112,8 +112,8 @@ def test_versions_that_parts_still_use_are_counted(model_folder: Folder) -> None
     """
     both = Both(model_folder("bert", "classification"))
     session = session_of(both, [])
-    groups = both.half.agreement.groups
-    size = sum(4 * (groups[0].in_features + out) for out in groups[0].out_features)
+    units = both.half.agreement.units
+    size = sum(4 * (units[0].in_features + out) for out in units[0].out_features)
     begin = Begin(
         1,
         0,
@@ -125,13 +125,13 @@ def test_versions_that_parts_still_use_are_counted(model_folder: Folder) -> None
         None,
         b"",
         (),
-        (ACTIVE,) * len(groups),
+        (ACTIVE,) * len(units),
         torch.zeros(2, 64),
     )
     for number in range(6):
         session.hear(HandOff(0, 2 + number, torch.ones(1, size)))
-        units = (2 + number, *begin.units[1:])
-        session.hear(Begin(**vars(begin) | {"call": 1 + number, "units": units}))
+        states = (2 + number, *begin.units[1:])
+        session.hear(Begin(**vars(begin) | {"call": 1 + number, "units": states}))
     taken = session.budget.num_bytes - session.budget.free_bytes
     assert taken == 6 * (2 * both.cloud.body.bytes_a_token + 4 * size)
     session.close()
@@ -143,33 +143,33 @@ def test_what_no_device_hands_off_ends_the_link(model_folder: Folder) -> None:
     both = Both(model_folder("bert", "classification"))
     sent: list[Any] = []
     session = session_of(both, sent)
-    groups = both.half.agreement.groups
-    size = sum(4 * (groups[0].in_features + out) for out in groups[0].out_features)
+    units = both.half.agreement.units
+    size = sum(4 * (units[0].in_features + out) for out in units[0].out_features)
     for frame, said in [
-        (HandOff(len(groups), 2, torch.zeros(1, size)), f"group {len(groups)} of {len(groups)}"),
+        (HandOff(len(units), 2, torch.zeros(1, size)), f"unit {len(units)} of {len(units)}"),
         (HandOff(0, 2, torch.zeros(1, size + 1)), f"{size + 1} numbers"),
     ]:
         with pytest.raises(Misbehaviour, match=said):
             session.hear(frame)
     begin = Begin(1, 0, 1, 2, b"\xc0", b"\x80", False, None, b"", (), (ACTIVE,), torch.zeros(2, 64))
-    with pytest.raises(Misbehaviour, match=f"1 units for {len(groups)} groups"):
+    with pytest.raises(Misbehaviour, match=f"lists 1 units, {len(units)} were agreed"):
         session.hear(begin)
-    units = (7, *(LEFT_OUT for _ in groups[1:]))
+    states = (7, *(LEFT_OUT for _ in units[1:]))
     session.hear(HandOff(0, 2, torch.zeros(1, size)))
-    session.hear(Begin(**vars(begin) | {"units": units}))  # a version that was never handed off
+    session.hear(Begin(**vars(begin) | {"units": states}))  # a version that was never handed off
     session.close()
     session._threads.shutdown(wait=True)
     assert [type(frame) for frame in sent] in ([Failed], []) and session.budget.free_bytes == 10**8
 
 
-def test_hand_offs_of_one_device_stay_within_its_groups(model_folder: Folder) -> None:
-    """However many come, the cloud keeps one a group."""
+def test_hand_offs_of_one_device_stay_within_its_units(model_folder: Folder) -> None:
+    """However many come, the cloud keeps one a unit."""
     both = Both(model_folder("bert", "classification"))
     session = session_of(both, [])
-    groups = both.half.agreement.groups
+    units = both.half.agreement.units
     kept = 0
-    for number, group in enumerate(groups):
-        size = sum(4 * (group.in_features + out) for out in group.out_features)
+    for number, unit in enumerate(units):
+        size = sum(4 * (unit.in_features + out) for out in unit.out_features)
         kept += 4 * size
         for version in range(2, 9):
             session.hear(HandOff(number, version, torch.zeros(1, size)))
@@ -182,15 +182,15 @@ def test_what_is_handed_off_is_what_was_trained(model_folder: Folder) -> None:
     both = Both(model_folder("bert", "classification"))
     adapter = link(both.half, both.cloud).adapter
     both.half.model.use(values := factors(both.half.model))
-    [group, *_] = adapter.groups
-    handed = as_factors(adapter.handed_off(adapter.factors(), 0), group, 4, core=False)
+    [unit, *_] = adapter.units
+    handed = as_factors(adapter.handed_off(adapter.factors(), 0), unit, 4, core=False)
     assert handed is not None
-    for name, (lora_A, lora_B) in zip(group.modules, handed, strict=True):
-        named = both.half.body.prefix + name
+    for name, (lora_A, lora_B) in zip(unit.modules, handed, strict=True):
+        named = both.half.model.body.prefix + name
         torch.testing.assert_close(lora_A, values[f"{named}.lora_A"][0], rtol=0, atol=0)
         # alpha / r
         torch.testing.assert_close(lora_B, 2 * values[f"{named}.lora_B"][0], rtol=0, atol=0)
-    assert as_factors(torch.zeros(1, 5), group, 4, core=False) is None
+    assert as_factors(torch.zeros(1, 5), unit, 4, core=False) is None
 
 
 def test_factors_without_room_are_not_kept_and_the_cloud_goes_on() -> None:

@@ -101,17 +101,17 @@ def test_a_device_that_takes_no_answers_loses_its_link(open_session: Any, half: 
     session.close()
 
 
-@pytest.mark.parametrize("fault", ["what", "group", "rows", "width", "two"])
+@pytest.mark.parametrize("fault", ["what", "unit", "rows", "width", "two"])
 def test_a_wrong_answer_ends_its_own_part_only(open_session: Any, half: Half, fault: str) -> None:
     session, begin, said, cloud = open_session
     for call in (200, 201):
         session.hear(replace(begin, call=call))
     until(lambda: sum(isinstance(frame, Values) for frame in said) == 2)
-    group = half.agreement.groups[0]
-    right = Values("update", 200, 0, 0, torch.zeros(len(begin.embedded), group.width))
+    unit = half.agreement.units[0]
+    right = Values("update", 200, 0, 0, torch.zeros(len(begin.embedded), unit.width))
     wrong = {
         "what": replace(right, what="hidden-gradient"),
-        "group": replace(right, group=1),
+        "unit": replace(right, unit=1),
         "rows": replace(right, tensor=right.tensor[1:]),
         "width": replace(right, tensor=right.tensor[:, 1:]),
         "two": right,
@@ -128,7 +128,7 @@ def test_a_wrong_answer_ends_its_own_part_only(open_session: Any, half: Half, fa
     session.hear(replace(right, call=201))
     until(
         lambda: any(
-            isinstance(frame, Values) and frame.call == 201 and frame.group == 1 for frame in said
+            isinstance(frame, Values) and frame.call == 201 and frame.unit == 1 for frame in said
         )
     )
     session.hear(Drop(200))
@@ -189,7 +189,7 @@ class Liar:
 @pytest.mark.parametrize(
     ("truth", "lie", "message"),
     [
-        ("input", lambda frame: replace(frame, group=7), "asks for group 7 of 3"),
+        ("input", lambda frame: replace(frame, unit=7), "asks for unit 7 of 3"),
         (
             "input",
             lambda frame: replace(frame, tensor=frame.tensor[:, 1:]),
@@ -206,8 +206,8 @@ class Liar:
         ("input", lambda frame: Done(frame.call, 0), "Done in a forward"),
         ("input", lambda frame: ValueError("Values frame: not finite"), "not finite"),
         ("hidden", lambda frame: replace(frame, tensor=frame.tensor[1:]), "hidden of shape"),
-        ("update-gradient", lambda frame: Done(frame.call, 0), "without the gradient of group 0"),
-        ("update-gradient", lambda frame: replace(frame, group=5), "never asked for"),
+        ("update-gradient", lambda frame: Done(frame.call, 0), "without the gradient of unit 0"),
+        ("update-gradient", lambda frame: replace(frame, unit=5), "never asked for"),
         (
             "update-gradient",
             lambda frame: replace(frame, tensor=frame.tensor[1:]),

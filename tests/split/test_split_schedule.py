@@ -92,13 +92,13 @@ def test_a_killed_unit_moves_no_byte(model_folder: Folder, kind: str) -> None:
     train(both.half.model, some_steps(20), scheduled)
     for frame in watched.frames:
         if isinstance(frame, Values) and frame.what not in ("hidden", "hidden-gradient"):
-            assert watched.units[frame.call][frame.group] == ACTIVE
+            assert watched.units[frame.call][frame.unit] == ACTIVE
     for units in watched.units.values():
         killed_once |= {number for number, unit in enumerate(units) if unit != ACTIVE}
-    assert len(killed_once) == len(both.half.agreement.groups)  # each had its turn to rest
+    assert len(killed_once) == len(both.half.agreement.units)  # each had its turn to rest
     hand_offs = [frame for frame in watched.frames if isinstance(frame, HandOff)]
     # once a kill
-    assert len({(frame.group, frame.version) for frame in hand_offs}) == len(hand_offs)
+    assert len({(frame.unit, frame.version) for frame in hand_offs}) == len(hand_offs)
     if kind == "kr-drop":
         assert not hand_offs and all(
             set(units) <= {ACTIVE, LEFT_OUT} for units in watched.units.values()
@@ -132,7 +132,7 @@ def test_a_core_moves_r_numbers_a_token_and_module(model_folder: Folder) -> None
     r = both.config.lora.r
     for frame in watched.frames:
         if isinstance(frame, Values) and frame.what not in ("hidden", "hidden-gradient"):
-            assert frame.tensor.shape[1] == r * len(both.half.agreement.groups[frame.group].modules)
+            assert frame.tensor.shape[1] == r * len(both.half.agreement.units[frame.unit].modules)
 
 
 def test_halves_with_different_frames_do_not_agree(model_folder: Folder) -> None:
@@ -140,7 +140,7 @@ def test_halves_with_different_frames_do_not_agree(model_folder: Folder) -> None
     body, proposal = both.cloud.body, proposal_text(both.half.facts, both.half.agreement)
 
     def answer(frame: dict[str, Tensor]) -> object:
-        return agree(proposal, body.facts, body.groups, frame)
+        return agree(proposal, body.facts, body.units, frame)
 
     assert answer(body.directions) == both.half.agreement
     assert "this cloud has no frame" in str(answer({}))

@@ -14,7 +14,7 @@ from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
 from dlora.errors import ConfigError, ModelError
 from dlora.lora.factors import Factors
-from dlora.lora.units import active_groups, find_units
+from dlora.lora.units import adapted_units, find_units
 from dlora.model.load import load_tokenizer
 from dlora.split.cloud.body import Body, load_body
 from dlora.split.device.half import Half, as_ordinary, load_half
@@ -159,13 +159,13 @@ def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
     )
     with pytest.raises(ModelError, match="lora.target_modules: lm_head is not in the body"):
         load_half(own, load_tokenizer(own.model), labels(own))
-    groups = find_units(
+    units = find_units(
         lambda: transformers.AutoModel.from_config(tiny_config(transformers.LlamaConfig))
     )
     with pytest.raises(
         ModelError, match="no_proj is not in the body; there are down_proj, gate_proj"
     ):
-        active_groups(groups, ["no_proj"])
+        adapted_units(units, ["no_proj"])
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def watched_step(
 def test_groups_share_frames_and_nothing_goes_below_the_lowest(model_folder: Folder) -> None:
     own = config(model_folder("llama", "causal-lm"), "causal-lm")
     half, given = device_half(own), batch("causal-lm")
-    names = [[name.rpartition(".")[2] for name in group.modules] for group in half.agreement.groups]
+    names = [[name.rpartition(".")[2] for name in unit.modules] for unit in half.agreement.units]
     assert names == 2 * [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
@@ -47,18 +47,18 @@ def test_groups_share_frames_and_nothing_goes_below_the_lowest(model_folder: Fol
         ["down_proj"],
     ]
     frames = watched_step(half, cloud_of(own), given)
-    values = [(frame.what, frame.group) for _, frame in frames if isinstance(frame, Values)]
+    values = [(frame.what, frame.unit) for _, frame in frames if isinstance(frame, Values)]
     assert Counter(values) == Counter(
-        [(what, group) for what in ("input", "update", "update-gradient") for group in range(8)]
-        # none of group 0: below it nothing trains
-        + [("input-gradient", group) for group in range(1, 8)]
+        [(what, unit) for what in ("input", "update", "update-gradient") for unit in range(8)]
+        # none of unit 0: below it nothing trains
+        + [("input-gradient", unit) for unit in range(1, 8)]
         + [("hidden", 0), ("hidden-gradient", 0)]
     )
     tokens = int(given.attention_mask.sum())
     for _, frame in frames:
         if isinstance(frame, Values) and not frame.what.startswith("hidden"):
-            group = half.agreement.groups[frame.group]
-            width = group.in_features if frame.what.startswith("input") else group.width
+            unit = half.agreement.units[frame.unit]
+            width = unit.in_features if frame.what.startswith("input") else unit.width
             assert tuple(frame.tensor.shape) == (tokens, width)
 
 
@@ -68,7 +68,7 @@ def test_only_active_modules_travel(model_folder: Folder) -> None:
         **{"lora.target_modules": r".*layer\.1.*(query|value)"},
     )
     frames = watched_step(half := device_half(own), cloud_of(own), batch())
-    assert [group.modules for group in half.agreement.groups] == [
+    assert [unit.modules for unit in half.agreement.units] == [
         ("encoder.layer.1.attention.self.query", "encoder.layer.1.attention.self.value")
     ]
     assert [frame.what for up, frame in frames if isinstance(frame, Values)] == [

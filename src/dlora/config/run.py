@@ -145,7 +145,7 @@ class SplitSection(Section):
 
 
 class ScheduleSection(Section):
-    """Which units train now. A unit is a group of modules that read the same input, for example
+    """Which units train now. A unit is the modules that read the same input, for example
     query, key and value.
 
     A key that a kind does not use has no effect, so that one file serves all kinds: `--set

@@ -29,7 +29,7 @@ def frames_of(
     of the embedded tokens and of the hidden states. ``units``: as in `Begin`.
     """
     active = [
-        number for number in range(len(agreement.groups)) if not units or units[number] == ACTIVE
+        number for number in range(len(agreement.units)) if not units or units[number] == ACTIVE
     ]
     embedding_width, hidden_width = widths
     ranges = row_ranges(len(request.mask), min(len(request.mask), pipeline))
@@ -43,21 +43,21 @@ def frames_of(
             yield Values("hidden-gradient", FAR, part, 0, _numberless(read, hidden_width))
             yield Done(FAR, part)
         for number in active:
-            group = agreement.groups[number]
-            rows_in = begin.rows if group.modules[0].startswith("pooler.") else num_tokens
-            x, update = _numberless(rows_in, group.in_features), _numberless(rows_in, group.width)
+            unit = agreement.units[number]
+            rows_in = begin.rows if unit.modules[0].startswith("pooler.") else num_tokens
+            x, update = _numberless(rows_in, unit.in_features), _numberless(rows_in, unit.width)
             yield Values("input", FAR, part, number, x)
             yield Values("update", FAR, part, number, update)
             if keep:
                 yield Values("update-gradient", FAR, part, number, update, reply=number > active[0])
-                if number > active[0]:  # below the lowest active group nothing trains
+                if number > active[0]:  # below the lowest active unit nothing trains
                     yield Values("input-gradient", FAR, part, number, x)
 
 
 def hand_off_of(agreement: Agreement, number: int) -> HandOff:
-    """The hand-off of one group: its frame is as long as that of any version near the first."""
-    group, core = agreement.groups[number], agreement.directions is not None
-    sizes = (agreement.r * (out if core else group.in_features + out) for out in group.out_features)
+    """The hand-off of one unit: its frame is as long as that of any version near the first."""
+    unit, core = agreement.units[number], agreement.directions is not None
+    sizes = (agreement.r * (out if core else unit.in_features + out) for out in unit.out_features)
     return HandOff(number, FIRST_VERSION, _numberless(1, sum(sizes)))
 
 

@@ -61,7 +61,7 @@ def split_costs(
     """What a run with a cloud sends and receives if nothing fails: for the device ``own``, with
     neighbours or without, or for a simulation of all.
 
-    ``adapter_bytes`` is what the groups of modules cost, hand-offs among it; ``boundary_bytes``
+    ``adapter_bytes`` is what the units cost, hand-offs among it; ``boundary_bytes``
     embedded tokens, hidden states and their gradients; both of training, both ways.
     ``scoring_bytes`` are those of all evaluations. ``schedules``: one a participant; by default the
     config's, for which all units are worth the same: what kr and probe will find is not known
@@ -69,7 +69,7 @@ def split_costs(
     """
     config, half, split = prepared.config, prepared.half, prepared.config.split
     assert half is not None and split is not None
-    training = Training(prepared, prepared.local_steps, 1, False, lambda num_participants: None)
+    training = Training(prepared, prepared.local_steps, 1, pooled=False)
     about = schedules is None and config.schedule.kind in CHOSEN
     if schedules is None:
         section = config.schedule
@@ -129,7 +129,7 @@ def split_costs(
         **({"about": True} if about else {}),
         "steps": steps,
         "tokens": tokens,
-        "groups": len(half.agreement.groups),
+        "groups": len(half.agreement.units),
         "round_trips_a_step": round_trips / steps,
         "bytes_a_step": (trained["down"] + trained["up"]) / steps,
         "adapter_bytes_a_token": trained["adapter"] / tokens,
@@ -173,7 +173,7 @@ class _Device:
     def active(self) -> frozenset[int]:
         """Groups that the device is asked for."""
         return (
-            frozenset(range(len(self.half.agreement.groups)))
+            frozenset(range(len(self.half.agreement.units)))
             if self.schedule is None
             else self.schedule.active
         )
@@ -210,12 +210,12 @@ class _Device:
         """
         half = self.half
         mask = batch.attention_mask != 0
-        half.body.loss_positions = half.model.inputs_for(batch.labels).get("loss_positions")
+        half.model.body.loss_positions = half.model.inputs_for(batch.labels).get("loss_positions")
         needed, positions = (
-            half.body.needed(mask, batch.input_ids),
-            half.body.positions(batch.input_ids, mask),
+            half.model.body.needed(mask, batch.input_ids),
+            half.model.body.positions(batch.input_ids, mask),
         )
-        seed = (1 << 61) + 1 if keep and half.body.drops else None
+        seed = (1 << 61) + 1 if keep and half.model.body.drops else None
         request = Request(
             torch.zeros(1, 1, 1).expand(*mask.shape, 1),
             mask,
@@ -225,7 +225,7 @@ class _Device:
             seed,
             (),
         )
-        widths = half.facts["embedding_width"], hidden_width(half.body.config)
+        widths = half.facts["embedding_width"], hidden_width(half.model.body.config)
         frames: list[SplitFrame] = []
         units = self._units(frames)
         frames += frames_of(request, half.agreement, widths, self.pipeline, keep, units)
@@ -246,10 +246,10 @@ class _Device:
         """
         half = self.half
         active = self.active
-        if len(active) == len(half.agreement.groups):
+        if len(active) == len(half.agreement.units):
             return ()
         units = []
-        for number in range(len(half.agreement.groups)):
+        for number in range(len(half.agreement.units)):
             if number in active:
                 units.append(ACTIVE)
             elif self.drops or not self.has_trained(number):

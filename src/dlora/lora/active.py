@@ -43,7 +43,7 @@ class Scheduled:
 
 def schedule_units(
     section: ScheduleSection,
-    groups: Sequence[Unit],
+    units: Sequence[Unit],
     lora: LoraSection,
     seed: int,
     participants: Sequence[str],
@@ -56,10 +56,10 @@ def schedule_units(
     made by score, differ between participants. Raises ConfigError when ``schedule.units`` names a
     unit that the model does not have.
     """
-    modules = tuple(group.modules for group in groups)
-    named = named_units(section.units or (), groups)
-    costs = [group.cost for group in groups]
-    flops = partial(device_flops, groups, r=lora.r, placement=lora.placement)
+    modules = tuple(unit.modules for unit in units)
+    named = named_units(section.units or (), units)
+    costs = [unit.cost for unit in units]
+    flops = partial(device_flops, units, r=lora.r, placement=lora.placement)
     schedules = tuple(
         Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants
     )
@@ -86,6 +86,7 @@ class ActiveUnits:
 
     def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
         self.parameters, self.section = parameters, scheduled.section
+        self.scheduled, self.participants = scheduled, participants
         self.schedules = [scheduled.schedules[participant] for participant in participants]
         self.on_change = [partial(scheduled.on_change, participant) for participant in participants]
         self.names = [
@@ -167,9 +168,7 @@ class ActiveUnits:
     @property
     def killed(self) -> frozenset[int]:
         """The units that no participant of this group trains now."""
-        return frozenset(range(len(self.names))).difference(
-            *(schedule.active for schedule in self.schedules)
-        )
+        return self.scheduled.killed(self.participants)
 
     def train_only(self, names: frozenset[str]) -> None:
         """Ask for gradients of those tensors in ``names`` that at least one participant trains."""
@@ -298,25 +297,25 @@ class ActiveUnits:
                     self.parameters[name][participant] = 0.0
 
 
-def named_units(wanted: Sequence[str], groups: Sequence[Unit]) -> frozenset[int]:
+def named_units(wanted: Sequence[str], units: Sequence[Unit]) -> frozenset[int]:
     """The numbers of the units that hold a module whose name is, or ends with, a wanted name.
 
     Raises ConfigError when a wanted name matches no module.
     """
     found = set()
     for name in wanted:
-        units = [
-            u
-            for u, group in enumerate(groups)
-            if any(f".{module}".endswith(f".{name}") for module in group.modules)
+        named = [
+            number
+            for number, unit in enumerate(units)
+            if any(f".{module}".endswith(f".{name}") for module in unit.modules)
         ]
-        if not units:
+        if not named:
             there = dict.fromkeys(
-                re.sub(r"\.\d+\.", ".*.", module) for group in groups for module in group.modules
+                re.sub(r"\.\d+\.", ".*.", module) for unit in units for module in unit.modules
             )
             raise ConfigError(
                 f"schedule.units: {name} is no adapted module; they are, * being a number:"
                 f" {', '.join(there)}"
             )
-        found.update(units)
+        found.update(named)
     return frozenset(found)

@@ -1,4 +1,4 @@
-"""Units: groups of modules with the same input, found by one forward pass on fake tensors."""
+"""Units: modules that have the same input, found by one forward pass on fake tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Unit:
 
 
 def device_flops(
-    groups: Sequence[Unit], active: Collection[int], r: int, placement: Literal["literal", "core"]
+    units: Sequence[Unit], active: Collection[int], r: int, placement: Literal["literal", "core"]
 ) -> int:
     """FLOPs per token that the adapter costs the device of a split in one local step.
 
@@ -67,7 +67,7 @@ def device_flops(
     input in parallel (GPT-NeoX), neither gradient is computed, but the second is counted here. In a
     run without a cloud the number says what a split would cost.
     """
-    return sum(groups[unit].device_flops(r, placement, unit == min(active)) for unit in active)
+    return sum(units[unit].device_flops(r, placement, unit == min(active)) for unit in active)
 
 
 def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
@@ -108,38 +108,38 @@ def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
     together: dict[int, list[str]] = {}
     for name, x in met:
         together.setdefault(id(x), []).append(name)
-    return tuple(_group(members, linears) for members in together.values())
+    return tuple(_unit(members, linears) for members in together.values())
 
 
-def active_groups(groups: Sequence[Unit], targets: Collection[str]) -> tuple[Unit, ...]:
+def adapted_units(units: Sequence[Unit], targets: Collection[str]) -> tuple[Unit, ...]:
     """The units with only their adapted modules; units without any are left out.
 
     Raises ModelError when a target is in no unit.
     """
-    known = {name for group in groups for name in group.modules}
+    known = {name for unit in units for name in unit.modules}
     for target in sorted(set(targets) - known):
         raise ModelError(
             f"lora.target_modules: {target} is not in the body; there are {_ends(known)}"
         )
     reduced = []
-    for group in groups:
+    for unit in units:
         kept = [
             (name, out)
-            for name, out in zip(group.modules, group.out_features, strict=True)
+            for name, out in zip(unit.modules, unit.out_features, strict=True)
             if name in targets
         ]
         if kept:
             reduced.append(
                 Unit(
                     tuple(name for name, _ in kept),
-                    group.in_features,
+                    unit.in_features,
                     tuple(out for _, out in kept),
                 )
             )
     return tuple(reduced)
 
 
-def core_groups(groups: Sequence[Unit], r: int) -> tuple[Unit, ...]:
+def core_units(units: Sequence[Unit], r: int) -> tuple[Unit, ...]:
     """These units as they are sent under placement core: r numbers per token and module each way.
 
     Forward, the cloud computes x A^T for every module of a unit (each module has its own A) and
@@ -148,18 +148,16 @@ def core_groups(groups: Sequence[Unit], r: int) -> tuple[Unit, ...]:
     same way in reverse order.
     """
     return tuple(
-        Unit(group.modules, r * len(group.modules), (r,) * len(group.modules)) for group in groups
+        Unit(unit.modules, r * len(unit.modules), (r,) * len(unit.modules)) for unit in units
     )
 
 
-def renamed(group: Unit, prefix: str) -> Unit:
+def renamed(unit: Unit, prefix: str) -> Unit:
     """The same unit with ``prefix`` before its modules' names.
 
     The prefix is the name of the body within a whole model.
     """
-    return Unit(
-        tuple(prefix + name for name in group.modules), group.in_features, group.out_features
-    )
+    return Unit(tuple(prefix + name for name in unit.modules), unit.in_features, unit.out_features)
 
 
 def refuse_ids(body: Any) -> None:
@@ -178,7 +176,7 @@ def refuse_ids(body: Any) -> None:
         )
 
 
-def _group(members: Sequence[str], linears: dict[str, nn.Module]) -> Unit:
+def _unit(members: Sequence[str], linears: dict[str, nn.Module]) -> Unit:
     shapes = [_features(linears[name]) for name in members]
     return Unit(tuple(members), shapes[0][0], tuple(out for _, out in shapes))
 

@@ -190,7 +190,7 @@ class _Guests:
         self._sessions: dict[str, Session] = {}
         widest = max(
             body.facts["embedding_width"],
-            *(max(group.width, group.in_features) for group in body.groups),
+            *(max(unit.width, unit.in_features) for unit in body.units),
         )
         self.kind = split_kind(
             max_bytes=min(MAX_FRAME_BYTES, 4 * limits.max_tokens * widest + MAX_HEAD_BYTES)

@@ -149,7 +149,7 @@ def own_cloud(half: Half, config: Config) -> Iterator[Callable[[], int]]:
     assert config.split is not None
     kind = split_kind(config.split.wire)
     frame = {
-        name.removeprefix(half.body.prefix): tensor
+        name.removeprefix(half.model.body.prefix): tensor
         for name, tensor in half.model.directions.items()
     }
     body = load_body(CloudConfig.parse({"model": config.model, "device": config.device}), frame)

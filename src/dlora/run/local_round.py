@@ -30,7 +30,6 @@ class Training:
         local_steps: list[int],
         group_size: int,
         pooled: bool,
-        on_step: Callable[[int], None],
         scheduled: Scheduled | None = None,
     ) -> None:
         self.prepared, self.local_steps, self.group_size, self.pooled = (
@@ -40,7 +39,8 @@ class Training:
             pooled,
         )
         self.tokens = 0  # tokens read so far, without padding
-        self.on_step = on_step  # hears how many participants took a step
+        # hears how many participants took a step
+        self.on_step: Callable[[int], None] = lambda num_participants: None
         groups = batch_groups(local_steps, group_size)
         self.participants = Participants(
             prepared.model.initial, groups, prepared.config.train, prepared.model.device, scheduled

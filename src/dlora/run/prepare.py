@@ -20,7 +20,7 @@ from dlora.lora.active import named_units
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_names
 from dlora.lora.stacked import StackedModel, attach
-from dlora.lora.units import Unit, active_groups, core_groups, find_units, renamed
+from dlora.lora.units import Unit, adapted_units, core_units, find_units, renamed
 from dlora.model.fingerprints import fingerprint, tokenizer_fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer
 from dlora.run.core_directions import handed_directions, kept_directions, whole_directions
@@ -239,7 +239,7 @@ def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Unit
     """The units that the schedule turns on and off."""
     prefix = f"{model.network.base_model_prefix}."
     if half is not None:
-        return tuple(renamed(group, prefix) for group in half.agreement.groups)
-    groups = [renamed(group, prefix) for group in find_units(body_maker(model.network))]
-    adapted = active_groups(groups, target_names(model.initial))
-    return core_groups(adapted, config.lora.r) if config.lora.placement == "core" else adapted
+        return tuple(renamed(unit, prefix) for unit in half.agreement.units)
+    units = [renamed(unit, prefix) for unit in find_units(body_maker(model.network))]
+    adapted = adapted_units(units, target_names(model.initial))
+    return core_units(adapted, config.lora.r) if config.lora.placement == "core" else adapted

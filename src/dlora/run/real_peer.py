@@ -69,9 +69,7 @@ class PeerRun:
         # thread
         self.changes: list[Active] = []
         self.schedules = Schedules(RUN, prepared, self.changes.append)
-        self.training = Training(
-            prepared, prepared.local_steps, 1, False, self._step, self.schedules.scheduled
-        )
+        self.training = Training(prepared, prepared.local_steps, 1, False, self.schedules.scheduled)
         self.spent = run.spent(RUN)
         self.tally = Tally(
             RUN,
@@ -82,6 +80,7 @@ class PeerRun:
             prepared.config.train.rounds,
             self._bytes_here,
         )
+        self.training.on_step = self._step
         self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
         split = prepared.config.split
         self.cloud = None if split is None else CloudOfAPeer(log, split.cloud)

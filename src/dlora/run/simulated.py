@@ -54,7 +54,7 @@ class Run:
         self.schedules = None if self.arm.baseline else Schedules(name, prepared, log.emit)
         self.scheduled = self.schedules.scheduled if self.schedules else None
         self.training = Training(
-            prepared, self.local_steps, group_size, self.arm.pooled, self._step, self.scheduled
+            prepared, self.local_steps, group_size, self.arm.pooled, self.scheduled
         )
         self.participants = self.training.participants
         self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
@@ -80,6 +80,7 @@ class Run:
             lambda: self.transport.bytes_on_wire,
             cloud_bytes,
         )
+        self.training.on_step = self.tally.step
 
     @property
     def seconds(self) -> float:
@@ -232,6 +233,3 @@ class Run:
         )
         for index, name in enumerate(self.prepared.names):
             save_adapter(self.folder.path / "peers" / name, one(factors, index), model)
-
-    def _step(self, num_participants: int) -> None:
-        self.tally.step(num_participants)

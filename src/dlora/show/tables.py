@@ -175,8 +175,8 @@ def _with_cloud(costs: dict[str, Any]) -> list[str]:
     )
     return [
         (
-            f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} groups"
-            f" of modules, {costs['tokens']:,} tokens"
+            f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} units,"
+            f" {costs['tokens']:,} tokens"
         ),
         (
             f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in"

@@ -13,7 +13,7 @@ import torch
 from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import digest
-from dlora.lora.units import Unit, active_groups, core_groups
+from dlora.lora.units import Unit, adapted_units, core_units
 from dlora.wire.split.frames import PROTOCOL, WIRES, Wire
 
 MAX_R = 1 << 12
@@ -25,7 +25,7 @@ class Agreement:
 
     # modules that have factors, by shared input, from bottom to top; frames count them in this
     # order
-    groups: tuple[Unit, ...]
+    units: tuple[Unit, ...]
     wire: Wire
     # dropout rate of the body in training; None: the body keeps its own rates
     dropout: float | None
@@ -52,11 +52,11 @@ def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
 
 def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
     """The device's proposal as canonical JSON: ``facts`` from `body_facts` and the agreement."""
-    groups = [_listed(group) for group in agreement.groups]
+    units = [_listed(unit) for unit in agreement.units]
     manifest = {
         "protocol": PROTOCOL,
         **facts,
-        "groups": groups,
+        "groups": units,
         "wire": agreement.wire,
         "dropout": agreement.dropout,
         "r": agreement.r,
@@ -66,11 +66,11 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
 
 
 def agree(
-    text: str, facts: Mapping[str, Any], groups: Sequence[Unit], directions: Directions
+    text: str, facts: Mapping[str, Any], units: Sequence[Unit], directions: Directions
 ) -> Agreement | str:
     """The cloud's answer to a proposal: the agreement, or one line that says why there is none.
 
-    ``facts``, ``groups`` and ``directions`` describe the cloud's own body; ``groups`` are all its
+    ``facts``, ``units`` and ``directions`` describe the cloud's own body; ``units`` are all its
     linears.
     """
     try:
@@ -105,17 +105,17 @@ def agree(
                 " need the same model"
             )
     try:
-        active = active_groups(groups, targets)
+        active = adapted_units(units, targets)
     except ModelError as error:
         return ascii(str(error)[:300])[1:-1]
     if core is not None:
         refusal = _other_directions(core, targets, directions, r)
         if refusal is not None:
             return refusal
-        active = core_groups(active, r)
-    if proposed != [_listed(group) for group in active]:
+        active = core_units(active, r)
+    if proposed != [_listed(unit) for unit in active]:
         return (
-            "groups: the halves order the model's modules differently; install the same"
+            "units: the halves order the model's modules differently; install the same"
             " transformers on both"
         )
     return Agreement(active, wire, None if dropout is None else float(dropout), r, core)
@@ -154,8 +154,8 @@ def _other_directions(
     return None
 
 
-def _listed(group: Unit) -> list[Any]:
-    return [list(group.modules), group.in_features, list(group.out_features)]
+def _listed(unit: Unit) -> list[Any]:
+    return [list(unit.modules), unit.in_features, list(unit.out_features)]
 
 
 def _short(value: object) -> str:

@@ -1,6 +1,6 @@
-"""What both halves do with tensors: split a group's input, apply factors, unpack bits.
+"""What both halves do with tensors: split a unit's input, apply factors, unpack bits.
 
-A group is a `Unit`: modules that share one input. r is the LoRA rank.
+A unit is the modules that share one input. r is the LoRA rank.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from dlora.lora.units import Unit
 
 
-def shares(x: Tensor, group: Unit, core: bool) -> Sequence[Tensor]:
-    """The part of a group's input ``x`` that each of its modules reads.
+def shares(x: Tensor, unit: Unit, core: bool) -> Sequence[Tensor]:
+    """The part of a unit's input ``x`` that each of its modules reads.
 
     Placement literal: every module reads all of ``x``, (..., in_features). Placement core: ``x`` is
     (..., modules x r), and each module reads r columns of its own.
     """
-    return torch.split(x, list(group.out_features), dim=-1) if core else [x] * len(group.modules)
+    return torch.split(x, list(unit.out_features), dim=-1) if core else [x] * len(unit.modules)
 
 
 def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -32,16 +32,14 @@ def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def as_factors(handed_off: Tensor, group: Unit, r: int, core: bool) -> list[list[Tensor]] | None:
+def as_factors(handed_off: Tensor, unit: Unit, r: int, core: bool) -> list[list[Tensor]] | None:
     """Undo `Adapter.handed_off`: the flat numbers as factors, one list for each module of the
-    group.
+    unit.
 
     A list holds A (r, in_features) and B (out_features, r), or M (r, r) under ``core``. Returns
     None if ``handed_off`` has another number of values.
     """
-    shapes = [
-        [(r, r)] if core else [(r, group.in_features), (out, r)] for out in group.out_features
-    ]
+    shapes = [[(r, r)] if core else [(r, unit.in_features), (out, r)] for out in unit.out_features]
     sizes = [rows * columns for own in shapes for rows, columns in own]
     if handed_off.numel() != sum(sizes):
         return None

@@ -48,7 +48,7 @@ NEIGHBOUR_SEEN = 1e-4
 class Body:
     """A frozen body that runs parts of many devices at once and keeps nothing of them.
 
-    ``facts``: what a device's half must agree with (`body_facts`). ``groups``: all linears, by
+    ``facts``: what a device's half must agree with (`body_facts`). ``units``: all linears, by
     shared input. ``directions``: core directions by the body's names, for devices with placement
     core. Raises ModelError if the model cannot be split.
 
@@ -57,7 +57,7 @@ class Body:
 
     def __init__(self, network: Any, directions: Directions | None = None) -> None:
         self.network, self.directions = network.eval().requires_grad_(False), directions or {}
-        self.groups = find_units(body_maker(network))
+        self.units = find_units(body_maker(network))
         weights = (*network.parameters(), *network.buffers())
         # a second network in training mode, which shares all weights with the first
         self._training = copy.deepcopy(network, {id(weight): weight for weight in weights}).train()
@@ -251,8 +251,8 @@ class Body:
         layers = max(1, int(getattr(self.network.config, "num_hidden_layers", 1)))
         # adds the memory that one layer needs only while it computes
         beside = 1 + WORK_LAYERS / layers
-        # the updates that devices send, and the groups' inputs
-        updates = 4 * sum(group.width + group.in_features for group in self.groups)
+        # the updates that devices send, and the units' inputs
+        updates = 4 * sum(unit.width + unit.in_features for unit in self.units)
         return int(a_token) + updates, max(0.0, a_pair) * beside
 
     def _kept_bytes(self, tokens: int, drops: bool) -> int:

@@ -1,4 +1,4 @@
-"""The factors of killed groups that devices handed to the cloud, kept for later parts."""
+"""The factors of killed units that devices handed to the cloud, kept for later parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin
 
 @dataclass
 class HandedOff:
-    """The factors of one killed group, one list for each module.
+    """The factors of one killed unit, one list for each module.
 
     Their memory counts as taken until a newer version has replaced them and no part uses them.
     """
@@ -31,34 +31,34 @@ class HandedOff:
 
 
 class HandOffs:
-    """What one device has handed off, by group. Hold the session's lock for every call."""
+    """What one device has handed off, by unit. Hold the session's lock for every call."""
 
     def __init__(self, device: str, budget: Budget) -> None:
         self.device, self.budget = device, budget
         self._kept: dict[int, HandedOff] = {}
 
-    def keep(self, group: int, new: HandedOff) -> None:
-        """Store ``new`` instead of the group's earlier version; parts that run already keep that
+    def keep(self, unit: int, new: HandedOff) -> None:
+        """Store ``new`` instead of the unit's earlier version; parts that run already keep that
         version.
 
         If there is no memory for it, it is not stored, and parts that need it fail with "memory".
         """
-        if (before := self._kept.pop(group, None)) is not None:
+        if (before := self._kept.pop(unit, None)) is not None:
             self._replaced(before)
         taken = self.budget.take(self.device, new.num_bytes)
         if taken:
-            self._kept[group] = new
+            self._kept[unit] = new
         elif taken is None:
             self.budget.forgo(self.device, new.num_bytes)
 
-    def named(self, begin: Begin, num_groups: int) -> dict[int, HandedOff] | None:
-        """The stored factors of each killed group that ``begin`` names; None if one of them is not
+    def named(self, begin: Begin, num_units: int) -> dict[int, HandedOff] | None:
+        """The stored factors of each killed unit that ``begin`` names; None if one of them is not
         here.
 
-        Raises Misbehaviour if ``begin`` lists another number of groups than ``num_groups``.
+        Raises Misbehaviour if ``begin`` lists another number of units than ``num_units``.
         """
-        if begin.units and len(begin.units) != num_groups:
-            raise Misbehaviour(f"{len(begin.units)} units for {num_groups} groups")
+        if begin.units and len(begin.units) != num_units:
+            raise Misbehaviour(f"a begin lists {len(begin.units)} units, {num_units} were agreed")
         named = {
             number: version
             for number, version in enumerate(begin.units)

@@ -18,7 +18,7 @@ from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, Done, Values, What
 class Hears(Protocol):
     """Waits for the one frame that a part needs next, and checks it."""
 
-    def __call__(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
+    def __call__(self, what: What, unit: int, shape: tuple[int, int]) -> Tensor:
         """The tensor of that frame: ``shape`` is (rows, width); float32 on the CPU."""
 
 
@@ -26,7 +26,7 @@ class CloudPart:
     """One part in the cloud: where its real tokens are, and how it asks the device for updates.
 
     ``directions``: under placement core, A and B of each module. ``handed_off``: for each killed
-    group that adds something, the factors of its modules. ``say`` sends a frame to the device, and
+    unit that adds something, the factors of its modules. ``say`` sends a frame to the device, and
     ``hear`` waits for one.
 
     Its attributes are the state of one forward and backward; each step needs most of them.
@@ -42,7 +42,7 @@ class CloudPart:
         say: Callable[[Values], None],
         hear: Hears,
     ) -> None:
-        self.begin, self.groups, self.device = begin, agreement.groups, device
+        self.begin, self.units, self.device = begin, agreement.units, device
         self._core, self._directions, self._handed_off = (
             agreement.directions is not None,
             directions,
@@ -51,13 +51,13 @@ class CloudPart:
         self._say, self.hear = say, hear
         self._places = {
             name: (number, place)
-            for number, group in enumerate(self.groups)
-            for place, name in enumerate(group.modules)
+            for number, unit in enumerate(self.units)
+            for place, name in enumerate(unit.modules)
         }
-        # group -> its input, and the updates that the modules have not taken yet
+        # unit -> its input, and the updates that the modules have not taken yet
         self._asked: dict[int, tuple[Tensor, list[Tensor | None]]] = {}
-        # The input of the lowest group needs no gradient. With this anchor torch still calls the
-        # group's backward.
+        # The input of the lowest unit needs no gradient. With this anchor torch still calls the
+        # unit's backward.
         self._anchor = torch.zeros((), device=device, requires_grad=begin.keep)
         mask = bits(begin.mask, begin.rows * begin.columns)
         self.mask = torch.from_numpy(mask).view(begin.rows, begin.columns).to(device)
@@ -87,27 +87,27 @@ class CloudPart:
         return self.begin.units[number] if self.begin.units else ACTIVE
 
     def _updates(self, number: int, x: Tensor) -> Sequence[Tensor]:
-        """The update of each module of a group.
+        """The update of each module of a unit.
 
-        The device computes the updates of an active group. The cloud computes those of a killed
-        group from the factors that the device handed off.
+        The device computes the updates of an active unit. The cloud computes those of a killed
+        unit from the factors that the device handed off.
         """
-        group = self.groups[number]
+        unit = self.units[number]
         if self._core:
             x = torch.cat(
-                [F.linear(x.float(), self._direction(name, "lora_A", x)) for name in group.modules],
+                [F.linear(x.float(), self._direction(name, "lora_A", x)) for name in unit.modules],
                 dim=-1,
             )
         if self._unit(number) == ACTIVE:
             updates: Sequence[Tensor] = _Ask.apply(x, self._anchor, self, number)  # type: ignore[no-untyped-call]
         else:
-            own = zip(self._handed_off[number], shares(x.float(), group, self._core), strict=True)
+            own = zip(self._handed_off[number], shares(x.float(), unit, self._core), strict=True)
             updates = [
                 through([factor.to(x.device) for factor in factors], share)
                 for factors, share in own
             ]
         if self._core:
-            named = zip(group.modules, updates, strict=True)
+            named = zip(unit.modules, updates, strict=True)
             updates = [
                 F.linear(update, self._direction(name, "lora_B", update)) for name, update in named
             ]
@@ -124,11 +124,11 @@ class CloudPart:
         """
         self._asked.clear()
 
-    def say(self, what: What, group: int, tensor: Tensor, reply: bool = False) -> None:
+    def say(self, what: What, unit: int, tensor: Tensor, reply: bool = False) -> None:
         """Send a tensor of this part."""
         self._say(
             Values(
-                what, self.begin.call, self.begin.part, group, tensor.detach().float().cpu(), reply
+                what, self.begin.call, self.begin.part, unit, tensor.detach().float().cpu(), reply
             )
         )
 
@@ -166,26 +166,26 @@ class _Ask(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, part: CloudPart, number: int
     ) -> tuple[Tensor, ...]:
-        group, rows = part.groups[number], part.gather(x)
+        unit, rows = part.units[number], part.gather(x)
         part.say("input", number, rows)
-        update = part.hear("update", number, (len(rows), group.width))
+        update = part.hear("update", number, (len(rows), unit.width))
         ctx.part, ctx.number = part, number
         # keeps the shape, dtype and device of x, and no memory
         ctx.like = x.new_empty(0).expand(*x.shape[:-1], 0)
-        own = torch.split(update, list(group.out_features), dim=1)
+        own = torch.split(update, list(unit.out_features), dim=1)
         return tuple(part.scatter(each, x) for each in own)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
         part: CloudPart = ctx.part
-        group, wanted = part.groups[ctx.number], ctx.needs_input_grad[0]
+        unit, wanted = part.units[ctx.number], ctx.needs_input_grad[0]
         rows = torch.cat([part.gather(gradient) for gradient in gradients], dim=1)
         part.say("update-gradient", ctx.number, rows, reply=wanted)
         if not wanted:
             return None, None, None, None
         return (
             part.scatter(
-                part.hear("input-gradient", ctx.number, (len(rows), group.in_features)), ctx.like
+                part.hear("input-gradient", ctx.number, (len(rows), unit.in_features)), ctx.like
             ),
             None,
             None,

@@ -148,14 +148,14 @@ class Session:
     # Opening
 
     def _open(self, manifest: str) -> SplitFrame:
-        agreed = agree(manifest, self.body.facts, self.body.groups, self.body.directions)
+        agreed = agree(manifest, self.body.facts, self.body.units, self.body.directions)
         if isinstance(agreed, str):
             self._tell(DeviceRefused(event="refused", device=self.device, reason=agreed))
             return Refused(agreed)
         self.agreement = agreed
         self._tell(
             DeviceOpened(
-                event="opened", device=self.device, wire=agreed.wire, groups=len(agreed.groups)
+                event="opened", device=self.device, wire=agreed.wire, groups=len(agreed.units)
             )
         )
         return Opened(self.limits.max_tokens, self.limits.max_parts)
@@ -163,20 +163,20 @@ class Session:
     # Parts
 
     def _keep(self, frame: HandOff, agreement: Agreement) -> None:
-        """Store the factors of a killed group for later parts."""
-        if frame.group >= len(agreement.groups):
-            raise Misbehaviour(f"a hand-off of group {frame.group} of {len(agreement.groups)}")
-        group = agreement.groups[frame.group]
+        """Store the factors of a killed unit for later parts."""
+        if frame.unit >= len(agreement.units):
+            raise Misbehaviour(f"a hand-off of unit {frame.unit} of {len(agreement.units)}")
+        unit = agreement.units[frame.unit]
         factors = as_factors(
-            frame.tensor.to(self.body.device), group, agreement.r, agreement.directions is not None
+            frame.tensor.to(self.body.device), unit, agreement.r, agreement.directions is not None
         )
         if factors is None:
             raise Misbehaviour(
-                f"a hand-off of {frame.tensor.numel()} numbers for group {frame.group}"
+                f"a hand-off of {frame.tensor.numel()} numbers for unit {frame.unit}"
             )
         with self._lock:
             if not self._closed:
-                self._handed_off.keep(frame.group, HandedOff(frame.version, factors))
+                self._handed_off.keep(frame.unit, HandedOff(frame.version, factors))
 
     def _begin(self, begin: Begin, agreement: Agreement) -> SplitFrame | None:
         width, key = self.body.facts["embedding_width"], (begin.call, begin.part)
@@ -206,7 +206,7 @@ class Session:
                     f"{held} tokens are here and {tokens} more came; {self.limits.max_tokens} is"
                     " the limit",
                 )
-            handed_off = self._handed_off.named(begin, len(agreement.groups))
+            handed_off = self._handed_off.named(begin, len(agreement.units))
             if handed_off is None:
                 return self._failed(begin, "memory", "what was handed off found no room here")
             if (why := self.body.cannot(begin)) is not None:
@@ -271,9 +271,9 @@ class Session:
                 with turn.away():
                     self._send(frame)
 
-            def hear(what: What, group: int, shape: tuple[int, int]) -> Tensor:
+            def hear(what: What, unit: int, shape: tuple[int, int]) -> Tensor:
                 with turn.away():
-                    return work.hear(what, group, shape)
+                    return work.hear(what, unit, shape)
 
             turn.begin()
             part = CloudPart(

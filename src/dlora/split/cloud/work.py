@@ -43,7 +43,7 @@ class Work:
         self._gone = True
         self._inbox.put(None)
 
-    def hear(self, what: What, group: int, shape: tuple[int, int]) -> Tensor:
+    def hear(self, what: What, unit: int, shape: tuple[int, int]) -> Tensor:
         """Wait for one frame, check it and return its tensor, of shape ``shape``.
 
         Raises TimeoutError after ``idle_s`` seconds, Gone if the part was told to stop, and
@@ -58,9 +58,9 @@ class Work:
             self.waited_s, self._since = self.waited_s + time.monotonic() - began_at, 0.0
         if frame is None or self._gone:
             raise Gone
-        if (frame.what, frame.group, tuple(frame.tensor.shape)) != (what, group, shape):
+        if (frame.what, frame.unit, tuple(frame.tensor.shape)) != (what, unit, shape):
             raise Misbehaviour(
-                f"{frame.what} of group {frame.group}, shape {tuple(frame.tensor.shape)}, where"
-                f" {what} of group {group}, shape {shape}, was due"
+                f"{frame.what} of unit {frame.unit}, shape {tuple(frame.tensor.shape)}, where"
+                f" {what} of unit {unit}, shape {shape}, was due"
             )
         return frame.tensor

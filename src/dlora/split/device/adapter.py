@@ -27,7 +27,7 @@ class Layer(Protocol):
 
 @dataclass
 class _Kept:
-    """What a group's backward on the device needs."""
+    """What a unit's backward on the device needs."""
 
     x: Tensor
     factors: list[Tensor]  # detached factors of each module, which share memory with the real ones
@@ -42,25 +42,25 @@ class Call:
     begins: list[Begin]
     hidden_width: int
     factors: Sequence[Tensor]  # in the order of ``Adapter.tensors``
-    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)  # (part, group)
+    kept: dict[tuple[int, int], _Kept] = field(default_factory=dict)  # (part, unit)
     num_rows: dict[int, int] = field(default_factory=dict)  # part -> rows of its hidden
 
 
 class Adapter:
-    """The factors on the device, by group: it computes updates forward and gradients backward.
+    """The factors on the device, by unit: it computes updates forward and gradients backward.
 
-    ``groups``: in the order of the agreement. ``layers``: module name -> layer. ``core``: placement
+    ``units``: in the order of the agreement. ``layers``: module name -> layer. ``core``: placement
     core.
     """
 
-    def __init__(self, groups: Sequence[Unit], layers: Mapping[str, Layer], core: bool) -> None:
-        self.groups, self.core = tuple(groups), core
+    def __init__(self, units: Sequence[Unit], layers: Mapping[str, Layer], core: bool) -> None:
+        self.units, self.core = tuple(units), core
         self.layers = layers
         self._factor_names = ("lora_M",) if core else ("lora_A", "lora_B")
         self.tensors = [
             (name, factor)
-            for group in groups
-            for name in group.modules
+            for unit in units
+            for name in unit.modules
             for factor in self._factor_names
         ]
         self._places = {tensor: place for place, tensor in enumerate(self.tensors)}
@@ -75,17 +75,17 @@ class Adapter:
         return [getattr(self.layers[name], factor) for name, factor in self.tensors]
 
     def update(self, call: Call, part: int, number: int, x: Tensor) -> Tensor:
-        """The updates of a group's modules, side by side: (N, in_features) -> (N, sum of
+        """The updates of a unit's modules, side by side: (N, in_features) -> (N, sum of
         out_features).
 
         An update is s (x A^T) B^T, with s the scaling. Under placement core it is s z M^T, where z
         is the module's own r columns of x.
         """
-        begin, kept, group = call.begins[part], list[Tensor](), self.groups[number]
+        begin, kept, unit = call.begins[part], list[Tensor](), self.units[number]
         with torch.set_grad_enabled(begin.keep):
             x = x.detach().to(call.factors[0].device).requires_grad_(begin.keep)
             updates = []
-            for name, own in zip(group.modules, shares(x, group, self.core), strict=True):
+            for name, own in zip(unit.modules, shares(x, unit, self.core), strict=True):
                 layer = self.layers[name]
                 factors = [
                     tensor.detach()
@@ -105,10 +105,10 @@ class Adapter:
     def gradients(
         self, call: Call, part: int, number: int, gradient: Tensor, reply: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients that follow from ``gradient``, the gradient of the loss by the group's
+        """The gradients that follow from ``gradient``, the gradient of the loss by the unit's
         update.
 
-        Returns dx (N, in_features), or None without ``reply``, and the gradients of the group's
+        Returns dx (N, in_features), or None without ``reply``, and the gradients of the unit's
         factors, None for a factor that does not train.
         """
         kept = call.kept.pop((part, number))
@@ -125,22 +125,22 @@ class Adapter:
         return dx, [next(found) if tensor.requires_grad else None for tensor in kept.factors]
 
     def handed_off(self, factors: Sequence[Tensor], number: int) -> Tensor:
-        """A group's factors as `HandOff` holds them: (1, numbers) float32 on the CPU.
+        """A unit's factors as `HandOff` holds them: (1, numbers) float32 on the CPU.
 
         The last factor of each module is multiplied by the scaling.
         """
         flat = []
-        for name in self.groups[number].modules:
+        for name in self.units[number].modules:
             *first, last = self._of_module(factors, name)
             flat += [*first, last * self.layers[name].scaling]
         return torch.cat([tensor.detach().reshape(1, -1).float() for tensor in flat], dim=1).cpu()
 
     def is_zero(self, factors: Sequence[Tensor], number: int) -> bool:
-        """Whether a group adds nothing: the last factor of each of its modules is zero.
+        """Whether a unit adds nothing: the last factor of each of its modules is zero.
 
         The factors are zero at the start, and again when a schedule has dropped the unit.
         """
-        last = [self._of_module(factors, name)[-1] for name in self.groups[number].modules]
+        last = [self._of_module(factors, name)[-1] for name in self.units[number].modules]
         return not any(tensor.any() for tensor in last)
 
     def _of_module(self, factors: Sequence[Tensor], name: str) -> list[Tensor]:
@@ -148,29 +148,29 @@ class Adapter:
 
 
 class HandOffs:
-    """Which version of a killed group's factors the cloud must use.
+    """Which version of a killed unit's factors the cloud must use.
 
-    Factors with other values are a new version: a group that is revived, trained and killed again
-    gets one. A group that stays killed keeps its version and is not sent again on the same link.
+    Factors with other values are a new version: a unit that is revived, trained and killed again
+    gets one. A unit that stays killed keeps its version and is not sent again on the same link.
     Each call still compares the values with the last ones, because mixing and loading also change
     factors and do not report it.
     """
 
     def __init__(self, adapter: Adapter) -> None:
         self._adapter = adapter
-        self._last: dict[int, tuple[int, Tensor]] = {}  # group -> version, content
+        self._last: dict[int, tuple[int, Tensor]] = {}  # unit -> version, content
 
     def units(
         self, factors: Sequence[Tensor], killed: frozenset[int], held: dict[int, int]
     ) -> tuple[tuple[int, ...], list[HandOff]]:
         """What `Begin.units` says, and the hand-offs that must be sent before it.
 
-        ``held``: group -> version that the cloud has; changed in place.
+        ``held``: unit -> version that the cloud has; changed in place.
         """
         if not killed:
             return (), []
         units, frames = [], []
-        for number in range(len(self._adapter.groups)):
+        for number in range(len(self._adapter.units)):
             if number not in killed:
                 units.append(ACTIVE)
             elif self._adapter.is_zero(factors, number):

@@ -37,7 +37,7 @@ class RemoteBody:
         self.loss_positions: Tensor | None = None
         # value of hidden states that the cloud did not send, for the current forward
         self.unread = 0.0
-        self.killed: frozenset[int] = frozenset()  # numbers of the groups that nobody trains now
+        self.killed: frozenset[int] = frozenset()  # numbers of the units that nobody trains now
 
     def forward(
         self, stub: Any, *args: Any, **kwargs: Any

@@ -353,7 +353,7 @@ class Calls:
         return tries + 1
 
     def _call(self, link: _Link, request: Request, ranges: Sequence[range], keep: bool) -> Call:
-        """A new call; the factors of killed groups that it needs are sent before it."""
+        """A new call; the factors of killed units that it needs are sent before it."""
         units, hand_offs = self._hand_offs.units(request.factors, request.killed, link.held)
         for frame in hand_offs:
             link.send(frame)
@@ -370,7 +370,7 @@ class _Link:
 
     def __init__(self, channel: Channel, open_calls: dict[int, Call]) -> None:
         self._channel, self._open = channel, open_calls
-        # group -> the version of its factors that was handed off on this link
+        # unit -> the version of its factors that was handed off on this link
         self.held: dict[int, int] = {}
 
     def send(self, frame: SplitFrame) -> None:

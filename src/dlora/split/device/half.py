@@ -17,7 +17,7 @@ from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import target_names
 from dlora.lora.stacked import StackedLinear, attach
-from dlora.lora.units import active_groups, core_groups, find_units
+from dlora.lora.units import adapted_units, core_units, find_units
 from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint
 from dlora.model.layers import LINEAR
@@ -45,7 +45,6 @@ class Half:
     agreement: Agreement
     facts: dict[str, Any]
     fingerprint: str
-    body: RemoteBody
 
     def link(
         self, dial: Callable[[], Channel], pipeline: int, wait: Callable[[float], None]
@@ -54,26 +53,26 @@ class Half:
 
         ``pipeline``: the number of parts a batch is cut into. ``wait``: sleeps for some seconds.
         """
-        prefix = self.body.prefix
+        prefix = self.model.body.prefix
         layers = {
             name: self.model.network.get_submodule(prefix + name)
-            for group in self.agreement.groups
-            for name in group.modules
+            for unit in self.agreement.units
+            for name in unit.modules
         }
         manifest = proposal_text(self.facts, self.agreement)
-        adapter = Adapter(self.agreement.groups, layers, self.agreement.directions is not None)
-        self.body.calls = Calls(
-            dial, manifest, adapter, hidden_width(self.body.config), pipeline, wait
+        adapter = Adapter(self.agreement.units, layers, self.agreement.directions is not None)
+        self.model.body.calls = Calls(
+            dial, manifest, adapter, hidden_width(self.model.body.config), pipeline, wait
         )
-        return self.body.calls
+        return self.model.body.calls
 
     def open(self) -> Opened:
         """Reach the cloud now instead of at the first forward; returns what it takes of one device.
 
         Raises CloudError if the cloud refuses.
         """
-        assert self.body.calls is not None
-        return self.body.calls.open()
+        assert self.model.body.calls is not None
+        return self.model.body.calls.open()
 
 
 def load_half(
@@ -105,7 +104,7 @@ def load_half(
             else type(small)(model_config)
         )
     body = network.body if mean else network.base_model
-    groups = find_units(no_init_weights()(lambda: type(small_body)(model_config)))
+    units = find_units(no_init_weights()(lambda: type(small_body)(model_config)))
     embedding = small_body.get_input_embeddings()
     body.set_input_embeddings(embedding)
     for name, child in small.named_children():
@@ -143,19 +142,19 @@ def load_half(
             " adapted"
         )
     assert config.split is not None
-    active = active_groups(groups, [name.removeprefix(prefix) for name in targets])
+    active = adapted_units(units, [name.removeprefix(prefix) for name in targets])
     of_frame = None
     if config.lora.placement == "core":
         within = {name.removeprefix(prefix): tensor for name, tensor in model.directions.items()}
         of_frame = directions_digest(within, [name.removeprefix(prefix) for name in targets])
-        active = core_groups(active, config.lora.r)
+        active = core_units(active, config.lora.r)
     remote.dropouts = [
         (layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)
     ]
     as_remote(network, model)
     facts = body_facts(model_config, embedding)
     agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
-    return Half(model, agreement, facts, weights_hash, remote)
+    return Half(model, agreement, facts, weights_hash)
 
 
 def _whole_config(small: Any, source: str) -> Any:

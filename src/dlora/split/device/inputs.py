@@ -159,6 +159,14 @@ def several_texts(given: Mapping[str, Any], positions: Tensor | None, mask: Tens
     return len(starts) > len(begins)
 
 
+def target_positions(labels: Tensor) -> Tensor:
+    """The tokens from which a language model predicts a target, (B, L) bool.
+
+    ``labels``: (B, L). Position l predicts token l + 1; a label of -100 is no target.
+    """
+    return torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+
+
 def loss_positions(given: Mapping[str, Any]) -> Tensor | None:
     """The tokens whose hidden states the loss of a language model reads, (B, L) bool.
 
@@ -168,11 +176,7 @@ def loss_positions(given: Mapping[str, Any]) -> Tensor | None:
     labels, shifted = given.get("labels"), given.get("shift_labels")
     if labels is None:
         return None
-    looks: Tensor = (
-        shifted != -100
-        if shifted is not None
-        else torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    )
+    looks = target_positions(labels) if shifted is None else shifted != -100
     mask = given.get("attention_mask")
     if (
         isinstance(mask, Tensor)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dlora.lora.stacked import StackedModel
 from dlora.split.device.body import RemoteBody
+from dlora.split.device.inputs import target_positions
 
 
 @dataclass(kw_only=True)
@@ -30,8 +30,8 @@ class SplitModel(StackedModel):
     def inputs_for(self, labels: Tensor) -> dict[str, Tensor]:
         """``loss_positions`` (B, L) bool: where a language model's loss reads hidden states.
 
-        The cloud sends no others. Position l predicts token l + 1.
+        The cloud sends no others.
         """
         if not self.predicts_tokens or labels.dim() != 2:
             return {}
-        return {"loss_positions": F.pad(labels[:, 1:] != -100, (0, 1))}
+        return {"loss_positions": target_positions(labels)}

@@ -29,7 +29,7 @@ class Request:
     seed: int | None  # seed of all dropout; None: no dropout
     # the factors at the time of the forward, in the order of ``Adapter.tensors``
     factors: Sequence[Tensor] = ()
-    killed: frozenset[int] = frozenset()  # groups that the cloud does not ask the device for
+    killed: frozenset[int] = frozenset()  # units that the cloud does not ask the device for
     packed: bool = False  # as `Begin.packed`
 
 

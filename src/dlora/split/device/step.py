@@ -3,23 +3,23 @@
 The forward of one part (micro-batch) of N real tokens:
 
     device  Begin            embedded tokens (N, E)                        up
-    cloud   input            x (N, I) of each active group, bottom to top  down
+    cloud   input            x (N, I) of each active unit, bottom to top  down
     device  update           s (x A^T) B^T of its modules (N, sum of O)    up
     cloud   hidden           what the head reads                           down
 
 N is the number of real tokens, E the width of embedded tokens, I and O the in and out features of a
-module, s the scaling. A group is a `Unit`: modules that share one input.
+module, s the scaling. A unit is the modules that share one input.
 
-The backward goes the other way. The device sends hidden-gradient; then, for each group from top to
+The backward goes the other way. The device sends hidden-gradient; then, for each unit from top to
 bottom, the cloud sends update-gradient and the device answers with input-gradient. The cloud does
-not ask for the input-gradient of the lowest group, because nothing below that group trains. In one
-forward and backward a group moves 2 (I + sum of O) numbers a token (DLoRA, arXiv 2404.05182, as
+not ask for the input-gradient of the lowest unit, because nothing below that unit trains. In one
+forward and backward a unit moves 2 (I + sum of O) numbers a token (DLoRA, arXiv 2404.05182, as
 PrivSplit, section 2.1, describes it).
 
 Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud multiplies x by each module's A
 before it asks, and the answer by the module's B. A module then moves r numbers a token instead of I
-and O. For a killed group the cloud does not ask: it adds nothing, or it computes with the factors
-that the device has handed off (`HandOff`). The Begin of each part says which groups are active, so
+and O. For a killed unit the cloud does not ask: it adds nothing, or it computes with the factors
+that the device has handed off (`HandOff`). The Begin of each part says which units are active, so
 both halves agree on them after a crash or a repetition too.
 """
 
@@ -56,7 +56,7 @@ class PartFailed(Exception):
 
 def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Tensor]:
     """Send all parts of a call and answer the cloud's questions, one for each part and active
-    group.
+    unit.
 
     Returns the hidden states of each part, (rows, hidden width). Raises PartFailed, ChannelDown,
     and Misbehaviour if the cloud sends what no correct cloud sends.
@@ -64,7 +64,7 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
     for begin in call.begins:
         channel.send(begin)
     hidden: dict[int, Tensor] = {}
-    # (part, group): each at most once, otherwise a wrong cloud could ask without end
+    # (part, unit): each at most once, otherwise a wrong cloud could ask without end
     asked: set[tuple[int, int]] = set()
     while len(hidden) < len(call.begins):
         frame = _of(call, channel.receive())
@@ -84,17 +84,17 @@ def forward_on_device(channel: Channel, call: Call, adapter: Adapter) -> list[Te
             _check(frame, [(rows, call.hidden_width)])
             hidden[frame.part], call.num_rows[frame.part] = frame.tensor, rows
             continue
-        if frame.group >= len(adapter.groups):
-            raise Misbehaviour(f"the cloud asks for group {frame.group} of {len(adapter.groups)}")
-        if begin.units and begin.units[frame.group] != ACTIVE:
-            raise Misbehaviour(f"the cloud asks for group {frame.group}, which is killed")
-        if (frame.part, frame.group) in asked:
-            raise Misbehaviour(f"the cloud asks for group {frame.group} of part {frame.part} again")
-        asked.add((frame.part, frame.group))
-        width = adapter.groups[frame.group].in_features
+        if frame.unit >= len(adapter.units):
+            raise Misbehaviour(f"the cloud asks for unit {frame.unit} of {len(adapter.units)}")
+        if begin.units and begin.units[frame.unit] != ACTIVE:
+            raise Misbehaviour(f"the cloud asks for unit {frame.unit}, which is killed")
+        if (frame.part, frame.unit) in asked:
+            raise Misbehaviour(f"the cloud asks for unit {frame.unit} of part {frame.part} again")
+        asked.add((frame.part, frame.unit))
+        width = adapter.units[frame.unit].in_features
         _check(frame, [(len(begin.embedded), width), (begin.rows, width)])
-        update = adapter.update(call, frame.part, frame.group, frame.tensor)
-        channel.send(Values("update", call.number, frame.part, frame.group, update.detach().cpu()))
+        update = adapter.update(call, frame.part, frame.unit, frame.tensor)
+        channel.send(Values("update", call.number, frame.part, frame.unit, update.detach().cpu()))
     return [hidden[part] for part in range(len(call.begins))]
 
 
@@ -115,20 +115,20 @@ def backward_on_device(
         if frame is None:
             continue
         if isinstance(frame, Done):
-            _check_done(call, frame.part, [group for part, group in found if part == frame.part])
+            _check_done(call, frame.part, [unit for part, unit in found if part == frame.part])
             done.add(frame.part)
             continue
         if not isinstance(frame, Values) or frame.what != "update-gradient":
             raise Misbehaviour(f"the cloud sent {_name(frame)} in a backward")
-        if (frame.part, frame.group) not in call.kept:
+        if (frame.part, frame.unit) not in call.kept:
             raise Misbehaviour(
-                f"the cloud sent a gradient for group {frame.group}, which it never asked for"
+                f"the cloud sent a gradient for unit {frame.unit}, which it never asked for"
             )
-        _check(frame, [tuple(call.kept[frame.part, frame.group].update.shape)])
-        dx, own = adapter.gradients(call, frame.part, frame.group, frame.tensor, frame.reply)
+        _check(frame, [tuple(call.kept[frame.part, frame.unit].update.shape)])
+        dx, own = adapter.gradients(call, frame.part, frame.unit, frame.tensor, frame.reply)
         if dx is not None:
-            channel.send(Values("input-gradient", call.number, frame.part, frame.group, dx.cpu()))
-        found[frame.part, frame.group] = own
+            channel.send(Values("input-gradient", call.number, frame.part, frame.unit, dx.cpu()))
+        found[frame.part, frame.unit] = own
     return _summed(adapter, len(call.begins), found)
 
 
@@ -140,15 +140,15 @@ def _summed(
     The order in which they arrive depends on the network, and a sum of floats depends on its order.
     """
     totals: list[Tensor | None] = []
-    for number, group in enumerate(adapter.groups):
-        of_group: list[Tensor | None] = [None] * (adapter.num_factors * len(group.modules))
+    for number, unit in enumerate(adapter.units):
+        of_unit: list[Tensor | None] = [None] * (adapter.num_factors * len(unit.modules))
         for part in range(num_parts):
             for place, gradient in enumerate(found.get((part, number), ())):
-                so_far = of_group[place]
-                of_group[place] = (
+                so_far = of_unit[place]
+                of_unit[place] = (
                     gradient if so_far is None or gradient is None else so_far + gradient
                 )
-        totals += of_group
+        totals += of_unit
     return totals
 
 
@@ -168,15 +168,15 @@ def _of(call: Call, frame: SplitFrame) -> Values | Done | None:
     return frame
 
 
-def _check_done(call: Call, part: int, groups: Sequence[int]) -> None:
+def _check_done(call: Call, part: int, units: Sequence[int]) -> None:
     """Raise Misbehaviour if a backward ended too early.
 
-    A backward goes from top to bottom. A group without a gradient must be above all groups that
+    A backward goes from top to bottom. A unit without a gradient must be above all units that
     have one (a pooler that nobody reads).
     """
-    for kept_part, group in call.kept:
-        if kept_part == part and group < max(groups, default=group + 1):
-            raise Misbehaviour(f"the cloud ends a backward without the gradient of group {group}")
+    for kept_part, unit in call.kept:
+        if kept_part == part and unit < max(units, default=unit + 1):
+            raise Misbehaviour(f"the cloud ends a backward without the gradient of unit {unit}")
 
 
 def _check(frame: Values, shapes: Sequence[tuple[int, ...]]) -> None:

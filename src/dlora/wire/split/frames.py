@@ -90,7 +90,7 @@ class Values:
     what: What
     call: int
     part: int
-    group: int  # the number of the unit; 0 if the tensor belongs to no unit
+    unit: int  # the number of the unit; 0 if the tensor belongs to no unit
     tensor: Tensor  # (tokens, width), float32 on both ends
     reply: bool = False  # update-gradient: the cloud waits for an input-gradient
 
@@ -102,7 +102,7 @@ class HandOff:
     They replace an earlier version.
     """
 
-    group: int  # the number of the unit
+    unit: int  # the number of the unit
     version: int  # at least FIRST_VERSION
     # (1, numbers), float32 for every wire dtype: the factors of each module, one after the other
     tensor: Tensor

@@ -84,32 +84,32 @@ class Begin(_message.Message):
     def __init__(self, call: _Optional[int] = ..., part: _Optional[int] = ..., rows: _Optional[int] = ..., columns: _Optional[int] = ..., mask: _Optional[bytes] = ..., needed: _Optional[bytes] = ..., keep: _Optional[bool] = ..., seed: _Optional[int] = ..., token_types: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., width: _Optional[int] = ..., units: _Optional[_Iterable[int]] = ..., packed: _Optional[bool] = ...) -> None: ...
 
 class Values(_message.Message):
-    __slots__ = ("what", "call", "part", "group", "rows", "width", "reply")
+    __slots__ = ("what", "call", "part", "unit", "rows", "width", "reply")
     WHAT_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
-    GROUP_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     what: str
     call: int
     part: int
-    group: int
+    unit: int
     rows: int
     width: int
     reply: bool
-    def __init__(self, what: _Optional[str] = ..., call: _Optional[int] = ..., part: _Optional[int] = ..., group: _Optional[int] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., reply: _Optional[bool] = ...) -> None: ...
+    def __init__(self, what: _Optional[str] = ..., call: _Optional[int] = ..., part: _Optional[int] = ..., unit: _Optional[int] = ..., rows: _Optional[int] = ..., width: _Optional[int] = ..., reply: _Optional[bool] = ...) -> None: ...
 
 class HandOff(_message.Message):
-    __slots__ = ("group", "version", "width")
-    GROUP_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("unit", "version", "width")
+    UNIT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
-    group: int
+    unit: int
     version: int
     width: int
-    def __init__(self, group: _Optional[int] = ..., version: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    def __init__(self, unit: _Optional[int] = ..., version: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("call", "part")
