@@ -10,13 +10,14 @@ import random
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
-from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.decentralized.peer.patience import Patience
 from dlora.identity.federation import Federation, FederationFile, federation_text
@@ -40,6 +41,22 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+class OneSize:
+    """Messages of random bytes, all of one length."""
+
+    def sizes(self, message: str) -> range:
+        """That length."""
+        return range(MESSAGE_BYTES, MESSAGE_BYTES + 1)
+
+    def encode(self, message: str, tensors: Mapping[str, Tensor]) -> bytes:
+        """Not called: the message is not made of tensors."""
+        raise NotImplementedError
+
+    def decode(self, message: str, path: Path) -> Mapping[str, Tensor]:
+        """Not called: nothing is mixed."""
+        raise NotImplementedError
+
+
 async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float:
     """Seconds of one exchange of ``name`` with all its neighbours."""
     path = folder / "federation.yaml"
@@ -59,11 +76,7 @@ async def one_round(name: str, neighbours: Sequence[str], folder: Path) -> float
         ledger=ledger,
         neighbours=neighbours,
         patience=Patience(60.0, 600.0),
-        messages=Messages(
-            sizes=lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1),
-            encode=lambda message, tensors: b"",
-            decode=lambda message, path: {},
-        ),
+        messages=OneSize(),
         check=lambda neighbour, message, path: None,
         report=lambda event: None,
         signatures=MemberSignatures(network.identity, network.federation),

@@ -62,6 +62,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data/arrow_rows",),
     ("config/example",),
     ("config/cloud",),
+    ("config/peers_file",),
     ("config/run",),
     ("config/training",),
     ("config/reading",),

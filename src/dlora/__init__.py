@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dlora.errors import CloudError, DloraError, Interrupted, UserError
     from dlora.programs.connect import connect
     from dlora.programs.score import load_base, score
+    from dlora.programs.script import Peer
     from dlora.programs.simulate import simulate
     from dlora.show.report.write import write_report
 
@@ -23,6 +24,7 @@ _HOMES = {
     "Config": "dlora.config.run",
     "DloraError": "dlora.errors",
     "Interrupted": "dlora.errors",
+    "Peer": "dlora.programs.script",
     "Topology": "dlora.decentralized.topology",
     "UserError": "dlora.errors",
     "build_topology": "dlora.decentralized.topology",
@@ -40,6 +42,7 @@ __all__ = [
     "Config",
     "DloraError",
     "Interrupted",
+    "Peer",
     "Topology",
     "UserError",
     "__version__",

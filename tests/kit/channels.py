@@ -14,8 +14,9 @@ import yaml
 
 from dlora.identity.federation import FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity
-from dlora.net.channel import Channel, Dialler, LoopThread
+from dlora.net.channel import Channel, Dialler
 from dlora.net.grpc import GrpcNetwork
+from dlora.net.loop_thread import LoopThread
 from dlora.net.memory import MemoryHub
 from dlora.net.transport import LinkDown, Network
 from dlora.wire.frame import Link
@@ -101,7 +102,7 @@ class Loopback:
             identity, federation, None, "127.0.0.1:0", kind, self.cloud.refused.append
         )
         self.serving = self.loop.start(network.serve(self.cloud.talk))
-        self.loop.start(network.bound.wait()).result(LIMIT_S)  # type: ignore[arg-type]
+        self.loop.start(network.bound.wait()).result(LIMIT_S)
         self.address = f"127.0.0.1:{network.port}"
         self.write()
 

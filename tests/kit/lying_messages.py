@@ -18,16 +18,17 @@ def lie(arguments: Sequence[str], out: Path, err: Path, value: str, *rounds: int
     """Take part, but the messages of ``rounds`` hold ``value`` in one number of each tensor (1e30)
     or in all (1e3).
     """
-    from dlora.run import real_peer
-    from dlora.run.messages import encode_message as honest
+    from dlora.decentralized.peer.messages import TensorMessages
 
-    def encode(prepared: Any, message: str, tensors: Mapping[str, Tensor]) -> bytes:
+    honest = TensorMessages.encode
+
+    def encode(self: Any, message: str, tensors: Mapping[str, Tensor]) -> bytes:
         if round_of(message) not in rounds:
-            return honest(prepared, message, tensors)
+            return honest(self, message, tensors)
         lies = {name: tensor.clone() for name, tensor in tensors.items()}
         for tensor in lies.values():
             (tensor.flatten()[:1] if value == "1e30" else tensor).fill_(float(value))
-        return honest(prepared, message, lies)
+        return honest(self, message, lies)
 
-    setattr(real_peer, "encode_message", encode)  # noqa: B010  # its importers may not name it
+    TensorMessages.encode = encode  # type: ignore[method-assign]
     processes.run_dlora(arguments, out, err)

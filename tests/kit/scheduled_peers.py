@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from dlora.config.run import Config
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.messages_on_disk import Message, round_of
 from dlora.events.log import read_log
-from dlora.net.memory import MemoryHub
+from dlora.net.loop_thread import LoopThread
+from dlora.net.memory import MemoryHub, MemoryNetwork
 from dlora.run.opening import opened
 from dlora.run.real_peer import RUN, PeerRun
 from dlora.wire.peer.codec import PEERS
@@ -81,16 +83,20 @@ class Recorded(Ledger):
         return kept
 
 
+class Dead(Exception):
+    """This peer's process is gone."""
+
+
 class Gated(PeerRun):
     """Dies before the local steps of round number ``gate``, once everybody is there."""
 
-    gate, here = -1, 0
+    gate, everybody = -1, threading.Barrier(1)
 
-    async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
+    def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
         if number == self.gate:
-            Gated.here += 1
-            await asyncio.Event().wait()
-        return await super()._train(number, names)
+            Gated.everybody.wait(60)
+            raise Dead
+        return super()._train(number, names)
 
 
 class Peers:
@@ -109,34 +115,32 @@ class Peers:
 
     def run(self, gate: int = -1, resume: bool = False) -> None:
         """All rounds, or those before number ``gate``."""
-        Gated.gate, Gated.here = gate, 0
-        asyncio.run(asyncio.wait_for(self._all(resume), 60))
-
-    async def _all(self, resume: bool) -> None:
         names = list(self.configs)
+        Gated.gate, Gated.everybody = gate, threading.Barrier(len(names))
         edges = {
             name: names[max(0, at - 1) : at] + names[at + 1 : at + 2]
             for at, name in enumerate(names)
         }
-        hub = MemoryHub(edges, PEERS, redial_s=0.01)
-        lives = []
-        with contextlib.ExitStack() as folders:
+        hub = MemoryHub(edges, PEERS, redial_s=0.01)  # in memory, where a peer's own is gRPC's
+        with (
+            contextlib.ExitStack() as folders,
+            LoopThread() as loop,
+            ThreadPoolExecutor(len(names)) as threads,
+        ):
+            lives = []
             for name, config in self.configs.items():
                 run = folders.enter_context(opened(config, [RUN], own=name, resume=resume))
                 ledger: Any = Recorded(run.folder.path / "exchange")
-                network: Any = hub.network(name)  # in memory where a peer's own is gRPC's
-                peer = Gated(run, ledger, network, Signer(name))
-                lives.append(asyncio.create_task(self._live(peer, ledger, edges[name])))
-            while Gated.here < len(names) and not all(life.done() for life in lives):
-                await asyncio.sleep(0.01)
+                network = loop.start(_made(hub, name)).result()
+                peer = Gated(run, ledger, network, Signer(name), loop)
+                lives.append(threads.submit(self._live, peer, ledger))
             for life in lives:
-                life.cancel()
-            for ended in await asyncio.gather(*lives, return_exceptions=True):
-                assert ended is None or isinstance(ended, asyncio.CancelledError), ended
+                with contextlib.suppress(Dead):
+                    life.result(timeout=60)
 
-    async def _live(self, peer: PeerRun, ledger: Recorded, neighbours: list[str]) -> None:
+    def _live(self, peer: PeerRun, ledger: Recorded) -> None:
         try:
-            average, num_peers = await peer.live(neighbours)
+            average, num_peers = peer.live()
             assert num_peers == len(self.configs)
             self.results[peer.name] = peer.finish(average, num_peers)
         finally:
@@ -150,3 +154,7 @@ class Peers:
 
     def adapter(self, name: str, which: str) -> dict[str, torch.Tensor]:
         return load_file(Path(self.configs[name].output_dir, which, "adapter_model.safetensors"))
+
+
+async def _made(hub: MemoryHub, name: str) -> MemoryNetwork:
+    return hub.network(name)

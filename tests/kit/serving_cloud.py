@@ -12,8 +12,9 @@ from typing import Any
 from dlora.config.cloud import CloudConfig
 from dlora.identity.federation import Federation, FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity
-from dlora.net.channel import Channel, Dialler, LoopThread
+from dlora.net.channel import Channel, Dialler
 from dlora.net.grpc import GrpcNetwork
+from dlora.net.loop_thread import LoopThread
 from dlora.programs.cloud import Summary, cloud
 from dlora.split.agreement import proposal_text
 from dlora.split.device.half import Half

@@ -21,7 +21,6 @@ from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
-from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.topology import Topology, build_topology
@@ -154,7 +153,6 @@ class World:
         ledger = self.make_ledger(name)
         start, progress = self.commits.get(name, (self.start[name], Progress()))
         factors: Factors = {"x": start.clone()}
-        messages = Messages(sizes=self._sizes, encode=self._encode, decode=self._decode)
         exchange = Exchange(
             name=name,
             manifest=self.manifests[name],
@@ -162,8 +160,8 @@ class World:
             ledger=ledger,
             neighbours=self.neighbours(name),
             patience=PATIENCE,
-            messages=messages,
-            check=lambda neighbour, message, path: self._decode(message, path),
+            messages=self,
+            check=lambda neighbour, message, path: self.decode(message, path),
             report=partial(self._report, name),
             signatures=Signer(name),
         )
@@ -172,14 +170,20 @@ class World:
             self._ask(name, "commit")
             self.commits[name] = (factors["x"].clone(), Progress(**vars(progress)))
 
-        async def train(round: int, names: frozenset[str]) -> frozenset[str]:
-            self.rounds_now[name] = round
-            self.trained.setdefault(name, []).append(round)
-            await asyncio.sleep(
-                1.0 + 0.1 * self.names.index(name) + self.steps_s.pop((name, round), 0.0)
-            )
-            factors["x"] -= self.rate * (factors["x"] - self.targets[name])
-            return names
+        async def live() -> tuple[Factors, int]:
+            await gossip.join()
+            while gossip.has_rounds_left:
+                names, round = await gossip.begin_round(), gossip.progress.rounds_done
+                self.rounds_now[name] = round
+                self.trained.setdefault(name, []).append(round)
+                await asyncio.sleep(
+                    1.0 + 0.1 * self.names.index(name) + self.steps_s.pop((name, round), 0.0)
+                )
+                factors["x"] -= self.rate * (factors["x"] - self.targets[name])
+                before = Progress(**vars(gossip.progress))
+                await gossip.mix(names)
+                await gossip.confirm(before)
+            return await gossip.finish()
 
         gossip = PeerGossip(
             name=name,
@@ -188,10 +192,9 @@ class World:
             rule=self.rule,
             ledger=ledger,
             exchange=exchange,
-            messages=messages,
+            messages=self,
             rounds=self.rounds,
             catch_up_after=self.catch_up_after,
-            train=train,
             standing=lambda: factors,
             commit=commit,
             skip=lambda rounds: None,
@@ -199,7 +202,7 @@ class World:
             progress=Progress(**vars(progress)),
         )
         serving = asyncio.create_task(network.serve(exchange.talk))
-        life = asyncio.create_task(gossip.run())
+        life = asyncio.create_task(live())
         try:
             ends: set[asyncio.Future[Any]] = {serving, life, exchange.failed}
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -235,17 +238,17 @@ class World:
             self.tasks[name].cancel()
             raise asyncio.CancelledError
 
-    def _sizes(self, message: str) -> range:
+    def sizes(self, message: str) -> range:
         known = expected(message) and (round_of(message) or 0) < self.rounds
         num_bytes = message_num_bytes(expected(message))
         return range(num_bytes, num_bytes + 1) if known else range(0)
 
     @staticmethod
-    def _encode(message: str, tensors: Mapping[str, Tensor]) -> bytes:
+    def encode(message: str, tensors: Mapping[str, Tensor]) -> bytes:
         return encode({name: tensors[name][0] for name in expected(message)}, torch.float64)
 
     @staticmethod
-    def _decode(message: str, path: Path) -> dict[str, Tensor]:
+    def decode(message: str, path: Path) -> dict[str, Tensor]:
         return {
             name: tensor.unsqueeze(0)
             for name, tensor in decode_tensors(path, expected(message)).items()

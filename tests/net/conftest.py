@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dlora.net.channel import LoopThread
+from dlora.net.loop_thread import LoopThread
 from kit.channels import InMemory, Loopback
 
 

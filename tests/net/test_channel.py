@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from dlora.net.channel import WINDOW_FRAMES, Channel, Dialler, LoopThread
+from dlora.net.channel import WINDOW_FRAMES, Channel, Dialler
+from dlora.net.loop_thread import LoopThread
 from dlora.wire.frame import ChannelDown, FrameError
 from dlora.wire.split.codec import split_kind
 from dlora.wire.split.frames import Done, Drop, Open, Refused, SplitFrame, Values

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dlora.errors import IdentityError
 from dlora.identity.federation import Federation, federation_text, member_of_role
-from dlora.net.channel import LoopThread
+from dlora.net.loop_thread import LoopThread
 from dlora.wire.frame import ChannelDown
 from dlora.wire.split.frames import Drop
 from kit.channels import LIMIT_S, Loopback, dialling, give_up_after

@@ -14,15 +14,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
-from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.decentralized.peer.patience import Patience
 from dlora.identity.federation import Federation, FederationFile, federation_text
@@ -56,6 +57,22 @@ def peak_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
+class OneSize:
+    """Messages of random bytes, all of one length."""
+
+    def sizes(self, message: str) -> range:
+        """That length."""
+        return range(MESSAGE_BYTES, MESSAGE_BYTES + 1)
+
+    def encode(self, message: str, tensors: Mapping[str, Tensor]) -> bytes:
+        """Not called: the message is not made of tensors."""
+        raise NotImplementedError
+
+    def decode(self, message: str, path: Path) -> Mapping[str, Tensor]:
+        """Not called: nothing is mixed."""
+        raise NotImplementedError
+
+
 def node(name: str, folder: Path) -> None:
     """One end: a round's exchange of a message of random bytes, without training. Prints what it
     came to.
@@ -77,11 +94,7 @@ def node(name: str, folder: Path) -> None:
             ledger=ledger,
             neighbours=[other],
             patience=Patience(60.0, 600.0),
-            messages=Messages(
-                sizes=lambda message: range(MESSAGE_BYTES, MESSAGE_BYTES + 1),
-                encode=lambda message, tensors: b"",
-                decode=lambda message, path: {},
-            ),
+            messages=OneSize(),
             check=lambda neighbour, message, path: None,
             report=story.append,
             signatures=MemberSignatures(identity, network.federation),

@@ -21,7 +21,6 @@ from dlora.costs.scheduled import sent_names
 from dlora.decentralized import gossip, mixing
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.events.log import read_log
-from dlora.run.messages import message_bytes, message_sizes
 from dlora.run.opening import opened
 from dlora.run.prepare import prepare
 from dlora.run.real_peer import RUN, PeerRun
@@ -99,10 +98,10 @@ def test_peers_are_their_simulation_and_send_what_it_counts(
         name: degree[name] * sum(lengths.values()) for name, lengths in peers.lengths.items()
     }
     assert result["bytes_on_wire"] == sum(counted.values())
-    full = message_bytes(prepared, "round-000000")
+    full = prepared.messages.num_bytes("round-000000")
     # the head, and changes within a round, go on top of the fraction
     assert sum(counted.values()) < 0.75 * 4 * 4 * full
-    messages = partial(message_bytes, prepared, "round-000000")
+    messages = partial(prepared.messages.num_bytes, "round-000000")
     names = sent_names(prepared, messages)
     most = sum(
         degree[name] * messages(sent)
@@ -229,7 +228,7 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(
             contextlib.closing(Ledger(tmp_path / f"{folder}-ledger"))
         )
         nobody: Any = None
-        made.append(PeerRun(run, ledger, nobody, nobody))
+        made.append(PeerRun(run, ledger, nobody, nobody, nobody))
     late, there = made
     late.training.round(0, frozenset(late.training.trained))
     utility = [*late.schedules.each[0].utility]
@@ -256,18 +255,18 @@ def test_peers_must_agree_on_the_schedule_and_sizes_are_bounded(make_config: Mak
     plain = dataclasses.replace(
         prepared, config=config.model_copy(update={"schedule": type(config.schedule)()})
     )
-    full = message_bytes(prepared, "round-000003")
-    assert message_sizes(plain, "round-000003") == range(full, full + 1)
-    assert message_sizes(prepared, "round-000003") == range(1, full + 1)
+    full = prepared.messages.num_bytes("round-000003")
+    assert plain.messages.sizes("round-000003") == range(full, full + 1)
+    assert prepared.messages.sizes("round-000003") == range(1, full + 1)
     for kind in (plain, prepared):
-        assert message_sizes(kind, "sum") == range(
-            message_bytes(kind, "sum"), message_bytes(kind, "sum") + 1
+        assert kind.messages.sizes("sum") == range(
+            kind.messages.num_bytes("sum"), kind.messages.num_bytes("sum") + 1
         )
-        assert not message_sizes(kind, "round-000004") and not message_sizes(kind, "weights")
+        assert not kind.messages.sizes("round-000004") and not kind.messages.sizes("weights")
 
 
 def test_the_baselines_beside_it_are_plain(make_config: MakeConfig) -> None:
     config = federation(make_config, RANDOM, **{"compare": ["fedavg"], "train.rounds": 1})
     runs = dlora.simulate(config)["runs"]
-    assert runs["fedavg"]["bytes_on_wire"] == 6 * message_bytes(prepare(config), "round-000000")
+    assert runs["fedavg"]["bytes_on_wire"] == 6 * prepare(config).messages.num_bytes("round-000000")
     assert "adapter_fraction" in runs["dec-lora"] and "adapter_fraction" not in runs["fedavg"]

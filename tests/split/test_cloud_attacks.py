@@ -21,8 +21,9 @@ import torch
 from dlora.config.run import Config
 from dlora.identity.federation import Federation, FederationFile, federation_text
 from dlora.identity.keys import Identity, new_identity
-from dlora.net.channel import Dialler, LoopThread
+from dlora.net.channel import Dialler
 from dlora.net.grpc import GrpcNetwork
+from dlora.net.loop_thread import LoopThread
 from dlora.train import forward
 from dlora.wire.frame import ChannelDown
 from dlora.wire.split.codec import encode_split, split_kind

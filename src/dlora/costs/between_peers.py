@@ -8,10 +8,10 @@ from functools import partial
 
 from dlora.costs.scheduled import sent_names
 from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.peer.messages import REDUCTION
 from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.decentralized.topology import Topology
 from dlora.run.manifest import manifest_text
-from dlora.run.messages import REDUCTION, message_bytes
 from dlora.run.prepare import Prepared
 from dlora.wire.peer.codec import encode_frame
 from dlora.wire.peer.frames import (
@@ -36,6 +36,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
     together (law 8). Where a schedule chooses by scores, the figure is an upper bound and no count.
     """
     topology, rounds = prepared.topology, prepared.config.train.rounds
+    messages = prepared.messages
     rule, count = build_rule(prepared.config.peers), Counter[tuple[int, int]]()
     hello = Hello(_HASH, manifest_text(prepared.manifest | {"rounds": rounds}), 0, _HASH)
     pairs = {edge for round in range(topology.period) for edge in topology.edges(round)}
@@ -43,7 +44,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
         # one when the link comes up
         statuses = [Status(round) for round in (0, *range(rounds), rounds, rounds + 1)]
         count[edge] += 2 * _bytes([hello, *statuses])
-    names = sent_names(prepared, partial(message_bytes, prepared, round_message(0)))
+    names = sent_names(prepared, partial(messages.num_bytes, round_message(0)))
     kinds: dict[frozenset[str], int] = {}  # messages that hold the same tensors cost the same
     for round in range(rounds):
         for edge in topology.edges(round):
@@ -54,13 +55,13 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
                     kinds[sent] = _bytes(
                         transfer(
                             round_message(round),
-                            message_bytes(prepared, round_message(round), sent),
+                            messages.num_bytes(round_message(round), sent),
                         )
                     )
                 count[edge] += kinds[sent]
     for edge in tree_edges(topology):
         for message in REDUCTION:
-            count[edge] += _bytes(transfer(message, message_bytes(prepared, message)))
+            count[edge] += _bytes(transfer(message, messages.num_bytes(message)))
     return dict(count)
 
 

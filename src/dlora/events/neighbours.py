@@ -23,6 +23,17 @@ class Unlinked(Timed):
     reason: str
 
 
+class RoundMixed(Timed):
+    """A training script has mixed a round; ``neighbours``: those with which it was mixed."""
+
+    event: Literal["mixed"]
+    round: int
+    neighbours: list[str]
+    wait_s: float
+    num_bytes: int
+    distance: float
+
+
 class Refused(Timed):
     """A neighbour is in another run: it and this peer refuse each other."""
 
@@ -132,9 +143,11 @@ class CaughtUp(Timed):
 
 NeighbourEvent = (
     Linked
+    | RoundMixed
     | Unlinked
     | Refused
     | EdgeEnded
+    | RoundMixed
     | NotBelieved
     | Doubtful
     | NotFetched

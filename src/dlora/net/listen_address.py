@@ -1,4 +1,4 @@
-"""The address on which a program accepts links, checked early; reports on certificates."""
+"""The address on which a program accepts links, checked early; what is told of its links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from dlora.errors import ConfigError
 from dlora.events.log import RunLog
-from dlora.events.timed import Certificate
+from dlora.events.timed import Certificate, ConnectionRefused
 
 
 def listen_address(listen: str | None, address: str | None) -> str | None:
@@ -62,5 +62,20 @@ def certificate_teller(log: RunLog) -> Callable[[str], None]:
     def tell(reason: str) -> None:
         log.emit(Certificate(event="certificate", reason=reason))
         warnings.warn(reason, stacklevel=2)
+
+    return tell
+
+
+def refusal_teller(log: RunLog) -> Callable[[str], None]:
+    """A function for `GrpcNetwork`'s ``on_refused``: it writes to the log.
+
+    Where this program dialled, it warns too: the other end is a configured neighbour and no
+    stranger.
+    """
+
+    def tell(reason: str) -> None:
+        log.emit(ConnectionRefused(event="connection-refused", reason=reason))
+        if reason.startswith("dialling "):
+            warnings.warn(reason, stacklevel=2)
 
     return tell

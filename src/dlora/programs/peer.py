@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from dlora.config.run import Config
 from dlora.data.first_look import members_of
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.errors import ConfigError, NeighbourError
-from dlora.events.log import Listener, RunLog
-from dlora.events.timed import ConnectionRefused
+from dlora.events.log import Listener
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
 from dlora.identity.signatures import MemberSignatures
 from dlora.net.grpc import GrpcNetwork
-from dlora.net.listen_address import certificate_teller, check_listen, listen_address
+from dlora.net.listen_address import (
+    certificate_teller,
+    check_listen,
+    listen_address,
+    refusal_teller,
+)
+from dlora.net.loop_thread import LoopThread
 from dlora.run.account import Summary
 from dlora.run.findings import Findings
 from dlora.run.folder import RunFolder
@@ -103,12 +106,12 @@ def _took_part(
         neighbours,
         place,
         PEERS,
-        partial(_tell_of_refusal, log),
+        refusal_teller(log),
         on_certificate=certificate_teller(log),
     )
-    with contextlib.closing(Ledger(run.folder.path / "exchange")) as ledger:
+    with contextlib.closing(Ledger(run.folder.path / "exchange")) as ledger, LoopThread() as loop:
         finished, position = _finished(run.folder), ledger.position
-        live = PeerRun(run, ledger, network, MemberSignatures(identity, federation))
+        live = PeerRun(run, ledger, network, MemberSignatures(identity, federation), loop)
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = (
             far_cloud(half, config, identity, federation, live.cloud.hear, live.gives_up)
             if half is not None and live.cloud is not None
@@ -119,7 +122,7 @@ def _took_part(
                 # before the neighbours wait for a peer that cannot begin
                 reach_cloud(log, run.prepared)
             run.watch.started()
-            consensus, num_peers = asyncio.run(live.live(neighbours))
+            consensus, num_peers = live.live()
             if (
                 finished
                 and ledger.position == position
@@ -129,15 +132,6 @@ def _took_part(
                 return live.findings, num_peers, finished
             result = live.finish(consensus, num_peers)
     return live.findings, num_peers, run.conclude({RUN: result})
-
-
-def _tell_of_refusal(log: RunLog, reason: str) -> None:
-    """Write a refused connection into the log. Where this peer dialled, say it on the terminal too:
-    the other end is a configured neighbour and no stranger.
-    """
-    log.emit(ConnectionRefused(event="connection-refused", reason=reason))
-    if reason.startswith("dialling "):
-        warnings.warn(reason, stacklevel=2)
 
 
 def _said(finished: Summary) -> tuple[int, list[str]]:

@@ -13,7 +13,6 @@ from dlora.costs.scheduled import CHOSEN
 from dlora.costs.with_cloud import LINES_MBIT_S, split_costs
 from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.lora.factors import num_parameters, stack
-from dlora.run.messages import message_bytes
 from dlora.run.prepare import prepare
 
 _STATE_BYTES = 16  # bytes for each trained number: value, gradient and AdamW's two moments
@@ -40,7 +39,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         "peers": topology.num_peers,
         "rounds": rounds,
         "trainable_parameters": parameters,
-        "message_bytes": message_bytes(prepared, round_message(0)),
+        "message_bytes": prepared.messages.num_bytes(round_message(0)),
         "edges": {
             f"{topology.names[one]} - {topology.names[two]}": count
             for (one, two), count in sorted(edges.items())

@@ -19,9 +19,10 @@ from dlora.events.log import RunLog
 from dlora.events.timed import ConnectionRefused
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
-from dlora.net.channel import Channel, Dialler, LoopThread, WatchedChannel
+from dlora.net.channel import Channel, Dialler, WatchedChannel
 from dlora.net.grpc import GrpcNetwork
 from dlora.net.listen_address import certificate_teller
+from dlora.net.loop_thread import LoopThread
 from dlora.net.memory import MemoryHub
 from dlora.run.prepare import Prepared
 from dlora.split.cloud.body import load_body

@@ -14,6 +14,8 @@ import torch
 from dlora.config.run import Config
 from dlora.data.batches import BatchStream
 from dlora.data.load import FederatedData, load_data, load_own_data
+from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.evaluate import Scored, evaluate
 from dlora.lora.active import named_units
@@ -27,8 +29,6 @@ from dlora.run.core_directions import handed_directions, kept_directions, whole_
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half, load_half
 from dlora.wire.tensors import encode
-
-WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,19 @@ class Prepared:
             for name, tensor in self.model.initial.items()
             if name not in self.model.frozen_head
         }
+
+    @property
+    def messages(self) -> TensorMessages:
+        """What the messages between peers hold."""
+        peers = self.config.peers
+        return TensorMessages(
+            shapes={name: tuple(tensor.shape) for name, tensor in self.trained.items()},
+            rule=build_rule(peers),
+            wire=WIRE_DTYPES[peers.wire],
+            rounds=self.config.train.rounds,
+            num_peers=self.topology.num_peers,
+            leaves_out=self.config.schedule.kind != "all",
+        )
 
     def hand_directions(self) -> None:
         """Under placement core: write the file that ``lora.frame`` names, if it does not exist."""

@@ -4,7 +4,6 @@ at the end.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from functools import partial
@@ -14,14 +13,10 @@ from typing import Any, cast
 import torch
 
 from dlora.config.arms import DEC_LORA
-from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.belief import Belief, copied
-from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
-from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.messages_on_disk import round_of
-from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.peer.word import Signatures
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores
@@ -29,20 +24,19 @@ from dlora.events.kinds import Active, Phase, RoundDone
 from dlora.events.log import read_log
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
-from dlora.net.grpc import GrpcNetwork
+from dlora.net.loop_thread import LoopThread
+from dlora.net.transport import Network, Talk
 from dlora.run.cloud_of_a_peer import CloudOfAPeer
 from dlora.run.findings import Findings, edge_counts
 from dlora.run.folder import Checkpoint
 from dlora.run.local_round import Training
-from dlora.run.manifest import manifest_hash, manifest_text
-from dlora.run.messages import decode_message, encode_message, message_sizes
+from dlora.run.membership import Membership, make_gossip
 from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
 from dlora.run.tally import Tally
 
 RUN = DEC_LORA.name
-LOOK_S = 0.2  # seconds between two looks at a value that another thread sets
 
 
 class PeerRun:
@@ -53,7 +47,12 @@ class PeerRun:
     """
 
     def __init__(
-        self, run: OpenRun, ledger: Ledger, network: GrpcNetwork, signatures: Signatures
+        self,
+        run: OpenRun,
+        ledger: Ledger,
+        network: Network,
+        signatures: Signatures,
+        loop: LoopThread,
     ) -> None:
         assert run.own is not None
         self.run, self.name, self.prepared, self.folder = (
@@ -64,7 +63,7 @@ class PeerRun:
         )
         self.log, self.stop, self.ledger, self.network = run.log, run.stop, ledger, network
         name, prepared, log, stored = run.own, run.prepared, run.log, run.stored[RUN]
-        self.signatures = signatures
+        self.signatures, self.loop = signatures, loop
         # changes of the active set that are not in the log yet, because local steps run in another
         # thread
         self.changes: list[Active] = []
@@ -93,7 +92,7 @@ class PeerRun:
         self.walked: Factors = {}
         self.round: RoundDone | None = None  # the last round's event
         self.trained_round: int | None = None  # the round that was trained since the last commit
-        self.abandoned = False
+        self.membership: Membership | None = None  # while it takes part
         self.seconds = 0.0  # seconds of training and exchange, with the waiting
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
@@ -110,12 +109,11 @@ class PeerRun:
         self.began_at = time.monotonic() - self.seconds
         self.losses = torch.full((1,), math.nan)
 
-    async def live(self, neighbours: list[str]) -> tuple[Factors, int]:
-        """Run all rounds while the network serves.
+    def live(self) -> tuple[Factors, int]:
+        """Run all rounds that are left while the network serves.
 
         Returns the average of all peers, (1, ...) each, and how many peers are in it.
         """
-        config = self.prepared.config
         self.tally.begin()
         before = read_log(self.folder.log_path)
         self.schedules.tell(
@@ -127,65 +125,16 @@ class PeerRun:
                 # the process was killed between the commit and its line in the log
                 self.log.emit(self.round)
             self.tally.resumed(self.progress.rounds_done)
-        messages = Messages(
-            sizes=partial(message_sizes, self.prepared),
-            encode=partial(encode_message, self.prepared),
-            decode=partial(decode_message, self.prepared),
-        )
-        exchange = Exchange(
-            name=self.name,
-            manifest=manifest_text(self.run.manifest),
-            manifest_hash=manifest_hash(self.run.manifest),
-            ledger=self.ledger,
-            neighbours=neighbours,
-            patience=Patience(config.peers.silence_s, config.peers.round_limit_s),
-            messages=messages,
-            check=self._check,
-            report=self.findings,
-            signatures=self.signatures,
-        )
-        gossip = PeerGossip(
-            name=self.name,
-            factors=self.training.trained,
-            topology=self.prepared.topology,
-            rule=build_rule(config.peers),
-            ledger=self.ledger,
-            exchange=exchange,
-            messages=messages,
-            rounds=config.train.rounds,
-            catch_up_after=config.peers.catch_up_after,
-            train=self._train,
-            standing=self._standing,
-            commit=self._commit,
-            skip=self._skip,
-            clock=time.time,
-            progress=self.progress,
-        )
-        ended = self.progress.rounds_done == config.train.rounds
-        text = (
-            "finished; answering neighbours that are not" if ended else "waiting for the neighbours"
-        )
-        self.log.tick(Phase(event="phase", text=text))
-        talk = exchange.talk
-        if self.cloud is not None:
-            talk = partial(self.cloud.talk_unless_away, exchange.talk, config.peers.silence_s)
-        serving = asyncio.create_task(self.network.serve(talk))
-        life = asyncio.create_task(gossip.run())
-        stopping = asyncio.create_task(self._stopped_outside_a_round())
-        # except for ``life``, these end only with an error
-        ends: list[asyncio.Future[Any]] = [exchange.failed, serving, stopping, life]
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            consensus, num_peers = next(end for end in ends if end.done()).result()
-        # errors of the network's tasks: the first one names the cause
-        except ExceptionGroup as group:
-            raise group.exceptions[0] from group
-        finally:
-            self.abandoned = True  # a second Ctrl-C need not wait for the local steps to end
-            for end in ends:
-                end.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
-        self.abandoned = False  # scoring comes next, and may need the cloud
+        self.log.tick(Phase(event="phase", text=self._waiting_for()))
+        with Membership(self.loop, self._gossip, self.network, self._around) as self.membership:
+            gossip, wait = self.membership.gossip, self.membership.wait
+            wait(gossip.join(), self.stop)
+            while gossip.has_rounds_left:
+                names = wait(gossip.begin_round())
+                older = Progress(**vars(gossip.progress))  # of the older of two checkpoints
+                wait(gossip.mix(self._train(older.rounds_done, names)))
+                wait(gossip.confirm(older))
+            consensus, num_peers = wait(gossip.finish(), self.stop)
         device = self.prepared.model.device
         return (
             self.training.participants.factors
@@ -193,39 +142,60 @@ class PeerRun:
             num_peers,
         )
 
+    def _gossip(self) -> PeerGossip:
+        return make_gossip(
+            self.prepared.config.peers,
+            self.prepared.messages.rule,
+            name=self.name,
+            manifest=self.run.manifest,
+            topology=self.prepared.topology,
+            rounds=self.prepared.config.train.rounds,
+            messages=self.prepared.messages,
+            ledger=self.ledger,
+            signatures=self.signatures,
+            factors=self.training.trained,
+            standing=self._standing,
+            check=self._check,
+            report=self.findings,
+            commit=self._commit,
+            skip=self._skip,
+            progress=self.progress,
+        )
+
+    def _around(self, talk: Talk) -> Talk:
+        if self.cloud is None:
+            return talk
+        silence_s = self.prepared.config.peers.silence_s
+        return partial(self.cloud.talk_unless_away, talk, silence_s)
+
+    def _waiting_for(self) -> str:
+        ended = self.progress.rounds_done == self.prepared.config.train.rounds
+        return (
+            "finished; answering neighbours that are not" if ended else "waiting for the neighbours"
+        )
+
     def _standing(self) -> Factors:
         """The trained tensors of the factors, without what a schedule has dropped."""
         standing = self.training.participants.standing()
         return {name: standing[name] for name in self.training.trained}
 
-    async def _stopped_outside_a_round(self) -> None:
-        """Raise Interrupted if the user stops before the first local step or after the last
-        round.
-        """
-        while not self.stop() or (
-            self.run.began and self.progress.rounds_done < self.prepared.config.train.rounds
-        ):
-            await asyncio.sleep(LOOK_S)
-        raise Interrupted(
-            f"{self.name} stopped while it waited for its neighbours; nothing was lost"
-        )
-
     def gives_up(self) -> bool:
         """Whether a wait for the cloud must end."""
-        return self.stop() or self.abandoned
+        failed = self.membership is not None and self.membership.has_failed
+        return self.stop() or failed
 
     # What the protocol is handed
 
-    async def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
+    def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
         self.run.began = True
         every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
         due = number and every and number % every == 0
         if due and self.scoring.chosen:  # only its own score: the average exists only at the end
-            own = await asyncio.to_thread(self._own_scores)
+            own = self._own_scores()
             self.tally.scored(number, None, own, 1, self.seconds)
         before = copied(self.training.trained)
         with self.spent.on("training"):
-            losses = await asyncio.to_thread(self.training.round, number, names)
+            losses = self.training.round(number, names)
         self.walked = copied(self.training.trained)
         self.belief.walked(before, self.walked)
         self.losses, self.trained_round = losses, number
@@ -241,7 +211,7 @@ class PeerRun:
         """Raise ValueError if a neighbour's message is not what its name says, Implausible if it
         cannot be believed.
         """
-        came = decode_message(self.prepared, message, path)
+        came = self.prepared.messages.decode(message, path)
         num_peers = came.pop("num_peers", None)
         own = self.training.trained if num_peers is None else self._standing()
         parts = num_peers.item() if num_peers is not None and message == "sum" else 1.0
@@ -345,6 +315,6 @@ class PeerRun:
         return sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 
     def _step(self, num_participants: int) -> None:
-        if self.abandoned:
-            raise Interrupted("given up")
+        if self.membership is not None:
+            self.membership.check()
         self.tally.step(num_participants)

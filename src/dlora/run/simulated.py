@@ -13,6 +13,7 @@ from dlora.config.arms import ARMS
 from dlora.config.run import PeersSection, TopologySection
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
+from dlora.decentralized.peer.messages import WIRE_DTYPES
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scored, Scores
@@ -22,7 +23,6 @@ from dlora.net.counting import MemoryTransport
 from dlora.run.folder import Checkpoint
 from dlora.run.local_round import Training
 from dlora.run.opening import OpenRun
-from dlora.run.prepare import WIRE_DTYPES
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
 from dlora.run.tally import Tally

@@ -1,10 +1,10 @@
-"""One peer's life in rounds: train, exchange, mix, commit. It has no sockets and no clock."""
+"""One peer's life in rounds, step by step: join, train, mix, finish. No sockets, no clock."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -50,14 +50,23 @@ class PeerGossip:
     """Dec-LoRA (arXiv 2501.15361) for one peer: K local steps and a mix over the edges that both
     ends committed.
 
-    ``factors`` are (1, ...) each and changed in place. The program hands in five functions.
-    ``train(round, names)`` does the local steps and returns the names of the tensors that took
-    part; these are sent. ``standing()`` returns the factors whose average is taken, without what a
+    Whoever trains calls these steps, one after the other::
+
+        await gossip.join()
+        while gossip.has_rounds_left:
+            names = await gossip.begin_round()
+            ...  # local steps on the factors in ``names``
+            await gossip.mix(names)
+            await gossip.confirm(older)  # the oldest commit that the caller keeps
+        average, num_peers = await gossip.finish()
+
+    ``factors`` are (1, ...) each and changed in place. The caller hands in four functions.
+    ``standing()`` returns the factors whose average is taken, without what a
     schedule has dropped. ``commit`` writes factors, optimiser and progress to disk, all or nothing.
     ``skip`` is told how many rounds were skipped. ``clock`` returns seconds, and goes on while the
     program does not run.
 
-    Most of its attributes are what the program hands in, and its methods are one life in order.
+    Most of its attributes are what the caller hands in, and its methods are one life in order.
     """
 
     name: str
@@ -69,26 +78,27 @@ class PeerGossip:
     messages: Messages
     rounds: int
     catch_up_after: int  # rounds behind a neighbour before its state is taken
-    train: Callable[[int, frozenset[str]], Awaitable[Collection[str]]]
     standing: Callable[[], Factors]
     commit: Callable[[Progress], object]
     skip: Callable[[int], object]
     clock: Callable[[], float]
     progress: Progress
+    began_at: float = 0.0  # clock time in seconds at which the round began
+
+    @property
+    def has_rounds_left(self) -> bool:
+        """Whether another round can begin."""
+        return self.progress.rounds_done < self.rounds
 
     @property
     def index(self) -> int:
         """This peer's row in the mixing matrix."""
         return self.topology.names.index(self.name)
 
-    async def run(self) -> tuple[Factors, int]:
-        """Run all rounds that are left, then form the average of all peers.
-
-        Returns the average, (1, ...) each, and how many peers are in it. Raises NeighbourError if a
-        neighbour belongs to another run, RunError if this peer cannot go on.
-        """
+    async def join(self) -> None:
+        """Greet the neighbours. Raises NeighbourError if one belongs to another run."""
         first, self.exchange.edges.since = self.progress.rounds_done == 0, self.progress.since_round
-        if self.progress.rounds_done == self.rounds and not self._has_average_of_all():
+        if not self.has_rounds_left and not self._has_average_of_all():
             # peers that were missing in that average may be here now
             self.ledger.forget_reduction()
         self.exchange.enter(self.progress.rounds_done)
@@ -106,9 +116,23 @@ class PeerGossip:
             await asyncio.sleep(PARTING_S)
             raise NeighbourError(refused[0])
         self.progress.mixed_at = self.progress.mixed_at or self.clock()
-        while self.progress.rounds_done < self.rounds:
-            await self._catch_up()
-            await self._round()
+
+    async def begin_round(self) -> frozenset[str]:
+        """Begin the next round, tell the neighbours, and return the names of the tensors that train
+        in it.
+
+        A peer that is far behind takes its neighbours' state first, and goes on from their round.
+        """
+        await self._catch_up()
+        self.began_at = self.clock()
+        self.exchange.enter(self.progress.rounds_done)
+        return trained(self.factors, self.rule, self.progress.rounds_done)
+
+    async def finish(self) -> tuple[Factors, int]:
+        """Wait for the last decisions, then form the average of all peers.
+
+        Returns the average, (1, ...) each, and how many peers are in it.
+        """
         self.exchange.enter(self.rounds)
         self.exchange.wait_anew()
         await self.exchange.settled(self.rounds)
@@ -130,11 +154,13 @@ class PeerGossip:
             == self.topology.num_peers
         )
 
-    async def _round(self) -> None:
-        """One round of Algorithm 1 at one peer."""
-        number, began_at = self.progress.rounds_done, self.clock()
-        self.exchange.enter(number)
-        names = await self.train(number, trained(self.factors, self.rule, number))
+    async def mix(self, names: Collection[str]) -> int:
+        """End the round that `begin_round` began: send, wait for its neighbours, mix, commit.
+
+        ``names``: the tensors that took part in the local steps; these are sent. Returns the number
+        of edges that were mixed. Raises RunError if this peer cannot go on.
+        """
+        number = self.progress.rounds_done
         sent = {
             name: tensor
             for name, tensor in self.factors.items()
@@ -149,8 +175,6 @@ class PeerGossip:
                 f"the factors of {self.name} cannot be sent in round {number}: {error}; lower"
                 " train.learning_rate and start anew in another output_dir"
             ) from error
-        # the position of the last commit, which is kept beside this round's commit
-        older = self.progress.position
         await self.exchange.mix_round(
             self.topology.names[other] for other in self.topology.neighbours(self.index, number)
         )
@@ -159,10 +183,16 @@ class PeerGossip:
         self.progress.rounds_done = number + 1
         if mixed:
             self.progress.mixed_at = now
-        if now > began_at:  # a clock may be set back
-            self.progress.round_s = min(self.progress.round_s or now - began_at, now - began_at)
+        if (took_s := now - self.began_at) > 0:  # a clock may be set back
+            self.progress.round_s = min(self.progress.round_s or took_s, took_s)
         self.commit(self.progress)
-        self.ledger.clean(number, older)
+        return mixed
+
+    async def confirm(self, progress: Progress) -> None:
+        """Remove the messages that nobody needs if no older commit than ``progress`` is gone on
+        from.
+        """
+        self.ledger.clean(progress.rounds_done, progress.position)
 
     def _mix(self) -> int:
         """x_i += w_ij (sent_j - sent_i) for each edge committed since the last mix.

@@ -14,6 +14,8 @@ _FOLLOW = {
         " hand it round"
     ),
     "initial_factors": "make them alike",
+    "frozen": "load the same model at every site, and change none of its frozen weights",
+    "start": "set the same seed at every site before the adapter is made",
 }
 
 

@@ -1,0 +1,93 @@
+"""What all peers of a training script must agree on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dlora.config.peers_file import PeersFile
+from dlora.errors import ConfigError, RunError
+from dlora.files import write_atomically
+from dlora.model.fingerprints import tokenizer_fingerprint
+from dlora.run.script_tensors import tensor_sha256
+
+FORM = 1  # another number: peers of other versions of dlora do not mix with this one
+START_FILE = "start.json"  # in the state folder of a peer
+
+
+def script_manifest(
+    section: PeersFile,
+    shapes: Mapping[str, tuple[int, ...]],
+    start: Mapping[str, str],
+    frozen: str | None,
+    tokenizer: Any,
+    agree: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of a script's peers.
+
+    ``shapes``: of the tensors that train, by name. ``start``: from `start_values`. ``frozen``: a
+    hash of the weights that do not train.
+
+    Raises ConfigError if ``agree`` holds what JSON cannot.
+    """
+    try:
+        agreed = json.loads(json.dumps(agree))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"agree must be a dict that JSON can hold ({error})") from error
+    return {
+        "script": FORM,
+        "rounds": section.rounds,
+        "topology": section.topology.model_dump(mode="json", exclude_none=True),
+        "weights": section.weights,
+        "peers": section.members,
+        "rule": section.rule,
+        "period": section.period if section.rule == "alternate" else None,
+        "wire": section.wire,
+        "tensors": [f"{name} {_text(shape)}" for name, shape in shapes.items()],
+        "start": dict(start),
+        "frozen": frozen,
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "agree": agreed,
+    }
+
+
+def start_values(folder: Path, values: Mapping[str, Tensor], goes_on: bool) -> dict[str, str]:
+    """A hash of each tensor's first value, as the state folder keeps it since the first start.
+
+    ``values``: the tensors as they are now. ``goes_on``: the script has loaded a checkpoint, so its
+    tensors are not the first values any more. Raises RunError if they should be and are not.
+    """
+    path = folder / START_FILE
+    if not path.exists():
+        if goes_on:
+            raise RunError(
+                f"{folder} holds nothing of the run that the loaded checkpoint belongs to; name its"
+                " state_dir, or start anew without load_state_dict"
+            )
+        start = _hashes(values)
+        write_atomically(path, json.dumps(start))
+        return start
+    try:
+        kept: dict[str, str] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}); start anew in another state_dir"
+        ) from error
+    if not goes_on and kept != _hashes(values):
+        raise RunError(
+            f"{folder} holds a run that began with other values; load its checkpoint and give its"
+            " state to load_state_dict, or start anew in another state_dir"
+        )
+    return kept
+
+
+def _hashes(values: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: tensor_sha256(tensor)[:16] for name, tensor in values.items()}
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

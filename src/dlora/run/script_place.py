@@ -1,0 +1,128 @@
+"""Who a training script is among its neighbours, and what it keeps and uses while it takes part."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlora.config.peers_file import PeersFile
+from dlora.decentralized.mixing import Rule
+from dlora.decentralized.peer.ledger import Ledger
+from dlora.decentralized.peer.word import Signatures
+from dlora.decentralized.topology import Topology, build_topology
+from dlora.errors import ConfigError
+from dlora.events.log import RunLog
+from dlora.identity.federation import FederationFile
+from dlora.identity.keys import Identity
+from dlora.identity.signatures import MemberSignatures
+from dlora.net.grpc import GrpcNetwork
+from dlora.net.listen_address import (
+    certificate_teller,
+    check_listen,
+    listen_address,
+    refusal_teller,
+)
+from dlora.net.loop_thread import LoopThread
+from dlora.net.transport import Network
+from dlora.run.lock import sole_use
+from dlora.wire.peer.codec import PEERS
+
+
+@dataclass(kw_only=True)
+class Place:
+    """What one peer keeps and uses while it takes part."""
+
+    name: str
+    section: PeersFile
+    topology: Topology
+    rule: Rule
+    manifest: Mapping[str, Any]
+    ledger: Ledger
+    network: Network
+    signatures: Signatures
+    log: RunLog
+    loop: LoopThread
+
+
+class Member:
+    """One member with its files, as a script names them; see `dlora.Peer` for the arguments.
+
+    Raises ConfigError or IdentityError if one of them cannot be used.
+    """
+
+    def __init__(
+        self,
+        peers: str | Path | PeersFile | None,
+        name: str | None,
+        key: str | Path | None,
+        federation: str | Path | None,
+        listen: str | None,
+    ) -> None:
+        self.section = PeersFile.given(_given("peers", peers))
+        self.name = str(_given("name", name))
+        self.federation = FederationFile(Path(_given("federation", federation)))
+        listed, members = self.federation.current, self.section.members or ()
+        if self.name not in members:
+            raise ConfigError(f"members does not name {self.name}; it names {', '.join(members)}")
+        self.identity = Identity.load(self.name, _given("key", key), listed)
+        self.listen = listen_address(
+            listen or os.environ.get("DLORA_LISTEN"), listed.member(self.name).address
+        )
+        self.topology = build_topology(self.section.topology, self.section.weights, members)
+        edges = {edge for t in range(self.topology.period) for edge in self.topology.edges(t)}
+        listed.check_dialable({(members[one], members[two]) for one, two in edges})
+
+    @property
+    def folder(self) -> Path:
+        """Where this peer keeps messages, decisions and its log."""
+        return Path(self.section.state_dir, self.name)
+
+    @contextlib.contextmanager
+    def placed(self, rule: Rule, manifest: Callable[[], Mapping[str, Any]]) -> Iterator[Place]:
+        """Open the ledger and the log in the state folder, which is this process's alone.
+
+        ``manifest()`` is called when it is.
+        """
+        if self.listen is not None:
+            check_listen(self.listen, "listen")
+        index = self.topology.names.index(self.name)
+        neighbours = [self.topology.names[other] for other in self.topology.all_neighbours(index)]
+        with (
+            sole_use(self.folder),
+            contextlib.closing(Ledger(self.folder)) as ledger,
+            RunLog(self.folder / "log.jsonl") as log,
+            LoopThread() as loop,
+        ):
+            network = GrpcNetwork(
+                self.identity,
+                self.federation,
+                neighbours,
+                self.listen,
+                PEERS,
+                refusal_teller(log),
+                on_certificate=certificate_teller(log),
+            )
+            yield Place(
+                name=self.name,
+                section=self.section,
+                topology=self.topology,
+                rule=rule,
+                manifest=manifest(),
+                ledger=ledger,
+                network=network,
+                signatures=MemberSignatures(self.identity, self.federation),
+                log=log,
+                loop=loop,
+            )
+
+
+def _given(what: str, value: Any) -> Any:
+    """An argument, or else its environment variable."""
+    value = os.environ.get(f"DLORA_{what.upper()}") if value is None else value
+    if value is None:
+        raise ConfigError(f"{what} is missing; give it to dlora.Peer, or set DLORA_{what.upper()}")
+    return value
