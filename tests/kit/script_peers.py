@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 
 import dlora
+from dlora.decentralized.peer.ledger import Ledger
 from dlora.identity.federation import federation_text
 from dlora.identity.keys import new_identity
 from kit.ports import free_ports
@@ -58,6 +59,19 @@ class Sites:
         with ThreadPoolExecutor(len(names)) as threads:
             running = {name: threads.submit(script, name) for name in names}
             return {name: one.result(LIMIT_S) for name, one in running.items()}
+
+    def assert_agreed(self) -> None:
+        """Both ends of every edge have committed it, or neither; nothing is in doubt."""
+        committed: dict[str, set[tuple[int, str]]] = {}
+        for name in self.names:
+            ledger = Ledger(self.folder / "state" / name)
+            committed[name] = ledger.committed()
+            assert not any(ledger.in_doubt(other) for other in self.names)
+            ledger.close()
+        for name, edges in committed.items():
+            assert edges, f"{name} mixed nothing"
+            for round, other in edges:
+                assert (round, name) in committed[other], (round, name, other)
 
 
 LOCK = threading.Lock()  # what is not safe in several threads at once, such as loading a model

@@ -131,14 +131,14 @@ class Peer:
         round late; the mean over peers is kept exactly. Then the result is that of the round
         before, or None. After the last round nothing happens, with a warning.
         """
-        before = self._end()
+        tensors, before = self._part, self._end()
         if not self._has_rounds_left:
             warnings.warn(
                 f"all {self._member.section.rounds} rounds are mixed; this call mixes nothing",
                 stacklevel=2,
             )
             return before
-        self._taken = now = self._part.taken()
+        self._taken = now = tensors.taken()
         self._on_main(lambda site: site.begin(now))
         return self._end() if wait else before
 
@@ -150,7 +150,7 @@ class Peer:
         """
         self._end()
         now = self._part.taken()
-        average = self._on_main(lambda site: site.average())
+        average = self._on_main(lambda site: site.average(now))
         self._give(now)
         return average
 

@@ -53,9 +53,7 @@ class ScriptPeer:
     def __init__(self, place: Place, start: Factors, state: Mapping[str, Any] | None) -> None:
         self.place = place
         self.progress = Progress(**state["progress"]) if state else Progress()
-        place.ledger.check(
-            self.progress.position, state["chain"] if state else None, self.progress.since_round
-        )
+        self._check_ledger(state)
         self.messages = TensorMessages(
             shapes={name: tuple(tensor.shape[1:]) for name, tensor in start.items()},
             rule=place.rule,
@@ -152,8 +150,10 @@ class ScriptPeer:
         self._after = now
         return self.names, self.has_rounds_left
 
-    def average(self) -> dict[str, Tensor]:
-        """The average of all peers; ``factors`` hold the last decisions. Warns of what was found.
+    def average(self, now: Factors) -> dict[str, Tensor]:
+        """The average of all peers, of which this one has ``now``. Warns of what was found.
+
+        ``factors`` are ``now`` with the last decisions.
 
         If rounds are left, this peer leaves them out.
         """
@@ -164,7 +164,7 @@ class ScriptPeer:
                 f" {self.place.section.rounds} rounds; it leaves out the others",
                 stacklevel=3,
             )
-        consensus, num_peers = self.membership.wait(self.membership.gossip.finish())
+        consensus, num_peers = self.membership.wait(self._finish(now))
         self._note_progress()
         for text in self.findings.warnings(num_peers):
             warnings.warn(text, stacklevel=3)
@@ -192,11 +192,24 @@ class ScriptPeer:
         """What ``factors`` hold, the script is about to have."""
         self.progress = Progress(**vars(self.membership.gossip.progress))
 
+    def _check_ledger(self, state: Mapping[str, Any] | None) -> None:
+        """Raise RunError if the ledger lacks what must be added to the script's tensors."""
+        progress, ledger = self.progress, self.place.ledger
+        try:
+            ledger.check(progress.position, state["chain"] if state else None, progress.since_round)
+        except RunError as error:
+            if state is not None:
+                raise
+            raise RunError(
+                f"{ledger.folder} holds a run whose early messages are gone, because later"
+                " checkpoints were saved: load the last one into the script and give its state to"
+                " load_state_dict, or start anew in another state_dir"
+            ) from error
+
     async def _round(self, now: Factors) -> tuple[int, list[str], float]:
         gossip, place = self.membership.gossip, self.place
         number, self._walked = gossip.progress.rounds_done, now
-        for name, tensor in now.items():
-            self.factors[name].copy_(tensor)
+        self._take(now)
         await gossip.mix(frozenset(now))
         self._walked, apart = {}, distance(now, self.factors)
         neighbours = [
@@ -207,6 +220,14 @@ class ScriptPeer:
         if gossip.has_rounds_left:
             self.names = await gossip.begin_round()
         return number, neighbours, apart
+
+    async def _finish(self, now: Factors) -> tuple[Factors, int]:
+        self._take(now)
+        return await self.membership.gossip.finish()
+
+    def _take(self, now: Factors) -> None:
+        for name, tensor in now.items():
+            self.factors[name].copy_(tensor)
 
     def _gossip(self) -> PeerGossip:
         place = self.place
