@@ -88,6 +88,7 @@ COMMANDS = {
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
     "transformers": {
+        "programs/trainer_callback",
         "model/files",
         "model/layers",
         "model/load",

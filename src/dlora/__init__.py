@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dlora.programs.score import load_base, score
     from dlora.programs.script import Peer
     from dlora.programs.simulate import simulate
+    from dlora.programs.trainer_callback import PeerCallback
     from dlora.show.report.write import write_report
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "DloraError": "dlora.errors",
     "Interrupted": "dlora.errors",
     "Peer": "dlora.programs.script",
+    "PeerCallback": "dlora.programs.trainer_callback",
     "Topology": "dlora.decentralized.topology",
     "UserError": "dlora.errors",
     "build_topology": "dlora.decentralized.topology",
@@ -43,6 +45,7 @@ __all__ = [
     "DloraError",
     "Interrupted",
     "Peer",
+    "PeerCallback",
     "Topology",
     "UserError",
     "__version__",

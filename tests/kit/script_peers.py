@@ -45,13 +45,16 @@ class Sites:
 
     def peer(self, name: str, **more: Any) -> dlora.Peer:
         """The peer of one site."""
-        return dlora.Peer(
-            self.folder / "peers.yaml",
-            name=name,
-            key=self.folder / f"{name}.key",
-            federation=self.folder / "federation.yaml",
-            **more,
-        )
+        return dlora.Peer(**self.arguments(name), **more)
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """The files of one site, as `dlora.Peer` takes them."""
+        return {
+            "peers": self.folder / "peers.yaml",
+            "name": name,
+            "key": self.folder / f"{name}.key",
+            "federation": self.folder / "federation.yaml",
+        }
 
     def run(self, script: Callable[[str], T], names: Sequence[str] = ()) -> dict[str, T]:
         """Call ``script(name)`` for each site at once; its results, or the first error."""

@@ -1,8 +1,9 @@
-"""Commands that train, or serve who trains: simulate, peer, cloud, device."""
+"""Commands that train, or serve who trains: simulate, peer, local, cloud, device."""
 
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from dlora.commands.documents import load, print_document
 from dlora.commands.options import AsJson, ConfigPath, FederationPath, KeyPath, ListenAt, Overrides
 from dlora.errors import ConfigError
 from dlora.show.progress import Progress
-from dlora.show.tables import dry_run_table, served_table, summary_table
+from dlora.show.tables import dry_run_table, local_table, served_table, summary_table
 from dlora.stopping import Stop, resumable
 
 # What takes time to import is imported by the command that needs it, after it has said that it is
@@ -80,6 +81,47 @@ def peer(
     """
     who = {"name": name, "key": key, "federation": federation, "listen": listen}
     _train("peer", config, set_, as_json, resume=resume, **who)
+
+
+@app.command()
+def local(
+    script: Annotated[
+        str, typer.Argument(help="a training script that uses dlora.Peer", show_default=False)
+    ],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="its own arguments, after --", show_default=False)
+    ] = None,
+    peers: Annotated[int, typer.Option(min=1, help="how many peers to start")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds that the script mixes")] = 10,
+    topology: Annotated[str, typer.Option(help="the kind of graph")] = "ring",
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="another key of peers.yaml; repeatable"),
+    ] = [],  # noqa: B006  # typer copies it
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="a new folder for keys, peers.yaml and state; else a temporary one"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Start a training script as several peers on this machine, to try it before there are sites.
+
+    Example: dlora local --peers 4 --rounds 5 --topology base-k train.py -- --epochs 1
+    """
+    from dlora.programs.local import local as program
+
+    told = program(
+        script,
+        arguments or (),
+        peers=peers,
+        rounds=rounds,
+        overrides=[f"topology.kind={topology}", *set_],
+        folder=folder,
+        say=partial(typer.echo, err=as_json),
+    )
+    print_document(told, as_json, local_table)
+    if failed := [one["exit_code"] for one in told["peers"].values() if one["exit_code"]]:
+        raise typer.Exit(1 if failed[0] < 0 else failed[0])
 
 
 @app.command()

@@ -68,7 +68,7 @@ class Peer:
         agree: Mapping[str, Any] | None = None,
     ) -> None:
         self._member = Member(peers, name, key, federation, listen)
-        self._tokenizer, self._agree = tokenizer, agree or {}
+        self.tokenizer, self._agree = tokenizer, agree or {}
         self._loaded: Mapping[str, Any] | None = None
         self._ranks: Ranks | None = None  # from the first `joined` on
         self._site: ScriptPeer | None = None  # in the main rank, while it takes part
@@ -80,6 +80,11 @@ class Peer:
     def name(self) -> str:
         """This member's name."""
         return self._member.name
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds the run has."""
+        return self._member.section.rounds
 
     @property
     def has_rounds_left(self) -> bool:
@@ -106,7 +111,7 @@ class Peer:
             def manifest() -> dict[str, Any]:
                 start = start_values(self._member.folder, now, self._loaded is not None)
                 return script_manifest(
-                    section, tensors.shapes, start, frozen, self._tokenizer, self._agree
+                    section, tensors.shapes, start, frozen, self.tokenizer, self._agree
                 )
 
             def join() -> None:
@@ -134,7 +139,7 @@ class Peer:
         tensors, before = self._part, self._end()
         if not self._has_rounds_left:
             warnings.warn(
-                f"all {self._member.section.rounds} rounds are mixed; this call mixes nothing",
+                f"all {self.rounds} rounds are mixed; this call mixes nothing",
                 stacklevel=2,
             )
             return before
@@ -153,6 +158,20 @@ class Peer:
         average = self._on_main(lambda site: site.average(now))
         self._give(now)
         return average
+
+    @contextlib.contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it the script's tensors hold ``values``, such as the average; then their own.
+
+        For example: ``with peer.holding(average): model.save_pretrained(folder)``.
+        """
+        tensors = self._part
+        own = {name: tensor[0] for name, tensor in tensors.taken().items()}
+        tensors.put(values)
+        try:
+            yield
+        finally:
+            tensors.put(own)
 
     def state_dict(self) -> dict[str, Any]:
         """Which rounds are in the script's tensors now, for its checkpoint; JSON can hold it.

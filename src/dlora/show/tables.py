@@ -17,6 +17,22 @@ from dlora.show.words import (
 )
 
 
+def local_table(told: dict[str, Any]) -> Group:
+    """What each peer of a script has mixed on this machine."""
+    table = Table("peer", "exit code", "rounds", "edges mixed", "sent and received", "waited")
+    table.box = None
+    for name, one in told["peers"].items():
+        table.add_row(
+            name,
+            str(one["exit_code"]),
+            str(one["rounds"]),
+            str(one["edges"]),
+            bytes_text(one["num_bytes"]),
+            seconds_text(one["wait_s"]),
+        )
+    return Group(table)
+
+
 def summary_table(summary: dict[str, Any]) -> Group:
     """A finished run: each of its runs' scores and bytes, then where all of the time went."""
     metric = "perplexity" if summary["metric"] == "loss" else summary["metric"]
