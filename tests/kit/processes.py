@@ -36,15 +36,16 @@ Some = TypeVar("Some", bound="Processes")
 # Importing takes a peer seconds and running one less than that. So a server of processes imports
 # once, and each peer is forked from it: a process like any other from there on, with its own event
 # loop, sockets and death.
-_FORKS = multiprocessing.get_context("forkserver")
+FORKS = multiprocessing.get_context("forkserver")
 _PROGRAMS = [
     "dlora.cli",
     "dlora.programs.peer",
     "dlora.programs.cloud",
     "dlora.programs.device",
+    "dlora.programs.trainer_callback",
     "dlora.show.report.write",
 ]
-_FORKS.set_forkserver_preload([*_PROGRAMS, "transformers.models.bert.modeling_bert"])
+FORKS.set_forkserver_preload([*_PROGRAMS, "transformers.models.bert.modeling_bert"])
 
 
 def run_dlora(arguments: Sequence[str], out: Path, err: Path) -> None:
@@ -111,7 +112,7 @@ class Processes:
         """
         self.tries[name] = self.tries.get(name, 0) + 1
         told = self._said(name, "out"), self._said(name, "err")
-        process = _FORKS.Process(
+        process = FORKS.Process(
             target=program, args=(self.arguments(name, *more), *told, *given), daemon=True
         )
         process.start()

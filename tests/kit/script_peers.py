@@ -35,7 +35,8 @@ class Sites:
             "members": list(names),
             "rounds": 3,
             "state_dir": str(folder / "state"),
-            "round_limit_s": 60,
+            "round_limit_s": 15,
+            "silence_s": 5,
         } | section
         self.write(self.section)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,12 @@ import torch
 import transformers
 from torch import nn
 
+import dlora
+from dlora.config.run import Config
 from dlora.data.batches import collate
 from dlora.data.formats import Example
+from dlora.run.prepare import prepare
+from kit.updates import peft_oracle
 
 
 class InOrder(transformers.Trainer):  # type: ignore[misc]
@@ -54,21 +61,21 @@ def make_trainer(
         model=model,
         args=transformers.TrainingArguments(**settings | arguments),
         train_dataset=list(rows),
+        eval_dataset=list(rows[:4]),
         data_collator=joined,
         callbacks=list(callbacks),
     )
 
 
-class Ends(transformers.TrainerCallback):  # type: ignore[misc]
-    """Ends the training with an error after a step, as a crash would."""
+class Dies(transformers.TrainerCallback):  # type: ignore[misc]
+    """Kills its process after a step."""
 
-    def __init__(self, step: int, before: Callable[[], object] = lambda: None) -> None:
-        self.step, self.before = step, before
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self.step:
-            self.before()
-            raise RuntimeError("a crash")
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Hears(transformers.TrainerCallback):  # type: ignore[misc]
@@ -79,3 +86,35 @@ class Hears(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.logs.append(dict(logs))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that is whole: a kill may come while one is written."""
+    whole = [
+        (int(path.name.rpartition("-")[2]), str(path))
+        for path in folder.glob("checkpoint-*")
+        if (path / "trainer_state.json").exists()
+    ]
+    return max(whole)[1] if whole else None
+
+
+def train_site(
+    config: Config, place: int, files: dict[str, Any], folder: Path, dies_at: int, steps: int
+) -> None:
+    """What a site's process does: train from its last checkpoint on, mixing every two steps."""
+    sys.stdout = sys.stderr = open(folder.with_suffix(f".{os.getpid()}.out"), "w")  # noqa: SIM115
+    prepared = prepare(config)
+    model, _ = peft_oracle(config)
+    trainer = make_trainer(
+        model,
+        [*prepared.data.peers[prepared.names[place]]][:32],
+        folder,
+        [Dies(dies_at)],
+        max_steps=steps,
+        learning_rate=5e-3,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=3,
+    )
+    trainer.add_callback(dlora.PeerCallback(every_steps=2, **files))
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))

@@ -91,10 +91,13 @@ def adapted(folder: Path, kind: str) -> nn.Module:
     return model
 
 
-KINDS = ("lora", "dora", "rslora", "head", "ia3", "prompt", "adaption_prompt", "bias", "all")
+KINDS = ("dora", "ia3", "bottleneck", "all")
+MORE_KINDS = ("lora", "rslora", "head", "prompt", "adaption_prompt", "bias")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "bottleneck"])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE_KINDS)]
+)
 def test_a_complete_graph_mixes_to_the_arithmetic_mean_whatever_trains(
     tmp_path: Path, model_folder: Callable[[str, str], Path], kind: str
 ) -> None:
