@@ -65,10 +65,20 @@ DONE = {
         "import json",
         "import grpc",
     ],
+    "docs/scripts.md": [  # in tests/examples/test_script_pages.py
+        "trainer = SFTTrainer",
+        "dlora local --peers 4",
+        "dlora identity new north",
+        "members: [north, south, west]",
+        "import dlora",
+        "torch.save",
+        "DLORA_PEERS=peers.yaml",
+    ],
 }
 # Page -> first line -> why no test does it.
 LEFT_OUT = {
     "README.md": {
+        "trainer = SFTTrainer": "the same as docs/scripts.md shows",
         "pip install -e .": (
             "it installs; scripts/setup does the same, with .[dev,demo], before any test"
         ),

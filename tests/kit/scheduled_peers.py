@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +127,17 @@ class Peers:
             LoopThread() as loop,
             ThreadPoolExecutor(len(names)) as threads,
         ):
-            lives = []
+            made = []  # all before one trains: they draw from the same generator
             for name, config in self.configs.items():
                 run = folders.enter_context(opened(config, [RUN], own=name, resume=resume))
                 ledger: Any = Recorded(run.folder.path / "exchange")
                 network = loop.start(_made(hub, name)).result()
                 peer = Gated(run, ledger, network, Signer(name), loop)
-                lives.append(threads.submit(self._live, peer, ledger))
-            for life in lives:
+                made.append((peer, ledger))
+            lives = [threads.submit(self._live, *both) for both in made]
+            for life in as_completed(lives, timeout=60):  # the first error names the cause
                 with contextlib.suppress(Dead):
-                    life.result(timeout=60)
+                    life.result()
 
     def _live(self, peer: PeerRun, ledger: Recorded) -> None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +62,9 @@ class Sites:
         names = names or self.names
         with ThreadPoolExecutor(len(names)) as threads:
             running = {name: threads.submit(script, name) for name in names}
-            return {name: one.result(LIMIT_S) for name, one in running.items()}
+            for one in as_completed(running.values(), timeout=LIMIT_S):
+                one.result()  # the first error names the cause
+            return {name: one.result() for name, one in running.items()}
 
     def assert_agreed(self) -> None:
         """Both ends of every edge have committed it, or neither; nothing is in doubt."""

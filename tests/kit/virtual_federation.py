@@ -69,7 +69,13 @@ class Signer:
 
 
 class World:
-    """n peers; ``rate`` 0 trains nothing, so that the sum over peers is what it was."""
+    """n peers; ``rate`` 0 trains nothing, so that the sum over peers is what it was.
+
+    ``rounds_a_checkpoint``: after how many rounds a peer writes its factors to disk. `dlora peer`
+    does it after each; a script with `dlora.Peer` when it makes a checkpoint of its own.
+    """
+
+    rounds_a_checkpoint = 1
 
     def __init__(
         self,
@@ -166,9 +172,14 @@ class World:
             signatures=Signer(name),
         )
 
+        older: list[Progress] = []  # of the checkpoint before the last
+
         def commit(progress: Progress) -> None:
             self._ask(name, "commit")
-            self.commits[name] = (factors["x"].clone(), Progress(**vars(progress)))
+            done = progress.rounds_done
+            if done % self.rounds_a_checkpoint == 0 or done == self.rounds:
+                older[:] = [self.commits[name][1]] if name in self.commits else []
+                self.commits[name] = (factors["x"].clone(), Progress(**vars(progress)))
 
         async def live() -> tuple[Factors, int]:
             await gossip.join()
@@ -180,9 +191,9 @@ class World:
                     1.0 + 0.1 * self.names.index(name) + self.steps_s.pop((name, round), 0.0)
                 )
                 factors["x"] -= self.rate * (factors["x"] - self.targets[name])
-                before = Progress(**vars(gossip.progress))
                 await gossip.mix(names)
-                await gossip.confirm(before)
+                for progress in older:
+                    await gossip.confirm(progress)
             return await gossip.finish()
 
         gossip = PeerGossip(

@@ -123,28 +123,28 @@ def test_trainers_end_with_the_factors_of_the_simulation(config: Config, tmp_pat
     models = {name: peft_oracle(config) for name in NAMES}  # they draw from one generator
     train = config.train
 
+    trainers = {
+        name: make_trainer(
+            model,
+            rows[name],
+            tmp_path / name,
+            [dlora.PeerCallback(every_steps=2, **sites.arguments(name))],
+            max_steps=6,
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm or 0.0,
+            optim={"adamw": "adamw_torch", "sgd": "sgd"}[train.optimizer],
+        )
+        for name, (model, _) in models.items()
+    }
+
     def script(name: str) -> tuple[Update, Update]:
-        callback = dlora.PeerCallback(every_steps=2, **sites.arguments(name))
-        with LOCK:
-            model, initial = models[name]
-            trainer = make_trainer(
-                model,
-                rows[name],
-                tmp_path / name,
-                [callback],
-                max_steps=6,
-                learning_rate=train.learning_rate,
-                weight_decay=train.weight_decay,
-                max_grad_norm=train.max_grad_norm or 0.0,
-                optim={"adamw": "adamw_torch", "sgd": "sgd"}[train.optimizer],
-            )
-        trainer.train()
-        with LOCK:
-            own = peft.get_peft_model_state_dict(trainer.model)
-            consensus = load_file(tmp_path / name / "consensus" / "adapter_model.safetensors")
-            return (
-                {key: own[key] - initial[key] for key in initial},
-                {key: consensus[key] - initial[key] for key in initial},
-            )
+        trainers[name].train()
+        own, initial = peft.get_peft_model_state_dict(trainers[name].model), models[name][1]
+        consensus = load_file(tmp_path / name / "consensus" / "adapter_model.safetensors")
+        return (
+            {key: own[key] - initial[key] for key in initial},
+            {key: consensus[key] - initial[key] for key in initial},
+        )
 
     assert_as_simulated(config, sites.run(script))

@@ -82,11 +82,7 @@ def _federated(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(f"--folder {folder} is not empty; name a new folder")
-    with contextlib.ExitStack() as held:  # hold all at once, so that no two are the same
-        sockets = [held.enter_context(socket.socket()) for _ in names]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = [one.getsockname()[1] for one in sockets]
+    ports = _free_ports(len(names))
     members = [
         new_identity(name, f"127.0.0.1:{port}", "peer", folder)[1]
         for name, port in zip(names, ports, strict=True)
@@ -98,6 +94,18 @@ def _federated(
     kept = section.model_dump(mode="json", exclude_none=True)
     write_atomically(folder / "peers.yaml", yaml.safe_dump(kept))
     return ports
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports on which nobody listens, below those that the system gives to programs that dial."""
+    found: list[int] = []
+    port = 15_000 + os.getpid() * 37 % 15_000
+    while len(found) < count:
+        port += 1
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 def _environment(folder: Path, name: str, index: int, count: int, port: int) -> dict[str, str]:
@@ -144,10 +152,11 @@ class _Process:
 
     def _pass_on(self, name: str, say: Callable[[str], object]) -> None:
         assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            # a progress bar writes over its own line; its last state is enough
-            text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
-            say(f"{name} | {text}")
+        with self.popen.stdout as lines:
+            for line in lines:
+                # a progress bar writes over its own line; its last state is enough
+                text = line.decode(errors="replace").rstrip().rpartition("\r")[2]
+                say(f"{name} | {text}")
 
     def end(self, number: signal.Signals) -> None:
         """Send a signal to the process and to all that it has started."""

@@ -87,9 +87,8 @@ class ScriptTensors:
             return None
         digest = hashlib.sha256()
         for name, tensor in self.frozen.items():
-            digest.update(
-                f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor_sha256(tensor)}\n".encode()
-            )
+            form = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            digest.update(f"{form} {tensor_sha256(_whole(tensor))}\n".encode())
         return digest.hexdigest()
 
 

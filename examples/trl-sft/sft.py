@@ -2,7 +2,7 @@
 
 The folder of data and models comes from DLORA_ASSETS. For example, with four sites on this machine:
 
-    dlora local --peers 4 --rounds 3 examples/trl-sft/train.py -- --max-steps 60
+    dlora local --peers 4 --rounds 3 examples/trl-sft/sft.py -- --max-steps 60
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import peft
 import transformers
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 import dlora
 
