@@ -82,7 +82,7 @@ def _federated(
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(f"--folder {folder} is not empty; name a new folder")
-    ports = _free_ports(len(names))
+    ports = free_ports(len(names))
     members = [
         new_identity(name, f"127.0.0.1:{port}", "peer", folder)[1]
         for name, port in zip(names, ports, strict=True)
@@ -96,7 +96,7 @@ def _federated(
     return ports
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports on which nobody listens, below those that the system gives to programs that dial."""
     found: list[int] = []
     port = 15_000 + os.getpid() * 37 % 15_000

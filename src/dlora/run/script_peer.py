@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -95,14 +96,13 @@ class ScriptPeer:
 
         Raises RunError if it holds a number that is not finite.
         """
-        lost = [name for name, tensor in now.items() if not tensor.isfinite().all()]
-        if lost:
+        if not math.isfinite(self.belief.walked(self._after, now)):
+            lost = [name for name, tensor in now.items() if not tensor.isfinite().all()]
             raise RunError(
                 f"{self.place.name} sends nothing in round {self.progress.rounds_done}: {lost[0]}"
                 " holds a number that is not finite; lower the learning rate and go on from an"
                 " earlier checkpoint"
             )
-        self.belief.walked(self._after, now)
         self._running = self.membership.start(self._round(now))
 
     def end(self) -> Mixed | None:

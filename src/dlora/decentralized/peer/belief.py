@@ -62,14 +62,15 @@ class Belief:
             rate * math.sqrt(sum(tensor.numel() for tensor in initial.values())),
         )
 
-    def walked(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-        """Add the way of one round's local steps.
+    def walked(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
+        """Add the way of one round's local steps, and return it; not finite if a number is not.
 
         The steps changed the factors, (1, ...) each, from ``before`` to ``after``.
         """
         way = distance(before, after)
         if math.isfinite(way):
             self.way, self.rounds = self.way + way, self.rounds + 1
+        return way
 
     def reach(self, round: int) -> float:
         """The largest norm by which a peer that trains like this one may have moved after
@@ -104,9 +105,11 @@ class Belief:
 
         ``sent``: this peer's factors before the mix; ``mixed``: its factors after it.
         """
-        return all(tensor.isfinite().all() for tensor in mixed.values()) and distance(
-            sent, mixed
-        ) <= FAR * self.reach(round)
+        # a difference is finite only if both numbers are
+        others = [tensor for name, tensor in mixed.items() if name not in sent]
+        return distance(sent, mixed) <= FAR * self.reach(round) and all(
+            tensor.isfinite().all() for tensor in others
+        )
 
     def state(self) -> dict[str, Any]:
         """All fields, for a checkpoint."""
@@ -121,8 +124,8 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     """The norm of the difference over all tensors that both have; not finite if a number is not."""
     squares = 0.0
     for name in one.keys() & other.keys():
-        difference = other[name].detach().cpu().double() - one[name].detach().cpu().double()
-        squares += torch.linalg.vector_norm(difference).item() ** 2
+        difference = other[name].detach().cpu() - one[name].detach().cpu()
+        squares += torch.linalg.vector_norm(difference, dtype=torch.float64).item() ** 2
     return math.sqrt(squares)
 
 

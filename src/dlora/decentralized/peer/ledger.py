@@ -19,12 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dlora.decentralized.peer.messages_on_disk import (
-    MessagesOnDisk,
-    file_sha256,
-    round_message,
-    round_of,
-)
+from dlora.decentralized.peer.messages_on_disk import MessagesOnDisk, round_message, round_of
 from dlora.errors import RunError
 from dlora.events.log import JsonLines, read_log
 from dlora.events.timed import now
@@ -302,7 +297,7 @@ class Ledger(MessagesOnDisk):
         if message is None or not message.path.exists():
             place = self._place(sender, name, sha256 or "") if message is None else message.path
             raise RunError(_damaged(place, neighbour, "is missing"))
-        if file_sha256(message.path) != (sha256 or message.sha256):
+        if message.sha256 != (sha256 or message.sha256) or not message.is_as_hashed():
             raise RunError(_damaged(message.path, neighbour))
         return message.path
 

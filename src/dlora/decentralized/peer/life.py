@@ -204,14 +204,13 @@ class PeerGossip:
         names = self.topology.names
         # The order does not depend on which message came first: a sum of floats depends on its
         # order, and AdamW enlarges a difference in the last bit.
+        sent: dict[str, Mapping[str, Tensor]] = {}  # by message name
         dues = self.ledger.due(self.progress.position, self.progress.since_round)
         for due in sorted(dues, key=lambda due: (due.round, names.index(due.neighbour))):
             weight = self.topology.mixing(due.round)[self.index, names.index(due.neighbour)]
             name = round_message(due.round)
-            own, theirs = (
-                self.messages.decode(name, due.own),
-                self.messages.decode(name, due.theirs),
-            )
+            own = sent.get(name) or self.messages.decode(name, due.own)
+            sent, theirs = {name: own}, self.messages.decode(name, due.theirs)
             mix_edge(self.factors, float(weight), own, theirs)
             self.progress.spread = widened(self.progress.spread, own, theirs)
             mixed += 1

@@ -34,15 +34,34 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+Stamp = tuple[int, int, int]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What changes when a file is written: its inode, its length, when it was changed."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True)
 class Message:
     """A whole message on this peer's disk; its file name contains ``sha256``, the hash of its
     content.
+
+    ``stamp``: of its file when the hash was computed.
     """
 
     path: Path
     num_bytes: int
     sha256: str
+    stamp: Stamp
+
+    def is_as_hashed(self) -> bool:
+        """Whether the file still has the content with the hash ``sha256``.
+
+        It is read again only if it was written since.
+        """
+        return stamp_of(self.path) == self.stamp or file_sha256(self.path) == self.sha256
 
 
 class MessagesOnDisk:
@@ -71,7 +90,8 @@ class MessagesOnDisk:
             if (parts := _FILE.fullmatch(path.name)) is None:
                 continue
             key = ("" if path.parent == folder / "sent" else path.parent.name, parts[1])
-            message = Message(path, path.stat().st_size, file_sha256(path))
+            stamp = stamp_of(path)
+            message = Message(path, stamp[1], file_sha256(path), stamp)
             if parts[2] not in (None, message.sha256):
                 self.damaged.append(key)
             self._messages[key] = message
@@ -84,8 +104,9 @@ class MessagesOnDisk:
         kept = self.own(name)
         if kept is None:
             sha256 = hashlib.sha256(content).hexdigest()
-            kept = Message(self._place("", name, sha256), len(content), sha256)
-            write_atomically(kept.path, content)
+            path = self._place("", name, sha256)
+            write_atomically(path, content)
+            kept = Message(path, len(content), sha256, stamp_of(path))
             self._messages["", name] = kept
         return kept
 
@@ -117,13 +138,13 @@ class MessagesOnDisk:
     def arrived(self, neighbour: str, name: str, partial: Path) -> None:
         """Move an incoming message to its place: it is whole and has the hash that was offered."""
         path = partial.with_suffix(".safetensors")
+        stamp = stamp_of(partial)
         with open(partial, "rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)
         sha256 = path.name.split(".")[1]
-        self._messages[neighbour, name] = Message(path, num_bytes, sha256)
+        self._messages[neighbour, name] = Message(path, stamp[1], sha256, stamp)
 
     def forget_reduction(self) -> None:
         """Remove the messages that belong to no round: the end of the run will be repeated."""

@@ -38,6 +38,7 @@ class Neighbour:
     # its messages that are refused -> why
     implausible: dict[str, str] = field(default_factory=dict)
     incoming: Offer | None = None  # the message that is being fetched on this link
+    partial: Path = Path()  # the file to which it is written
     began: int = 0  # bytes of ``incoming`` that were here before this link
     stored_at: float = float("-inf")  # loop time of the last chunk of ``incoming``
     queue: deque[Frame] = field(default_factory=deque)  # frames to be sent on this link
@@ -101,7 +102,7 @@ class Neighbour:
         if self.incoming == offer:
             return
         self.incoming = offer
-        partial = ledger.partial(self.name, offer.name, offer.sha256)
+        self.partial = partial = ledger.partial(self.name, offer.name, offer.sha256)
         have = partial.stat().st_size if partial.exists() else 0
         if have == offer.num_bytes:  # all bytes are here, but an earlier check did not end
             have = 0
@@ -121,7 +122,7 @@ class Neighbour:
         offer, name = self.incoming, chunk.name
         if offer is None or offer.name != name:
             return False  # an earlier request, which is not wanted any more
-        partial = ledger.partial(self.name, name, offer.sha256)
+        partial = self.partial
         have = partial.stat().st_size if partial.exists() else 0
         if chunk.offset != have or have + len(chunk.data) > offer.num_bytes:
             raise Misbehaviour(
