@@ -33,7 +33,8 @@ def main() -> None:
     """The console script: every DloraError is one line on stderr and its exit code."""
     warnings.showwarning = _warn  # type: ignore[assignment]  # the place in our code is left out
     try:
-        app(standalone_mode=False)
+        if exit_code := app(standalone_mode=False):  # what a command's typer.Exit says
+            sys.exit(exit_code)
     except DloraError as error:
         _fail(str(error), error.exit_code)
     except typer.Exit as leaving:

@@ -120,8 +120,9 @@ def local(
         say=partial(typer.echo, err=as_json),
     )
     print_document(told, as_json, local_table)
-    if failed := [one["exit_code"] for one in told["peers"].values() if one["exit_code"]]:
-        raise typer.Exit(1 if failed[0] < 0 else failed[0])
+    codes = [one["exit_code"] for one in told["peers"].values()]
+    if any(codes):  # that of a script that failed; those that were stopped have negative ones
+        raise typer.Exit(next((code for code in codes if code > 0), 1))
 
 
 @app.command()

@@ -7,16 +7,15 @@ from __future__ import annotations
 import math
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from dlora.config.arms import DEC_LORA
 from dlora.decentralized.peer.belief import Belief, copied
+from dlora.decentralized.peer.check import Check
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
-from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.decentralized.peer.word import Signatures
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores
@@ -155,7 +154,9 @@ class PeerRun:
             signatures=self.signatures,
             factors=self.training.trained,
             standing=self._standing,
-            check=self._check,
+            check=Check(
+                self.prepared.messages, self.belief, lambda: self.training.trained, self._standing
+            ),
             report=self.findings,
             commit=self._commit,
             skip=self._skip,
@@ -206,20 +207,6 @@ class PeerRun:
                 " train.learning_rate and start anew in another output_dir"
             )
         return self.training.participants.took_part()[0]
-
-    def _check(self, neighbour: str, message: str, path: Path) -> None:
-        """Raise ValueError if a neighbour's message is not what its name says, Implausible if it
-        cannot be believed.
-        """
-        came = self.prepared.messages.decode(message, path)
-        num_peers = came.pop("num_peers", None)
-        own = self.training.trained if num_peers is None else self._standing()
-        parts = num_peers.item() if num_peers is not None and message == "sum" else 1.0
-        mean = {name: tensor / parts for name, tensor in came.items()}
-        round = round_of(message)
-        self.belief.judge(
-            neighbour, self.prepared.config.train.rounds if round is None else round, own, mean
-        )
 
     def _log_changes(self) -> None:
         for change in self.changes:

@@ -7,15 +7,14 @@ import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dlora.decentralized.peer.belief import Belief, copied, distance
+from dlora.decentralized.peer.check import Check
 from dlora.decentralized.peer.life import PeerGossip, Progress
 from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
-from dlora.decentralized.peer.messages_on_disk import round_of
 from dlora.errors import RunError
 from dlora.events.neighbours import RoundMixed
 from dlora.lora.factors import Factors
@@ -231,6 +230,10 @@ class ScriptPeer:
 
     def _gossip(self) -> PeerGossip:
         place = self.place
+
+        def own() -> Factors:
+            return self.factors
+
         return make_gossip(
             place.section,
             place.rule,
@@ -242,27 +245,12 @@ class ScriptPeer:
             ledger=place.ledger,
             signatures=place.signatures,
             factors=self.factors,
-            standing=lambda: self.factors,
-            check=self._check,
+            standing=own,
+            check=Check(self.messages, self.belief, own, own),
             report=self.findings,
             commit=self._commit,
             skip=lambda rounds: None,
             progress=Progress(**vars(self.progress)),
-        )
-
-    def _check(self, neighbour: str, message: str, path: Path) -> None:
-        """Raise ValueError if a neighbour's message is not what its name says, Implausible if it
-        cannot be believed.
-        """
-        came = self.messages.decode(message, path)
-        num_peers = came.pop("num_peers", None)
-        parts = num_peers.item() if num_peers is not None and message == "sum" else 1.0
-        round = round_of(message)
-        self.belief.judge(
-            neighbour,
-            self.place.section.rounds if round is None else round,
-            self.factors,
-            {name: tensor / parts for name, tensor in came.items()},
         )
 
     def _commit(self, progress: Progress) -> None:
