@@ -14,7 +14,7 @@ import yaml
 
 from dlora.errors import ConfigError, Interrupted
 from dlora.programs.local import local
-from kit.call_cli import call
+from kit.call_cli import call, start
 
 TELLS = """
 import os, pathlib, sys
@@ -86,7 +86,7 @@ def test_a_stop_ends_all_processes_also_those_that_ignore_it(
     script.write_text(STUBBORN)
     monkeypatch.setattr("dlora.programs.local.TERM_S", 1.0)
     said: list[str] = []
-    with pytest.raises(Interrupted, match="all peers were stopped"):
+    with pytest.raises(Interrupted, match="all peers were ended"):
         local(str(script), peers=2, say=said.append, stop=lambda: len(said) == 2)
     assert sorted(said) == ["peer-0 | ready", "peer-1 | ready"]
 
@@ -97,6 +97,24 @@ def test_ctrl_c_ends_all_processes(script: Path, capfd: pytest.CaptureFixture[st
     with pytest.raises(KeyboardInterrupt):
         local(str(script), peers=2)
     assert capfd.readouterr().out.count("waits") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_leaves_no_process(
+    script: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C, and what a scheduler sends."""
+    script.write_text(FAILS.replace('"1"', '"9"').replace("waits", "waits {os.getpid()}"))
+    script.write_text(script.read_text().replace('print("', 'print(f"'))
+    command = start(tmp_path, "local", "--peers", "2", str(script))
+    assert command.stdout is not None
+    lines = [command.stdout.readline() for _ in range(2)]
+    command.send_signal(number)
+    _, err = command.communicate(timeout=30)
+    assert command.returncode == 4 and "all peers were ended" in err
+    for line in lines:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(line.split()[-1]), 0)
 
 
 def test_what_cannot_be_started_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kit.virtual_federation import World
@@ -17,6 +19,7 @@ OF_THE_PROTOCOL = {
     "test_older_copies",
     "test_words",
 }
+HERE = str(Path(__file__).parent)
 ROUNDS_A_CHECKPOINT = {"peer": 1, "script": 3}
 
 
@@ -32,3 +35,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def caller(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who calls the gossip."""
     monkeypatch.setattr(World, "rounds_a_checkpoint", ROUNDS_A_CHECKPOINT[request.param])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The second way leaves out the long cases of a test, which the first way has."""
+    twice = [item for item in items if len([*item.iter_markers("slow")]) > 1]
+    long = [item for item in twice if "script" in item.name and item.fspath.dirname == HERE]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]

@@ -71,7 +71,7 @@ DONE = {
         "dlora identity new north",
         "members: [north, south, west]",
         "import dlora",
-        "torch.save",
+        "state = peer.state_dict()",
         "DLORA_PEERS=peers.yaml",
     ],
 }

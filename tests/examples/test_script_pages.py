@@ -98,7 +98,9 @@ def test_the_page_of_scripts(
         peer, model = dlora.Peer(), Small()
         with peer.joined(model):
             peer.mix()
-            page.python("torch.save", torch=torch, peer=peer, model=model, trained=Small.state_dict)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            names = {"torch": torch, "peer": peer, "model": model, "optimizer": optimizer}
+            page.python("state = peer.state_dict()", **names, step=20)
         checkpoint = torch.load("checkpoint.pt")
         again = dlora.Peer()
         again.load_state_dict(checkpoint["peer"])

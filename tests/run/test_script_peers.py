@@ -277,7 +277,30 @@ def test_other_adapters_are_refused_by_the_first_tensor_that_differs(
 
     for text in sites.run(script).values():
         assert "tensors (where they differ)" in text
-        assert "layers.0.self_attn.q_proj.lora_A.default.weight 4x" in text or "ia3_l" in text
+        assert "layers.0.self_attn.q_proj.lora_A.default.weight 4x" in text and "and 7 more" in text
+        assert "layers.0.mlp.down_proj.ia3_l.default 1x128" in text
+
+
+def test_adapters_that_differ_only_in_their_scaling_are_refused(
+    tmp_path: Path, model_folder: Callable[[str, str], Path]
+) -> None:
+    """The tensors look alike, and their average would be another model at each site."""
+    folder = model_folder("llama", "causal-lm")
+    sites = Sites(tmp_path, NAMES[:2], rounds=1)
+    models = {}
+    for name, alpha in zip(sites.names, (8, 16), strict=True):
+        torch.manual_seed(3)
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        lora = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj"])
+        models[name] = peft.get_peft_model(base, lora)
+
+    def script(name: str) -> str:
+        with pytest.raises(NeighbourError) as refused:
+            enter(sites.peer(name), models[name])
+        return str(refused.value)
+
+    for text in sites.run(script).values():
+        assert "adapter.default.lora_alpha is " in text and "the same config" in text
 
 
 @pytest.mark.parametrize(

@@ -110,15 +110,18 @@ def local(
     """
     from dlora.programs.local import local as program
 
-    told = program(
-        script,
-        arguments or (),
-        peers=peers,
-        rounds=rounds,
-        overrides=[f"topology.kind={topology}", *set_],
-        folder=folder,
-        say=partial(typer.echo, err=as_json),
-    )
+    with Stop("stopping all peers", Progress(quiet=True)) as stop:
+        stop.loading = False
+        told = program(
+            script,
+            arguments or (),
+            peers=peers,
+            rounds=rounds,
+            overrides=[f"topology.kind={topology}", *set_],
+            folder=folder,
+            say=partial(typer.echo, err=as_json),
+            stop=stop,
+        )
     print_document(told, as_json, local_table)
     codes = [one["exit_code"] for one in told["peers"].values()]
     if any(codes):  # that of a script that failed; those that were stopped have negative ones

@@ -121,7 +121,7 @@ def parse_section(section: type[S], tree: dict[str, Any]) -> S:
                 f"this is the config of {kind} ({', '.join(other[:4])}, ...), and it is read as"
                 f" that of {right}; give that, or write one with: dlora config"
                 + (" --cloud" if right == "a cloud" else "")
-            ) from error
+            ) from None
         lines = [
             *dict.fromkeys(
                 " ".join(_explain(one, section, tree).split()) for one in mistakes[:_MAX_LINES]
@@ -130,7 +130,7 @@ def parse_section(section: type[S], tree: dict[str, Any]) -> S:
         more = len(mistakes) - _MAX_LINES
         raise ConfigError(
             "\n".join([*lines, *([f"and {more} more mistakes"] if more > 0 else [])])
-        ) from error
+        ) from None
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

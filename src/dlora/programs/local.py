@@ -179,7 +179,7 @@ def _wait(
             say(f"{failed[0]} failed with exit code {code}; the others are stopped")
             return
         if stop():
-            raise Interrupted("all peers were stopped")
+            raise Interrupted("stopped; all peers were ended")
         time.sleep(LOOK_S)
 
 

@@ -16,7 +16,7 @@ from dlora.decentralized.mixing import build_rule
 from dlora.errors import RunError
 from dlora.lora.factors import Factors
 from dlora.run.ranks import Ranks
-from dlora.run.script_manifest import script_manifest, start_values
+from dlora.run.script_manifest import adapter_facts, script_manifest, start_values
 from dlora.run.script_peer import Mixed, ScriptPeer
 from dlora.run.script_place import Member
 from dlora.run.script_tensors import ScriptTensors, rule_for
@@ -105,13 +105,13 @@ class Peer:
         self._ranks = Ranks(2 * section.round_limit_s + 600)
         tensors = ScriptTensors(model)
         rule = rule_for(build_rule(section), section.rule, tensors, self._ranks.are_several)
-        now, frozen = tensors.taken(), tensors.fingerprint()
+        now, frozen, facts = tensors.taken(), tensors.fingerprint(), adapter_facts(model)
         with contextlib.ExitStack() as held:
 
             def manifest() -> dict[str, Any]:
                 start = start_values(self._member.folder, now, self._loaded is not None)
                 return script_manifest(
-                    section, tensors.shapes, start, frozen, self.tokenizer, self._agree
+                    section, tensors.shapes, start, frozen, facts, self.tokenizer, self._agree
                 )
 
             def join() -> None:
@@ -134,12 +134,14 @@ class Peer:
         A neighbour that is late or gone costs its edge and never the run. ``wait`` False: the
         exchange runs while the script trains on, and what it changes is added at the next call, one
         round late; the mean over peers is kept exactly. Then the result is that of the round
-        before, or None. After the last round nothing happens, with a warning.
+        before, or None. After the last round (`has_rounds_left`) nothing happens, with a warning,
+        and the result is None.
         """
         tensors, before = self._part, self._end()
         if not self._has_rounds_left:
             warnings.warn(
-                f"all {self.rounds} rounds are mixed; this call mixes nothing",
+                f"all {self.rounds} rounds are mixed; this call mixes nothing: end the loop when"
+                " has_rounds_left is false",
                 stacklevel=2,
             )
             return before

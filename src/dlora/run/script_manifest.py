@@ -16,6 +16,18 @@ from dlora.model.fingerprints import tokenizer_fingerprint
 from dlora.run.script_tensors import tensor_sha256
 
 FORM = 1  # another number: peers of other versions of dlora do not mix with this one
+# keys of PEFT's configs that may differ from site to site
+_NOT_COMPARED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_version",
+    "revision",
+    "task_type",
+    "tokenizer_name_or_path",
+)
 START_FILE = "start.json"  # in the state folder of a peer
 
 
@@ -24,13 +36,14 @@ def script_manifest(
     shapes: Mapping[str, tuple[int, ...]],
     start: Mapping[str, str],
     frozen: str | None,
+    adapter: Mapping[str, Any],
     tokenizer: Any,
     agree: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The manifest of a script's peers.
 
     ``shapes``: of the tensors that train, by name. ``start``: from `start_values`. ``frozen``: a
-    hash of the weights that do not train.
+    hash of the weights that do not train. ``adapter``: what `adapter_facts` returned.
 
     Raises ConfigError if ``agree`` holds what JSON cannot.
     """
@@ -50,9 +63,27 @@ def script_manifest(
         "tensors": [f"{name} {_text(shape)}" for name, shape in shapes.items()],
         "start": dict(start),
         "frozen": frozen,
+        "adapter": dict(adapter),
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "agree": agreed,
     }
+
+
+def adapter_facts(model: object) -> dict[str, Any]:
+    """What PEFT's config of each adapter says besides tensors, such as the scaling; else empty.
+
+    Left out: where a site has the base model, and what is not about the computation.
+    """
+    kept: dict[str, Any] = {}
+    bare = getattr(model, "module", model)  # of DistributedDataParallel
+    for name, config in getattr(bare, "peft_config", {}).items():
+        facts = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
+        kept[name] = json.loads(json.dumps(facts, default=_plain, sort_keys=True))
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def start_values(folder: Path, values: Mapping[str, Tensor], goes_on: bool) -> dict[str, str]:

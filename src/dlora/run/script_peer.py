@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from dlora.run.script_place import Place
 # What a number may move in one round, for the bound on messages before this peer has trained: a
 # script's learning rate is not known here. 100 times as much is refused (`Belief`).
 MOST_A_ROUND = 0.1
+TOLD_S = 20.0  # a wait for neighbours is told after so long
+CALLER = 6  # frames from a warning here to the script that called `dlora.Peer`
 
 
 class Mixed(NamedTuple):
@@ -110,7 +112,7 @@ class ScriptPeer:
             return None
         began_at = time.monotonic()
         try:
-            number, neighbours, apart = self.membership.result(self._running)
+            number, neighbours, apart = self.membership.result(self._running, self._tell_of_wait())
         finally:
             self._running = None
         wait_s = time.monotonic() - began_at
@@ -149,6 +151,30 @@ class ScriptPeer:
         self._after = now
         return self.names, self.has_rounds_left
 
+    def _tell_of_wait(self) -> Callable[[], bool]:
+        """A function that never stops a wait, and says once, after a while, for whom it is."""
+        told_at: float | None = time.monotonic() + TOLD_S
+
+        def look() -> bool:
+            nonlocal told_at
+            if told_at is not None and time.monotonic() >= told_at:
+                told_at, place = None, self.place
+                number = self.membership.gossip.progress.rounds_done
+                index = place.topology.names.index(place.name)
+                names = [
+                    place.topology.names[one] for one in place.topology.neighbours(index, number)
+                ]
+                late = [one for one in names if place.ledger.state(number, one) is None]
+                warnings.warn(
+                    f"{place.name} waits in round {number} for {', '.join(late) or 'nobody'}, at"
+                    f" most {place.section.round_limit_s:g} s, or"
+                    f" {place.section.silence_s:g} s without a sign of life",
+                    stacklevel=CALLER + 2,
+                )
+            return False
+
+        return look
+
     def average(self, now: Factors) -> dict[str, Tensor]:
         """The average of all peers, of which this one has ``now``. Warns of what was found.
 
@@ -160,15 +186,16 @@ class ScriptPeer:
         if left:
             warnings.warn(
                 f"{self.place.name} has mixed {self.progress.rounds_done} of"
-                f" {self.place.section.rounds} rounds; it leaves out the others",
-                stacklevel=3,
+                f" {self.place.section.rounds} rounds; it leaves out the others: set rounds in"
+                " peers.yaml to how often the script mixes",
+                stacklevel=CALLER,
             )
         consensus, num_peers = self.membership.wait(self._finish(now))
         self._note_progress()
         for text in self.findings.warnings(num_peers):
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=CALLER)
         if blamed := self.findings.blamed(num_peers):
-            warnings.warn(blamed, stacklevel=3)
+            warnings.warn(blamed, stacklevel=CALLER)
         return {name: tensor[0] for name, tensor in consensus.items()}
 
     def state(self) -> dict[str, Any]:
@@ -196,14 +223,14 @@ class ScriptPeer:
         progress, ledger = self.progress, self.place.ledger
         try:
             ledger.check(progress.position, state["chain"] if state else None, progress.since_round)
-        except RunError as error:
+        except RunError:
             if state is not None:
                 raise
             raise RunError(
                 f"{ledger.folder} holds a run whose early messages are gone, because later"
                 " checkpoints were saved: load the last one into the script and give its state to"
                 " load_state_dict, or start anew in another state_dir"
-            ) from error
+            ) from None
 
     async def _round(self, now: Factors) -> tuple[int, list[str], float]:
         gossip, place = self.membership.gossip, self.place

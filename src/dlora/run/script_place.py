@@ -62,12 +62,15 @@ class Member:
         federation: str | Path | None,
         listen: str | None,
     ) -> None:
-        self.section = PeersFile.given(_given("peers", peers))
+        self.section = _section(_given("peers", peers))
         self.name = str(_given("name", name))
         self.federation = FederationFile(Path(_given("federation", federation)))
         listed, members = self.federation.current, self.section.members or ()
         if self.name not in members:
-            raise ConfigError(f"members does not name {self.name}; it names {', '.join(members)}")
+            raise ConfigError(
+                f"members of peers.yaml does not name {self.name}; it names {', '.join(members)}:"
+                " give one of these names, or add it to the file at every site"
+            )
         self.identity = Identity.load(self.name, _given("key", key), listed)
         self.listen = listen_address(
             listen or os.environ.get("DLORA_LISTEN"), listed.member(self.name).address
@@ -118,6 +121,13 @@ class Member:
                 log=log,
                 loop=loop,
             )
+
+
+def _section(peers: str | Path | PeersFile) -> PeersFile:
+    try:
+        return PeersFile.given(peers)
+    except ConfigError as error:
+        raise ConfigError(f"{peers}: {error}") from None
 
 
 def _given(what: str, value: Any) -> Any:

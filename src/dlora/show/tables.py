@@ -24,7 +24,7 @@ def local_table(told: dict[str, Any]) -> Group:
     for name, one in told["peers"].items():
         table.add_row(
             name,
-            str(one["exit_code"]),
+            str(one["exit_code"]) if one["exit_code"] >= 0 else "stopped",
             str(one["rounds"]),
             str(one["edges"]),
             bytes_text(one["num_bytes"]),

@@ -14,6 +14,7 @@ _FOLLOW = {
         " hand it round"
     ),
     "initial_factors": "make them alike",
+    "adapter": "make the adapter from the same config at every site",
     "frozen": "load the same model at every site, and change none of its frozen weights",
     "start": "set the same seed at every site before the adapter is made",
 }
@@ -48,6 +49,11 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
     )
 
 
+def _first_ones(values: list[Any]) -> list[Any]:
+    """A list that fits into a line: the first item, and how many more there are."""
+    return values if len(values) <= 3 else [values[0], f"and {len(values) - 1} more"]
+
+
 def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
     """The name and both values of the first difference inside two values; for lists, the items that
     only one has.
@@ -62,5 +68,6 @@ def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
             [value for value in theirs if value not in mine],
         )
         if any(only):
-            return f"{name} (where they differ)", *only
+            here, there = map(_first_ones, only)
+            return f"{name} (where they differ)", here, there
     return name, mine, theirs
