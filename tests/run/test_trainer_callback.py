@@ -176,6 +176,7 @@ def test_a_kill_and_resume_from_checkpoint_keep_every_edge(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_twenty_kills_at_random_instants_lose_no_edge(config: Config, tmp_path: Path) -> None:
     """Some come between the trainer's checkpoint and our ledger, in both orders."""
     sites = Sites(tmp_path, NAMES, rounds=150, silence_s=60, round_limit_s=300)
