@@ -100,9 +100,9 @@ class ScriptPeer:
         if not math.isfinite(self.belief.walked(self._after, now)):
             lost = [name for name, tensor in now.items() if not tensor.isfinite().all()]
             raise RunError(
-                f"{self.place.name} sends nothing in round {self.progress.rounds_done}: {lost[0]}"
-                " holds a number that is not finite; lower the learning rate and go on from an"
-                " earlier checkpoint"
+                f"{self.place.name} sends nothing in round {self.progress.rounds_done}:"
+                f" {lost[0] if lost else 'its change'} is not finite; lower the learning rate and"
+                " go on from an earlier checkpoint"
             )
         self._running = self.membership.start(self._round(now))
 

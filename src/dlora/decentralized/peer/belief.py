@@ -125,7 +125,10 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     squares = 0.0
     for name in one.keys() & other.keys():
         difference = other[name].detach().cpu() - one[name].detach().cpu()
-        squares += torch.linalg.vector_norm(difference, dtype=torch.float64).item() ** 2
+        norm = torch.linalg.vector_norm(difference).item()
+        if not math.isfinite(norm):  # the squares may be too large for float32
+            norm = torch.linalg.vector_norm(difference, dtype=torch.float64).item()
+        squares += norm**2
     return math.sqrt(squares)
 
 
