@@ -141,4 +141,5 @@ def mix_edge(
     ``weight``: the neighbour weight. A tensor that only one end sent is not mixed.
     """
     for name in sent.keys() & received.keys():
-        factors[name] += weight * (received[name] - sent[name]).to(factors[name].device)
+        change = received[name] - sent[name]
+        factors[name] += change.mul_(weight).to(factors[name].device)

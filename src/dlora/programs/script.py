@@ -227,7 +227,6 @@ class Peer:
             if self._site is None
             else self._site.factors
         )
-        self._part.give(taken, self._ranks.shared(changed))
-        now = self._part.taken()
+        now = self._part.give(taken, self._ranks.shared(changed))
         names, self._has_rounds_left = self._on_main(lambda site: site.given(now))
         self._part.train_only(names)

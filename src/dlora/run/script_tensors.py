@@ -56,14 +56,18 @@ class ScriptTensors:
         return {name: _on_cpu(tensor).clone().unsqueeze(0) for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
-    def give(self, taken: Factors, mixed: Factors) -> None:
+    def give(self, taken: Factors, mixed: Factors) -> Factors:
         """Add to each tensor what mixing has changed since it was ``taken``, in place.
 
         A tensor that has not changed since then becomes exactly ``mixed``, rounded to its dtype.
+        Returns the new values, (1, ...) each, on the CPU, before they are rounded.
         """
+        given = {}
         for name, tensor in self.tensors.items():
-            since = _on_cpu(tensor) - taken[name][0]
-            _set(tensor, mixed[name][0] + since)
+            value = (_on_cpu(tensor) - taken[name][0]).add_(mixed[name][0])
+            _set(tensor, value)
+            given[name] = value.unsqueeze(0)
+        return given
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
