@@ -6,6 +6,7 @@ takes about as long as the training of a round, which is a pause here: nothing e
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -27,7 +28,7 @@ from dlora.identity.keys import new_identity
 from kit.slow_line import Speed, namespaces  # of the tests
 
 ADDRESSES = {"east": "10.213.8.1", "west": "10.213.8.2"}
-NUMBERS, TRAIN_S, ROUNDS = 500_000, 2.1, 8
+NUMBERS, TRAIN_S = 500_000, 2.1
 LINE = Speed(bytes_s=1e6, one_way_s=0.02)
 MAX_RATIO = 1.15  # of the longer of the two, what the project promises
 WAYS = {"sending alone": (0.0, True), "mix()": (TRAIN_S, True), "mix(wait=False)": (TRAIN_S, False)}
@@ -42,9 +43,9 @@ def node(name: str, folder: Path, way: str) -> None:
         key=folder / f"{name}.key",
         federation=folder / "federation.yaml",
     )
-    seconds, (train_s, wait) = [], WAYS[way]
+    seconds, (train_s, wait) = list[float](), WAYS[way]
     with peer.joined({"value": value}):
-        for _ in range(ROUNDS):
+        for _ in range(peer.rounds):
             began_at = time.perf_counter()
             time.sleep(train_s)
             peer.mix(wait=wait)
@@ -53,14 +54,14 @@ def node(name: str, folder: Path, way: str) -> None:
     print(json.dumps(seconds[1:]))
 
 
-def rounds(folder: Path, spaces: dict[str, str], way: str) -> list[float]:
+def rounds(folder: Path, spaces: dict[str, str], way: str, count: int) -> list[float]:
     """Seconds of each round of one peer, without the first."""
     members = [
         new_identity(name, f"{address}:7000", "peer", folder)[1]
         for name, address in ADDRESSES.items()
     ]
     (folder / "federation.yaml").write_text(federation_text(members))
-    tree = {"members": [*ADDRESSES], "rounds": ROUNDS, "state_dir": str(folder / "state")}
+    tree = {"members": [*ADDRESSES], "rounds": count, "state_dir": str(folder / "state")}
     (folder / "peers.yaml").write_text(yaml.safe_dump(tree))
     processes = [
         subprocess.Popen(
@@ -77,12 +78,15 @@ def rounds(folder: Path, spaces: dict[str, str], way: str) -> list[float]:
 
 def main() -> None:
     """Measure each way and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8, help="rounds of each way")
+    arguments = parser.parse_args()
     medians = {"training alone": TRAIN_S}
     with ExitStack() as stack:
         spaces = stack.enter_context(namespaces([ADDRESSES], LINE))
         for way in WAYS:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            medians[way] = statistics.median(rounds(folder, spaces, way))
+            medians[way] = statistics.median(rounds(folder, spaces, way, arguments.rounds))
     print(machine_facts())
     print(f"\n{4 * NUMBERS / 1e6:.0f} MB each way at {LINE.bytes_s / 1e6:.0f} MB/s\n")
     print(table(["", "s a round, median"], [[name, f"{s:.2f}"] for name, s in medians.items()]))

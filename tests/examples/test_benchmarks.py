@@ -19,6 +19,7 @@ import yaml
 
 from kit import tiny_models
 from kit.ports import free_ports
+from kit.slow_line import Speed
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("table_line", "eavesdropper")  # of another one, which runs it
@@ -167,6 +168,16 @@ def table(small: Small) -> None:
     assert "| core r 16 | int8 |" in out
 
 
+def mix(small: Small) -> None:
+    out = small.run("mix", "--pairs", "1")
+    assert "bare gRPC streams" in out
+
+
+def overlap(small: Small) -> None:
+    out = small.run("overlap", "--rounds", "2", LINE=Speed(bytes_s=4e6, one_way_s=0.02))
+    assert "mix(wait=False)" in out
+
+
 def table_on_the_line(small: Small) -> None:
     if "DLORA_ASSETS" not in os.environ:
         pytest.skip("DLORA_ASSETS names no folder with the real data")
@@ -207,10 +218,10 @@ RUNS: dict[str, Callable[[Small], None]] = {
     for made in (
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
-        stalled_device,
+        stalled_device, mix,
     )
 }  # fmt: skip
-ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line)}
+ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -225,4 +236,4 @@ def test_a_benchmark_runs_over_a_slow_line(name: str, small: Small) -> None:
 
 
 def test_no_benchmark_is_left_out() -> None:
-    assert {path.stem for path in BENCHMARKS.rglob("*.py")} == {*RUNS, *PARTS}
+    assert {path.stem for path in BENCHMARKS.rglob("*.py")} == {*RUNS, *PARTS, "overlap"}

@@ -113,7 +113,7 @@ def _took_part(
         finished, position = _finished(run.folder), ledger.position
         live = PeerRun(run, ledger, network, MemberSignatures(identity, federation), loop)
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = (
-            far_cloud(half, config, identity, federation, live.cloud.hear, live.gives_up)
+            far_cloud(half, config, identity, federation, live.cloud.hear, live.gives_up, loop)
             if half is not None and live.cloud is not None
             else contextlib.nullcontext()
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Literal
 
@@ -52,18 +52,21 @@ def far_cloud(
     federation: FederationFile,
     tell: Callable[[CloudWord, str], object],
     give_up: Callable[[], bool],
+    running: LoopThread | None = None,
 ) -> Iterator[Callable[[], int]]:
     """Link ``half`` to the cloud that the config names; yields a function that returns the bytes so
     far, both ways.
 
     ``tell(event, reason)`` receives the events of the link: connection-refused, certificate,
     cloud-away, cloud-lost, cloud-silent, cloud-back. When ``give_up`` returns True, a wait for the
-    cloud ends with Interrupted. ``half`` may be deleted inside the context, and cannot be used
+    cloud ends with Interrupted. ``running``: the loop in which the link runs, if there is one
+    already; gRPC's events of one loop may come to another, which fails if the first has ended.
+    ``half`` may be deleted inside the context, and cannot be used
     after it.
     """
     assert config.split is not None
     cloud = federation.current.members[config.split.cloud]
-    with LoopThread() as loop:
+    with LoopThread() if running is None else nullcontext(running) as loop:
         network = GrpcNetwork(
             identity,
             federation,
