@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 import dlora
 from dlora.errors import ConfigError, IdentityError, NeighbourError, RunError
-from dlora.programs.local import local
 from kit.script_peers import LOCK, Sites
 
 NAMES = ("east", "north", "west")
@@ -359,69 +357,3 @@ def test_wrong_use_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(IdentityError, match="nobody"):
         sites.peer("north")
     assert not (tmp_path / "state").exists() or not any((tmp_path / "state").iterdir())
-
-
-def test_a_script_that_raises_leaves_its_state_folder_free(tmp_path: Path) -> None:
-    sites = Sites(tmp_path, NAMES[:2], rounds=2, silence_s=2)
-
-    def script(name: str) -> int:
-        value, rounds = nn.Parameter(torch.ones(2)), 0
-        for attempt in range(2 if name == "east" else 1):
-            peer, start = sites.peer(name), copy.deepcopy(value)
-            try:
-                with peer.joined({"value": start}):
-                    while peer.has_rounds_left:
-                        if name == "east" and attempt == 0 and rounds == 1:
-                            raise KeyError("a mistake of the script")
-                        peer.mix()
-                        rounds += 1
-                    peer.average()
-            except KeyError:
-                continue
-        return rounds
-
-    # the second attempt of east goes on from its first values, as no checkpoint was made
-    assert sites.run(script) == {"east": 3, "north": 2}
-
-
-def test_a_number_that_is_not_finite_is_not_sent(tmp_path: Path) -> None:
-    sites = Sites(tmp_path, NAMES[:1], rounds=2)
-    value = nn.Parameter(torch.ones(3))
-    with (peer := sites.peer("east")).joined({"value": value}):
-        with torch.no_grad():
-            value[1] = float("nan")
-        with pytest.raises(RunError, match="sends nothing in round 0: value is not finite"):
-            peer.mix()
-    assert not [*(tmp_path / "state" / "east" / "sent").iterdir()]
-
-
-INTERRUPTED = """
-import os, pathlib, signal, threading, time
-import torch
-import dlora
-from dlora.run.lock import check_unused
-
-if os.environ["DLORA_INDEX"] == "1":  # a neighbour that never joins
-    while not pathlib.Path("interrupted").exists():
-        time.sleep(0.1)
-    raise SystemExit
-threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-try:
-    with dlora.Peer().joined({"value": torch.nn.Parameter(torch.ones(2))}):
-        raise AssertionError("nobody was there")
-except KeyboardInterrupt:
-    check_unused(pathlib.Path(os.environ["DLORA_PEERS"]).parent / "state" / "peer-0")
-    pathlib.Path("interrupted").touch()
-"""
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_it_waits_ends_a_script_and_frees_its_state_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "train.py").write_text(INTERRUPTED)
-    said: list[str] = []
-    told = local("train.py", peers=2, say=said.append)
-    assert {one["exit_code"] for one in told["peers"].values()} == {0}, said
-    assert (tmp_path / "interrupted").exists()
