@@ -21,7 +21,6 @@ from dlora.net.transport import LinkDown, Talk, Traffic
 from dlora.wire.frame import FrameError, FrameKind
 
 FOR_EVER_S = 1e6
-TRUST_S = 0.05  # a frame is taken without a new look at the federation file for so long
 
 
 class Links:
@@ -130,7 +129,6 @@ class Links:
         name = link.neighbour
         limit_s: float | None = FIRST_FRAME_S
         reason: str | None = None
-        looked_s = float("-inf")
         try:
             while True:
                 async with asyncio.timeout(limit_s):
@@ -143,12 +141,9 @@ class Links:
                     await asyncio.sleep(pause_s)  # the rest waits at the other end
                 if link.is_closed:
                     return
-                now_s = asyncio.get_running_loop().time()
-                if now_s >= looked_s + TRUST_S:
-                    looked_s = now_s
-                    if self.partners.trusted(name) != link.trusted:
-                        reason = "its certificates in the federation file have changed"
-                        return
+                if self.partners.trusted(name) != link.trusted:
+                    reason = "its certificates in the federation file have changed"
+                    return
                 self.traffic.received(name, len(data))
                 await link.incoming.put(self.kind.decode(data))
                 limit_s = None
