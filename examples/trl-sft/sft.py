@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 import peft
 import transformers
-from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+from trl import SFTConfig, SFTTrainer
 
 import dlora
 

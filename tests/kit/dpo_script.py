@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import datasets
 import peft
@@ -28,14 +27,13 @@ def main(output_dir: str) -> None:
         for number in range(40)
     ]
     transformers.set_seed(0)
-    named: Any = trl
-    trainer = named.DPOTrainer(
+    trainer = trl.DPOTrainer(
         model=os.environ["DLORA_ASSETS"] + "/models/stories260K/hf",
         train_dataset=datasets.Dataset.from_list(rows),
         peft_config=peft.LoraConfig(
             r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         ),
-        args=named.DPOConfig(
+        args=trl.DPOConfig(
             output_dir=f"{output_dir}/{index}",
             max_steps=8,
             per_device_train_batch_size=2,

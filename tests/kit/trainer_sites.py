@@ -115,6 +115,7 @@ def train_site(
         save_strategy="steps",
         save_steps=2,
         save_total_limit=3,
+        restore_callback_states_from_checkpoint=steps == 8,  # the trainer makes the callback anew
     )
     trainer.add_callback(dlora.PeerCallback(every_steps=2, **files))
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))

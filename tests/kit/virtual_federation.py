@@ -122,10 +122,7 @@ class World:
         return self.topology.names
 
     def neighbours(self, name: str) -> list[str]:
-        return [
-            self.topology.names[other]
-            for other in self.topology.all_neighbours(self.topology.names.index(name))
-        ]
+        return self.topology.neighbour_names(name)
 
     # Starting and stopping
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_a_number_that_is_not_finite_is_not_sent(tmp_path: Path) -> None:
         with pytest.raises(RunError, match="sends nothing in round 0: value is not finite"):
             peer.mix()
     assert not [*(tmp_path / "state" / "east" / "sent").iterdir()]
+
+
+def test_a_long_wait_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dlora.run.script_peer.TOLD_S", 0.1)
+    sites, told = Sites(tmp_path, NAMES, rounds=1), threading.Event()
+
+    def script(name: str) -> None:
+        with (peer := sites.peer(name)).joined({"value": nn.Parameter(torch.ones(2))}):
+            if name == "north":
+                assert told.wait(60)
+                peer.mix()
+            else:
+                with pytest.warns(UserWarning, match="east waits in round 0 for north"):
+                    threading.Timer(1.5, told.set).start()
+                    peer.mix()
+            peer.average()
+
+    sites.run(script)
 
 
 INTERRUPTED = """

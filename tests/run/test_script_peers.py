@@ -184,7 +184,10 @@ def test_an_exchange_that_runs_beside_the_training_keeps_the_mean(tmp_path: Path
                 results.append(peer.mix(wait=False))
                 with torch.no_grad():
                     value.add_(0.5)  # trained while the exchange runs
+            belief = peer.state_dict()["belief"]
             average = peer.average()["value"]
+        way = sum(float((step + 0.5).norm()) for step in steps[name]) - 0.5 * 5**0.5
+        assert belief["rounds"] == rounds and belief["way"] == pytest.approx(way)
         assert results[0] is None and [one.round for one in results[1:] if one] == [0, 1, 2]
         return value.detach(), average
 

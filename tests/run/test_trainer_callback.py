@@ -230,7 +230,20 @@ def test_the_best_checkpoint_of_a_site_does_not_touch_the_average(both: dict[str
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_training_ends_with_the_last_round_and_says_when_it_has_too_few_steps(
+def test_a_training_with_too_few_steps_is_told_and_ends_with_the_rounds_it_has(
+    config: Config, tmp_path: Path
+) -> None:
+    prepared, sites = prepare(config), Sites(tmp_path, NAMES[:1], rounds=4)
+    site = Site(config, [*prepared.data.peers[prepared.names[0]]][:32], sites, "east")
+    with pytest.warns(UserWarning) as told:
+        site.trainer(max_steps=4).train()
+    texts = [str(one.message) for one in told]
+    assert any("4 steps, which is 2 rounds of 2; peers.yaml says 4" in text for text in texts)
+    assert any("has mixed 2 of 4 rounds; it leaves out the others" in text for text in texts)
+    assert consensus_of(site)
+
+
+def test_training_ends_with_the_last_round(
     both: dict[str, Site],
 ) -> None:
     trainers = {

@@ -84,6 +84,15 @@ class Topology:
             {other for round in range(self.period) for other in self.neighbours(peer, round)}
         )
 
+    def neighbour_names(self, name: str) -> list[str]:
+        """The names of the peers that are a neighbour of ``name`` in some round, in order."""
+        return [self.names[other] for other in self.all_neighbours(self.names.index(name))]
+
+    def named_pairs(self) -> set[tuple[str, str]]:
+        """The names of every two peers that are neighbours in some round."""
+        edges = (edge for round in range(self.period) for edge in self.edges(round))
+        return {(self.names[one], self.names[two]) for one, two in edges}
+
     def tree(self, peer: int) -> tuple[int | None, dict[int, int]]:
         """The place of one peer in a breadth-first tree over the edges of all rounds; peer 0 is the
         root.

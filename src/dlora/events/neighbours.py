@@ -143,7 +143,6 @@ class CaughtUp(Timed):
 
 NeighbourEvent = (
     Linked
-    | RoundMixed
     | Unlinked
     | Refused
     | EdgeEnded

@@ -65,14 +65,7 @@ def peer(
     place = listen_address(listen, listed.member(name).address)
 
     def check(prepared: Prepared) -> None:
-        topology = prepared.topology
-        listed.check_dialable(
-            {
-                (members[one], members[two])
-                for round in range(topology.period)
-                for one, two in topology.edges(round)
-            }
-        )
+        listed.check_dialable(prepared.topology.named_pairs())
         if place is not None:
             check_listen(place)
 
@@ -98,12 +91,11 @@ def _took_part(
 ) -> tuple[Findings, int, Summary]:
     """What was found about neighbours, how many peers are in the average, and the summary."""
     config, half, topology = run.config, run.prepared.half, run.prepared.topology
-    members, log = topology.names, run.log
-    neighbours = [members[other] for other in topology.all_neighbours(members.index(identity.name))]
+    log = run.log
     network = GrpcNetwork(
         identity,
         federation,
-        neighbours,
+        topology.neighbour_names(identity.name),
         place,
         PEERS,
         refusal_teller(log),

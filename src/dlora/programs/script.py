@@ -33,7 +33,7 @@ class Peer:
     What is not given comes from DLORA_PEERS, DLORA_NAME, DLORA_KEY, DLORA_FEDERATION and
     DLORA_LISTEN. ``tokenizer`` and ``agree`` (anything that JSON can hold): must be the same at
     every site. The first handshake refuses a site where they differ, or the names, shapes or first
-    values of what is mixed, or the frozen weights.
+    values of what is mixed, PEFT's config of the adapter, or the frozen weights.
 
         peer = dlora.Peer("peers.yaml", name="north", key="north.key", federation="federation.yaml")
         with peer.joined(model):
@@ -157,8 +157,10 @@ class Peer:
         """
         self._end()
         now = self._part.taken()
-        average = self._on_main(lambda site: site.average(now))
+        average, told = self._on_main(lambda site: site.average(now))
         self._give(now)
+        for text in told if self._site is not None else ():  # once for all processes of a site
+            warnings.warn(text, stacklevel=2)
         return average
 
     @contextlib.contextmanager
@@ -209,7 +211,12 @@ class Peer:
     def _on_main(self, action: Callable[[ScriptPeer], T]) -> T:
         """Call ``action`` with the main rank's part; all ranks get the result."""
         assert self._part and self._ranks is not None
-        return self._ranks.on_main(lambda: action(self._site))  # type: ignore[arg-type]
+
+        def act() -> T:
+            assert self._site is not None  # this is the main rank
+            return action(self._site)
+
+        return self._ranks.on_main(act)
 
     def _end(self) -> Mixed | None:
         """Wait for the round that runs and give the script what it changed."""
@@ -227,6 +234,8 @@ class Peer:
             if self._site is None
             else self._site.factors
         )
-        now = self._part.give(taken, self._ranks.shared(changed))
-        names, self._has_rounds_left = self._on_main(lambda site: site.given(now))
+        self._part.give(taken, self._ranks.shared(changed))
+        names, self._has_rounds_left = self._on_main(
+            lambda site: (site.names, site.has_rounds_left)
+        )
         self._part.train_only(names)

@@ -67,8 +67,9 @@ class PeerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # u
             "name": name,
             "key": key,
             "federation": federation,
+            "listen": listen,
+            "agree": agree,
         }
-        self._given |= {"listen": listen, "agree": agree}
         self.peer = Peer(**self._given)
         self._joined = contextlib.ExitStack()
         self._taking_part = False
@@ -188,6 +189,7 @@ def _save(model: Any, average: Mapping[str, Tensor], folder: Path) -> None:
     """Write the model, which holds the average, whole or not at all."""
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
+    # PEFT picks the adapter out of the tensors that it is given; a full model needs all
     own = model.state_dict() if not hasattr(model, "peft_config") else {}
     model.save_pretrained(unfinished, state_dict={**own, **average})
     shutil.rmtree(folder, ignore_errors=True)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from dlora.config.run import PeersSection
@@ -20,7 +19,6 @@ from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.patience import Patience
 from dlora.decentralized.peer.word import Signatures
 from dlora.decentralized.topology import Topology
-from dlora.errors import Interrupted
 from dlora.events.neighbours import NeighbourEvent
 from dlora.lora.factors import Factors
 from dlora.net.loop_thread import LoopThread
@@ -28,7 +26,7 @@ from dlora.net.transport import Network, Talk
 from dlora.run.manifest import manifest_hash, manifest_text
 
 T = TypeVar("T")
-LOOK_S = 0.2  # seconds between two looks whether the user stops
+LOOK_S = 0.2  # seconds between two calls of ``look`` in a wait
 
 
 def make_gossip(
@@ -54,13 +52,12 @@ def make_gossip(
 
     For the other arguments see `Exchange` and `PeerGossip`.
     """
-    index = topology.names.index(name)
     exchange = Exchange(
         name=name,
         manifest=manifest_text(manifest),
         manifest_hash=manifest_hash(manifest),
         ledger=ledger,
-        neighbours=[topology.names[other] for other in topology.all_neighbours(index)],
+        neighbours=topology.neighbour_names(name),
         patience=Patience(section.silence_s, section.round_limit_s),
         messages=messages,
         check=check,
@@ -86,7 +83,7 @@ def make_gossip(
 
 
 class Membership:
-    """The gossip and the network of one peer; ``with`` ends both.
+    """The gossip and the network of one peer; `close` ends both.
 
     The thread that trains calls `wait` with one step of the gossip after the other. Meanwhile the
     loop answers the neighbours. ``make`` returns the gossip and is called within the loop.
@@ -119,15 +116,15 @@ class Membership:
         """Begin one step of the gossip in the loop; `result` waits for it."""
         return self._loop.start(self._step(step))
 
-    def wait(self, step: Coroutine[Any, Any, T], stop: Callable[[], bool] = lambda: False) -> T:
+    def wait(self, step: Coroutine[Any, Any, T], look: Callable[[], object] = lambda: None) -> T:
         """Run one step of the gossip in the loop and return its `result`."""
-        return self.result(self.start(step), stop)
+        return self.result(self.start(step), look)
 
-    def result(self, running: Future[T], stop: Callable[[], bool] = lambda: False) -> T:
+    def result(self, running: Future[T], look: Callable[[], object] = lambda: None) -> T:
         """Wait for a step and return its result.
 
-        Raises its error, or that of the network or of the disk, and Interrupted once ``stop()`` is
-        true.
+        ``look`` is called five times a second meanwhile; an error in it ends the step. Raises the
+        step's error, or that of the network or of the disk.
         """
         ends: tuple[Future[Any], ...] = (running, self._failed)
         try:
@@ -135,11 +132,7 @@ class Membership:
                 concurrent.futures.wait(ends, LOOK_S, FIRST_COMPLETED)
                 if not running.done():
                     self.check()
-                    if stop():
-                        raise Interrupted(
-                            f"{self.gossip.name} stopped while it waited for its neighbours;"
-                            " nothing was lost"
-                        )
+                    look()
             return running.result()
         finally:
             running.cancel()
@@ -147,17 +140,6 @@ class Membership:
     def close(self) -> None:
         """End the step that runs and all links."""
         self._loop.start(self._close()).result()
-
-    def __enter__(self) -> Membership:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     async def _open(
         self, make: Callable[[], PeerGossip], network: Network, around: Callable[[Talk], Talk]

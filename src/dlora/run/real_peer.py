@@ -4,6 +4,7 @@ at the end.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from functools import partial
@@ -125,15 +126,16 @@ class PeerRun:
                 self.log.emit(self.round)
             self.tally.resumed(self.progress.rounds_done)
         self.log.tick(Phase(event="phase", text=self._waiting_for()))
-        with Membership(self.loop, self._gossip, self.network, self._around) as self.membership:
+        self.membership = Membership(self.loop, self._gossip, self.network, self._around)
+        with contextlib.closing(self.membership):
             gossip, wait = self.membership.gossip, self.membership.wait
-            wait(gossip.join(), self.stop)
+            wait(gossip.join(), self._look)
             while gossip.has_rounds_left:
                 names = wait(gossip.begin_round())
                 older = Progress(**vars(gossip.progress))  # of the older of two checkpoints
                 wait(gossip.mix(self._train(older.rounds_done, names)))
                 wait(gossip.confirm(older))
-            consensus, num_peers = wait(gossip.finish(), self.stop)
+            consensus, num_peers = wait(gossip.finish(), self._look)
         device = self.prepared.model.device
         return (
             self.training.participants.factors
@@ -179,6 +181,13 @@ class PeerRun:
         """The trained tensors of the factors, without what a schedule has dropped."""
         standing = self.training.participants.standing()
         return {name: standing[name] for name in self.training.trained}
+
+    def _look(self) -> None:
+        """Raise Interrupted if the user stops while nothing is under way."""
+        if self.stop():
+            raise Interrupted(
+                f"{self.name} stopped while it waited for its neighbours; nothing was lost"
+            )
 
     def gives_up(self) -> bool:
         """Whether a wait for the cloud must end."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from dlora.config.peers_file import PeersFile
 from dlora.errors import ConfigError, RunError
 from dlora.files import write_atomically
+from dlora.lora.factors import digest
 from dlora.model.fingerprints import tokenizer_fingerprint
-from dlora.run.script_tensors import tensor_sha256
 
 FORM = 1  # another number: peers of other versions of dlora do not mix with this one
 # keys of PEFT's configs that may differ from site to site
@@ -117,7 +117,7 @@ def start_values(folder: Path, values: Mapping[str, Tensor], goes_on: bool) -> d
 
 
 def _hashes(values: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: tensor_sha256(tensor)[:16] for name, tensor in values.items()}
+    return {name: digest({name: tensor})[:16] for name, tensor in values.items()}
 
 
 def _text(shape: tuple[int, ...]) -> str:

@@ -26,7 +26,6 @@ from dlora.run.script_place import Place
 # script's learning rate is not known here. 100 times as much is refused (`Belief`).
 MOST_A_ROUND = 0.1
 TOLD_S = 20.0  # a wait for neighbours is told after so long
-CALLER = 6  # frames from a warning here to the script that called `dlora.Peer`
 
 
 class Mixed(NamedTuple):
@@ -46,7 +45,7 @@ class Mixed(NamedTuple):
 
 
 class ScriptPeer:
-    """One peer that mixes copies of a script's tensors; ``with`` ends its links.
+    """One peer that mixes copies of a script's tensors; `close` ends its links.
 
     ``start``: the tensors, (1, ...) each, on the CPU. ``state``: what `state` returned when the
     script made the checkpoint from which it goes on; None: it begins.
@@ -69,7 +68,6 @@ class ScriptPeer:
         self.findings = Findings(place.name, place.topology.num_peers, place.log.emit)
         self.factors = copied(start)  # what the gossip mixes
         self._walked: Factors = {}  # what the round that runs sends, until it is committed
-        self._after = copied(start)  # what the script had after the last round
         self._running: Future[tuple[int, list[str], float]] | None = None
         self._num_bytes = 0
         self.names = frozenset(start)  # the tensors that train now
@@ -97,7 +95,8 @@ class ScriptPeer:
 
         Raises RunError if it holds a number that is not finite.
         """
-        if not math.isfinite(self.belief.walked(self._after, now)):
+        # ``factors`` are what the script was given, so the difference is its local steps
+        if not math.isfinite(self.belief.walked(self.factors, now)):
             lost = [name for name, tensor in now.items() if not tensor.isfinite().all()]
             raise RunError(
                 f"{self.place.name} sends nothing in round {self.progress.rounds_done}:"
@@ -142,20 +141,11 @@ class ScriptPeer:
         )
         return mixed
 
-    def given(self, now: Factors) -> tuple[frozenset[str], bool]:
-        """Note that the script has taken over ``factors`` and has ``now``.
-
-        Its next local steps begin there. Returns the names that train in them, and whether a round
-        is left.
-        """
-        self._after = now
-        return self.names, self.has_rounds_left
-
-    def _tell_of_wait(self) -> Callable[[], bool]:
-        """A function that never stops a wait, and says once, after a while, for whom it is."""
+    def _tell_of_wait(self) -> Callable[[], None]:
+        """A function that says once, after a while, for whom a wait is."""
         told_at: float | None = time.monotonic() + TOLD_S
 
-        def look() -> bool:
+        def look() -> None:
             nonlocal told_at
             if told_at is not None and time.monotonic() >= told_at:
                 told_at, place = None, self.place
@@ -169,34 +159,30 @@ class ScriptPeer:
                     f"{place.name} waits in round {number} for {', '.join(late) or 'nobody'}, at"
                     f" most {place.section.round_limit_s:g} s, or"
                     f" {place.section.silence_s:g} s without a sign of life",
-                    stacklevel=CALLER + 2,
+                    stacklevel=2,
                 )
-            return False
 
         return look
 
-    def average(self, now: Factors) -> dict[str, Tensor]:
-        """The average of all peers, of which this one has ``now``. Warns of what was found.
+    def average(self, now: Factors) -> tuple[dict[str, Tensor], list[str]]:
+        """The average of all peers, of which this one has ``now``, and what a user should know.
 
-        ``factors`` are ``now`` with the last decisions.
-
-        If rounds are left, this peer leaves them out.
+        ``factors`` are ``now`` with the last decisions. If rounds are left, this peer leaves them
+        out.
         """
-        left = self.place.section.rounds - self.progress.rounds_done
-        if left:
-            warnings.warn(
+        told = []
+        if self.progress.rounds_done < self.place.section.rounds:
+            told.append(
                 f"{self.place.name} has mixed {self.progress.rounds_done} of"
                 f" {self.place.section.rounds} rounds; it leaves out the others: set rounds in"
-                " peers.yaml to how often the script mixes",
-                stacklevel=CALLER,
+                " peers.yaml to how often the script mixes"
             )
         consensus, num_peers = self.membership.wait(self._finish(now))
         self._note_progress()
-        for text in self.findings.warnings(num_peers):
-            warnings.warn(text, stacklevel=CALLER)
+        told += self.findings.warnings(num_peers)
         if blamed := self.findings.blamed(num_peers):
-            warnings.warn(blamed, stacklevel=CALLER)
-        return {name: tensor[0] for name, tensor in consensus.items()}
+            told.append(blamed)
+        return {name: tensor[0] for name, tensor in consensus.items()}, told
 
     def state(self) -> dict[str, Any]:
         """Where the script's tensors stand, in types that JSON can hold."""

@@ -76,8 +76,7 @@ class Member:
             listen or os.environ.get("DLORA_LISTEN"), listed.member(self.name).address
         )
         self.topology = build_topology(self.section.topology, self.section.weights, members)
-        edges = {edge for t in range(self.topology.period) for edge in self.topology.edges(t)}
-        listed.check_dialable({(members[one], members[two]) for one, two in edges})
+        listed.check_dialable(self.topology.named_pairs())
 
     @property
     def folder(self) -> Path:
@@ -92,8 +91,6 @@ class Member:
         """
         if self.listen is not None:
             check_listen(self.listen, "listen")
-        index = self.topology.names.index(self.name)
-        neighbours = [self.topology.names[other] for other in self.topology.all_neighbours(index)]
         with (
             sole_use(self.folder),
             contextlib.closing(Ledger(self.folder)) as ledger,
@@ -103,7 +100,7 @@ class Member:
             network = GrpcNetwork(
                 self.identity,
                 self.federation,
-                neighbours,
+                self.topology.neighbour_names(self.name),
                 self.listen,
                 PEERS,
                 refusal_teller(log),

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dlora.decentralized.mixing import Factor, Rule
 from dlora.errors import ConfigError
-from dlora.lora.factors import Factors
+from dlora.lora.factors import Factors, digest
 
 # what wrappers of torch put into the names of parameters
 _WRAPPERS = re.compile(
@@ -56,18 +56,13 @@ class ScriptTensors:
         return {name: _on_cpu(tensor).clone().unsqueeze(0) for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
-    def give(self, taken: Factors, mixed: Factors) -> Factors:
+    def give(self, taken: Factors, mixed: Factors) -> None:
         """Add to each tensor what mixing has changed since it was ``taken``, in place.
 
         A tensor that has not changed since then becomes exactly ``mixed``, rounded to its dtype.
-        Returns the new values, (1, ...) each, on the CPU, before they are rounded.
         """
-        given = {}
         for name, tensor in self.tensors.items():
-            value = (_on_cpu(tensor) - taken[name][0]).add_(mixed[name][0])
-            _set(tensor, value)
-            given[name] = value.unsqueeze(0)
-        return given
+            _set(tensor, (_on_cpu(tensor) - taken[name][0]).add_(mixed[name][0]))
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
@@ -89,11 +84,10 @@ class ScriptTensors:
         """
         if not self.frozen:
             return None
-        digest = hashlib.sha256()
-        for name, tensor in self.frozen.items():
-            form = f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            digest.update(f"{form} {tensor_sha256(_whole(tensor))}\n".encode())
-        return digest.hexdigest()
+        sha = hashlib.sha256()
+        for name, tensor in self.frozen.items():  # one at a time: shards are gathered
+            sha.update(digest({name: _whole(tensor)}).encode())
+        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -154,9 +148,3 @@ def _set(tensor: Tensor, value: Tensor) -> None:
             src_data_rank=None,
         )
     tensor.copy_(value)
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 over the bytes of a tensor."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(raw.data).hexdigest()
