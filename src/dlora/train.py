@@ -96,12 +96,16 @@ class Participants:
             Group(self.factors, group.start, group.stop, section, scheduled) for group in groups
         ]
 
-    def standing(self) -> Factors:
-        """The factors, (P, ...) each, as they are scored and exported: dropped units are zero."""
-        standing = dict(self.factors)
+    def standing(self, factors: Mapping[str, Tensor] | None = None) -> Factors:
+        """The factors, (P, ...) each, as they are scored and exported: dropped units are zero.
+
+        ``factors``: copies of them; None: the factors themselves.
+        """
+        factors = self.factors if factors is None else factors
+        standing = dict(factors)
         for group in self.groups:
             for name, participant in group.units.left_out() if group.units else ():
-                if standing[name] is self.factors[name]:
+                if standing[name] is factors[name]:
                     standing[name] = standing[name].clone()
                 standing[name][group.first + participant] = 0.0
         return standing

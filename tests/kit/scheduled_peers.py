@@ -20,6 +20,7 @@ from dlora.events.log import read_log
 from dlora.net.loop_thread import LoopThread
 from dlora.net.memory import MemoryHub, MemoryNetwork
 from dlora.run.opening import opened
+from dlora.run.place import Place
 from dlora.run.real_peer import RUN, PeerRun
 from dlora.wire.peer.codec import PEERS
 from kit import tiny_models
@@ -132,7 +133,19 @@ class Peers:
                 run = folders.enter_context(opened(config, [RUN], own=name, resume=resume))
                 ledger: Any = Recorded(run.folder.path / "exchange")
                 network = loop.start(_made(hub, name)).result()
-                peer = Gated(run, ledger, network, Signer(name), loop)
+                place = Place(
+                    name=name,
+                    section=config.peers,
+                    topology=run.prepared.topology,
+                    messages=run.prepared.messages,
+                    manifest=run.manifest,
+                    ledger=ledger,
+                    network=network,
+                    signatures=Signer(name),
+                    log=run.log,
+                    loop=loop,
+                )
+                peer = Gated(run, place)
                 made.append((peer, ledger))
             lives = [threads.submit(self._live, *both) for both in made]
             for life in as_completed(lives, timeout=60):  # the first error names the cause

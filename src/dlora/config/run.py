@@ -77,6 +77,13 @@ class PeersSection(Section):
         5, ge=1, description="rule alternate: rounds after which the other factor trains"
     )
     wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of sent factors")
+    overlap: bool = Field(
+        False,
+        description=(
+            "true: the exchange runs while the next local steps do, and what mixing changes is"
+            " added one round later; for slow links"
+        ),
+    )
     members: tuple[Text, ...] | None = Field(
         None, description="names instead of a count: who takes part (`dlora peer`)"
     )

@@ -7,7 +7,7 @@ nothing fails the two give the same factors up to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -47,6 +47,10 @@ class Gossip:
     local steps since the last commit. ``took_part`` (with a schedule) returns for each participant
     the tensors that the round's local steps may have changed. Only these are sent, and an edge
     mixes the tensors that both its ends sent; `mixing` says what this does to the mean.
+
+    ``overlap``: the exchange runs while the next round's local steps do, so what mixing changes is
+    added after them, one round late. It is ``pending`` until then. The mean over participants
+    is kept as without it, because the changes of a round sum to zero.
     """
 
     factors: Factors
@@ -55,12 +59,15 @@ class Gossip:
     transport: Transport
     wire: torch.dtype = torch.float32
     took_part: Callable[[], Sequence[Collection[str]]] | None = None
+    overlap: bool = False
+    pending: Factors = field(default_factory=dict)
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
         """Run one round and return the losses (P,) of ``train``, which takes the names that
         train.
         """
         losses = train(trained(self.factors, self.rule, number))
+        self.settle()
         sent = {
             # a difference uses the values as they were on the wire, for the peer itself too
             name: tensor.to(self.wire).to(tensor.dtype)
@@ -69,8 +76,18 @@ class Gossip:
         }
         names = self.took_part() if self.took_part is not None else None
         committed = self.transport.exchange(number, sent, self.topology.edges(number), names)
-        mix(self.factors, sent, self.topology.mixing(number), committed, names)
+        if self.overlap:
+            self.pending = {name: torch.zeros_like(self.factors[name]) for name in sent}
+        changed = self.pending if self.overlap else self.factors
+        mix(changed, sent, self.topology.mixing(number), committed, names)
         return losses
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Add what is pending."""
+        for name, change in self.pending.items():
+            self.factors[name] += change
+        self.pending = {}
 
 
 def trained(factors: Factors, rule: Rule, round: int) -> frozenset[str]:

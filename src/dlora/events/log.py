@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -92,21 +93,27 @@ class JsonLines:
 
 
 class RunLog(JsonLines):
-    """The log of one run: events are written and heard, ticks are only heard."""
+    """The log of one run: events are written and heard, ticks are only heard.
+
+    Any thread may call it; the listeners hear one event at a time.
+    """
 
     def __init__(self, path: str | Path, listeners: Iterable[Listener] = ()) -> None:
         super().__init__(path)
         self._listeners = tuple(listeners)
+        self._one_at_a_time = threading.RLock()
 
     def emit(self, event: Logged) -> None:
         """Write an event, then tell the listeners."""
-        timed = with_time(event)
-        self.append(timed)
-        self._tell(timed)
+        with self._one_at_a_time:
+            timed = with_time(event)
+            self.append(timed)
+            self._tell(timed)
 
     def tick(self, event: Event) -> None:
         """Tell the listeners only: progress within a round, too frequent for the file."""
-        self._tell(with_time(event))
+        with self._one_at_a_time:
+            self._tell(with_time(event))
 
     def _tell(self, event: Event) -> None:
         for listener in self._listeners:

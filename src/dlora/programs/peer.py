@@ -10,28 +10,22 @@ from pathlib import Path
 
 from dlora.config.run import Config
 from dlora.data.first_look import members_of
-from dlora.decentralized.peer.ledger import Ledger
 from dlora.errors import ConfigError, NeighbourError
 from dlora.events.log import Listener
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
-from dlora.identity.signatures import MemberSignatures
-from dlora.net.grpc import GrpcNetwork
 from dlora.net.listen_address import (
-    certificate_teller,
     check_listen,
     listen_address,
-    refusal_teller,
 )
-from dlora.net.loop_thread import LoopThread
 from dlora.run.account import Summary
 from dlora.run.findings import Findings
 from dlora.run.folder import RunFolder
 from dlora.run.frozen_model import check_halves, far_cloud, reach_cloud
 from dlora.run.opening import OpenRun, opened
+from dlora.run.place import placed
 from dlora.run.prepare import Prepared
 from dlora.run.real_peer import RUN, PeerRun
-from dlora.wire.peer.codec import PEERS
 
 
 def peer(
@@ -62,12 +56,12 @@ def peer(
     if config.split is not None:
         check_halves(config, name, listed)
     _check_roles(config, members, listed)
-    place = listen_address(listen, listed.member(name).address)
+    address = listen_address(listen, listed.member(name).address)
 
     def check(prepared: Prepared) -> None:
         listed.check_dialable(prepared.topology.named_pairs())
-        if place is not None:
-            check_listen(place)
+        if address is not None:
+            check_listen(address)
 
     with opened(
         config,
@@ -80,32 +74,34 @@ def peer(
         check=check,
     ) as run:
         findings, num_peers, concluded = _took_part(
-            run, identity, FederationFile(federation), place
+            run, identity, FederationFile(federation), address
         )
     _tell(findings, num_peers, concluded)
     return concluded
 
 
 def _took_part(
-    run: OpenRun, identity: Identity, federation: FederationFile, place: str | None
+    run: OpenRun, identity: Identity, federation: FederationFile, listen: str | None
 ) -> tuple[Findings, int, Summary]:
     """What was found about neighbours, how many peers are in the average, and the summary."""
-    config, half, topology = run.config, run.prepared.half, run.prepared.topology
-    log = run.log
-    network = GrpcNetwork(
+    config, half, log = run.config, run.prepared.half, run.log
+    with placed(
         identity,
         federation,
-        topology.neighbour_names(identity.name),
-        place,
-        PEERS,
-        refusal_teller(log),
-        on_certificate=certificate_teller(log),
-    )
-    with contextlib.closing(Ledger(run.folder.path / "exchange")) as ledger, LoopThread() as loop:
-        finished, position = _finished(run.folder), ledger.position
-        live = PeerRun(run, ledger, network, MemberSignatures(identity, federation), loop)
+        listen,
+        ledger=run.folder.path / "exchange",
+        section=config.peers,
+        topology=run.prepared.topology,
+        messages=run.prepared.messages,
+        manifest=run.manifest,
+        log=log,
+    ) as place:
+        finished, position = _finished(run.folder), place.ledger.position
+        live = PeerRun(run, place)
         cloud: contextlib.AbstractContextManager[Callable[[], int] | None] = (
-            far_cloud(half, config, identity, federation, live.cloud.hear, live.gives_up, loop)
+            far_cloud(
+                half, config, identity, federation, live.cloud.hear, live.gives_up, place.loop
+            )
             if half is not None and live.cloud is not None
             else contextlib.nullcontext()
         )
@@ -117,7 +113,7 @@ def _took_part(
             consensus, num_peers = live.live()
             if (
                 finished
-                and ledger.position == position
+                and place.ledger.position == position
                 and _said(finished) == (num_peers, live.findings.warnings(num_peers))
             ):
                 # no edge was decided since and no new peer is in the average: nothing has changed

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dlora.config.peers_file import PeersFile
 from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
 from dlora.errors import RunError
 from dlora.lora.factors import Factors
 from dlora.run.ranks import Ranks
 from dlora.run.script_manifest import adapter_facts, script_manifest, start_values
+from dlora.run.script_member import Member
 from dlora.run.script_peer import Mixed, ScriptPeer
-from dlora.run.script_place import Member
 from dlora.run.script_tensors import ScriptTensors, rule_for
 
 T = TypeVar("T")
@@ -106,6 +107,13 @@ class Peer:
         tensors = ScriptTensors(model)
         rule = rule_for(build_rule(section), section.rule, tensors, self._ranks.are_several)
         now, frozen, facts = tensors.taken(), tensors.fingerprint(), adapter_facts(model)
+        messages = TensorMessages(
+            shapes=tensors.shapes,
+            rule=rule,
+            wire=WIRE_DTYPES[section.wire],
+            rounds=section.rounds,
+            num_peers=self._member.topology.num_peers,
+        )
         with contextlib.ExitStack() as held:
 
             def manifest() -> dict[str, Any]:
@@ -115,7 +123,7 @@ class Peer:
                 )
 
             def join() -> None:
-                place = held.enter_context(self._member.placed(rule, manifest))
+                place = held.enter_context(self._member.placed(messages, manifest))
                 self._site = ScriptPeer(place, now, self._loaded)
                 held.enter_context(contextlib.closing(self._site))
                 self._site.join()
@@ -124,20 +132,25 @@ class Peer:
                 self._ranks.on_main(join)
                 self._tensors = tensors
                 self._give(now)
+                if self._on_main(lambda site: site.membership.under_way) is not None:
+                    # the exchange that ran when the checkpoint was made
+                    self._begin(lambda site, now: site.membership.begin(now))
                 yield self
             finally:
                 self._site = self._tensors = None
 
-    def mix(self, wait: bool = True) -> Mixed | None:
+    def mix(self, wait: bool | None = None) -> Mixed | None:
         """End a round: send, wait for this round's neighbours, mix in place.
 
         A neighbour that is late or gone costs its edge and never the run. ``wait`` False: the
         exchange runs while the script trains on, and what it changes is added at the next call, one
         round late; the mean over peers is kept exactly. Then the result is that of the round
-        before, or None. After the last round (`has_rounds_left`) nothing happens, with a warning,
-        and the result is None.
+        before, or None. ``wait`` None: as ``overlap`` of peers.yaml says. After the last round
+        (`has_rounds_left`) nothing happens, with a warning, and the result is None.
         """
-        tensors, before = self._part, self._end()
+        if wait is None:
+            wait = not self._member.section.overlap
+        before = self._end()
         if not self._has_rounds_left:
             warnings.warn(
                 f"all {self.rounds} rounds are mixed; this call mixes nothing: end the loop when"
@@ -145,8 +158,7 @@ class Peer:
                 stacklevel=2,
             )
             return before
-        self._taken = now = tensors.taken()
-        self._on_main(lambda site: site.begin(now))
+        self._begin(lambda site, now: site.begin(now))
         return self._end() if wait else before
 
     def average(self) -> dict[str, Tensor]:
@@ -182,7 +194,7 @@ class Peer:
 
         Save it together with the tensors: before the next `mix`, and after the last one.
         """
-        return self._on_main(lambda site: site.state())
+        return self._on_main(lambda site: site.membership.state())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: ``state`` is what `state_dict` returned when it was made.
@@ -218,9 +230,15 @@ class Peer:
 
         return self._ranks.on_main(act)
 
+    def _begin(self, begin: Callable[[ScriptPeer, Factors], object]) -> None:
+        """Begin a round's exchange with copies of the script's tensors."""
+        self._taken = now = self._part.taken()
+        self._on_main(lambda site: begin(site, now))
+        self._train_next()
+
     def _end(self) -> Mixed | None:
         """Wait for the round that runs and give the script what it changed."""
-        mixed = self._on_main(lambda site: site.end()) if self._taken else None
+        mixed = self._on_main(lambda site: site.end()) if self._part and self._taken else None
         if mixed is not None:
             self._give(self._taken)
         self._taken = {}
@@ -232,10 +250,14 @@ class Peer:
         changed = (
             {name: torch.empty_like(tensor) for name, tensor in taken.items()}
             if self._site is None
-            else self._site.factors
+            else self._site.membership.factors
         )
         self._part.give(taken, self._ranks.shared(changed))
+        self._train_next()
+
+    def _train_next(self) -> None:
+        """Train what the next round trains."""
         names, self._has_rounds_left = self._on_main(
-            lambda site: (site.names, site.has_rounds_left)
+            lambda site: (site.membership.names, site.membership.has_rounds_left)
         )
         self._part.train_only(names)

@@ -51,7 +51,7 @@ class PeerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # u
         self,
         every_steps: int = 20,
         *,
-        wait: bool = True,
+        wait: bool | None = None,
         peers: str | Path | None = None,
         name: str | None = None,
         key: str | Path | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ LOCAL_KEYS = {
     "peers.round_limit_s",
     "peers.catch_up_after",
 }
+CHECKPOINT_FILES = ("factors.safetensors", "optimizer.safetensors", "state.json")
 RESULT_FILE = "result.json"
+PENDING_FILE = "pending.safetensors"
 # keys of every checkpoint's state; each program adds its own
 STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}
 
@@ -49,6 +51,8 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]  # JSON: bytes_on_wire, seconds, best, log_position, environment
     result: dict[str, Any] | None = None  # the result, if the run is finished
+    # with overlap: what the last round's mixing has still to add to the factors
+    pending: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -179,6 +183,8 @@ class RunFolder:
             "optimizer.safetensors": save(checkpoint.optimizer),
             "state.json": json.dumps(checkpoint.state, indent=1).encode(),
         }
+        if checkpoint.pending:
+            files[PENDING_FILE] = save(checkpoint.pending)
         try:
             partial.mkdir(parents=True)
             for name, content in files.items():
@@ -250,19 +256,17 @@ class RunFolder:
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
     """Raises OSError, ValueError or SafetensorError if the folder is not as it was saved."""
-    names = ["factors.safetensors", "optimizer.safetensors", "state.json"]
-    finished = folder / RESULT_FILE
+    names, finished = list(CHECKPOINT_FILES), folder / RESULT_FILE
     if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote no sums
         names += [name for name in check_sums(folder) if name not in names]
     elif finished.exists():
         names.append(RESULT_FILE)
-    state, factors, optimizer = (
-        _read_object(folder / names[2], STATE_KEYS),
-        load_file(folder / names[0]),
-        load_file(folder / names[1]),
-    )
+    state = _read_object(folder / names[2], STATE_KEYS)
+    factors, optimizer = load_file(folder / names[0]), load_file(folder / names[1])
     result = _read_object(finished, {"result", "log_position"}) if RESULT_FILE in names else None
-    return Checkpoint(int(folder.stem.removeprefix("round-")), factors, optimizer, state, result)
+    pending = load_file(folder / PENDING_FILE) if PENDING_FILE in names else {}
+    done = int(folder.stem.removeprefix("round-"))
+    return Checkpoint(done, factors, optimizer, state, result, pending)
 
 
 def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:

@@ -1,173 +1,267 @@
-"""One peer among its neighbours, for a thread that trains: its gossip runs in an event loop."""
+"""One peer among its neighbours, for a thread that trains: rounds on copies of its tensors."""
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
-from dlora.config.run import PeersSection
-from dlora.decentralized.mixing import Rule
+from dlora.decentralized.gossip import trained
+from dlora.decentralized.peer.belief import Belief, distance
+from dlora.decentralized.peer.check import Check
 from dlora.decentralized.peer.exchange import Exchange
-from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.life import PeerGossip, Progress
-from dlora.decentralized.peer.messages import Messages
 from dlora.decentralized.peer.patience import Patience
-from dlora.decentralized.peer.word import Signatures
-from dlora.decentralized.topology import Topology
-from dlora.events.neighbours import NeighbourEvent
+from dlora.errors import RunError
 from dlora.lora.factors import Factors
-from dlora.net.loop_thread import LoopThread
-from dlora.net.transport import Network, Talk
+from dlora.net.steps import Look, Steps
+from dlora.net.transport import Talk
+from dlora.run.findings import Findings
 from dlora.run.manifest import manifest_hash, manifest_text
+from dlora.run.place import Place
 
-T = TypeVar("T")
-LOOK_S = 0.2  # seconds between two calls of ``look`` in a wait
+# of dlora 0.1.0, which had no belief in its checkpoints
+NO_BELIEF: Mapping[str, Any] = {"way": 0.0, "rounds": 0, "seen": {}}
 
 
-def make_gossip(
-    section: PeersSection,
-    rule: Rule,
-    *,
-    name: str,
-    manifest: Mapping[str, Any],
-    topology: Topology,
-    rounds: int,
-    messages: Messages,
-    ledger: Ledger,
-    signatures: Signatures,
-    factors: Factors,
-    standing: Callable[[], Factors],
-    check: Callable[[str, str, Path], object],
-    report: Callable[[NeighbourEvent], object],
-    commit: Callable[[Progress], object],
-    skip: Callable[[int], object],
-    progress: Progress,
-) -> PeerGossip:
-    """The gossip of the peer ``name`` as its config says; call it within an event loop.
+class Exchanged(NamedTuple):
+    """What one round's exchange did.
 
-    For the other arguments see `Exchange` and `PeerGossip`.
+    ``round``: its number. ``neighbours``: those with which it was mixed. ``distance``: the norm of
+    what mixing changed.
     """
-    exchange = Exchange(
-        name=name,
-        manifest=manifest_text(manifest),
-        manifest_hash=manifest_hash(manifest),
-        ledger=ledger,
-        neighbours=topology.neighbour_names(name),
-        patience=Patience(section.silence_s, section.round_limit_s),
-        messages=messages,
-        check=check,
-        report=report,
-        signatures=signatures,
-    )
-    return PeerGossip(
-        name=name,
-        factors=factors,
-        topology=topology,
-        rule=rule,
-        ledger=ledger,
-        exchange=exchange,
-        messages=messages,
-        rounds=rounds,
-        catch_up_after=section.catch_up_after,
-        standing=standing,
-        commit=commit,
-        skip=skip,
-        clock=time.time,
-        progress=progress,
-    )
+
+    round: int
+    neighbours: list[str]
+    distance: float
 
 
 class Membership:
-    """The gossip and the network of one peer; `close` ends both.
+    """One peer among its neighbours, for a thread that trains; `close` ends its links.
 
-    The thread that trains calls `wait` with one step of the gossip after the other. Meanwhile the
-    loop answers the neighbours. ``make`` returns the gossip and is called within the loop.
-    ``around``: replaces the conversation with a neighbour by one that calls it.
+    A round of Dec-LoRA, in the thread that trains::
+
+        ...                          # local steps on the tensors in `names`
+        membership.walked(now)       # ``now``: copies of the tensors
+        membership.begin(now, sent)  # the exchange begins, in an event loop of its own
+        ...                          # with overlap: the next round's local steps
+        membership.end()             # the exchange is done
+        tensors += factors - now     # what mixing has changed
+
+    ``now`` has (1, ...) each, on the CPU. The gossip works on copies, ``factors``. What mixing adds
+    to them depends on the messages only, so the trainer may also add it later: the mean over peers
+    is the same.
+
+    ``start``: the trainer's tensors. ``state``: what `state` returned when the trainer made the
+    checkpoint from which it goes on; None: it begins. ``standing(factors)``: the factors whose
+    average is taken, without what a schedule has dropped. ``around`` replaces the conversation with
+    a neighbour by one that calls it. Raises RunError if the ledger lacks what must be added to the
+    trainer's tensors.
     """
 
     def __init__(
         self,
-        loop: LoopThread,
-        make: Callable[[], PeerGossip],
-        network: Network,
+        place: Place,
+        start: Factors,
+        belief: Belief,
+        state: Mapping[str, Any] | None,
+        standing: Callable[[Factors], Factors] = lambda factors: factors,
         around: Callable[[Talk], Talk] = lambda talk: talk,
     ) -> None:
-        self._loop = loop
-        self._failed: Future[None] = Future()  # ends with the error of the network or of the disk
-        self._steps: set[asyncio.Task[Any]] = set()
-        self.gossip = loop.start(self._open(make, network, around)).result()
+        self.place, self.belief = place, belief
+        self.progress = Progress(**state["progress"]) if state else Progress()
+        place.ledger.check(
+            self.progress.position,
+            state.get("chain") if state else None,
+            self.progress.since_round,
+        )
+        if state:
+            belief.load(state.get("belief", NO_BELIEF))
+        # the tensors that the exchange under way sent when the checkpoint was made, if one was
+        self.under_way: Collection[str] | None = state.get("under_way") if state else None
+        self.findings = Findings(place.name, place.topology.num_peers, place.log.emit)
+        self.factors = {name: tensor.to("cpu", copy=True) for name, tensor in start.items()}
+        self.skipped = 0  # rounds that were skipped to catch up with the neighbours
+        self._standing = standing
+        self._walked: Factors = {}  # what the round that runs sends, until it is committed
+        self._running: Future[Exchanged] | None = None
+        # they fail with the network or with this peer's own disk
+        self.steps = Steps(place.loop)
+        self._gossip = self.steps.wait(self._open(around))
 
     @property
-    def has_failed(self) -> bool:
-        """Whether the network or this peer's own disk has failed."""
-        return self._failed.done()
-
-    def check(self) -> None:
-        """Raise the error of the network or of this peer's own disk, if there is one."""
-        if self._failed.done():
-            self._failed.result()
-
-    def start(self, step: Coroutine[Any, Any, T]) -> Future[T]:
-        """Begin one step of the gossip in the loop; `result` waits for it."""
-        return self._loop.start(self._step(step))
-
-    def wait(self, step: Coroutine[Any, Any, T], look: Callable[[], object] = lambda: None) -> T:
-        """Run one step of the gossip in the loop and return its `result`."""
-        return self.result(self.start(step), look)
-
-    def result(self, running: Future[T], look: Callable[[], object] = lambda: None) -> T:
-        """Wait for a step and return its result.
-
-        ``look`` is called five times a second meanwhile; an error in it ends the step. Raises the
-        step's error, or that of the network or of the disk.
+    def rounds_begun(self) -> int:
+        """The number of rounds whose exchange has begun; the next local steps belong to the
+        next.
         """
-        ends: tuple[Future[Any], ...] = (running, self._failed)
+        return self.progress.rounds_done + (self._running is not None)
+
+    @property
+    def has_rounds_left(self) -> bool:
+        """Whether another round can begin."""
+        return self.rounds_begun < self.place.messages.rounds
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The tensors that the next local steps train."""
+        return trained(self.factors, self.place.messages.rule, self.rounds_begun)
+
+    def join(self, look: Look = lambda: None) -> None:
+        """Greet the neighbours, and begin the first round that is left.
+
+        ``factors`` change here if this peer takes the state of neighbours that are far ahead. If
+        ``under_way`` is not None, `begin` must follow. Raises NeighbourError if a neighbour is in
+        another run. ``look``: see `end`.
+        """
+        self.steps.wait(self._gossip.join(), look)
+        if self._gossip.has_rounds_left:
+            self.steps.wait(self._gossip.begin_round(), look)
+        self._note_progress()
+
+    def walked(self, now: Factors) -> float:
+        """Add this round's local steps to this peer's own way (`Belief`), and return their norm.
+
+        Not finite if a number is not. It comes before `begin`, once in a round.
+        """
+        # ``factors`` are what the trainer was given, so the difference is its local steps
+        return self.belief.walked(self.factors, now)
+
+    def begin(self, now: Factors, sent: Collection[str] | None = None) -> None:
+        """Send ``now`` as this round's message and begin to mix it.
+
+        ``sent``: the tensors that took part in the local steps; None: all.
+        """
+        self.under_way = list(now if sent is None else sent)
+        self._running = self.steps.start(self._round(now, self.under_way))
+
+    def end(self, look: Look = lambda: None) -> Exchanged | None:
+        """Wait for the exchange that `begin` began; None if there is none. ``factors`` are mixed.
+
+        ``look`` is called five times a second meanwhile; an error in it ends the exchange. Raises
+        also the error of the network or of the disk.
+        """
+        if self._running is None:
+            return None
         try:
-            while not running.done():
-                concurrent.futures.wait(ends, LOOK_S, FIRST_COMPLETED)
-                if not running.done():
-                    self.check()
-                    look()
-            return running.result()
+            done = self.steps.result(self._running, look)
         finally:
-            running.cancel()
+            self._running = self.under_way = None
+        self._note_progress()
+        return done
+
+    def average(self, now: Factors, look: Look = lambda: None) -> tuple[Factors, int]:
+        """The average of all peers, of which this one has ``now``, and how many peers are in it.
+
+        ``factors`` are ``now`` with the last decisions. If rounds are left, this peer leaves them
+        out.
+        """
+        average = self.steps.wait(self._finish(now), look)
+        self._note_progress()
+        return average
+
+    def late(self) -> list[str]:
+        """The neighbours for which this peer waits now."""
+        return self._gossip.exchange.late()
+
+    def state(self) -> dict[str, Any]:
+        """Where the trainer's tensors stand, in types that JSON can hold."""
+        return self.steps.wait(self._state())
+
+    def confirm(self, progress: Progress) -> None:
+        """Remove the messages that only checkpoints before ``progress`` need."""
+        self.steps.wait(self._gossip.confirm(progress))
 
     def close(self) -> None:
         """End the step that runs and all links."""
-        self._loop.start(self._close()).result()
+        self.steps.close()
 
-    async def _open(
-        self, make: Callable[[], PeerGossip], network: Network, around: Callable[[Talk], Talk]
-    ) -> PeerGossip:
-        gossip = make()
-        self._serving = asyncio.create_task(network.serve(around(gossip.exchange.talk)))
-        for end in (self._serving, gossip.exchange.failed):
-            end.add_done_callback(self._ended)
-        return gossip
+    def _note_progress(self) -> None:
+        """What ``factors`` hold, the trainer is about to have."""
+        self.progress = Progress(**vars(self._gossip.progress))
 
-    def _ended(self, end: asyncio.Future[None]) -> None:
-        error = None if end.cancelled() else end.exception()
-        while isinstance(error, ExceptionGroup):  # the first error names the cause
-            error = error.exceptions[0]
-        if error is not None and not self._failed.done():
-            self._failed.set_exception(error)
+    # In the thread of the event loop
 
-    async def _step(self, step: Coroutine[Any, Any, T]) -> T:
-        task = asyncio.current_task()
-        assert task is not None
-        self._steps.add(task)
-        try:
-            return await step
-        finally:
-            self._steps.discard(task)
+    async def _state(self) -> dict[str, Any]:
+        return {
+            "progress": dict(vars(self.progress)),
+            "chain": self.place.ledger.chain(self.progress.position),
+            "belief": self.belief.state(),
+            "under_way": None if self.under_way is None else sorted(self.under_way),
+        }
 
-    async def _close(self) -> None:
-        running = [*self._steps, self._serving]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    async def _round(self, now: Factors, sent: Collection[str]) -> Exchanged:
+        gossip, place = self._gossip, self.place
+        number, self._walked = gossip.progress.rounds_done, now
+        self._take(now)
+        await gossip.mix(sent)
+        self._walked, apart = {}, distance(now, self.factors)
+        names = place.topology.names
+        neighbours = [
+            names[other]
+            for other in place.topology.neighbours(gossip.index, number)
+            if place.ledger.state(number, names[other]) == "committed"
+        ]
+        if gossip.has_rounds_left:
+            await gossip.begin_round()
+        return Exchanged(number, neighbours, apart)
+
+    async def _finish(self, now: Factors) -> tuple[Factors, int]:
+        self._take(now)
+        return await self._gossip.finish()
+
+    def _take(self, now: Factors) -> None:
+        for name, tensor in now.items():
+            self.factors[name].copy_(tensor)
+
+    def _commit(self, progress: Progress) -> None:
+        if not self.belief.holds(progress.rounds_done, self._walked, self.factors):
+            raise RunError(
+                f"{self.place.name} does not take round {progress.rounds_done}: what its neighbours"
+                " sent took its tensors further than any training does; start anew in another"
+                f" folder, without the member that {self.place.log.path} names"
+            )
+
+    def _skip(self, rounds: int) -> None:
+        self.skipped += rounds
+
+    async def _open(self, around: Callable[[Talk], Talk]) -> PeerGossip:
+        place, section = self.place, self.place.section
+
+        def own() -> Factors:
+            return self.factors
+
+        def standing() -> Factors:
+            return self._standing(self.factors)
+
+        exchange = Exchange(
+            name=place.name,
+            manifest=manifest_text(place.manifest),
+            manifest_hash=manifest_hash(place.manifest),
+            ledger=place.ledger,
+            neighbours=place.topology.neighbour_names(place.name),
+            patience=Patience(section.silence_s, section.round_limit_s),
+            messages=place.messages,
+            check=Check(place.messages, self.belief, own, standing),
+            report=self.findings,
+            signatures=place.signatures,
+        )
+        self.steps.serve(asyncio.create_task(place.network.serve(around(exchange.talk))))
+        self.steps.watch(exchange.failed)
+        return PeerGossip(
+            name=place.name,
+            factors=self.factors,
+            topology=place.topology,
+            rule=place.messages.rule,
+            ledger=place.ledger,
+            exchange=exchange,
+            messages=place.messages,
+            rounds=place.messages.rounds,
+            catch_up_after=section.catch_up_after,
+            standing=standing,
+            commit=self._commit,
+            skip=self._skip,
+            clock=time.time,
+            progress=Progress(**vars(self.progress)),
+        )

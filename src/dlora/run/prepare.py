@@ -220,6 +220,8 @@ def prepare(
         "period": config.peers.period if config.peers.rule == "alternate" else None,
         "wire": config.peers.wire,
     }
+    if config.peers.overlap:
+        manifest["overlap"] = True
     if config.lora.placement == "core":
         manifest["lora"]["placement"] = "core"
         manifest["frame"] = digest(model.directions)

@@ -1,37 +1,32 @@
-"""One real peer's run: training, messages and commits that the protocol is handed, and the scores
-at the end.
-"""
+"""One real peer's run: local steps, exchanges and checkpoints, and the scores at the end."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
+from collections.abc import Collection
 from functools import partial
 from typing import Any, cast
 
 import torch
 
 from dlora.config.arms import DEC_LORA
-from dlora.decentralized.peer.belief import Belief, copied
-from dlora.decentralized.peer.check import Check
-from dlora.decentralized.peer.ledger import Ledger
-from dlora.decentralized.peer.life import PeerGossip, Progress
-from dlora.decentralized.peer.word import Signatures
+from dlora.decentralized.peer.belief import Belief
+from dlora.decentralized.peer.life import Progress
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scores
-from dlora.events.kinds import Active, Phase, RoundDone
+from dlora.events.kinds import Phase, RoundDone
 from dlora.events.log import read_log
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
-from dlora.net.loop_thread import LoopThread
-from dlora.net.transport import Network, Talk
+from dlora.net.transport import Talk
 from dlora.run.cloud_of_a_peer import CloudOfAPeer
 from dlora.run.findings import Findings, edge_counts
 from dlora.run.folder import Checkpoint
 from dlora.run.local_round import Training
-from dlora.run.membership import Membership, make_gossip
+from dlora.run.membership import Membership
 from dlora.run.opening import OpenRun
+from dlora.run.place import Place
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
 from dlora.run.tally import Tally
@@ -42,32 +37,14 @@ RUN = DEC_LORA.name
 class PeerRun:
     """The state of one peer between two rounds; it is on disk after each round.
 
-    It is one class because the protocol calls its methods in turn, and they share the state of one
-    round.
+    Its attributes are the parts of a run, which each round needs together.
     """
 
-    def __init__(
-        self,
-        run: OpenRun,
-        ledger: Ledger,
-        network: Network,
-        signatures: Signatures,
-        loop: LoopThread,
-    ) -> None:
-        assert run.own is not None
-        self.run, self.name, self.prepared, self.folder = (
-            run,
-            run.own,
-            run.prepared,
-            run.folder,
-        )
-        self.log, self.stop, self.ledger, self.network = run.log, run.stop, ledger, network
-        name, prepared, log, stored = run.own, run.prepared, run.log, run.stored[RUN]
-        self.signatures, self.loop = signatures, loop
-        # changes of the active set that are not in the log yet, because local steps run in another
-        # thread
-        self.changes: list[Active] = []
-        self.schedules = Schedules(RUN, prepared, self.changes.append)
+    def __init__(self, run: OpenRun, place: Place) -> None:
+        self.run, self.place, self.prepared, self.folder = run, place, run.prepared, run.folder
+        self.log, self.stop, self.name = run.log, run.stop, place.name
+        prepared, log, stored = run.prepared, run.log, run.stored[RUN]
+        self.schedules = Schedules(RUN, prepared, log.emit)
         self.training = Training(prepared, prepared.local_steps, 1, False, self.schedules.scheduled)
         self.spent = run.spent(RUN)
         self.tally = Tally(
@@ -83,31 +60,35 @@ class PeerRun:
         self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
         split = prepared.config.split
         self.cloud = None if split is None else CloudOfAPeer(log, split.cloud)
-        self.findings = Findings(name, prepared.topology.num_peers, log.emit)
-        self.progress = Progress()
-        self.belief = Belief.of(
-            prepared.trained, prepared.config.train.learning_rate * self.training.local_steps[0]
-        )
-        # the factors after the last round's local steps, until they are committed
-        self.walked: Factors = {}
+        # of the last checkpoint
+        self.progress, self.under_way = Progress(), False
         self.round: RoundDone | None = None  # the last round's event
-        self.trained_round: int | None = None  # the round that was trained since the last commit
+        # the number and the losses of local steps that no checkpoint holds yet
+        self.trained: tuple[int, torch.Tensor] | None = None
         self.membership: Membership | None = None  # while it takes part
+        self.taken: Factors = {}  # what the exchange under way began with
+        self.skipped = 0  # rounds that were skipped to catch up with the neighbours
         self.seconds = 0.0  # seconds of training and exchange, with the waiting
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
-            ledger.check(
-                self.progress.position, stored.state.get("chain"), self.progress.since_round
-            )
-            self.tally.load(stored.state, self.progress.rounds_done, 1)
-            # dlora 0.1.0 had no belief in its checkpoints
-            self.belief.load(stored.state.get("belief", {"way": 0.0, "rounds": 0, "seen": {}}))
+            self.under_way = stored.state.get("under_way") is not None
+            self.tally.load(stored.state, self.rounds_trained, 1)
             self.seconds = stored.state["seconds"]
             if before := stored.state["round"]:  # dlora 0.1.0 did not write the kind beside it
                 self.round = cast(RoundDone, {"event": "round", **before})
         self.began_at = time.monotonic() - self.seconds
-        self.losses = torch.full((1,), math.nan)
+
+    @property
+    def rounds_trained(self) -> int:
+        """The rounds whose local steps are in the last checkpoint."""
+        return self.progress.rounds_done + self.under_way
+
+    @property
+    def findings(self) -> Findings:
+        """What was found about the neighbours."""
+        assert self.membership is not None
+        return self.membership.findings
 
     def live(self) -> tuple[Factors, int]:
         """Run all rounds that are left while the network serves.
@@ -119,23 +100,28 @@ class PeerRun:
         self.schedules.tell(
             self.log.tick if any(event["event"] == "units" for event in before) else self.log.emit
         )
-        if self.progress.rounds_done:
+        if self.rounds_trained:
             logged = {event.get("round") for event in before if event["event"] == "round"}
             if self.round and self.round["round"] not in logged:
-                # the process was killed between the commit and its line in the log
+                # the process was killed between the checkpoint and its line in the log
                 self.log.emit(self.round)
-            self.tally.resumed(self.progress.rounds_done)
+            self.tally.resumed(self.rounds_trained)
         self.log.tick(Phase(event="phase", text=self._waiting_for()))
-        self.membership = Membership(self.loop, self._gossip, self.network, self._around)
-        with contextlib.closing(self.membership):
-            gossip, wait = self.membership.gossip, self.membership.wait
-            wait(gossip.join(), self._look)
-            while gossip.has_rounds_left:
-                names = wait(gossip.begin_round())
-                older = Progress(**vars(gossip.progress))  # of the older of two checkpoints
-                wait(gossip.mix(self._train(older.rounds_done, names)))
-                wait(gossip.confirm(older))
-            consensus, num_peers = wait(gossip.finish(), self._look)
+        rate, stored = self.prepared.config.train.learning_rate, self.run.stored[RUN]
+        self.membership = membership = Membership(
+            self.place,
+            self.training.trained,
+            Belief.of(self.prepared.trained, rate * self.training.local_steps[0]),
+            stored.state if stored else None,
+            self.training.participants.standing,
+            self._around,
+        )
+        with contextlib.closing(membership):
+            self._take_part(membership)
+            self._copy()
+            consensus, num_peers = membership.average(self.taken, self._look)
+            self._add_mixed(membership)
+            self._save(membership)
         device = self.prepared.model.device
         return (
             self.training.participants.factors
@@ -143,27 +129,63 @@ class PeerRun:
             num_peers,
         )
 
-    def _gossip(self) -> PeerGossip:
-        return make_gossip(
-            self.prepared.config.peers,
-            self.prepared.messages.rule,
-            name=self.name,
-            manifest=self.run.manifest,
-            topology=self.prepared.topology,
-            rounds=self.prepared.config.train.rounds,
-            messages=self.prepared.messages,
-            ledger=self.ledger,
-            signatures=self.signatures,
-            factors=self.training.trained,
-            standing=self._standing,
-            check=Check(
-                self.prepared.messages, self.belief, lambda: self.training.trained, self._standing
-            ),
-            report=self.findings,
-            commit=self._commit,
-            skip=self._skip,
-            progress=self.progress,
-        )
+    def _take_part(self, membership: Membership) -> None:
+        """Dec-LoRA's rounds: local steps, then the exchange of what they made.
+
+        With overlap, the exchange runs while the next round's local steps do. A checkpoint is
+        written before an exchange begins, so that nobody has heard of a message that a checkpoint
+        does not know.
+        """
+        overlap = self.prepared.config.peers.overlap
+        self._copy()
+        membership.join(self._look)
+        self._add_mixed(membership)
+        if membership.under_way is not None:  # the exchange that the checkpoint tells of
+            self._copy()
+            membership.begin(self.taken, membership.under_way)
+        while membership.has_rounds_left:
+            older = membership.progress  # of the older of two checkpoints
+            sent = self._train(membership.rounds_begun, membership.names)
+            if overlap:
+                self._end_exchange(membership)
+            self._copy()
+            membership.walked(self.taken)
+            if overlap:
+                self._save(membership, sent)
+            membership.begin(self.taken, sent)
+            if not overlap:
+                self._end_exchange(membership)
+                self._save(membership)
+            membership.confirm(older)
+        self._end_exchange(membership)
+
+    def _copy(self) -> None:
+        """Copy the factors as they are now, on the CPU."""
+        trained = self.training.trained
+        self.taken = {name: tensor.to("cpu", copy=True) for name, tensor in trained.items()}
+
+    def _end_exchange(self, membership: Membership) -> None:
+        """Wait for the exchange under way, if there is one, and add what it changed."""
+        if membership.end() is not None:
+            self._add_mixed(membership)
+
+    def _add_mixed(self, membership: Membership) -> None:
+        """Add to the factors what has changed in the membership's since they were copied.
+
+        If rounds were skipped, the optimiser's moments begin anew. The schedule keeps its scores
+        and goes on to the new round.
+        """
+        for name, tensor in self.training.trained.items():
+            tensor.copy_(tensor.cpu() - self.taken[name] + membership.factors[name])
+        if (skipped := membership.skipped - self.skipped) > 0:
+            self.skip(skipped)
+            self.skipped = membership.skipped
+
+    def skip(self, rounds: int) -> None:
+        """Go on after rounds that were skipped."""
+        for group in self.training.participants.groups:
+            group.optimizer.state.clear()
+        self.schedules.skip(rounds)
 
     def _around(self, talk: Talk) -> Talk:
         if self.cloud is None:
@@ -177,11 +199,6 @@ class PeerRun:
             "finished; answering neighbours that are not" if ended else "waiting for the neighbours"
         )
 
-    def _standing(self) -> Factors:
-        """The trained tensors of the factors, without what a schedule has dropped."""
-        standing = self.training.participants.standing()
-        return {name: standing[name] for name in self.training.trained}
-
     def _look(self) -> None:
         """Raise Interrupted if the user stops while nothing is under way."""
         if self.stop():
@@ -191,71 +208,54 @@ class PeerRun:
 
     def gives_up(self) -> bool:
         """Whether a wait for the cloud must end."""
-        failed = self.membership is not None and self.membership.has_failed
-        return self.stop() or failed
-
-    # What the protocol is handed
+        return self.stop() or (self.membership is not None and self.membership.steps.has_failed)
 
     def _train(self, number: int, names: frozenset[str]) -> frozenset[str]:
+        """Take the local steps of a round; returns the tensors that took part."""
         self.run.began = True
         every = self.prepared.config.eval_peers_every or self.prepared.config.eval_every
         due = number and every and number % every == 0
         if due and self.scoring.chosen:  # only its own score: the average exists only at the end
             own = self._own_scores()
             self.tally.scored(number, None, own, 1, self.seconds)
-        before = copied(self.training.trained)
         with self.spent.on("training"):
             losses = self.training.round(number, names)
-        self.walked = copied(self.training.trained)
-        self.belief.walked(before, self.walked)
-        self.losses, self.trained_round = losses, number
-        self._log_changes()
         if not losses.isfinite().all():
             raise RunError(
                 f"the loss of {self.name} is no number any more in round {number}; lower"
                 " train.learning_rate and start anew in another output_dir"
             )
+        self.trained = (number, losses)
         return self.training.participants.took_part()[0]
 
-    def _log_changes(self) -> None:
-        for change in self.changes:
-            self.log.emit(change)
-        self.changes.clear()
+    def _save(self, membership: Membership, under_way: Collection[str] | None = None) -> None:
+        """Write factors, optimiser and progress to disk; then the round is done.
 
-    def _commit(self, progress: Progress) -> None:
-        """Write factors, optimiser and progress to disk; then the round is done."""
-        if not self.belief.holds(progress.rounds_done, self.walked, self.training.trained):
-            raise RunError(
-                f"{self.name} does not save round {progress.rounds_done}: what its neighbours sent"
-                " took its factors further than any training does; start anew in another"
-                " output_dir, without the member that log.jsonl names"
-            )
-        self.seconds = self._count_exchange()
-        last, trained = self.prepared.config.train.rounds, self.trained_round
+        ``under_way``: the tensors that an exchange sends that is about to begin.
+        """
+        self.seconds, trained = self._count_exchange(), self.trained
         if trained is not None:
-            self.round = self.tally.round(trained, self.losses, None, self.seconds)
-        state = self.tally.state(self.seconds, 1) | {
-            "progress": vars(progress),
-            "chain": self.ledger.chain(progress.position),
-            "belief": self.belief.state(),
-            "round": self.round,  # a kill may come between the commit and its line in the log
-        }
+            self.round = self.tally.round(*trained, None, self.seconds)
+        state = self.tally.state(self.seconds, 1) | membership.state()
+        # a kill may come between the checkpoint and its line in the log
+        state |= {"round": self.round, "under_way": under_way and sorted(under_way)}
+        progress, taking_part = membership.progress, self.training.participants
         with self.spent.on("saving"):
-            taking_part = self.training.participants
             self.folder.save(
                 RUN,
                 Checkpoint(
                     progress.rounds_done, taking_part.factors, taking_part.optimizer_state(), state
                 ),
             )
-        self.progress = Progress(**vars(progress))
+        self.progress, self.under_way = progress, under_way is not None
         if trained is None or self.round is None:
-            return  # no round: the peer caught up, or doubts were settled after the last
-        self.trained_round, self.walked = None, {}
+            return  # no round: doubts were settled after the last
+        self.trained = None
         self.log.emit(self.round)
-        if self.stop() and progress.rounds_done < last:
+        last = self.prepared.config.train.rounds
+        if self.stop() and self.rounds_trained < last:
             raise Interrupted(
-                f"{self.name} stopped after round {progress.rounds_done} of {last}, finished and"
+                f"{self.name} stopped after round {self.rounds_trained} of {last}, finished and"
                 " saved"
             )
 
@@ -267,17 +267,6 @@ class PeerRun:
         seconds, counted = time.monotonic() - self.began_at, self.spent.seconds
         self.spent.add("exchange", max(0.0, seconds - sum(counted.values())))
         return seconds
-
-    def _skip(self, rounds: int) -> None:
-        """Skip ``rounds`` rounds after the peer has taken its neighbours' state.
-
-        The optimiser's moments begin anew. The schedule keeps its scores and goes on to the new
-        round.
-        """
-        for group in self.training.participants.groups:
-            group.optimizer.state.clear()
-        self.schedules.skip(rounds)
-        self._log_changes()
 
     # The end
 
@@ -298,7 +287,7 @@ class PeerRun:
             "consensus_peers": num_peers,
             "warnings": self.findings.warnings(num_peers),
             "edges": edge_counts(
-                self.name, self.prepared.topology, self.ledger, self.prepared.config.train.rounds
+                self.name, self.place.topology, self.place.ledger, self.place.messages.rounds
             ),
         }
 
@@ -307,10 +296,10 @@ class PeerRun:
 
     def _bytes_here(self) -> int:
         """Bytes of the serialised frames that this peer sent and received in this process."""
-        traffic = self.network.traffic
+        traffic = self.place.network.traffic
         return sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 
     def _step(self, num_participants: int) -> None:
         if self.membership is not None:
-            self.membership.check()
+            self.membership.steps.check()
         self.tally.step(num_participants)

@@ -67,6 +67,7 @@ class Run:
             self.transport,
             self.transport.wire,
             took_part,
+            overlap=config.peers.overlap and self.arm.talks == "as configured",
         )
         self.rounds_done = 0
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
@@ -108,6 +109,7 @@ class Run:
         while self.rounds_done < config.train.rounds:
             self._round()
             self._after_round()
+        self.gossip.settle()
         consensus, peers = self._score(peers=True)
         if not self.arm.baseline:
             with self.spent.on("saving"):
@@ -168,6 +170,8 @@ class Run:
 
     def _restore(self, stored: Checkpoint) -> None:
         self.participants.load(stored.factors, stored.optimizer)
+        device = self.prepared.model.device
+        self.gossip.pending = {name: tensor.to(device) for name, tensor in stored.pending.items()}
         self.rounds_done = stored.rounds_done
         self.tally.load(stored.state, self.rounds_done, self.group_size)
 
@@ -198,7 +202,11 @@ class Run:
             factors, optimizer = self.participants.factors, self.participants.optimizer_state()
             state = self.tally.state(self.seconds, self.group_size)
             state |= {"log_position": self.log.position, **(due or {})}
-            self.folder.save(self.name, Checkpoint(self.rounds_done, factors, optimizer, state))
+            pending = self.gossip.pending
+            self.folder.save(
+                self.name,
+                Checkpoint(self.rounds_done, factors, optimizer, state, pending=pending),
+            )
 
     def _score(self, peers: bool) -> tuple[Scored, dict[str, Scores]]:
         """Score the average and, if ``peers``, each peer that ``eval_peers`` names."""

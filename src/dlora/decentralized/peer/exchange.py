@@ -137,6 +137,22 @@ class Exchange:
         for other in neighbours:
             self.edges.offer(self.neighbours[other], message)
 
+    def late(self) -> list[str]:
+        """The neighbours for which this peer waits now: edges that are not decided, or else
+        neighbours that are in an earlier round.
+        """
+        round = self.edges.round
+        undecided = [
+            name
+            for name in self.edges.mixing
+            if self.ledger.state(round, name) in (None, "promised")
+        ]
+        return sorted(undecided) or [
+            other.name
+            for other in self.neighbours.values()
+            if other.round is None or other.round < round
+        ]
+
     async def greeted(self, limit_s: float) -> None:
         """Return when every neighbour has said its round or was refused, at the latest after
         ``limit_s``.

@@ -1,51 +1,23 @@
-"""Who a training script is among its neighbours, and what it keeps and uses while it takes part."""
+"""Who a training script is among its neighbours, and where it keeps its messages."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlora.config.peers_file import PeersFile
-from dlora.decentralized.mixing import Rule
-from dlora.decentralized.peer.ledger import Ledger
-from dlora.decentralized.peer.word import Signatures
-from dlora.decentralized.topology import Topology, build_topology
+from dlora.decentralized.peer.messages import TensorMessages
+from dlora.decentralized.topology import build_topology
 from dlora.errors import ConfigError
 from dlora.events.log import RunLog
 from dlora.identity.federation import FederationFile
 from dlora.identity.keys import Identity
-from dlora.identity.signatures import MemberSignatures
-from dlora.net.grpc import GrpcNetwork
-from dlora.net.listen_address import (
-    certificate_teller,
-    check_listen,
-    listen_address,
-    refusal_teller,
-)
-from dlora.net.loop_thread import LoopThread
-from dlora.net.transport import Network
+from dlora.net.listen_address import check_listen, listen_address
 from dlora.run.lock import sole_use
-from dlora.wire.peer.codec import PEERS
-
-
-@dataclass(kw_only=True)
-class Place:
-    """What one peer keeps and uses while it takes part."""
-
-    name: str
-    section: PeersFile
-    topology: Topology
-    rule: Rule
-    manifest: Mapping[str, Any]
-    ledger: Ledger
-    network: Network
-    signatures: Signatures
-    log: RunLog
-    loop: LoopThread
+from dlora.run.place import Place, placed
 
 
 class Member:
@@ -84,7 +56,9 @@ class Member:
         return Path(self.section.state_dir, self.name)
 
     @contextlib.contextmanager
-    def placed(self, rule: Rule, manifest: Callable[[], Mapping[str, Any]]) -> Iterator[Place]:
+    def placed(
+        self, messages: TensorMessages, manifest: Callable[[], Mapping[str, Any]]
+    ) -> Iterator[Place]:
         """Open the ledger and the log in the state folder, which is this process's alone.
 
         ``manifest()`` is called when it is.
@@ -93,31 +67,20 @@ class Member:
             check_listen(self.listen, "listen")
         with (
             sole_use(self.folder),
-            contextlib.closing(Ledger(self.folder)) as ledger,
             RunLog(self.folder / "log.jsonl") as log,
-            LoopThread() as loop,
-        ):
-            network = GrpcNetwork(
+            placed(
                 self.identity,
                 self.federation,
-                self.topology.neighbour_names(self.name),
                 self.listen,
-                PEERS,
-                refusal_teller(log),
-                on_certificate=certificate_teller(log),
-            )
-            yield Place(
-                name=self.name,
+                ledger=self.folder,
                 section=self.section,
                 topology=self.topology,
-                rule=rule,
+                messages=messages,
                 manifest=manifest(),
-                ledger=ledger,
-                network=network,
-                signatures=MemberSignatures(self.identity, self.federation),
                 log=log,
-                loop=loop,
-            )
+            ) as place,
+        ):
+            yield place
 
 
 def _section(peers: str | Path | PeersFile) -> PeersFile:

@@ -1,0 +1,165 @@
+"""`peers.overlap`: the exchange of a round runs while the next local steps do, and what it changes
+is added one round later. Laws 5 and 10, and the mean over peers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dlora
+from dlora.config.run import PeersSection, TopologySection
+from dlora.decentralized.gossip import Gossip
+from dlora.decentralized.mixing import build_rule
+from dlora.decentralized.topology import build_topology
+from dlora.net.counting import MemoryTransport
+from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
+from kit.scheduled_peers import KR, MakeConfig, Peers, federation
+from kit.script_peers import Sites
+from kit.updates import UPDATE_BOUND, assert_same, update_of
+
+pytestmark = pytest.mark.usefixtures("no_page")
+ALL: dict[str, Any] = {"kind": "all"}
+OVERLAP: dict[str, Any] = {"peers.overlap": True}
+
+
+def test_a_difference_is_added_one_round_later_and_the_mean_is_kept() -> None:
+    """x <- x + local steps + (W - I) of what was sent a round before."""
+    topology = build_topology(TopologySection(), None, ["a", "b", "c", "d"])
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(5, 4, 3, generator=generator, dtype=torch.float64)
+    factors = {"x": torch.zeros(4, 3, dtype=torch.float64)}
+    rule = build_rule(PeersSection())
+    gossip = Gossip(
+        factors, topology, rule, MemoryTransport(torch.float64), torch.float64, overlap=True
+    )
+    expected, late = torch.zeros_like(factors["x"]), torch.zeros_like(factors["x"])
+    for number, step in enumerate(steps):
+
+        def train(names: frozenset[str], step: Tensor = step) -> Tensor:
+            factors["x"] += step
+            return torch.zeros(4)
+
+        gossip.round(number, train)
+        expected = expected + step + late
+        late = torch.tensor(topology.mixing(number)) @ expected - expected
+        torch.testing.assert_close(factors["x"], expected)
+    gossip.settle()
+    torch.testing.assert_close(factors["x"], expected + late)
+    torch.testing.assert_close(factors["x"].mean(0), steps.sum(0).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more"),
+    [
+        (ALL, {"train.optimizer": "adamw"}),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [
+                (ALL, {"train.optimizer": "sgd", "peers.wire": "bfloat16"}),
+                (ALL, {"peers.rule": "alternate", "peers.period": 1}),
+                ({**KR, "on_kill": "drop"}, {}),
+            ]
+        ),
+    ],
+)
+def test_peers_are_their_simulation(
+    make_config: MakeConfig, tmp_path: Path, schedule: dict[str, Any], more: dict[str, Any]
+) -> None:
+    config = federation(make_config, schedule, **more, **OVERLAP)
+    dlora.simulate(config)
+    peers = Peers(config, tmp_path / "peers")
+    peers.run()
+    for name, own in peers.configs.items():
+        for adapter in ("consensus", f"peers/{name}"):
+            update, reference = (
+                update_of(config, Path(folder, adapter))
+                for folder in (own.output_dir, config.output_dir)
+            )
+            assert_same(update, reference, UPDATE_BOUND["adamw"], config.task)
+
+
+def test_a_resumed_simulation_is_the_uninterrupted_one(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = federation(make_config, ALL, **OVERLAP, save_every=1)
+    whole, broken = (
+        config.model_copy(update={"output_dir": str(tmp_path / kind)})
+        for kind in ("whole", "broken")
+    )
+    dlora.simulate(whole)
+    with pytest.raises(dlora.Interrupted):
+        dlora.simulate(broken, stop=stop_after(2))
+    dlora.simulate(broken, resume=True)
+    assert_identical(factors_of(broken), factors_of(whole))
+    assert_identical(optimizer_of(broken), optimizer_of(whole))
+    assert story(broken) == story(whole)
+    for adapter in ("consensus", "peers/north"):
+        assert_identical(
+            *(update_of(one, Path(one.output_dir, adapter)) for one in (broken, whole))
+        )
+
+
+def test_peers_that_stop_and_go_on_end_as_if_they_had_not(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """They stop while an exchange is under way: it is in no checkpoint, but that it began is."""
+    config = federation(make_config, ALL, 2, **OVERLAP)
+    whole, broken = Peers(config, tmp_path / "whole"), Peers(config, tmp_path / "broken")
+    whole.run()
+    broken.run(gate=2)
+    assert not broken.results
+    broken.run(resume=True)
+    for name, own in broken.configs.items():
+        assert_identical(factors_of(own), factors_of(whole.configs[name]))
+        assert_identical(optimizer_of(own), optimizer_of(whole.configs[name]))
+        assert_identical(broken.adapter(name, "consensus"), whole.adapter(name, "consensus"))
+
+
+def test_a_script_goes_on_from_a_checkpoint_made_while_an_exchange_ran(tmp_path: Path) -> None:
+    """East stops after its third round, whose exchange runs, and goes on from a checkpoint of the
+    second: no round is left out, and the sum over sites lacks the lost local steps only.
+    """
+    names, rounds = ("east", "north", "west"), 6
+    sites = Sites(tmp_path, names, rounds=rounds, silence_s=30, overlap=True)
+
+    def step(name: str, number: int) -> Tensor:
+        drawn = torch.Generator().manual_seed(100 * names.index(name) + number)
+        return torch.randn(5, generator=drawn)
+
+    def script(name: str) -> tuple[Tensor, int]:
+        value, first, checkpoint, calls = nn.Parameter(torch.zeros(5)), 0, None, 0
+        for lives in (3, rounds) if name == "east" else (rounds,):
+            peer = sites.peer(name)
+            if checkpoint is not None:
+                first, value = checkpoint[0], nn.Parameter(checkpoint[1])
+                peer.load_state_dict(checkpoint[2])
+            with peer.joined({"value": value}):
+                for number in range(first, lives):
+                    assert peer.has_rounds_left
+                    with torch.no_grad():
+                        value.add_(step(name, number))
+                    peer.mix()
+                    calls += 1
+                    if number == 1:
+                        saved = value.detach().clone(), peer.state_dict()
+                        checkpoint = (number + 1, *saved)
+                if lives == rounds:
+                    assert not peer.has_rounds_left
+                    peer.average()
+        return value.detach(), calls
+
+    told = sites.run(script)
+    assert {name: calls for name, (_, calls) in told.items()} == {
+        "east": 3 + 4,
+        "north": rounds,
+        "west": rounds,
+    }
+    steps = [step(name, number) for name in names for number in range(rounds)]
+    total = torch.stack([value for value, _ in told.values()]).sum(0)
+    assert torch.allclose(total, torch.stack(steps).sum(0), atol=1e-5)
+    sites.assert_agreed()
