@@ -19,6 +19,7 @@ import dlora
 from dlora.config.run import Config
 from dlora.data.formats import Example
 from dlora.errors import ConfigError
+from dlora.events.log import read_log
 from dlora.run.prepare import prepare
 from kit.processes import FORKS, until
 from kit.script_peers import LOCK, Sites
@@ -154,13 +155,19 @@ def in_processes(
 
 
 @pytest.mark.parametrize(
-    "dies_at", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4]
+    ("dies_at", "overlap"),
+    [
+        (4, False),
+        *(pytest.param(*late, marks=pytest.mark.slow) for late in [(1, False), (3, True)]),
+    ],
 )
 def test_a_kill_and_resume_from_checkpoint_keep_every_edge(
-    config: Config, tmp_path: Path, dies_at: int
+    config: Config, tmp_path: Path, dies_at: int, overlap: bool
 ) -> None:
-    """East dies before the first mix, before another one, or after one that no checkpoint holds."""
-    sites = Sites(tmp_path, NAMES, rounds=4, silence_s=20, round_limit_s=60)
+    """East dies before the first mix, before another one, whose exchange may run beside the
+    training, or after one that no checkpoint holds. All rounds are mixed.
+    """
+    sites = Sites(tmp_path, NAMES, rounds=4, silence_s=20, round_limit_s=60, overlap=overlap)
 
     def plan(start: Callable[[int], Any]) -> None:
         first = start(dies_at)
@@ -173,6 +180,9 @@ def test_a_kill_and_resume_from_checkpoint_keep_every_edge(
         assert second.exitcode == 0
 
     in_processes(config, sites, plan)
+    for name in NAMES:
+        log = read_log(sites.folder / "state" / name / "log.jsonl")
+        assert {event["round"] for event in log if event["event"] == "mixed"} == set(range(4))
 
 
 @pytest.mark.slow
