@@ -60,6 +60,17 @@ STUDIES = {
         ],
     },
 }
+# what it costs to add a round's exchange one round later
+STUDIES["overlap"] = {
+    f"{name}{'-overlap' if overlap else ''}": [
+        *more,
+        "eval_every=0",
+        "eval_peers=none",
+        f"peers.overlap={str(overlap).lower()}",
+    ]
+    for name, more in {"iid": [], "dirichlet-0.1": DIRICHLET}.items()
+    for overlap in (False, True)
+}
 # percent; `print_bytes` says what was sent until the average first reached them
 TARGETS = (70.0, 75.0)
 

@@ -195,7 +195,7 @@ def test_who_delivers_again_is_waited_for_again(tmp_path: Path) -> None:
 
 def test_what_no_neighbour_sent_is_not_judged() -> None:
     own, theirs = {"A": torch.ones(3), "B": torch.zeros(3)}, {"A": torch.ones(3) * 1.1}
-    spread = widened({}, own, theirs)
+    spread = widened({}, {"A": float((theirs["A"] - own["A"]).norm())})
     assert too_far(spread, 4, own, {"A": -torch.ones(3), "B": torch.full((3,), 1e9)}) == ["A"]
     assert too_far(spread, 4, own, {"A": torch.zeros(3), "B": torch.zeros(3)}) == [], (
         "a unit that the others have dropped"

@@ -51,6 +51,19 @@ def test_a_number_that_is_not_finite_is_not_sent(tmp_path: Path) -> None:
     assert not [*(tmp_path / "state" / "east" / "sent").iterdir()]
 
 
+def test_a_number_that_is_too_large_for_the_wire_is_not_sent(tmp_path: Path) -> None:
+    sites = Sites(tmp_path, NAMES[:1], rounds=1, wire="bfloat16")
+    value = nn.Parameter(torch.ones(3))
+    with (peer := sites.peer("east")).joined({"value": value}):
+        with torch.no_grad():
+            value[1] = 3.4e38  # rounded to bfloat16 it is infinite
+        with pytest.raises(
+            RunError, match="cannot be sent in round 0: value holds a value that is"
+        ):
+            peer.mix()
+    assert not [*(tmp_path / "state" / "east" / "sent").iterdir()]
+
+
 def test_a_long_wait_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dlora.run.script_peer.TOLD_S", 0.1)
     sites, told = Sites(tmp_path, NAMES, rounds=1), threading.Event()

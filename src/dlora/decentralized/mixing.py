@@ -135,11 +135,15 @@ def _differences(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> Tensor
 @torch.no_grad()
 def mix_edge(
     factors: Factors, weight: float, sent: Mapping[str, Tensor], received: Mapping[str, Tensor]
-) -> None:
+) -> dict[str, float]:
     """Mix one peer's ``factors``, (1, ...) each, over one committed edge, in place.
 
-    ``weight``: the neighbour weight. A tensor that only one end sent is not mixed.
+    ``weight``: the neighbour weight. A tensor that only one end sent is not mixed. Returns for each
+    mixed tensor the norm of the difference between the two ends.
     """
+    apart = {}
     for name in sent.keys() & received.keys():
-        change = received[name] - sent[name]
-        factors[name] += change.mul_(weight).to(factors[name].device)
+        difference = received[name] - sent[name]
+        apart[name] = difference.norm().item()
+        factors[name].add_(difference.to(factors[name].device), alpha=weight)
+    return apart

@@ -7,15 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dlora.wire.tensors import encode
+from dlora.wire.tensors import message_num_bytes
 
 
 class MemoryTransport:
     """Counts the messages between participants that are stacked in one process.
 
     ``bytes_on_wire`` is the number of bytes of all serialised messages in both directions. Messages
-    with the same names have the same shapes and dtype, and so the same length. Only one of them is
-    serialised to get that length.
+    with the same names have the same shapes and dtype, and so the same length.
     """
 
     def __init__(self, wire: torch.dtype = torch.float32, bytes_on_wire: int = 0) -> None:
@@ -39,8 +38,8 @@ class MemoryTransport:
             for end in edge:
                 held = tuple(name for name in sent if names is None or name in names[end])
                 if held not in self._message_bytes:
-                    self._message_bytes[held] = len(
-                        encode({name: sent[name][0] for name in held}, self.wire)
+                    self._message_bytes[held] = message_num_bytes(
+                        {name: (self.wire, tuple(sent[name].shape[1:])) for name in held}
                     )
                 self.bytes_on_wire += self._message_bytes[held]
         return edges

@@ -59,6 +59,8 @@ class Membership:
     average is taken, without what a schedule has dropped. ``around`` replaces the conversation with
     a neighbour by one that calls it. Raises RunError if the ledger lacks what must be added to the
     trainer's tensors.
+
+    Its attributes are the parts of the gossip, and what the exchange that runs began with.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class Membership:
         self.factors = {name: tensor.to("cpu", copy=True) for name, tensor in start.items()}
         self.skipped = 0  # rounds that were skipped to catch up with the neighbours
         self._standing = standing
-        self._walked: Factors = {}  # what the round that runs sends, until it is committed
+        self._now: Factors = {}  # what the exchange that runs began with, until it is committed
+        self._moved = 0.0  # how far it moved the factors
         self._running: Future[Exchanged] | None = None
         # they fail with the network or with this peer's own disk
         self.steps = Steps(place.loop)
@@ -193,10 +196,10 @@ class Membership:
 
     async def _round(self, now: Factors, sent: Collection[str]) -> Exchanged:
         gossip, place = self._gossip, self.place
-        number, self._walked = gossip.progress.rounds_done, now
+        number = gossip.progress.rounds_done
         self._take(now)
         await gossip.mix(sent)
-        self._walked, apart = {}, distance(now, self.factors)
+        self._now = {}
         names = place.topology.names
         neighbours = [
             names[other]
@@ -205,18 +208,20 @@ class Membership:
         ]
         if gossip.has_rounds_left:
             await gossip.begin_round()
-        return Exchanged(number, neighbours, apart)
+        return Exchanged(number, neighbours, self._moved)
 
     async def _finish(self, now: Factors) -> tuple[Factors, int]:
         self._take(now)
         return await self._gossip.finish()
 
     def _take(self, now: Factors) -> None:
+        self._now = now
         for name, tensor in now.items():
             self.factors[name].copy_(tensor)
 
     def _commit(self, progress: Progress) -> None:
-        if not self.belief.holds(progress.rounds_done, self._walked, self.factors):
+        self._moved = distance(self._now, self.factors)
+        if not self.belief.holds(progress.rounds_done, self._moved):
             raise RunError(
                 f"{self.place.name} does not take round {progress.rounds_done}: what its neighbours"
                 " sent took its tensors further than any training does; start anew in another"

@@ -28,7 +28,7 @@ from dlora.model.load import body_maker, load_model, load_tokenizer
 from dlora.run.core_directions import handed_directions, kept_directions, whole_directions
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half, load_half
-from dlora.wire.tensors import encode
+from dlora.wire.tensors import message_num_bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ class Prepared:
     @property
     def message_bytes(self) -> int:
         """Bytes of one serialised message with all tensors that train."""
-        return len(encode(self.trained, WIRE_DTYPES[self.config.peers.wire]))
+        wire = WIRE_DTYPES[self.config.peers.wire]
+        return message_num_bytes(
+            {name: (wire, tuple(tensor.shape)) for name, tensor in self.trained.items()}
+        )
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:

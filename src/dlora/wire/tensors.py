@@ -100,11 +100,16 @@ def _decode(buffer: bytearray | mmap.mmap, expected: Expected) -> dict[str, Tens
         tensor = torch.frombuffer(
             buffer, dtype=dtype, count=math.prod(shape), offset=8 + header_bytes + starts[name]
         )
-        # a sum is faster than a look at each number; it may overflow though all are finite
-        if not tensor.sum().isfinite() and not tensor.isfinite().all():
-            raise MessageError(f"{name} holds a value that is not finite")
+        check_finite(name, tensor)
         tensors[name] = tensor.view(shape)
     return tensors
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise MessageError if the tensor ``name`` holds a value that is not finite."""
+    # a sum is faster than a look at each number; it may overflow though all are finite
+    if not tensor.sum().isfinite() and not tensor.isfinite().all():
+        raise MessageError(f"{name} holds a value that is not finite")
 
 
 def _header(text: bytes | bytearray) -> object:

@@ -167,9 +167,8 @@ class PeerGossip:
             if self.rule.sends(name, number) and name in names
         }
         message = round_message(number)
-        kept = self.ledger.keep(message, self.messages.encode(message, sent))
         try:
-            self.messages.decode(message, kept.path)
+            self.ledger.keep(message, self.messages.encode(message, sent))
         except ValueError as error:
             raise RunError(
                 f"the factors of {self.name} cannot be sent in round {number}: {error}; lower"
@@ -211,8 +210,8 @@ class PeerGossip:
             name = round_message(due.round)
             own = sent.get(name) or self.messages.decode(name, due.own)
             sent, theirs = {name: own}, self.messages.decode(name, due.theirs)
-            mix_edge(self.factors, float(weight), own, theirs)
-            self.progress.spread = widened(self.progress.spread, own, theirs)
+            apart = mix_edge(self.factors, float(weight), own, theirs)
+            self.progress.spread = widened(self.progress.spread, apart)
             mixed += 1
         self.progress.position = position
         return mixed

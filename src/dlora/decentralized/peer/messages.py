@@ -18,7 +18,14 @@ from torch import Tensor
 
 from dlora.decentralized.mixing import Rule
 from dlora.decentralized.peer.messages_on_disk import round_of
-from dlora.wire.tensors import Expected, decode_tensors, encode, held, message_num_bytes
+from dlora.wire.tensors import (
+    Expected,
+    check_finite,
+    decode_tensors,
+    encode,
+    held,
+    message_num_bytes,
+)
 
 WIRE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # messages of the end of a run; always float32, because no later mixing reduces their rounding error
@@ -35,7 +42,7 @@ class Messages(Protocol):
         """
 
     def encode(self, message: str, tensors: Mapping[str, Tensor]) -> bytes:
-        """The bytes of that message."""
+        """The bytes of that message. Raises ValueError if a value on the wire is not finite."""
 
     def decode(self, message: str, path: Path) -> Mapping[str, Tensor]:
         """The tensors of a message.
@@ -97,7 +104,10 @@ class TensorMessages:
     def encode(self, message: str, tensors: Mapping[str, Tensor]) -> bytes:
         """See `Messages.encode`."""
         wire = torch.float32 if message in REDUCTION else self.wire
-        return encode({name: tensor[0] for name, tensor in tensors.items()}, wire)
+        sent = {name: tensor[0].to(wire) for name, tensor in tensors.items()}
+        for name, tensor in sent.items():
+            check_finite(name, tensor)
+        return encode(sent, wire)
 
     def decode(self, message: str, path: Path) -> dict[str, Tensor]:
         """The tensors of a message in float32.

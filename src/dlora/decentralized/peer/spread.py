@@ -9,15 +9,13 @@ from torch import Tensor
 FADES = 0.9  # factor by which each round reduces a difference seen before
 
 
-def widened(
-    spread: Mapping[str, float], own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """``spread`` after one more message of a neighbour.
+def widened(spread: Mapping[str, float], apart: Mapping[str, float]) -> dict[str, float]:
+    """``spread`` after one more edge, whose ends are ``apart``.
 
-    It is tensor name -> the largest norm of the difference to a neighbour's tensor.
+    Both are tensor name -> norm of the difference to a neighbour's tensor; ``spread`` has the
+    largest.
     """
-    seen = {name: float((theirs[name] - own[name]).norm()) for name in own.keys() & theirs.keys()}
-    return {**spread, **{name: max(spread.get(name, 0.0), value) for name, value in seen.items()}}
+    return {**spread, **{name: max(spread.get(name, 0.0), value) for name, value in apart.items()}}
 
 
 def faded(spread: Mapping[str, float]) -> dict[str, float]:
