@@ -17,6 +17,7 @@ therefore slower, and there is none about a unit that no two neighbours ever hav
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,6 +28,10 @@ from torch import Tensor
 
 from dlora.config.run import PeersSection
 from dlora.lora.factors import Factors
+
+# numbers of all peers that are mixed at once; with two copies they stay in a core's cache (measured
+# on 1,000 peers: 2.0 times a plain add_, 6 times if all are mixed at once)
+BLOCK = 1 << 18
 
 
 class Rule(Protocol):
@@ -107,29 +112,54 @@ def mix(
     """x_i += sum_j w_ij (sent_j - sent_i), for all peers i at once and in place, over the
     ``committed`` edges (i < j).
 
-    ``factors`` and ``sent`` are (P, ...) each; ``mixing`` is the round's (P, P) matrix, row =
-    receiver. ``names``: for each peer, the tensors that it sent; None: all. An edge mixes a tensor
-    that both its ends sent. For each tensor the matrix is then still symmetric with rows that sum
-    to one.
+    ``factors`` and ``sent`` are (P, ...) each, and may be the same tensors. ``mixing`` is the
+    round's (P, P) matrix, row = receiver. ``names``: for each peer, the tensors that it sent; None:
+    all. An edge mixes a tensor that both its ends sent. For each tensor the matrix is then still
+    symmetric with rows that sum to one.
+
+    It costs what the edges cost. A block of columns that the cache holds is read once, and its
+    change is added in place.
     """
     edges = list(committed)
+    changes: dict[Sequence[tuple[int, int]], Tensor] = {}  # tensors over the same edges share one
     for name, message in sent.items():
-        both_sent = [
+        both_sent = tuple(
             (i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])
-        ]
-        # Rows sum to zero, so subtracting peer 0's value from all changes nothing in exact
-        # arithmetic. It keeps the multiplied numbers small: the rounding error is small relative to
-        # the change and not only to the value, and it is zero if all peers are the same.
-        change = _differences(mixing, both_sent).to(message) @ (message - message[0]).flatten(1)
-        factors[name] += change.view(factors[name].shape)
+        )
+        if not both_sent:
+            continue
+        if both_sent not in changes:
+            changes[both_sent] = _differences(mixing, both_sent, message)
+        num_peers = len(mixing)
+        into_PN, sent_PN = factors[name].view(num_peers, -1), message.reshape(num_peers, -1)
+        width = max(64, BLOCK // num_peers)
+        for start in range(0, sent_PN.shape[1], width):
+            into, here = (tensor[:, start : start + width] for tensor in (into_PN, sent_PN))
+            # Rows sum to zero, so subtracting peer 0's value from all changes nothing in exact
+            # arithmetic. It keeps the multiplied numbers small: the rounding error is small
+            # relative to the change and not only to the value, and it is zero if all peers are the
+            # same.
+            torch.addmm(into, changes[both_sent], here - here[0], out=into)
 
 
-def _differences(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> Tensor:
-    """(P, P): row i times x is sum_j w_ij (x_j - x_i) over ``edges``."""
-    weights = np.zeros_like(mixing)
-    for i, j in edges:
-        weights[i, j], weights[j, i] = mixing[i, j], mixing[j, i]
-    return torch.from_numpy(weights - np.diag(weights.sum(axis=1)))
+def _differences(mixing: np.ndarray, edges: Iterable[tuple[int, int]], like: Tensor) -> Tensor:
+    """(P, P), sparse: row i times x is sum_j w_ij (x_j - x_i) over ``edges``."""
+    places = [place for i, j in edges for place in ((i, j), (j, i), (i, i), (j, j))]
+    weights = [
+        w for i, j in edges for w in (mixing[i, j], mixing[j, i], -mixing[i, j], -mixing[j, i])
+    ]
+    matrix = torch.sparse_coo_tensor(
+        torch.tensor(places, dtype=torch.int64).view(-1, 2).T,
+        torch.tensor(weights, dtype=torch.float64),
+        mixing.shape,
+        check_invariants=True,
+    ).coalesce()
+    matrix = matrix.to(like.device, like.dtype)
+    if like.device.type == "cpu" and not torch.backends.mkl.is_available():
+        return matrix
+    with warnings.catch_warnings():  # this form is three times as fast, and torch calls it beta
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        return matrix.to_sparse_csr()
 
 
 @torch.no_grad()

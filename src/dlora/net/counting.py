@@ -34,12 +34,17 @@ class MemoryTransport:
         Each end of an edge sends one message. ``names[p]``: the tensors that participant p sends;
         None: all of ``sent``.
         """
-        for edge in edges:
-            for end in edge:
-                held = tuple(name for name in sent if names is None or name in names[end])
-                if held not in self._message_bytes:
-                    self._message_bytes[held] = message_num_bytes(
-                        {name: (self.wire, tuple(sent[name].shape[1:])) for name in held}
-                    )
-                self.bytes_on_wire += self._message_bytes[held]
+        if names is None:
+            self.bytes_on_wire += 2 * len(edges) * self._num_bytes(tuple(sent), sent)
+            return edges
+        for end in (end for edge in edges for end in edge):
+            held = tuple(name for name in sent if name in names[end])
+            self.bytes_on_wire += self._num_bytes(held, sent)
         return edges
+
+    def _num_bytes(self, held: tuple[str, ...], sent: Mapping[str, Tensor]) -> int:
+        if held not in self._message_bytes:
+            self._message_bytes[held] = message_num_bytes(
+                {name: (self.wire, tuple(sent[name].shape[1:])) for name in held}
+            )
+        return self._message_bytes[held]
