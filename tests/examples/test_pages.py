@@ -72,6 +72,7 @@ DONE = {
         "members: [north, south, west]",
         "import dlora",
         "state = peer.state_dict()",
+        'checkpoint = torch.load("checkpoint.pt")',
         "DLORA_PEERS=peers.yaml",
     ],
 }

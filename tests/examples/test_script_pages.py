@@ -101,10 +101,8 @@ def test_the_page_of_scripts(
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             names = {"torch": torch, "peer": peer, "model": model, "optimizer": optimizer}
             page.python("state = peer.state_dict()", **names, step=20)
-        checkpoint = torch.load("checkpoint.pt")
         again = dlora.Peer()
-        again.load_state_dict(checkpoint["peer"])
-        model.load_state_dict(checkpoint["model"])
+        page.python("checkpoint = torch.load", **names | {"peer": again})
         with again.joined(model):
             assert again.state_dict()["progress"]["rounds_done"] == 1
         assert page.take("dlora local").commands() == [

@@ -302,6 +302,38 @@ def test_sending_waits_for_an_end_that_does_not_read(pair: Pair) -> None:
 # What only a wire with an outside has
 
 
+def test_the_last_frames_of_a_network_that_ends_arrive(grpc_pair: Loopback) -> None:
+    """The other end has not read them yet when their sender's network is cancelled."""
+    got: list[Frame] = []
+
+    async def ends() -> None:
+        said, over = asyncio.Event(), asyncio.Event()
+
+        async def say(name: str, link: Link) -> None:
+            await link.receive()
+            for number in range(1, 6):
+                await link.send(Status(number))
+            said.set()
+            await asyncio.Event().wait()
+
+        async def hear(name: str, link: Link) -> None:
+            await link.send(Status(0))
+            await said.wait()
+            await asyncio.sleep(0.1)  # the sender's network ends meanwhile
+            with contextlib.suppress(LinkDown):
+                while True:
+                    got.append(await link.receive())
+            over.set()
+
+        async with grpc_pair.serve("b", hear):
+            async with grpc_pair.serve("a", say):
+                await said.wait()
+            await over.wait()
+
+    run(ends())
+    assert got == [Status(number) for number in range(1, 6)]
+
+
 def test_either_end_can_open_the_link(grpc_pair: Loopback) -> None:
     async def main() -> None:
         met = asyncio.Barrier(2)

@@ -163,3 +163,32 @@ def test_a_script_goes_on_from_a_checkpoint_made_while_an_exchange_ran(tmp_path:
     total = torch.stack([value for value, _ in told.values()]).sum(0)
     assert torch.allclose(total, torch.stack(steps).sum(0), atol=1e-5)
     sites.assert_agreed()
+
+
+def test_who_missed_the_end_and_who_did_not_go_on_to_one_average(tmp_path: Path) -> None:
+    """East dies before its last round, so north ends with an average of its own. Both go on from
+    checkpoints that were made while an exchange ran.
+    """
+    sites = Sites(tmp_path, ("east", "north"), rounds=3, silence_s=3, overlap=True)
+
+    def script(name: str, start: tuple[int, Tensor, Any], lives: int) -> Any:
+        first, value, state = start[0], nn.Parameter(start[1]), start[2]
+        peer = sites.peer(name)
+        if state is not None:
+            peer.load_state_dict(state)
+        with peer.joined({"value": value}):
+            for number in range(first, lives):
+                with torch.no_grad():
+                    value.add_(float(number + len(name)))
+                peer.mix()
+                if number == 1:
+                    start = (2, value.detach().clone(), peer.state_dict())
+            return start, peer.average()["value"] if lives == 3 else None
+
+    begun = (0, torch.zeros(2), None)
+    with pytest.warns(UserWarning, match="the average is of 1 of 2 peers"):
+        ended = sites.run(lambda name: script(name, begun, 2 if name == "east" else 3))
+    again = sites.run(lambda name: script(name, ended[name][0], 3))
+    assert torch.equal(again["east"][1], again["north"][1])
+    assert not torch.equal(again["north"][1], ended["north"][1])
+    sites.assert_agreed()

@@ -232,15 +232,19 @@ def test_stopped_before_anybody_came_and_resumed_after_the_end(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("topology", "kind"), [("ring", "all"), ("base-k", "all"), ("ring", "kr")])
+@pytest.mark.parametrize(
+    ("topology", "kind", "overlap"),
+    [("ring", "all", True), ("base-k", "all", False), ("ring", "kr", False)],
+)
 def test_kill_9_at_any_instant(
-    tmp_path: Path, model_folder: ModelFolder, topology: str, kind: str
+    tmp_path: Path, model_folder: ModelFolder, topology: str, kind: str, overlap: bool
 ) -> None:
     """Twelve kills at moments drawn by a seed, start-up and the next start-up included."""
     changes = {
         "train.rounds": 100, "train.local_steps": 6, "train.learning_rate": 2e-4,
         "peers.silence_s": PATIENT_S,
         "peers.topology.kind": topology,
+        "peers.overlap": overlap,
         "schedule": {"kind": kind, "active_fraction": 0.4, "period": 40, "warmup_steps": 20},
     }  # fmt: skip
     peers, generator = Federation(tmp_path, model_folder("bert"), changes), random.Random(topology)

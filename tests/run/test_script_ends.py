@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,30 @@ def test_a_script_that_raises_leaves_its_state_folder_free(tmp_path: Path) -> No
 
     # the second attempt of east goes on from its first values, as no checkpoint was made
     assert sites.run(script) == {"east": 3, "north": 2}
+
+
+def test_a_site_that_starts_once_more_after_the_end_gets_the_same_average(tmp_path: Path) -> None:
+    """Also if its script trains on after the last round, and if nobody else is there."""
+    sites = Sites(tmp_path, NAMES, rounds=2, silence_s=2)
+
+    def script(name: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        value = nn.Parameter(torch.ones(3))
+        with (peer := sites.peer(name)).joined({"value": value}):
+            while peer.has_rounds_left:
+                with torch.no_grad():
+                    value.add_(1.0 + NAMES.index(name))
+                peer.mix()
+            state = peer.state_dict()
+            return peer.average()["value"], value.detach().clone(), state
+
+    ended = sites.run(script)
+    for name, (average, value, state) in ended.items():
+        again = nn.Parameter(value + 1)
+        (peer := sites.peer(name)).load_state_dict(state)
+        with pytest.warns(UserWarning, match="begins without"), peer.joined({"value": again}):
+            assert not peer.has_rounds_left
+            assert torch.equal(peer.average()["value"], average)
+    assert torch.equal(ended["east"][0], ended["north"][0])
 
 
 def test_a_number_that_is_not_finite_is_not_sent(tmp_path: Path) -> None:

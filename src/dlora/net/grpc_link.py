@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from dlora.net.options import FLUSH_S
 from dlora.net.slot import Slot
 from dlora.net.transport import LinkDown, Traffic
 from dlora.wire.frame import FrameKind
@@ -61,6 +62,19 @@ class GrpcLink:
         self._closed = True
         self.incoming.close()
         self.outgoing.close()
+
+    async def hang_up(self) -> None:
+        """If this end dialled: say that no more frames come, and wait until the other end has read
+        all of them, at most ``FLUSH_S``.
+
+        gRPC drops what the other end has not read when a dialled call, or a read of it, is
+        cancelled.
+        """
+        if isinstance(self.stream, grpc.aio.StreamStreamCall):
+            with contextlib.suppress(*ENDED, TimeoutError):
+                async with asyncio.timeout(FLUSH_S):
+                    await self.stream.done_writing()
+                    await self.stream.code()  # the other end has hung up as well
 
     async def write(self, traffic: Traffic) -> None:
         """Write outgoing frames to the stream until the link ends, and count them in ``traffic``.

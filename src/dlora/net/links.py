@@ -110,6 +110,7 @@ class Links:
                 finally:
                     link.outgoing.close()
                     await asyncio.wait({writing}, timeout=FLUSH_S)
+                    await link.hang_up()
                     for task in (reading, writing):
                         task.cancel()
                     for failure in await asyncio.gather(reading, writing, return_exceptions=True):

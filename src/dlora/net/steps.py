@@ -1,4 +1,4 @@
-"""Coroutines that a thread waits for, one after the other, beside tasks that serve for ever."""
+"""Coroutines that a thread begins and waits for, beside tasks that serve for ever."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LOOK_S = 0.2  # seconds between two calls of ``look`` in a wait
 
 
 class Steps:
-    """Steps that a thread runs in an event loop; `close` ends the one that runs, and what serves.
+    """Steps that a thread runs in an event loop; `close` ends those that run, and what serves.
 
-    If what serves fails, each wait ends with its error.
+    If a step or what serves fails, each later wait ends with its error.
     """
 
     def __init__(self, loop: LoopThread) -> None:
@@ -28,11 +28,11 @@ class Steps:
 
     @property
     def has_failed(self) -> bool:
-        """Whether what serves has failed."""
+        """Whether a step, or what serves, has failed."""
         return self._failed.done()
 
     def check(self) -> None:
-        """Raise the error of what serves, if it has failed."""
+        """Raise the error of the step, or of what serves, that has failed."""
         if self._failed.done():
             self._failed.result()
 
@@ -41,7 +41,7 @@ class Steps:
         self._tasks.add(task)
         self.watch(task)
 
-    def watch(self, end: asyncio.Future[None]) -> None:
+    def watch(self, end: asyncio.Future[Any]) -> None:
         """Fail when ``end`` does; call it in the loop."""
         end.add_done_callback(self._ended)
 
@@ -56,25 +56,22 @@ class Steps:
     def result(self, running: Future[T], look: Look = lambda: None) -> T:
         """Wait for a step and return its result.
 
-        ``look`` is called five times a second meanwhile; an error in it ends the step. Raises the
-        step's error, or that of what serves.
+        ``look`` is called five times a second meanwhile; an error in it ends the wait, and not the
+        step. Raises the step's error, or that of what serves.
         """
         ends: tuple[Future[Any], ...] = (running, self._failed)
-        try:
-            while not running.done():
-                concurrent.futures.wait(ends, LOOK_S, FIRST_COMPLETED)
-                if not running.done():
-                    self.check()
-                    look()
-            return running.result()
-        finally:
-            running.cancel()
+        while not running.done():
+            concurrent.futures.wait(ends, LOOK_S, FIRST_COMPLETED)
+            if not running.done():
+                self.check()
+                look()
+        return running.result()
 
     def close(self) -> None:
-        """End the step that runs and what serves."""
+        """End the steps that run, and what serves."""
         self._loop.start(self._close()).result()
 
-    def _ended(self, end: asyncio.Future[None]) -> None:
+    def _ended(self, end: asyncio.Future[Any]) -> None:
         error = None if end.cancelled() else end.exception()
         while isinstance(error, ExceptionGroup):  # the first error names the cause
             error = error.exceptions[0]
@@ -85,10 +82,9 @@ class Steps:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        try:
-            return await step
-        finally:
-            self._tasks.discard(task)
+        task.add_done_callback(self._tasks.discard)
+        self.watch(task)
+        return await step
 
     async def _close(self) -> None:
         tasks = [*self._tasks]

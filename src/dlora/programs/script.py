@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dlora.config.peers_file import PeersFile
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
-from dlora.errors import RunError
+from dlora.errors import ConfigError, RunError
 from dlora.lora.factors import Factors
 from dlora.run.ranks import Ranks
 from dlora.run.script_manifest import adapter_facts, script_manifest, start_values
@@ -199,12 +199,15 @@ class Peer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: ``state`` is what `state_dict` returned when it was made.
 
-        Load the tensors of the same checkpoint into the model, then call `joined`.
+        Load the tensors of the same checkpoint into the model, then call `joined`. Raises
+        ConfigError if ``state`` is something else.
         """
         if self._ranks is not None:
             raise RunError(
                 "load_state_dict comes before joined, with the tensors of the checkpoint"
             )
+        if not isinstance(state, Mapping) or not {"progress", "chain", "belief"} <= state.keys():
+            raise ConfigError("load_state_dict takes what state_dict returned, and got other keys")
         self._loaded = dict(state)
 
     def saved(self, state: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -72,6 +73,8 @@ class PeerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # u
         }
         self.peer = Peer(**self._given)
         self._joined = contextlib.ExitStack()
+        # a training that ends with an error or Ctrl-C calls no hook
+        atexit.register(self._joined.close)
         self._taking_part = False
         # positions of the tensors now, of the last checkpoint, and of the one before it
         self._now: dict[str, Any] | None = None

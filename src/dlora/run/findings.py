@@ -14,11 +14,18 @@ from dlora.events.neighbours import NeighbourEvent
 class Findings:
     """Receives the exchange's reports and passes them on to ``emit``.
 
-    It keeps the first report of each kind about each neighbour.
+    It keeps the first report of each kind about each neighbour. ``again``: how a user starts peers
+    again.
     """
 
-    def __init__(self, name: str, num_peers: int, emit: Callable[[NeighbourEvent], object]) -> None:
-        self.name, self.num_peers, self.emit = name, num_peers, emit
+    def __init__(
+        self,
+        name: str,
+        num_peers: int,
+        emit: Callable[[NeighbourEvent], object],
+        again: str = "with --resume",
+    ) -> None:
+        self.name, self.num_peers, self.emit, self.again = name, num_peers, emit, again
         self._found: dict[tuple[str, str], str] = {}
 
     def __call__(self, event: NeighbourEvent) -> None:
@@ -56,7 +63,7 @@ class Findings:
         if num_averaged < self.num_peers:
             found.append(
                 f"the average is of {num_averaged} of {self.num_peers} peers; once the others are"
-                " back, start all of them again with --resume"
+                f" back, start all of them again {self.again}"
             )
         return found
 

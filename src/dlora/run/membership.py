@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -57,8 +58,8 @@ class Membership:
     ``start``: the trainer's tensors. ``state``: what `state` returned when the trainer made the
     checkpoint from which it goes on; None: it begins. ``standing(factors)``: the factors whose
     average is taken, without what a schedule has dropped. ``around`` replaces the conversation with
-    a neighbour by one that calls it. Raises RunError if the ledger lacks what must be added to the
-    trainer's tensors.
+    a neighbour by one that calls it. ``again``: how a user starts peers again. Raises RunError if
+    the ledger lacks what must be added to the trainer's tensors.
 
     Its attributes are the parts of the gossip, and what the exchange that runs began with.
     """
@@ -71,6 +72,7 @@ class Membership:
         state: Mapping[str, Any] | None,
         standing: Callable[[Factors], Factors] = lambda factors: factors,
         around: Callable[[Talk], Talk] = lambda talk: talk,
+        again: str = "with --resume",
     ) -> None:
         self.place, self.belief = place, belief
         self.progress = Progress(**state["progress"]) if state else Progress()
@@ -83,7 +85,7 @@ class Membership:
             belief.load(state.get("belief", NO_BELIEF))
         # the tensors that the exchange under way sent when the checkpoint was made, if one was
         self.under_way: Collection[str] | None = state.get("under_way") if state else None
-        self.findings = Findings(place.name, place.topology.num_peers, place.log.emit)
+        self.findings = Findings(place.name, place.topology.num_peers, place.log.emit, again)
         self.factors = {name: tensor.to("cpu", copy=True) for name, tensor in start.items()}
         self.skipped = 0  # rounds that were skipped to catch up with the neighbours
         self._standing = standing
@@ -121,15 +123,23 @@ class Membership:
         self.steps.wait(self._gossip.join(), look)
         if self._gossip.has_rounds_left:
             self.steps.wait(self._gossip.begin_round(), look)
+        if self.under_way is not None:
+            self._gossip.began_at = math.inf  # no local steps come: the pace is not that of a round
         self._note_progress()
 
-    def walked(self, now: Factors) -> float:
-        """Add this round's local steps to this peer's own way (`Belief`), and return their norm.
+    def walked(self, now: Factors) -> None:
+        """Add this round's local steps to this peer's own way (`Belief`); once, before `begin`.
 
-        Not finite if a number is not. It comes before `begin`, once in a round.
+        Raises RunError if a number is not finite.
         """
         # ``factors`` are what the trainer was given, so the difference is its local steps
-        return self.belief.walked(self.factors, now)
+        if not math.isfinite(self.belief.walked(self.factors, now)):
+            lost = [name for name, tensor in now.items() if not tensor.isfinite().all()]
+            raise RunError(
+                f"{self.place.name} sends nothing in round {self.rounds_begun}:"
+                f" {lost[0] if lost else 'its change'} is not finite; lower the learning rate and"
+                " go on from an earlier checkpoint"
+            )
 
     def begin(self, now: Factors, sent: Collection[str] | None = None) -> None:
         """Send ``now`` as this round's message and begin to mix it.
@@ -142,15 +152,13 @@ class Membership:
     def end(self, look: Look = lambda: None) -> Exchanged | None:
         """Wait for the exchange that `begin` began; None if there is none. ``factors`` are mixed.
 
-        ``look`` is called five times a second meanwhile; an error in it ends the exchange. Raises
-        also the error of the network or of the disk.
+        ``look`` is called five times a second meanwhile. An error in it ends the wait, and the
+        exchange goes on. Raises also the error of the network or of the disk.
         """
         if self._running is None:
             return None
-        try:
-            done = self.steps.result(self._running, look)
-        finally:
-            self._running = self.under_way = None
+        done = self.steps.result(self._running, look)
+        self._running = self.under_way = None
         self._note_progress()
         return done
 
@@ -164,13 +172,20 @@ class Membership:
         self._note_progress()
         return average
 
+    def absent(self) -> list[str]:
+        """The neighbours with which there is no link now."""
+        return [one.name for one in self._gossip.exchange.neighbours.values() if one.link is None]
+
     def late(self) -> list[str]:
         """The neighbours for which this peer waits now."""
         return self._gossip.exchange.late()
 
-    def state(self) -> dict[str, Any]:
-        """Where the trainer's tensors stand, in types that JSON can hold."""
-        return self.steps.wait(self._state())
+    def state(self, under_way: Collection[str] | None = None) -> dict[str, Any]:
+        """Where the trainer's tensors stand, in types that JSON can hold.
+
+        ``under_way``: what an exchange sends that begins as soon as this is saved.
+        """
+        return self.steps.wait(self._state(self.under_way if under_way is None else under_way))
 
     def confirm(self, progress: Progress) -> None:
         """Remove the messages that only checkpoints before ``progress`` need."""
@@ -186,12 +201,12 @@ class Membership:
 
     # In the thread of the event loop
 
-    async def _state(self) -> dict[str, Any]:
+    async def _state(self, under_way: Collection[str] | None) -> dict[str, Any]:
         return {
             "progress": dict(vars(self.progress)),
             "chain": self.place.ledger.chain(self.progress.position),
             "belief": self.belief.state(),
-            "under_way": None if self.under_way is None else sorted(self.under_way),
+            "under_way": None if under_way is None else sorted(under_way),
         }
 
     async def _round(self, now: Factors, sent: Collection[str]) -> Exchanged:
@@ -199,7 +214,7 @@ class Membership:
         number = gossip.progress.rounds_done
         self._take(now)
         await gossip.mix(sent)
-        self._now = {}
+        self._now, moved = {}, self._moved
         names = place.topology.names
         neighbours = [
             names[other]
@@ -208,7 +223,7 @@ class Membership:
         ]
         if gossip.has_rounds_left:
             await gossip.begin_round()
-        return Exchanged(number, neighbours, self._moved)
+        return Exchanged(number, neighbours, moved)
 
     async def _finish(self, now: Factors) -> tuple[Factors, int]:
         self._take(now)

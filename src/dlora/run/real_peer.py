@@ -140,6 +140,8 @@ class PeerRun:
         self._copy()
         membership.join(self._look)
         self._add_mixed(membership)
+        if membership.skipped:  # nobody may mix with a state that no checkpoint holds
+            self._save(membership)
         if membership.under_way is not None:  # the exchange that the checkpoint tells of
             self._copy()
             membership.begin(self.taken, membership.under_way)
@@ -157,7 +159,9 @@ class PeerRun:
                 self._end_exchange(membership)
                 self._save(membership)
             membership.confirm(older)
-        self._end_exchange(membership)
+        if membership.under_way is not None:
+            self._end_exchange(membership)
+            self._save(membership)
 
     def _copy(self) -> None:
         """Copy the factors as they are now, on the CPU."""
@@ -236,9 +240,10 @@ class PeerRun:
         self.seconds, trained = self._count_exchange(), self.trained
         if trained is not None:
             self.round = self.tally.round(*trained, None, self.seconds)
-        state = self.tally.state(self.seconds, 1) | membership.state()
-        # a kill may come between the checkpoint and its line in the log
-        state |= {"round": self.round, "under_way": under_way and sorted(under_way)}
+        state = self.tally.state(self.seconds, 1) | membership.state(under_way)
+        state["round"] = (
+            self.round
+        )  # a kill may come between the checkpoint and its line in the log
         progress, taking_part = membership.progress, self.training.participants
         with self.spent.on("saving"):
             self.folder.save(
@@ -247,7 +252,7 @@ class PeerRun:
                     progress.rounds_done, taking_part.factors, taking_part.optimizer_state(), state
                 ),
             )
-        self.progress, self.under_way = progress, under_way is not None
+        self.progress, self.under_way = progress, state["under_way"] is not None
         if trained is None or self.round is None:
             return  # no round: doubts were settled after the last
         self.trained = None

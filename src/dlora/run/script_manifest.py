@@ -121,4 +121,4 @@ def _hashes(values: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return f"({', '.join(map(str, shape))})" if shape else "(a single number)"

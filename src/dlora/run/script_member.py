@@ -87,7 +87,8 @@ def _section(peers: str | Path | PeersFile) -> PeersFile:
     try:
         return PeersFile.given(peers)
     except ConfigError as error:
-        raise ConfigError(f"{peers}: {error}") from None
+        told = str(error) if str(peers) in str(error) else f"{peers}: {error}"
+        raise ConfigError(told) from None
 
 
 def _given(what: str, value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ class Mixed(NamedTuple):
 
     ``round``: its number, from 0. ``neighbours``: those with which it was mixed. ``wait_s``: how
     many seconds the script waited. ``num_bytes``: bytes sent and received since the last call.
-    ``distance``: the norm of what mixing changed. ``is_last``: no round is left.
+    ``distance``: the norm of what mixing changed.
     """
 
     round: int
@@ -37,7 +36,6 @@ class Mixed(NamedTuple):
     wait_s: float
     num_bytes: int
     distance: float
-    is_last: bool
 
 
 class ScriptPeer:
@@ -49,35 +47,37 @@ class ScriptPeer:
 
     def __init__(self, place: Place, start: Factors, state: Mapping[str, Any] | None) -> None:
         self.place = place
-        try:
-            self.membership = Membership(place, start, Belief.of(start, MOST_A_ROUND), state)
-        except RunError:
-            if state is not None:
-                raise
-            raise RunError(
-                f"{place.ledger.folder} holds a run whose early messages are gone, because later"
-                " checkpoints were saved: load the last one into the script and give its state to"
-                " load_state_dict, or start anew in another state_dir"
-            ) from None
+        if state is None:
+            try:
+                place.ledger.check(0, None, 0)
+            except RunError:
+                raise RunError(
+                    f"{place.ledger.folder} holds a run whose early messages are gone, because"
+                    " later checkpoints were saved: load the last one into the script and give its"
+                    " state to load_state_dict, or start anew in another state_dir"
+                ) from None
+        self.membership = Membership(
+            place, start, Belief.of(start, MOST_A_ROUND), state, again="from their last checkpoint"
+        )
         self.close = self.membership.close
         self._num_bytes = 0
 
     def join(self) -> None:
-        """See `Membership.join`."""
+        """See `Membership.join`. Warns of neighbours that are not there."""
         self.membership.join(self._tell(f"before round {self.membership.progress.rounds_done}"))
+        if absent := self.membership.absent():
+            warnings.warn(
+                f"{self.place.name} begins without {', '.join(absent)}; what it mixes until they"
+                " come is without them",
+                stacklevel=2,
+            )
 
     def begin(self, now: Factors) -> None:
         """Send ``now`` as this round's message and begin to mix it.
 
         Raises RunError if it holds a number that is not finite.
         """
-        if not math.isfinite(self.membership.walked(now)):
-            lost = [name for name, tensor in now.items() if not tensor.isfinite().all()]
-            raise RunError(
-                f"{self.place.name} sends nothing in round {self.membership.rounds_begun}:"
-                f" {lost[0] if lost else 'its change'} is not finite; lower the learning rate and"
-                " go on from an earlier checkpoint"
-            )
+        self.membership.walked(now)
         self.membership.begin(now)
 
     def end(self) -> Mixed | None:
@@ -97,7 +97,6 @@ class ScriptPeer:
             time.monotonic() - began_at,
             self._num_bytes - before,
             done.distance,
-            not self.membership.has_rounds_left,
         )
         self.place.log.emit(
             RoundMixed(

@@ -31,6 +31,11 @@ class ScriptTensors:
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        if not isinstance(model, nn.Module | Mapping):
+            raise ConfigError(
+                "joined takes a module, or a mapping from names to tensors, and got a"
+                f" {type(model).__name__}"
+            )
         named = dict(model.named_parameters() if isinstance(model, nn.Module) else model.items())
         if isinstance(model, nn.parallel.DistributedDataParallel):
             named = {name.removeprefix("module."): tensor for name, tensor in named.items()}
@@ -41,8 +46,8 @@ class ScriptTensors:
         self.frozen = {name: named[name] for name in sorted(named.keys() - self.tensors.keys())}
         if not self.tensors:
             raise ConfigError(
-                "nothing to mix: no parameter requires a gradient; add the adapter to the model"
-                " before `joined`"
+                "nothing to mix: no tensor requires a gradient; add the adapter to the model before"
+                " `joined`, or call requires_grad_() on what trains"
             )
 
     @property
@@ -66,7 +71,12 @@ class ScriptTensors:
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Set each tensor to a value, in place."""
+        """Set each tensor to a value, in place. Raises ConfigError if one has no value."""
+        if missing := [name for name in self.tensors if name not in values]:
+            raise ConfigError(
+                f"holding needs a value for each tensor that is mixed, and has none for"
+                f" {missing[0]}; give what `average` returned"
+            )
         for name, tensor in self.tensors.items():
             _set(tensor, values[name])
 

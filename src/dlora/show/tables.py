@@ -30,7 +30,9 @@ def local_table(told: dict[str, Any]) -> Group:
             bytes_text(one["num_bytes"]),
             seconds_text(one["wait_s"]),
         )
-    return Group(table)
+    hint = "no process has mixed: the script must use dlora.Peer or dlora.PeerCallback"
+    mixed = any(one["rounds"] for one in told["peers"].values())
+    return Group(table) if mixed else Group(table, hint)
 
 
 def summary_table(summary: dict[str, Any]) -> Group:

@@ -98,7 +98,7 @@ class PeerGossip:
     async def join(self) -> None:
         """Greet the neighbours. Raises NeighbourError if one belongs to another run."""
         first, self.exchange.edges.since = self.progress.rounds_done == 0, self.progress.since_round
-        if not self.has_rounds_left and not self._has_average_of_all():
+        if not self._has_average_of_all():
             # peers that were missing in that average may be here now
             self.ledger.forget_reduction()
         self.exchange.enter(self.progress.rounds_done)
@@ -346,10 +346,11 @@ class PeerGossip:
                 average = dict(self.messages.decode("average", came))
                 num_peers = round(average["num_peers"].item())
                 self._judge(names[parent], "average", average)
-        self.ledger.keep("average", self.messages.encode("average", average))
+        # one that was made before stays: the others have it
+        kept = self.ledger.keep("average", self.messages.encode("average", average))
         self.exchange.offer(self.exchange.neighbours, "average")
-        average.pop("num_peers")
-        return average, num_peers
+        average = dict(self.messages.decode("average", kept.path))
+        return average, round(average.pop("num_peers").item())
 
     def _judge(self, sender: str, message: str, mean: Mapping[str, Tensor]) -> None:
         """Report the sender of a mean that is far from all that this peer has seen."""

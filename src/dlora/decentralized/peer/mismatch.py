@@ -36,8 +36,9 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
         if own.get(key) != other.get(key):
             name = key if key in own else json.dumps(key)[:80]
             where, *values = _leaf(name, own.get(key), other.get(key))
-            # ASCII only, because a terminal shows it
-            mine, theirs = (json.dumps(value)[:200] for value in values)
+            if where.startswith("start."):  # a script's tensor, by name
+                where = f"the first value of {where.removeprefix('start.')}"
+            mine, theirs = map(_told, values)
             remedy = _FOLLOW.get(key, "make them alike")
             return (
                 f"{there} is in another run: {where} is {mine} at {here} and {theirs} at {there};"
@@ -49,9 +50,11 @@ def difference(here: str, manifest: str, there: str, other_manifest: str) -> str
     )
 
 
-def _first_ones(values: list[Any]) -> list[Any]:
-    """A list that fits into a line: the first item, and how many more there are."""
-    return values if len(values) <= 3 else [values[0], f"and {len(values) - 1} more"]
+def _told(value: Any) -> str:
+    """A value in ASCII, because a terminal shows it; of a long list the first item."""
+    if isinstance(value, list) and len(value) > 3:
+        return f"{json.dumps(value[:1])[:200]} and {len(value) - 1} more"
+    return "nothing" if value == [] else json.dumps(value)[:200]
 
 
 def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
@@ -68,6 +71,5 @@ def _leaf(name: str, mine: Any, theirs: Any) -> tuple[str, Any, Any]:
             [value for value in theirs if value not in mine],
         )
         if any(only):
-            here, there = map(_first_ones, only)
-            return f"{name} (where they differ)", here, there
+            return f"{name} (where they differ)", *only
     return name, mine, theirs
