@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "decentralized/finite_time",
         "lora/stacked",
         "lora/adapter_io",
+        "lora/all_adapters",
         "lora/core",
         "lora/targets",
         "lora/units",
@@ -332,11 +333,8 @@ def test_importing_is_cheap() -> None:
         " sys.modules})"
     )
     loaded = set(run_python(code).split())
-    assert {"dlora", "pydantic"} <= loaded
-    assert (
-        loaded & {"torch", "transformers", "peft", "datasets", "matplotlib", "typer", "numpy"}
-        == set()
-    )
+    slow = {"torch", "transformers", "peft", "datasets", "matplotlib", "typer", "numpy"}
+    assert {"dlora", "pydantic"} <= loaded and not loaded & slow
 
 
 def test_every_python_file_is_type_checked() -> None:

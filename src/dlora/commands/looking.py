@@ -1,4 +1,4 @@
-"""Commands that train nothing: plan, eval, report, config, topology."""
+"""Commands that train nothing: plan, eval, export, report, config, topology."""
 
 from __future__ import annotations
 
@@ -64,6 +64,29 @@ def evaluate(
 
         scores = score(run, data, listeners=[progress])
     print_document(scores, as_json, scores_table)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="the folder of a finished run", show_default=False)
+    ],
+    peer: Annotated[str, typer.Option(help="whose adapter", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="default: RUN/peers/PEER"),
+    ] = None,
+) -> None:
+    """Write the adapter of one peer of a simulation of many peers as a PEFT folder.
+
+    Example: dlora export runs/many --peer peer-7
+    """
+    progress = Progress()
+    with Stop("stopping", progress), progress:
+        from dlora.programs.export import export as program
+
+        folder = program(run, peer, output)
+    typer.echo(folder)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from dlora.evaluate import Scores, evaluate
 from dlora.events.log import Listener
 from dlora.lora.adapter_io import load_adapter
 from dlora.lora.core import DIRECTIONS_FILE, read_directions
-from dlora.lora.stacked import attach
+from dlora.lora.stacked import StackedModel, attach
 from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
 
@@ -31,6 +31,24 @@ def load_base(run: Path | str) -> tuple[Any, Any]:
     config, labels = _read_run(Path(run))
     tokenizer = load_tokenizer(config.model)
     return load_model(config, tokenizer, labels).network.eval(), tokenizer
+
+
+class RunModel(NamedTuple):
+    """The tokenizer of a run, and its model with adapters that can be filled."""
+
+    tokenizer: Any
+    model: StackedModel
+
+
+def run_model(run: Path) -> RunModel:
+    """Load the frozen model of a run and attach adapters as the run did. Raises UserError if
+    ``run`` is no run.
+    """
+    config, labels = _read_run(run)
+    tokenizer = load_tokenizer(config.model)
+    directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
+    network = load_model(config, tokenizer, labels)
+    return RunModel(tokenizer, attach(network, config.lora, config.task, config.seed, directions))
 
 
 def score(
@@ -50,12 +68,8 @@ def score(
         if data is None
         else config.data.model_copy(update={"eval": data, "eval_limit": None})
     )
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, model = run_model(run)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
-    directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
-    model = attach(
-        load_model(config, tokenizer, labels), config.lora, config.task, config.seed, directions
-    )
     folders = {
         "consensus": run / "consensus",
         **{folder.name: folder for folder in sorted((run / "peers").glob("*"))},

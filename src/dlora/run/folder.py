@@ -34,6 +34,7 @@ LOCAL_KEYS = {
 }
 CHECKPOINT_FILES = ("factors.safetensors", "optimizer.safetensors", "state.json")
 RESULT_FILE = "result.json"
+ALL_ADAPTERS_FILE = "peers.safetensors"  # of a run of many peers
 PENDING_FILE = "pending.safetensors"
 # keys of every checkpoint's state; each program adds its own
 STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}

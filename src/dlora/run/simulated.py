@@ -18,14 +18,19 @@ from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scored, Scores
 from dlora.lora.adapter_io import save_adapter
+from dlora.lora.all_adapters import save_all
 from dlora.lora.factors import average, consensus_distance, one
 from dlora.net.counting import MemoryTransport
-from dlora.run.folder import Checkpoint
+from dlora.run.folder import ALL_ADAPTERS_FILE, Checkpoint
 from dlora.run.local_round import Training
 from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
 from dlora.run.tally import Tally
+
+# with more peers their adapters are in one file: a folder for each takes 10 ms, and `dlora export`
+# makes it
+MOST_FOLDERS = 64
 
 
 class Run:
@@ -239,5 +244,8 @@ class Run:
         save_adapter(
             self.folder.path / "consensus", average(factors), model, self.prepared.tokenizer
         )
+        if len(self.prepared.names) > MOST_FOLDERS:
+            save_all(self.folder.path / ALL_ADAPTERS_FILE, factors, self.prepared.names)
+            return
         for index, name in enumerate(self.prepared.names):
             save_adapter(self.folder.path / "peers" / name, one(factors, index), model)
