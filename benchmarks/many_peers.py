@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=1000)
     parser.add_argument("--kib", type=int, default=1024, help="size of one peer's factors")
     parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--topology", default="ring")
+    parser.add_argument(
+        "--topology", default="ring", choices=["ring", "exponential", "hypercube", "base-k"]
+    )
     arguments = parser.parse_args()
     peers, numbers = arguments.peers, arguments.kib * 256 // TENSORS
     factors = {f"t{number}": torch.randn(peers, numbers) for number in range(TENSORS)}

@@ -173,6 +173,11 @@ def mix(small: Small) -> None:
     assert "bare gRPC streams" in out
 
 
+def many_peers(small: Small) -> None:
+    out = small.run("many_peers", "--peers", "40", "--kib", "16", "--pairs", "1")
+    assert "40 peers on a ring" in out
+
+
 def overlap(small: Small) -> None:
     out = small.run("overlap", "--rounds", "2", LINE=Speed(bytes_s=4e6, one_way_s=0.02))
     assert "mix(wait=False)" in out
@@ -218,7 +223,7 @@ RUNS: dict[str, Callable[[Small], None]] = {
     for made in (
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
-        stalled_device, mix,
+        stalled_device, mix, many_peers,
     )
 }  # fmt: skip
 ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}
