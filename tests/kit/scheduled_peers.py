@@ -35,6 +35,8 @@ KR: dict[str, Any] = {
     "active_fraction": 0.35,
     "rewarm_steps": 2,
 }
+ALL: dict[str, Any] = {"kind": "all"}
+OVERLAP: dict[str, Any] = {"peers.overlap": True}
 RANDOM: dict[str, Any] = {"kind": "random", "period": 3, "active_fraction": 0.3}
 
 

@@ -1,5 +1,5 @@
 """`peers.overlap`: the exchange of a round runs while the next local steps do, and what it changes
-is added one round later. Laws 5 and 10, and the mean over peers.
+is added one round later. Law 5, and the mean over peers; law 10 is in test_scheduled_peers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import build_topology
 from dlora.net.counting import MemoryTransport
-from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
-from kit.scheduled_peers import KR, MakeConfig, Peers, federation
+from kit.scheduled_peers import ALL, KR, OVERLAP, MakeConfig, Peers, federation
 from kit.script_peers import Sites
 from kit.updates import UPDATE_BOUND, assert_same, update_of
 
 pytestmark = pytest.mark.usefixtures("no_page")
-ALL: dict[str, Any] = {"kind": "all"}
-OVERLAP: dict[str, Any] = {"peers.overlap": True}
 
 
 def test_a_difference_is_added_one_round_later_and_the_mean_is_kept() -> None:
@@ -81,43 +78,6 @@ def test_peers_are_their_simulation(
                 for folder in (own.output_dir, config.output_dir)
             )
             assert_same(update, reference, UPDATE_BOUND["adamw"], config.task)
-
-
-def test_a_resumed_simulation_is_the_uninterrupted_one(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = federation(make_config, ALL, **OVERLAP, save_every=1)
-    whole, broken = (
-        config.model_copy(update={"output_dir": str(tmp_path / kind)})
-        for kind in ("whole", "broken")
-    )
-    dlora.simulate(whole)
-    with pytest.raises(dlora.Interrupted):
-        dlora.simulate(broken, stop=stop_after(2))
-    dlora.simulate(broken, resume=True)
-    assert_identical(factors_of(broken), factors_of(whole))
-    assert_identical(optimizer_of(broken), optimizer_of(whole))
-    assert story(broken) == story(whole)
-    for adapter in ("consensus", "peers/north"):
-        assert_identical(
-            *(update_of(one, Path(one.output_dir, adapter)) for one in (broken, whole))
-        )
-
-
-def test_peers_that_stop_and_go_on_end_as_if_they_had_not(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    """They stop while an exchange is under way: it is in no checkpoint, but that it began is."""
-    config = federation(make_config, ALL, 2, **OVERLAP)
-    whole, broken = Peers(config, tmp_path / "whole"), Peers(config, tmp_path / "broken")
-    whole.run()
-    broken.run(gate=2)
-    assert not broken.results
-    broken.run(resume=True)
-    for name, own in broken.configs.items():
-        assert_identical(factors_of(own), factors_of(whole.configs[name]))
-        assert_identical(optimizer_of(own), optimizer_of(whole.configs[name]))
-        assert_identical(broken.adapter(name, "consensus"), whole.adapter(name, "consensus"))
 
 
 def test_a_script_goes_on_from_a_checkpoint_made_while_an_exchange_ran(tmp_path: Path) -> None:

@@ -25,9 +25,19 @@ from dlora.run.opening import opened
 from dlora.run.prepare import prepare
 from dlora.run.real_peer import RUN, PeerRun
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
-from kit.scheduled_peers import KR, NAMES, RANDOM, MakeConfig, Peers, federation
+from kit.scheduled_peers import (
+    ALL,
+    KR,
+    NAMES,
+    OVERLAP,
+    RANDOM,
+    MakeConfig,
+    Peers,
+    federation,
+)
 
 pytestmark = pytest.mark.usefixtures("no_page")
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -175,10 +185,15 @@ def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
     )  # what is left out is kept, not lost
 
 
+# with a schedule; with an exchange that is under way when the run stops
+HELD_UP = [({**KR, "on_kill": "drop"}, {}), (ALL, OVERLAP)]
+
+
+@pytest.mark.parametrize(("schedule", "more"), HELD_UP, ids=["kr", "overlap"])
 def test_a_resumed_simulation_is_the_uninterrupted_one(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path, schedule: dict[str, Any], more: dict[str, Any]
 ) -> None:
-    config = federation(make_config, {**KR, "on_kill": "drop"}, save_every=1)
+    config = federation(make_config, schedule, **more, save_every=1)
     whole, broken = (
         config.model_copy(update={"output_dir": str(tmp_path / kind)})
         for kind in ("whole", "broken")
@@ -190,16 +205,23 @@ def test_a_resumed_simulation_is_the_uninterrupted_one(
     assert_identical(factors_of(broken), factors_of(whole))
     assert_identical(optimizer_of(broken), optimizer_of(whole))
     assert story(broken) == story(whole)
+    for adapter in ("consensus", "peers/north"):
+        files = (Path(run.output_dir, adapter, WEIGHTS) for run in (broken, whole))
+        assert_identical(*map(load_file, files))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("schedule", "more"),
+    [pytest.param(*HELD_UP[0], marks=pytest.mark.slow), HELD_UP[1]],
+    ids=["kr", "overlap"],
+)
 def test_peers_that_stop_and_go_on_end_as_if_they_had_not(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path, schedule: dict[str, Any], more: dict[str, Any]
 ) -> None:
     """Two of them: with more neighbours the order in which edges are decided, and so the rounding,
     is chance.
     """
-    config = federation(make_config, {**KR, "on_kill": "drop"}, 2)
+    config = federation(make_config, schedule, 2, **more)
     whole, broken = Peers(config, tmp_path / "whole"), Peers(config, tmp_path / "broken")
     whole.run()
     broken.run(gate=2)

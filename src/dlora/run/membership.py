@@ -192,7 +192,7 @@ class Membership:
         self.steps.wait(self._gossip.confirm(progress))
 
     def close(self) -> None:
-        """End the step that runs and all links."""
+        """End the steps that run, and all links."""
         self.steps.close()
 
     def _note_progress(self) -> None:

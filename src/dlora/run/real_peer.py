@@ -241,9 +241,8 @@ class PeerRun:
         if trained is not None:
             self.round = self.tally.round(*trained, None, self.seconds)
         state = self.tally.state(self.seconds, 1) | membership.state(under_way)
-        state["round"] = (
-            self.round
-        )  # a kill may come between the checkpoint and its line in the log
+        # a kill may come between the checkpoint and its line in the log
+        state["round"] = self.round
         progress, taking_part = membership.progress, self.training.participants
         with self.spent.on("saving"):
             self.folder.save(
