@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dlora.programs.local import local
-from kit import rank_script
+from kit import rank_script, rank_trainer
 
 ROUNDS = 3
 
@@ -55,21 +56,42 @@ def alone() -> tuple[list[dict[str, float]], dict[str, float]]:
     return sums, average
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_site_of_two_processes_is_one_peer(tmp_path: Path, kind: str) -> None:
+def two_sites(folder: Path, script: str, *arguments: str) -> list[str]:
+    """Run a script as two peers of two processes each; what they said."""
     torchrun = shutil.which("torchrun", path=Path(sys.executable).parent.as_posix())
     assert torchrun is not None
     said: list[str] = []
     told = local(
         torchrun,
-        ["--standalone", "--nproc-per-node", "2", rank_script.__file__, kind, str(ROUNDS)],
+        ["--standalone", "--nproc-per-node", "2", script, *arguments],
         peers=2,
         rounds=ROUNDS,
-        folder=tmp_path / "sites",
+        folder=folder,
         say=said.append,
     )
-    assert {one["exit_code"] for one in told["peers"].values()} == {0}, "\n".join(said)
+    for one in told["peers"].values():
+        assert (one["exit_code"], one["rounds"], one["edges"]) == (0, ROUNDS, ROUNDS), said
+    return said
+
+
+@pytest.mark.slow
+def test_a_trainer_of_two_processes_is_one_peer(tmp_path: Path) -> None:
+    said = two_sites(tmp_path / "sites", rank_trainer.__file__, str(tmp_path))
+    for index in range(2):
+        line = re.compile(rf"peer-{index} \| own [01] (\S+)$")
+        ended = [match[1] for one in said if (match := line.match(one))]
+        assert len(ended) == 2 and ended[0] == ended[1], said
+    one, other = (
+        load_file(tmp_path / str(index) / "consensus" / "adapter_model.safetensors")
+        for index in range(2)
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_site_of_two_processes_is_one_peer(tmp_path: Path, kind: str) -> None:
+    said = two_sites(tmp_path / "sites", rank_script.__file__, kind, str(ROUNDS))
     own, average = alone()
     for what, wanted in (("own", own), ("average", [average] * 2)):
         for index, sums in enumerate(wanted):
