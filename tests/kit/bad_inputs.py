@@ -90,7 +90,10 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
         ["config rnu.yaml cannot be read", "No such file", "YAML"],
     ),
     "config-is-a-folder": (["simulate", "model"], ["config model cannot be read", "directory"]),
-    "config-is-no-yaml": (["simulate", "bad.yaml"], ["config bad.yaml is not YAML", "line 1"]),
+    "config-is-no-yaml": (
+        ["simulate", "bad.yaml"],
+        ["config bad.yaml is not YAML: line 2, column 1"],
+    ),
     "config-is-a-list": (
         ["simulate", "list.yaml"],
         ["config list.yaml holds a list", "keys such as model"],

@@ -131,6 +131,10 @@ def read_yaml(text: str, loader: type[TextLoader | ConfigLoader]) -> Any:
         raise ValueError(f"it has more than {MAX_CHARACTERS:,} characters")
     try:
         return yaml.load(text, loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{where}{error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(
             " ".join(str(error).replace('in "<unicode string>",', "at").split())
