@@ -99,7 +99,7 @@ def test_the_page_of_scripts(
         with peer.joined(model):
             peer.mix()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-            names = {"torch": torch, "peer": peer, "model": model, "optimizer": optimizer}
+            names = {"torch": torch, "os": os, "peer": peer, "model": model, "optimizer": optimizer}
             page.python("state = peer.state_dict()", **names, step=20)
         again = dlora.Peer()
         page.python("checkpoint = torch.load", **names | {"peer": again})
