@@ -18,7 +18,7 @@ therefore slower, and there is none about a unit that no two neighbours ever hav
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -120,8 +120,9 @@ def mix(
     It costs what the edges cost. A block of columns that the cache holds is read once, and its
     change is added in place.
     """
-    edges = list(committed)
-    changes: dict[Sequence[tuple[int, int]], Tensor] = {}  # tensors over the same edges share one
+    edges, num_peers = list(committed), len(mixing)
+    # tensors over the same edges share one
+    changes: dict[Sequence[tuple[int, int]], Callable[[Tensor, Tensor], object]] = {}
     for name, message in sent.items():
         both_sent = tuple(
             (i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])
@@ -129,8 +130,7 @@ def mix(
         if not both_sent:
             continue
         if both_sent not in changes:
-            changes[both_sent] = _differences(mixing, both_sent, message)
-        num_peers = len(mixing)
+            changes[both_sent] = _change(mixing, both_sent, message)
         into_PN, sent_PN = factors[name].view(num_peers, -1), message.reshape(num_peers, -1)
         width = max(64, BLOCK // num_peers)
         for start in range(0, sent_PN.shape[1], width):
@@ -139,27 +139,37 @@ def mix(
             # arithmetic. It keeps the multiplied numbers small: the rounding error is small
             # relative to the change and not only to the value, and it is zero if all peers are the
             # same.
-            torch.addmm(into, changes[both_sent], here - here[0], out=into)
+            changes[both_sent](into, here - here[0])
 
 
-def _differences(mixing: np.ndarray, edges: Iterable[tuple[int, int]], like: Tensor) -> Tensor:
-    """(P, P), sparse: row i times x is sum_j w_ij (x_j - x_i) over ``edges``."""
+def _change(
+    mixing: np.ndarray, edges: Sequence[tuple[int, int]], like: Tensor
+) -> Callable[[Tensor, Tensor], object]:
+    """A function of (into, x), (P, N) each, that adds sum_j w_ij (x_j - x_i) over ``edges`` to each
+    row i of ``into``.
+    """
+    num_peers, weights = len(mixing), {float(mixing[edge]) for edge in edges}
+    if len(edges) == num_peers * (num_peers - 1) // 2 and len(weights) == 1:
+        share = num_peers * weights.pop()  # all with all, at one weight: the mean says it
+        return lambda into, x: into.add_(x.mean(dim=0) - x, alpha=share)
     places = [place for i, j in edges for place in ((i, j), (j, i), (i, i), (j, j))]
-    weights = [
+    values = [
         w for i, j in edges for w in (mixing[i, j], mixing[j, i], -mixing[i, j], -mixing[j, i])
     ]
     matrix = torch.sparse_coo_tensor(
-        torch.tensor(places, dtype=torch.int64).view(-1, 2).T,
-        torch.tensor(weights, dtype=torch.float64),
+        torch.tensor(places, dtype=torch.int64).T,
+        torch.tensor(values, dtype=torch.float64),
         mixing.shape,
         check_invariants=True,
     ).coalesce()
     matrix = matrix.to(like.device, like.dtype)
-    if like.device.type == "cpu" and not torch.backends.mkl.is_available():
-        return matrix
-    with warnings.catch_warnings():  # this form is three times as fast, and torch calls it beta
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-        return matrix.to_sparse_csr()
+    if 4 * len(edges) > num_peers**2 // 2:  # more than a quarter of all pairs
+        matrix = matrix.to_dense()
+    elif like.device.type != "cpu" or torch.backends.mkl.is_available():
+        with warnings.catch_warnings():  # three times as fast, and torch calls this form beta
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            matrix = matrix.to_sparse_csr()
+    return lambda into, x: torch.addmm(into, matrix, x, out=into)
 
 
 @torch.no_grad()
