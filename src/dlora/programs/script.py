@@ -51,7 +51,8 @@ class Peer:
     rounds it sends nothing new: a message that was kept once never changes. Edges that were
     committed after the checkpoint are added at the next `mix`, each exactly once, from the messages
     on disk: w_ij (sent_j - sent_i), whose other half is at the neighbour. So both ends mix an edge
-    or neither, and the mean over peers loses only the local steps since the checkpoint. Messages
+    or neither, and the mean over peers loses only the local steps since the checkpoint. If an
+    exchange ran when the checkpoint was made (``wait`` False), `joined` begins it again. Messages
     are removed once `saved` says that a later checkpoint is on disk.
 
     Raises ConfigError or IdentityError if this peer cannot take part. One object takes part once.
