@@ -149,6 +149,8 @@ class Listener:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(COURTESY_S):
                     await self.dialling.attempted(name)
+        if not self._taking:  # a partner that dials again at once must not take this for a link
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this end is closing")
         link = GrpcLink(name, name, context, self.kind, self.partners.trusted(name))
         if not self.links.take(link):
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, "there is a link already")
