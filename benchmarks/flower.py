@@ -161,7 +161,11 @@ def dlora(python: str, shape: tuple[int, int, int], folder: Path) -> float:
     }  # fmt: skip
     (folder / "run.yaml").write_text(json.dumps(config))
     command = [python, "-m", "dlora.cli", "simulate", str(folder / "run.yaml")]
-    subprocess.run(command, check=True, capture_output=True)
+    # Flower has set a PYTHONPATH to its own environment
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"dlora ended with {done.returncode}: {done.stderr[-2000:]}")
     log = (folder / f"run-{clients}" / "log.jsonl").read_text().splitlines()
     events = map(json.loads, log)
     seconds: list[float] = [one["seconds"] for one in events if one["event"] == "round"]
