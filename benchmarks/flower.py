@@ -103,35 +103,34 @@ def flower(shape: tuple[int, int, int]) -> float:
     clients, steps, _ = shape
     times: list[float] = []
 
-    class Client(client_side.NumPyClient):  # type: ignore[misc, name-defined]
-        def __init__(self, number: int) -> None:
-            self.number = number
+    def client(context: Any) -> Any:
+        def fit(_: Any, parameters: Any, config: Any) -> Any:
+            return train(int(context.node_config["partition-id"]), parameters, shape), 1, {}
 
-        def fit(self, parameters: Any, config: Any) -> Any:
-            return train(self.number, parameters, shape), 1, {}
-
-    class Timed(parts["server.strategy"].FedAvg):  # type: ignore[misc]
-        def aggregate_fit(self, *arguments: Any) -> Any:
-            done = super().aggregate_fit(*arguments)
-            times.append(time.perf_counter())
-            return done
+        return type("Client", (client_side.NumPyClient,), {"fit": fit})().to_client()
 
     def server(context: Any) -> Any:
-        everybody = Timed(
+        everybody = parts["server.strategy"].FedAvg(
             fraction_fit=1.0,
             fraction_evaluate=0.0,
             min_fit_clients=clients,
             min_available_clients=clients,
             initial_parameters=flwr.common.ndarrays_to_parameters(train(0, [], (clients, 0, 0))),
         )
+        aggregate = everybody.aggregate_fit
+
+        def timed(*arguments: Any) -> Any:
+            done = aggregate(*arguments)
+            times.append(time.perf_counter())
+            return done
+
+        everybody.aggregate_fit = timed
         config = server_side.ServerConfig(num_rounds=ROUNDS)
         return server_side.ServerAppComponents(strategy=everybody, config=config)
 
     parts["simulation"].run_simulation(
         server_app=server_side.ServerApp(server_fn=server),
-        client_app=client_side.ClientApp(
-            client_fn=lambda context: Client(int(context.node_config["partition-id"])).to_client()
-        ),
+        client_app=client_side.ClientApp(client_fn=client),
         num_supernodes=clients,
         backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
     )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dlora.config.run import PeersSection
+from dlora.decentralized.gossip import trained
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
@@ -181,7 +182,9 @@ class World:
         async def live() -> tuple[Factors, int]:
             await gossip.join()
             while gossip.has_rounds_left:
-                names, round = await gossip.begin_round(), gossip.progress.rounds_done
+                await gossip.begin_round()
+                round = gossip.progress.rounds_done
+                names = trained(gossip.factors, gossip.rule, round)
                 self.rounds_now[name] = round
                 self.trained.setdefault(name, []).append(round)
                 await asyncio.sleep(

@@ -29,5 +29,6 @@ def export(run: Path | str, peer: str, folder: Path | str | None = None) -> Path
             " adapters of its peers are folders in peers/"
         )
     factors = load_one(run / ALL_ADAPTERS_FILE, peer)
-    save_adapter(target, factors, run_model(run).model)
+    _, model = run_model(run)
+    save_adapter(target, factors, model)
     return target

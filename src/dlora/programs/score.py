@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,22 +33,16 @@ def load_base(run: Path | str) -> tuple[Any, Any]:
     return load_model(config, tokenizer, labels).network.eval(), tokenizer
 
 
-class RunModel(NamedTuple):
-    """The tokenizer of a run, and its model with adapters that can be filled."""
+def run_model(run: Path) -> tuple[Any, StackedModel]:
+    """The tokenizer of a run, and its frozen model with adapters as the run attached them.
 
-    tokenizer: Any
-    model: StackedModel
-
-
-def run_model(run: Path) -> RunModel:
-    """Load the frozen model of a run and attach adapters as the run did. Raises UserError if
-    ``run`` is no run.
+    Raises UserError if ``run`` is no run.
     """
     config, labels = _read_run(run)
     tokenizer = load_tokenizer(config.model)
     directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
     network = load_model(config, tokenizer, labels)
-    return RunModel(tokenizer, attach(network, config.lora, config.task, config.seed, directions))
+    return tokenizer, attach(network, config.lora, config.task, config.seed, directions)
 
 
 def score(

@@ -87,7 +87,7 @@ class Membership:
         self.under_way: Collection[str] | None = state.get("under_way") if state else None
         self.findings = Findings(place.name, place.topology.num_peers, place.log.emit, again)
         self.factors = {name: tensor.to("cpu", copy=True) for name, tensor in start.items()}
-        self.skipped = 0  # rounds that were skipped to catch up with the neighbours
+        self.skipped = 0  # rounds skipped to catch up; the trainer sets it back when it has heard
         self._standing = standing
         self._now: Factors = {}  # what the exchange that runs began with, until it is committed
         self._moved = 0.0  # how far it moved the factors

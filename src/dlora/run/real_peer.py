@@ -67,7 +67,6 @@ class PeerRun:
         self.trained: tuple[int, torch.Tensor] | None = None
         self.membership: Membership | None = None  # while it takes part
         self.taken: Factors = {}  # what the exchange under way began with
-        self.skipped = 0  # rounds that were skipped to catch up with the neighbours
         self.seconds = 0.0  # seconds of training and exchange, with the waiting
         if stored is not None:
             self.training.participants.load(stored.factors, stored.optimizer)
@@ -139,8 +138,7 @@ class PeerRun:
         overlap = self.prepared.config.peers.overlap
         self._copy()
         membership.join(self._look)
-        self._add_mixed(membership)
-        if membership.skipped:  # nobody may mix with a state that no checkpoint holds
+        if self._add_mixed(membership):  # nobody may mix with a state that no checkpoint holds
             self._save(membership)
         if membership.under_way is not None:  # the exchange that the checkpoint tells of
             self._copy()
@@ -173,17 +171,18 @@ class PeerRun:
         if membership.end() is not None:
             self._add_mixed(membership)
 
-    def _add_mixed(self, membership: Membership) -> None:
+    def _add_mixed(self, membership: Membership) -> int:
         """Add to the factors what has changed in the membership's since they were copied.
 
         If rounds were skipped, the optimiser's moments begin anew. The schedule keeps its scores
-        and goes on to the new round.
+        and goes on to the new round. Returns how many were skipped.
         """
         for name, tensor in self.training.trained.items():
             tensor.copy_(tensor.cpu() - self.taken[name] + membership.factors[name])
-        if (skipped := membership.skipped - self.skipped) > 0:
+        skipped, membership.skipped = membership.skipped, 0
+        if skipped:
             self.skip(skipped)
-            self.skipped = membership.skipped
+        return skipped
 
     def skip(self, rounds: int) -> None:
         """Go on after rounds that were skipped."""

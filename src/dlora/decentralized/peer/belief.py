@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlora.lora.factors import Factors
-
 FAR = 100.0  # multiple of this peer's own reach; see `Belief`
 # multiple of the larger of its reach and the largest distance that came over the same edge before
 NEAR = 10.0
@@ -126,8 +124,3 @@ def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
             norm = torch.linalg.vector_norm(difference, dtype=torch.float64).item()
         squares += norm**2
     return math.sqrt(squares)
-
-
-def copied(factors: Factors) -> Factors:
-    """A copy of the factors that later local steps do not change."""
-    return {name: tensor.detach().clone() for name, tensor in factors.items()}

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dlora.decentralized.gossip import trained
 from dlora.decentralized.mixing import Rule, mix_edge
 from dlora.decentralized.peer.exchange import Exchange
 from dlora.decentralized.peer.ledger import Ledger
@@ -54,15 +53,16 @@ class PeerGossip:
 
         await gossip.join()
         while gossip.has_rounds_left:
-            names = await gossip.begin_round()
-            ...  # local steps on the factors in ``names``
-            await gossip.mix(names)
+            await gossip.begin_round()
+            ...  # local steps
+            await gossip.mix(names)  # of the tensors that took part in them
             await gossip.confirm(older)  # the oldest commit that the caller keeps
         average, num_peers = await gossip.finish()
 
     ``factors`` are (1, ...) each and changed in place. The caller hands in four functions.
     ``standing()`` returns the factors whose average is taken, without what a
-    schedule has dropped. ``commit`` writes factors, optimiser and progress to disk, all or nothing.
+    schedule has dropped. ``commit`` is told after each change of the factors, and an error in it
+    refuses the change; a caller may write factors and progress to disk there, all or nothing.
     ``skip`` is told how many rounds were skipped. ``clock`` returns seconds, and goes on while the
     program does not run.
 
@@ -117,16 +117,14 @@ class PeerGossip:
             raise NeighbourError(refused[0])
         self.progress.mixed_at = self.progress.mixed_at or self.clock()
 
-    async def begin_round(self) -> frozenset[str]:
-        """Begin the next round, tell the neighbours, and return the names of the tensors that train
-        in it.
+    async def begin_round(self) -> None:
+        """Begin the next round and tell the neighbours.
 
         A peer that is far behind takes its neighbours' state first, and goes on from their round.
         """
         await self._catch_up()
         self.began_at = self.clock()
         self.exchange.enter(self.progress.rounds_done)
-        return trained(self.factors, self.rule, self.progress.rounds_done)
 
     async def finish(self) -> tuple[Factors, int]:
         """Wait for the last decisions, then form the average of all peers.
@@ -344,7 +342,6 @@ class PeerGossip:
             came = await self.exchange.fetch(names[parent], "average")
             if came is not None:
                 average = dict(self.messages.decode("average", came))
-                num_peers = round(average["num_peers"].item())
                 self._judge(names[parent], "average", average)
         # one that was made before stays: the others have it
         kept = self.ledger.keep("average", self.messages.encode("average", average))
