@@ -36,6 +36,8 @@ def main() -> None:
         if exit_code := app(standalone_mode=False):  # what a command's typer.Exit says
             sys.exit(exit_code)
     except DloraError as error:
+        if error.told:
+            sys.exit(error.exit_code)
         _fail(str(error), error.exit_code)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)

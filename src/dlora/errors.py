@@ -17,9 +17,13 @@ Exit code 0 is a finished run.
 
 
 class DloraError(Exception):
-    """The base class; ``exit_code`` is the exit code of the command line."""
+    """The base class; ``exit_code`` is the exit code of the command line.
+
+    ``told``: another process of this run shows the error, so this one shows nothing.
+    """
 
     exit_code = 1
+    told = False
 
 
 class UserError(DloraError):

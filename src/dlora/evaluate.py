@@ -15,6 +15,7 @@ from dlora.lora.stacked import StackedModel
 from dlora.train import autocast, forward, num_targets, summed_loss
 
 Scores = dict[str, float]
+_Batch = tuple[Tensor, Tensor, list[int]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def evaluate(
     autocast_dtype: torch.dtype | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     killed: frozenset[int] = frozenset(),
+    rank: int = 0,
+    gathered: Callable[[list[_Batch]], list[list[_Batch]]] = lambda own: [own],
 ) -> list[Scored]:
     """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all P together.
 
@@ -49,6 +52,8 @@ def evaluate(
     ``batch_size``: examples of one participant in a forward pass, which has P times as many rows.
     ``on_batch(done, total)`` is called with numbers of examples, before the first batch and after
     each. ``killed``: numbers of the units that are not trained, as for `StackedModel.use`.
+    ``gathered`` returns what each of several processes found, in order of their ranks: each scores
+    a part of the batches, and this one is number ``rank``.
     """
     model.use(factors, killed)
     model.network.eval()
@@ -56,11 +61,13 @@ def evaluate(
     options = [option for choice in choices for option in choice.options]
     total = len(examples) + len(options)
     on_batch(0, total)
+    size = len(gathered([]))
 
-    def batches(rows: Sequence[Example], already: int) -> list[tuple[Tensor, Tensor, list[int]]]:
+    def batches(rows: Sequence[Example], already: int) -> list[_Batch]:
         """For each batch of N rows: losses (P, N), predictions (P, N) and N indices of ``rows``."""
-        results, done = [], already
-        for chosen in batches_of(rows, batch_size):
+        found: list[_Batch] = []
+        done, dealt = already, batches_of(rows, batch_size)
+        for chosen in dealt[rank::size]:
             batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(
                 model.device
             )
@@ -69,10 +76,11 @@ def evaluate(
             losses, predictions = (
                 one.view(num_participants, -1) for one in _reduce(logits, batch.labels)
             )
-            results.append((losses, predictions, chosen))
+            found.append((losses, predictions, chosen))
             done += len(chosen)
             on_batch(done, total)
-        return results
+        of_each = gathered(found)
+        return [of_each[number % size][number // size] for number in range(len(dealt))]
 
     scored = batches(examples, 0)
     losses = [

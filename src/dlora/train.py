@@ -21,7 +21,8 @@ from dlora.lora.stacked import StackedModel
 class Group:
     """Participants ``first`` to ``last - 1``, which share each forward pass, and their optimiser.
 
-    ``parameters`` are views of the run's factors, so a local step changes the factors themselves.
+    ``factors`` are those of these participants, and ``parameters`` are views of them, so a local
+    step changes the factors themselves.
     With a schedule, ``units`` decides which tensors take part in a step, and the optimiser has a
     separate tensor for each participant. ``moments``: the optimiser's state, by name.
     """
@@ -35,7 +36,7 @@ class Group:
         scheduled: Scheduled | None = None,
     ) -> None:
         self.first, self.last = first, last
-        self.parameters = {name: tensor[first:last].detach() for name, tensor in factors.items()}
+        self.parameters = {name: tensor.detach() for name, tensor in factors.items()}
         trained = list(self.parameters.values())
         self.units = (
             None
@@ -60,6 +61,11 @@ class Group:
         for name, tensor in self.parameters.items():
             tensor.requires_grad_(name in names)
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the last backward pass, (P, ...) each."""
+        return [tensor.grad for tensor in self.parameters.values() if tensor.grad is not None]
+
     def step(self, learning_rate: float, max_grad_norm: float | None) -> None:
         """Clip the gradients, take the optimiser's step with them, and delete them."""
         scores: list[dict[int, float]] = []
@@ -81,7 +87,9 @@ class Group:
 
 
 class Participants:
-    """All the factors of a run, (P, ...) each, and the groups that train them."""
+    """The factors of the participants of this process, (P, ...) each, and the groups that train
+    them. ``first``: the number of the first of them among all participants of the run.
+    """
 
     def __init__(
         self,
@@ -91,10 +99,16 @@ class Participants:
         device: torch.device,
         scheduled: Scheduled | None = None,
     ) -> None:
-        self.factors = stack(initial, groups[-1].stop, device)
+        self.first = groups[0].start
+        self.factors = stack(initial, groups[-1].stop - self.first, device)
         self.groups = [
-            Group(self.factors, group.start, group.stop, section, scheduled) for group in groups
+            Group(self._rows(group), group.start, group.stop, section, scheduled)
+            for group in groups
         ]
+
+    def _rows(self, group: range) -> Factors:
+        rows = slice(group.start - self.first, group.stop - self.first)
+        return {name: tensor[rows] for name, tensor in self.factors.items()}
 
     def standing(self, factors: Mapping[str, Tensor] | None = None) -> Factors:
         """The factors, (P, ...) each, as they are scored and exported: dropped units are zero.
@@ -107,7 +121,7 @@ class Participants:
             for name, participant in group.units.left_out() if group.units else ():
                 if standing[name] is factors[name]:
                     standing[name] = standing[name].clone()
-                standing[name][group.first + participant] = 0.0
+                standing[name][group.first - self.first + participant] = 0.0
         return standing
 
     def took_part(self) -> list[frozenset[str]]:
@@ -134,15 +148,69 @@ class Participants:
         }
 
     def load(self, factors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
-        """Restore factors and optimiser from a checkpoint that the same groups have written."""
+        """Restore factors and optimiser from a checkpoint, whose groups may be others."""
         for name, tensor in factors.items():
             self.factors[name].copy_(tensor)
-        by_first = {group.first: group for group in self.groups}
-        for path, value in optimizer_state.items():
-            first, name, key = path.split("/")
-            group = by_first[int(first)]
-            parameter = group.leaves[name]
-            group.optimizer.state[parameter][key] = value.to(parameter.device).clone()
+        moments = Moments(optimizer_state)
+        for group in self.groups:
+            for leaf, parameter in group.leaves.items():
+                name, first = leaf_rows(leaf, group.first)
+                found = moments.of(name, range(first, first + len(parameter)))
+                if found:
+                    group.optimizer.state[parameter] = {
+                        key: value.to(parameter.device) for key, value in found.items()
+                    }
+
+
+class Moments:
+    """The optimisers' state as `Participants.optimizer_state` names it, by participants.
+
+    ``numbers`` are its tensors: moments with a row for each participant of a group, and the number
+    of steps of the group, which all its participants have taken.
+    """
+
+    def __init__(self, numbers: Mapping[str, Tensor]) -> None:
+        found: dict[tuple[str, int], dict[str, Tensor]] = {}
+        for path, value in numbers.items():
+            group_first, leaf, key = path.split("/")
+            found.setdefault(leaf_rows(leaf, int(group_first)), {})[key] = value
+        self._parts: dict[str, list[tuple[range, dict[str, Tensor]]]] = {}
+        for (name, first), state in sorted(found.items()):
+            count = max((len(value) for value in state.values() if value.dim()), default=0)
+            self._parts.setdefault(name, []).append((range(first, first + count), state))
+
+    def of(self, name: str, wanted: range) -> dict[str, Tensor]:
+        """Copies for the participants ``wanted``; empty if none of them has taken a step.
+
+        A participant that has taken none gets zeros, which is what the optimiser begins with.
+        """
+        parts = [
+            (rows, state)
+            for rows, state in self._parts.get(name, ())
+            if rows.start < wanted.stop and wanted.start < rows.stop
+        ]
+        if not parts:
+            return {}
+        found: dict[str, Tensor] = {}
+        for key, like in parts[0][1].items():
+            if not like.dim():
+                found[key] = like.clone()
+                continue
+            found[key] = like.new_zeros(len(wanted), *like.shape[1:])
+            for rows, state in parts:
+                start, stop = max(rows.start, wanted.start), min(rows.stop, wanted.stop)
+                found[key][start - wanted.start : stop - wanted.start] = state[key][
+                    start - rows.start : stop - rows.start
+                ]
+        return found
+
+
+def leaf_rows(leaf: str, group_first: int) -> tuple[str, int]:
+    """The tensor and the first participant of an optimiser's leaf: with a schedule, each
+    participant of a group has a leaf of its own, ``NAME@PLACE``.
+    """
+    name, _, place = leaf.partition("@")
+    return name, group_first + int(place or 0)
 
 
 def local_steps(
@@ -153,12 +221,15 @@ def local_steps(
     section: TrainSection,
     autocast_dtype: torch.dtype | None = None,
     on_step: Callable[[int], None] = lambda num_participants: None,
+    add_up: Callable[[Sequence[Tensor]], object] = lambda tensors: None,
 ) -> Tensor:
     """Train one group; each entry of ``batches`` holds the micro-batches of one optimiser step.
 
     Each participant minimises the mean loss over its own targets in the step. The stack minimises
     the sum of these means, so a participant's gradient does not depend on the others. Returns the
     losses (steps, P) on the CPU. ``on_step(num_participants)`` is called after each step.
+    ``add_up`` replaces tensors by their sums over the processes that train these participants
+    together, each on a part of the rows.
     """
     model.network.train()
     if group.units is not None:
@@ -170,6 +241,7 @@ def local_steps(
         targets_P = torch.stack(
             [num_targets(batch.labels, num_participants) for batch in micro_batches]
         ).sum(0)
+        add_up([targets_P])
         loss_P = torch.zeros(num_participants)
         for batch in micro_batches:
             batch = batch.to(model.device)
@@ -180,6 +252,7 @@ def local_steps(
             )
             micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
+        add_up([loss_P, *group.gradients])
         group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)
         on_step(num_participants)

@@ -46,12 +46,9 @@ class Lossy(MemoryTransport):
         sent: Mapping[str, Tensor],
         edges: Sequence[Edge],
         names: Sequence[Collection[str]] | None = None,
-    ) -> list[Edge]:
-        return [
-            edge
-            for edge in super().exchange(round, sent, edges, names)
-            if (round, *edge) not in self.missing
-        ]
+    ) -> tuple[list[Edge], dict[str, tuple[Sequence[int], Tensor]]]:
+        committed, received = super().exchange(round, sent, edges, names)
+        return [edge for edge in committed if (round, *edge) not in self.missing], received
 
 
 def train_nothing(names: frozenset[str]) -> Tensor:

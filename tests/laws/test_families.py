@@ -47,7 +47,8 @@ def updates(model: StackedModel, task: str, groups: Sequence[range]) -> Factors:
     section = TrainSection(optimizer="sgd", learning_rate=LEARNING_RATE)
     rows = families.rows(task, num_participants)
     for members in groups:
-        group = Group(factors, members.start, members.stop, section)
+        own = {name: tensor[members.start : members.stop] for name, tensor in factors.items()}
+        group = Group(own, members.start, members.stop, section)
         group.train_only(frozenset(factors))
         batch = collate([row for member in members for row in rows[member]], 0)
         local_steps(model, group, [[batch]], [LEARNING_RATE], section)

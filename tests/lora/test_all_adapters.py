@@ -49,8 +49,8 @@ def test_an_exported_adapter_is_the_folder_that_a_run_of_few_peers_writes(
 def test_only_one_peers_rows_are_read(tmp_path: Path) -> None:
     factors = {"a.lora_A": torch.arange(6.0).view(3, 1, 2), "head.bias": torch.ones(3, 1)}
     save_all(tmp_path / "all", factors, ["x", "y", "z"])
-    read = load_one(tmp_path / "all", "y")
+    read = load_one([tmp_path / "all"], "y")
     assert torch.equal(read["a.lora_A"], torch.tensor([[[2.0, 3.0]]])) and len(read) == 2
     (tmp_path / "all").write_bytes(b"no tensors")
     with pytest.raises(RunError, match="cannot be read"):
-        load_one(tmp_path / "all", "y")
+        load_one([tmp_path / "all"], "y")

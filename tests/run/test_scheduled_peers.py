@@ -141,9 +141,11 @@ def test_sets_differ_yet_the_mean_is_kept_and_what_is_dropped_is_zero(
     seen: list[Any] = []
     original = mixing.mix
 
-    def watched(factors: Any, sent: Any, matrix: Any, committed: Any, names: Any) -> None:
+    def watched(
+        factors: Any, sent: Any, matrix: Any, committed: Any, names: Any, *elsewhere: Any
+    ) -> None:
         before = {name: tensor.clone() for name, tensor in factors.items()}
-        original(factors, sent, matrix, committed, names)
+        original(factors, sent, matrix, committed, names, *elsewhere)
         for name, tensor in factors.items():
             # float32
             torch.testing.assert_close(tensor.mean(0), before[name].mean(0), rtol=0, atol=3e-7)

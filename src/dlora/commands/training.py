@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from dlora.commands.documents import load, print_document
 from dlora.commands.options import AsJson, ConfigPath, FederationPath, KeyPath, ListenAt, Overrides
+from dlora.config.launchers import Launched, launched
 from dlora.errors import ConfigError
 from dlora.show.progress import Progress
 from dlora.show.tables import dry_run_table, local_table, served_table, summary_table
 from dlora.stopping import Stop, resumable
+
+if TYPE_CHECKING:
+    from dlora.config.run import Config
 
 # What takes time to import is imported by the command that needs it, after it has said that it is
 # at work.
@@ -38,6 +46,7 @@ def simulate(
     ] = False,
 ) -> None:
     """Dec-LoRA on one machine: n peers in one process, and the baselines they are compared with.
+    On a cluster: torchrun --nproc-per-node 4 -m dlora simulate run.yaml (docs/cluster.md).
 
     Example: dlora simulate examples/sst2-ring.yaml --set peers.count=16 --set train.rounds=50
     """
@@ -212,16 +221,38 @@ def _train(program: str, config: Path, overrides: list[str], as_json: bool, **ke
     """Run ``dlora.programs.<program>`` until it is done or told to stop, and print what came of
     it.
     """
-    progress = Progress(quiet=as_json)
+    one_of = launched(os.environ) if program == "simulate" else None
+    shows = one_of is None or one_of.rank == 0
+    progress = Progress(None if shows else Console(stderr=True, quiet=True), quiet=as_json)
+    if not shows:
+        warnings.showwarning = lambda *warning: None  # rank 0 shows it
     with resumable(progress) as stop, progress:
-        loaded = load(config, overrides)
-        from dlora.data.first_look import look  # without torch, which takes seconds to load
-
-        look(loaded, program, keys.get("name"))
+        loaded = _together(one_of, lambda: _looked_at(config, overrides, program, keys.get("name")))
         run = getattr(importlib.import_module(f"dlora.programs.{program}"), program)
         summary = run(
             loaded, **keys, listeners=[progress, stop.hear], stop=stop, whole_process=True
         )
+    if not shows:
+        return
     print_document(summary, as_json, summary_table)
     if not as_json:
         typer.echo(f"report: {Path(loaded.output_dir, 'report.html')}")
+
+
+def _looked_at(path: Path, overrides: list[str], program: str, name: str | None) -> Config:
+    from dlora.data.first_look import look  # without torch, which takes seconds to load
+
+    loaded = load(path, overrides)
+    look(loaded, program, name)
+    return loaded
+
+
+def _together(one_of: Launched | None, action: Callable[[], Config]) -> Config:
+    """The result of ``action``. In a run of several processes, if it fails in one of them, that one
+    tells why and all end.
+    """
+    if one_of is None:
+        return action()
+    from dlora.run.ranks import joined_ranks
+
+    return joined_ranks().together(action)

@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping
 
-from dlora.config.launchers import refuse_ranks
+from dlora.config.launchers import launched, refuse_ranks
 from dlora.config.run import Config
 from dlora.config.training import DataSection, PartitionSection
 from dlora.data.rows import check_there
@@ -18,6 +18,8 @@ def look(config: Config, program: str, name: str | None) -> None:
     programs check the same and more once their libraries are imported.
     """
     if program == "simulate":
+        launched(os.environ)
+    else:
         refuse_ranks(os.environ)
     section = config.data
     if name is not None:

@@ -4,7 +4,9 @@ looks.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +63,14 @@ class Example:
     token_type_ids: list[int] | None = None
     num_cut: int = 0
     num_learned_cut: int = 0
+
+
+def rows_hash(rows: Sequence[Example]) -> str:
+    """SHA-256 (hex) of the tokens and labels of these rows, in their order."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(repr((row.input_ids, row.labels)).encode())
+    return sha.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlora.decentralized.mixing import Rule, mix
+from dlora.decentralized.mixing import Received, Rule, mix
 from dlora.decentralized.topology import Topology
 from dlora.lora.factors import Factors
 
@@ -29,12 +29,12 @@ class Transport(Protocol):
         sent: Mapping[str, Tensor],
         edges: Sequence[Edge],
         names: Sequence[Collection[str]] | None = None,
-    ) -> Sequence[Edge]:
+    ) -> tuple[Sequence[Edge], Received]:
         """Send each participant's message over its ``edges``; return the edges that both ends
-        committed.
+        committed, and the messages that came from other processes.
 
-        ``sent``: (P, ...) tensors, one row for each participant. ``names``: for each participant,
-        the tensors that its message holds; None: all.
+        ``sent``: (P, ...) tensors, one row for each participant of this process. ``names``: for
+        each participant of the run, the tensors that its message holds; None: all.
         """
 
 
@@ -45,12 +45,13 @@ class Gossip:
 
     The mix is x_i <- sum_j w_ij x_j. A participant that fails between two commits loses only the
     local steps since the last commit. ``took_part`` (with a schedule) returns for each participant
-    the tensors that the round's local steps may have changed. Only these are sent, and an edge
-    mixes the tensors that both its ends sent; `mixing` says what this does to the mean.
+    of the run the tensors that the round's local steps may have changed. Only these are sent, and
+    an edge mixes the tensors that both its ends sent; `mixing` says what this does to the mean.
 
-    ``overlap``: the exchange runs while the next round's local steps do, so what mixing changes is
-    added after them, one round late. It is ``pending`` until then. The mean over participants
-    is kept as without it, because the changes of a round sum to zero.
+    ``factors`` are those of the participants ``here``, which train in this process; None: all of
+    the topology. ``overlap``: the exchange runs while the next round's local steps do, so what
+    mixing changes is added after them, one round late. It is ``pending`` until then. The mean over
+    participants is kept as without it, because the changes of a round sum to zero.
     """
 
     factors: Factors
@@ -61,6 +62,7 @@ class Gossip:
     took_part: Callable[[], Sequence[Collection[str]]] | None = None
     overlap: bool = False
     pending: Factors = field(default_factory=dict)
+    here: range | None = None
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
         """Run one round and return the losses (P,) of ``train``, which takes the names that
@@ -75,11 +77,13 @@ class Gossip:
             if self.rule.sends(name, number)
         }
         names = self.took_part() if self.took_part is not None else None
-        committed = self.transport.exchange(number, sent, self.topology.edges(number), names)
+        edges = self.topology.edges(number)
+        committed, received = self.transport.exchange(number, sent, edges, names)
         if self.overlap:
             self.pending = {name: torch.zeros_like(self.factors[name]) for name in sent}
         changed = self.pending if self.overlap else self.factors
-        mix(changed, sent, self.topology.mixing(number), committed, names)
+        mixing = self.topology.mixing(number)
+        mix(changed, sent, mixing, committed, names, self.here, received)
         return losses
 
     @torch.no_grad()

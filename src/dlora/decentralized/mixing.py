@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,10 @@ from dlora.lora.factors import Factors
 # numbers of all peers that are mixed at once; with two copies they stay in a core's cache (measured
 # on 1,000 peers: 2.7 times a plain add_, 6 times if all are mixed at once)
 BLOCK = 1 << 18
+
+# for each tensor: whose messages came from other processes, and these messages, (M, ...); nobody's
+# and (1, ...) where all exchange with all: the mean of all messages, with those sent here
+Received = Mapping[str, tuple[Sequence[int], Tensor]]
 
 
 class Rule(Protocol):
@@ -108,6 +113,8 @@ def mix(
     mixing: np.ndarray,
     committed: Iterable[tuple[int, int]],
     names: Sequence[Collection[str]] | None = None,
+    here: range | None = None,
+    received: Received | None = None,
 ) -> None:
     """x_i += sum_j w_ij (sent_j - sent_i), for all peers i at once and in place, over the
     ``committed`` edges (i < j).
@@ -115,61 +122,116 @@ def mix(
     ``factors`` and ``sent`` are (P, ...) each, and may be the same tensors. ``mixing`` is the
     round's (P, P) matrix, row = receiver. ``names``: for each peer, the tensors that it sent; None:
     all. An edge mixes a tensor that both its ends sent. For each tensor the matrix is then still
-    symmetric with rows that sum to one.
+    symmetric with rows that sum to one. ``here``: the peers whose rows ``factors`` and ``sent``
+    are; None: all. ``received``: what their neighbours in other processes sent.
 
     It costs what the edges cost. A block of columns that the cache holds is read once, and its
     change is added in place.
     """
-    edges, num_peers = list(committed), len(mixing)
+    num_peers = len(mixing)
+    edges, here = list(committed), range(num_peers) if here is None else here
+    share, whole = _share_of_all(mixing, edges), len(here) == num_peers
+    if not whole:
+        edges = [(i, j) for i, j in edges if i in here or j in here]
     # tensors over the same edges share one
-    changes: dict[Sequence[tuple[int, int]], Callable[[Tensor, Tensor], object]] = {}
+    changes: dict[object, Callable[[Tensor, Tensor, Tensor], object]] = {}
     for name, message in sent.items():
         both_sent = tuple(
             (i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])
         )
         if not both_sent:
             continue
-        if both_sent not in changes:
-            changes[both_sent] = _change(mixing, both_sent, message)
-        into_PN, sent_PN = factors[name].view(num_peers, -1), message.reshape(num_peers, -1)
-        width = max(64, BLOCK // num_peers)
+        others, came = (received or {}).get(name, ((), message[:0]))
+        into_PN, sent_PN = factors[name].view(len(here), -1), message.reshape(len(here), -1)
+        came_MN = came.reshape(len(came), sent_PN.shape[1])
+        key = (both_sent, tuple(others))
+        if key not in changes:
+            changes[key] = (
+                partial(_add_mean, share)
+                if share is not None and len(both_sent) == len(edges) and (names is None or whole)
+                else _change(mixing, both_sent, here, others, message)
+            )
+        width = max(64, BLOCK // len(here))
         for start in range(0, sent_PN.shape[1], width):
-            into, here = (tensor[:, start : start + width] for tensor in (into_PN, sent_PN))
-            # Rows sum to zero, so subtracting peer 0's value from all changes nothing in exact
+            into, x, y = (
+                tensor[:, start : start + width] for tensor in (into_PN, sent_PN, came_MN)
+            )
+            # Rows sum to zero, so subtracting one peer's value from all changes nothing in exact
             # arithmetic. It keeps the multiplied numbers small: the rounding error is small
             # relative to the change and not only to the value, and it is zero if all peers are the
             # same.
-            changes[both_sent](into, here - here[0])
+            changes[key](into, x - x[0], y - x[0])
+
+
+def _share_of_all(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> float | None:
+    """How much of the mean a peer takes where all exchange with all, at one weight; else None."""
+    num_peers = len(mixing)
+    if not edges or len(edges) < num_peers * (num_peers - 1) // 2:
+        return None
+    weights = {float(mixing[edge]) for edge in edges}
+    return num_peers * weights.pop() if len(weights) == 1 else None
+
+
+def _add_mean(share: float, into: Tensor, x: Tensor, y: Tensor) -> None:
+    """``y``: the mean of all, if some are in other processes; else empty."""
+    into.add_((y[0] if len(y) else x.mean(dim=0)) - x, alpha=share)
 
 
 def _change(
-    mixing: np.ndarray, edges: Sequence[tuple[int, int]], like: Tensor
-) -> Callable[[Tensor, Tensor], object]:
-    """A function of (into, x), (P, N) each, that adds sum_j w_ij (x_j - x_i) over ``edges`` to each
-    row i of ``into``.
+    mixing: np.ndarray,
+    edges: Sequence[tuple[int, int]],
+    here: range,
+    others: Sequence[int],
+    like: Tensor,
+) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """A function of (into, x, y) that adds sum_j w_ij (x_j - x_i) over ``edges`` to each row i of
+    ``into``. ``into`` and ``x`` have a row for each peer ``here``, and ``y`` for each of
+    ``others``.
     """
-    num_peers, weights = len(mixing), {float(mixing[edge]) for edge in edges}
-    if len(edges) == num_peers * (num_peers - 1) // 2 and len(weights) == 1:
-        share = num_peers * weights.pop()  # all with all, at one weight: the mean says it
-        return lambda into, x: into.add_(x.mean(dim=0) - x, alpha=share)
-    places = [place for i, j in edges for place in ((i, j), (j, i), (i, i), (j, j))]
-    values = [
-        w for i, j in edges for w in (mixing[i, j], mixing[j, i], -mixing[i, j], -mixing[j, i])
-    ]
+    place = {peer: number for number, peer in enumerate(others)}
+    to_x: list[tuple[int, int, float]] = []
+    to_y: list[tuple[int, int, float]] = []
+    for ends in edges:
+        for i, j in (ends, ends[::-1]):
+            if i in here:
+                row, weight = i - here.start, float(mixing[i, j])
+                to_x.append((row, row, -weight))
+                if j in here:
+                    to_x.append((row, j - here.start, weight))
+                else:
+                    to_y.append((row, place[j], weight))
+    from_x = _matrix(to_x, len(here), len(here), like)
+    if not to_y:
+        return lambda into, x, y: torch.addmm(into, from_x, x, out=into)
+    from_y = _matrix(to_y, len(here), len(others), like)
+
+    def change(into: Tensor, x: Tensor, y: Tensor) -> None:
+        torch.addmm(into, from_x, x, out=into)
+        torch.addmm(into, from_y, y, out=into)
+
+    return change
+
+
+def _matrix(
+    entries: Sequence[tuple[int, int, float]], rows: int, columns: int, like: Tensor
+) -> Tensor:
+    """A matrix of the ``entries`` (row, column, value), which add up where they meet, in the form
+    that multiplies fastest where ``like`` is.
+    """
     matrix = torch.sparse_coo_tensor(
-        torch.tensor(places, dtype=torch.int64).T,
-        torch.tensor(values, dtype=torch.float64),
-        mixing.shape,
+        torch.tensor([entry[:2] for entry in entries], dtype=torch.int64).T,
+        torch.tensor([entry[2] for entry in entries], dtype=torch.float64),
+        (rows, columns),
         check_invariants=True,
     ).coalesce()
     matrix = matrix.to(like.device, like.dtype)
-    if 8 * len(edges) > num_peers**2:  # more than a quarter of all pairs
-        matrix = matrix.to_dense()
-    elif like.device.type != "cpu" or torch.backends.mkl.is_available():
+    if 4 * matrix._nnz() > matrix.numel():  # more than a quarter of all pairs
+        return matrix.to_dense()
+    if like.device.type != "cpu" or torch.backends.mkl.is_available():
         with warnings.catch_warnings():  # three times as fast, and torch calls this form beta
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            matrix = matrix.to_sparse_csr()
-    return lambda into, x: torch.addmm(into, matrix, x, out=into)
+            return matrix.to_sparse_csr()
+    return matrix
 
 
 @torch.no_grad()

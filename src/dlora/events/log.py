@@ -120,6 +120,25 @@ class RunLog(JsonLines):
             listener(event)
 
 
+class UnwrittenLog(RunLog):
+    """The log of a process that writes none, because another process of the run does."""
+
+    def __init__(self, listeners: Iterable[Listener] = ()) -> None:
+        self._listeners = tuple(listeners)
+        self._one_at_a_time = threading.RLock()
+
+    def append(self, entry: Mapping[str, object]) -> None:
+        """Write nothing."""
+
+    @property
+    def position(self) -> int:
+        """0, since nothing was written."""
+        return 0
+
+    def close(self) -> None:
+        """Do nothing: no file is open."""
+
+
 def loading(listeners: Iterable[Listener]) -> Callable[[str], None]:
     """Tells the listeners what is being loaded: no line of a log, for there is no run yet."""
 

@@ -1,4 +1,6 @@
-"""The factors of all peers of a run in one file; a run of many peers has no folder for each."""
+"""The factors of all peers of a run in one file, or in one for each process of the run; a run of
+many peers has no folder for each.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +31,36 @@ def save_all(path: Path, factors: Mapping[str, Tensor], names: Sequence[str]) ->
         ) from error
 
 
-def load_one(path: Path, peer: str) -> Factors:
+def load_one(files: Sequence[Path], peer: str) -> Factors:
     """Read the factors of one peer, (1, ...) each, and nothing else.
 
-    Raises RunError when the file cannot be read or does not hold the peer.
+    Raises RunError when a file cannot be read or none holds the peer.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = json.loads((file.metadata() or {}).get("peers", "[]"))
-            if peer not in names:
-                raise RunError(
-                    f"{path} holds no peer {peer}; it holds {', '.join(names[:3])}"
-                    f"{', ...' if len(names) > 3 else ''} ({len(names)} peers)"
-                )
-            row = names.index(peer)
-            return {name: file.get_slice(name)[row : row + 1] for name in [*file.keys()]}
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise RunError(f"{path} cannot be read ({error}); give the folder of a run") from error
+    known: list[str] = []
+    for path in files:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                names = json.loads((file.metadata() or {}).get("peers", "[]"))
+                if peer in names:
+                    row = names.index(peer)
+                    return {name: file.get_slice(name)[row : row + 1] for name in [*file.keys()]}
+                known += names
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise RunError(f"{path} cannot be read ({error}); give the folder of a run") from error
+    raise RunError(
+        f"{files[0]} holds no peer {peer}; it holds {', '.join(known[:3])}"
+        f"{', ...' if len(known) > 3 else ''} ({len(known)} peers)"
+    )
+
+
+def part_name(kind: str, part: int, parts: int) -> str:
+    """The name of the file that part number ``part`` (from 0) of ``parts`` is in; model hubs name
+    the parts of a model so.
+    """
+    which = f"-{part + 1:05d}-of-{parts:05d}" if parts > 1 else ""
+    return f"{kind}{which}.safetensors"
+
+
+def part_files(folder: Path, kind: str) -> list[Path]:
+    """The files of that kind in ``folder``, in order of their parts."""
+    return sorted([*folder.glob(f"{kind}.safetensors"), *folder.glob(f"{kind}-*-of-*.safetensors")])

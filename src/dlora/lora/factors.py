@@ -42,13 +42,17 @@ def average(factors: Mapping[str, Tensor]) -> Factors:
     return {name: tensor.mean(dim=0, keepdim=True) for name, tensor in factors.items()}
 
 
-def consensus_distance(factors: Mapping[str, Tensor]) -> float:
-    """Mean over participants of the squared distance to their mean, summed over all tensors."""
+def consensus_distance(
+    factors: Mapping[str, Tensor], mean: Mapping[str, Tensor] | None = None
+) -> float:
+    """Mean over participants of the squared distance to their mean, summed over all tensors.
+
+    ``mean``: (1, ...) each, if there are more participants than these; None: of these.
+    """
     total = torch.zeros((), dtype=torch.float64)
-    for tensor in factors.values():
-        total += (
-            tensor - tensor.mean(dim=0, keepdim=True)
-        ).square().sum().double().cpu() / tensor.shape[0]
+    for name, tensor in factors.items():
+        middle = tensor.mean(dim=0, keepdim=True) if mean is None else mean[name]
+        total += (tensor - middle).square().sum().double().cpu() / tensor.shape[0]
     return total.item()
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from dlora.errors import RunError
 from dlora.lora.adapter_io import save_adapter
-from dlora.lora.all_adapters import load_one
+from dlora.lora.all_adapters import load_one, part_files
 from dlora.programs.score import run_model
-from dlora.run.folder import ALL_ADAPTERS_FILE, resume_command
+from dlora.run.folder import ALL_ADAPTERS, resume_command
 
 
 def export(run: Path | str, peer: str, folder: Path | str | None = None) -> Path:
@@ -23,12 +23,13 @@ def export(run: Path | str, peer: str, folder: Path | str | None = None) -> Path
         raise RunError(f"{target} is there already; name another folder with --output")
     if not (run / "consensus").is_dir():
         raise RunError(f"{run} has no adapters yet; finish it with: {resume_command(run)}")
-    if not (run / ALL_ADAPTERS_FILE).exists():
+    files = part_files(run, ALL_ADAPTERS)
+    if not files:
         raise RunError(
-            f"{run} has no {ALL_ADAPTERS_FILE}, which only a simulation of many peers writes; the"
-            " adapters of its peers are folders in peers/"
+            f"{run} has no {ALL_ADAPTERS}.safetensors, which only a simulation of many peers"
+            " writes; the adapters of its peers are folders in peers/"
         )
-    factors = load_one(run / ALL_ADAPTERS_FILE, peer)
+    factors = load_one(files, peer)
     _, model = run_model(run)
     save_adapter(target, factors, model)
     return target

@@ -1,5 +1,5 @@
-"""A simulation: n peers in one process, and the baselines that show what their agreement is
-worth.
+"""A simulation: n peers in one process or in several, and the baselines that show what their
+agreement is worth.
 """
 
 from __future__ import annotations
@@ -7,10 +7,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from dlora.config.arms import DEC_LORA
-from dlora.config.launchers import refuse_ranks
+from dlora.config.launchers import restarts
 from dlora.config.run import Config
 from dlora.events.log import Listener, loading
 from dlora.run.account import Summary, introduction
@@ -20,6 +21,7 @@ from dlora.run.grouping import find_grouping
 from dlora.run.manifest import manifest_hash
 from dlora.run.opening import opened
 from dlora.run.prepare import prepare
+from dlora.run.ranks import joined_ranks
 from dlora.run.schedules import first_step
 from dlora.run.simulated import Run
 
@@ -36,20 +38,24 @@ def simulate(
 
     ``config`` may be the path of a YAML file. ``stop`` is called after every round; if it returns
     True, the round is saved and Interrupted is raised. A listener may raise Interrupted while
-    participants are scored. ``whole_process``: the start-up time in the summary begins with the
-    process and not with this call. Raises UserError before anything is written if the run cannot
-    start.
+    participants are scored. If torchrun started several processes of the program, each calls this
+    with the same arguments, and each returns the summary: the participants are dealt over them. A
+    process that torchrun started again goes on from the last checkpoint. ``whole_process``: the
+    start-up time in the summary begins with the process and not with this call. Raises UserError
+    before anything is written if the run cannot start.
     """
-    config = Config.given(config)
-    refuse_ranks(os.environ)
+    ranks = joined_ranks()
+    config = ranks.together(partial(Config.given, config))
     arms = _arms(config)
+    again = restarts(os.environ) > 0 and Path(config.output_dir, "config.yaml").exists()
     with opened(
         config,
         arms,
-        resume=resume,
+        resume=resume or again,
         listeners=listeners,
         stop=stop,
         whole_process=whole_process,
+        ranks=ranks,
     ) as run:
         half = run.prepared.half
         with own_cloud(half, config) if half else contextlib.nullcontext() as cloud_bytes:

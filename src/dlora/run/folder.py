@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
 import yaml
-from safetensors.torch import load_file, save
-from torch import Tensor
 
 from dlora.config.reading import parse_section
 from dlora.config.run import Config
 from dlora.errors import ConfigError, RunError
 from dlora.files import sync_folder, write_atomically
+from dlora.run.checkpoint_files import (
+    Checkpoint,
+    read_checkpoint,
+    write_part,
+    write_result,
+    write_state,
+)
 from dlora.run.lock import LOCK_FILE, cannot_make, check_unused
-from dlora.run.sums import SUMS_FILE, check_sums, sums_text
+from dlora.run.ranks import ALONE, Ranks
+
+T = TypeVar("T")
 
 # Keys that may differ when a run is resumed: where the run and its core directions are, which peers
 # get their own scores, and how long one peer waits for its neighbours.
@@ -32,35 +39,17 @@ LOCAL_KEYS = {
     "peers.round_limit_s",
     "peers.catch_up_after",
 }
-CHECKPOINT_FILES = ("factors.safetensors", "optimizer.safetensors", "state.json")
-RESULT_FILE = "result.json"
-ALL_ADAPTERS_FILE = "peers.safetensors"  # of a run of many peers
-PENDING_FILE = "pending.safetensors"
-# keys of every checkpoint's state; each program adds its own
-STATE_KEYS = {"bytes_on_wire", "seconds", "best", "environment"}
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that a run needs to go on after ``rounds_done`` rounds.
-
-    Data order and dropout follow from the round and the seed.
-    """
-
-    rounds_done: int
-    factors: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: dict[str, Any]  # JSON: bytes_on_wire, seconds, best, log_position, environment
-    result: dict[str, Any] | None = None  # the result, if the run is finished
-    # with overlap: what the last round's mixing has still to add to the factors
-    pending: dict[str, Tensor] = field(default_factory=dict)
+ALL_ADAPTERS = "peers"  # the files of a run of many peers
 
 
 class RunFolder:
-    """``output_dir`` of one config: `create` makes it new, `resume` opens it again."""
+    """``output_dir`` of one config: `create` makes it new, `resume` opens it again.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    ``ranks``: the processes of the run. They call `save`, `finish` and `latest` together.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self.path, self.ranks = path, ranks
         self.log_path = path / "log.jsonl"
         self._damaged: set[Path] = set()  # checkpoints that `latest` found so
 
@@ -172,39 +161,51 @@ class RunFolder:
     def save(self, run: str, checkpoint: Checkpoint) -> None:
         """Write a checkpoint and keep the one before it, so that a crash leaves a whole one.
 
-        Raises RunError if there is no space or no permission; earlier checkpoints then stay.
+        Each rank calls it with the participants that it holds; where all hold the same, the main
+        rank writes them. Raises RunError if there is no space or no permission; earlier checkpoints
+        then stay.
         """
-        runs = self.path / "checkpoints" / run
+        ranks, runs = self.ranks, self.path / "checkpoints" / run
         target = runs / f"round-{checkpoint.rounds_done:06d}"
-        partial, aside = runs / f".{target.name}.partial", runs / f"{target.name}.before"
-        for leftover in runs.glob(".*.partial"):  # left by a process that was killed while it saved
-            shutil.rmtree(leftover, ignore_errors=True)
-        files = {
-            "factors.safetensors": save(checkpoint.factors),
-            "optimizer.safetensors": save(checkpoint.optimizer),
-            "state.json": json.dumps(checkpoint.state, indent=1).encode(),
-        }
-        if checkpoint.pending:
-            files[PENDING_FILE] = save(checkpoint.pending)
-        try:
+        partial = runs / f".{target.name}.partial"
+
+        def begin() -> None:
+            for leftover in runs.glob(".*.partial"):  # left by a process that was killed meanwhile
+                shutil.rmtree(leftover, ignore_errors=True)
             partial.mkdir(parents=True)
-            for name, content in files.items():
-                write_atomically(partial / name, content)
-            write_atomically(partial / SUMS_FILE, sums_text(files))
-            # the same round again: rename, so that one whole checkpoint exists at every moment
-            if target.exists():
-                shutil.rmtree(aside, ignore_errors=True)
-                target.rename(aside)
-                self._damaged = {aside if path == target else path for path in self._damaged}
-            partial.rename(target)
-            sync_folder(runs)
-        except OSError as error:
-            raise RunError(
-                f"checkpoint {target} cannot be made ({error.strerror}); fix that, then add"
-                " --resume"
-            ) from error
+
+        parts = ranks.size if checkpoint.here is not None else 1
+
+        def write() -> str:
+            if parts == 1 and not ranks.is_main:
+                return ""
+            return write_part(partial, checkpoint, ranks.rank, parts)
+
+        def commit() -> None:
+            write_state(partial, checkpoint.state, "".join(sums))
+            self._take_place(partial, target)
+
+        try:
+            ranks.on_main(lambda: _saving(target, begin))
+            sums = ranks.gathered(ranks.together(lambda: _saving(target, write)))
+            ranks.on_main(lambda: _saving(target, commit))
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # on a full disk, this frees the space again
+            if ranks.is_main:  # on a full disk, this frees the space again
+                shutil.rmtree(partial, ignore_errors=True)
+        if ranks.is_main:
+            self._keep_two(run)
+
+    def _take_place(self, partial: Path, target: Path) -> None:
+        aside = target.with_name(f"{target.name}.before")
+        # the same round again: rename, so that one whole checkpoint exists at every moment
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
+            self._damaged = {aside if path == target else path for path in self._damaged}
+        partial.rename(target)
+        sync_folder(target.parent)
+
+    def _keep_two(self, run: str) -> None:
         _, *older = self._newest_first(run)
         whole = [path for path in older if path not in self._damaged]
         for path in older:
@@ -214,23 +215,37 @@ class RunFolder:
     def finish(self, run: str, rounds_done: int, result: dict[str, Any]) -> None:
         """Write the result of a finished run beside its last checkpoint."""
         folder = self.path / "checkpoints" / run / f"round-{rounds_done:06d}"
-        content = json.dumps(result)
-        write_atomically(folder / RESULT_FILE, content)
-        # dlora 0.1.0 wrote no sums; with sums, a result that has none does not count
-        if (folder / SUMS_FILE).exists():
-            sums = (folder / SUMS_FILE).read_text() + sums_text({RESULT_FILE: content.encode()})
-            write_atomically(folder / SUMS_FILE, sums)
+        self.ranks.on_main(lambda: write_result(folder, result))
 
-    def latest(self, run: str) -> Checkpoint | None:
+    def latest(self, run: str, here: range | None = None) -> Checkpoint | None:
         """The newest whole checkpoint of ``run``, or None if there is none. Warns of a damaged
         newer one.
 
-        Raises RunError if all checkpoints are damaged.
+        ``here``: the participants whose tensors this rank reads; None: all. Raises RunError if all
+        checkpoints are damaged.
         """
+        found: list[Checkpoint] = []
+        newest = self.ranks.on_main(lambda: self._newest_whole(run, here, found))
+
+        def read() -> Checkpoint | None:
+            if newest is None or self.ranks.is_main:
+                return found[0] if found else None
+            try:
+                return read_checkpoint(newest, here, check=False)
+            except (OSError, ValueError, safetensors.SafetensorError) as error:
+                raise RunError(
+                    f"{newest} cannot be read ({' '.join(str(error).split())}); all ranks need the"
+                    " same output_dir, on a disk that all machines share"
+                ) from error
+
+        return self.ranks.together(read)
+
+    def _newest_whole(self, run: str, here: range | None, found: list[Checkpoint]) -> Path | None:
+        """The folder of the newest whole checkpoint, which is put into ``found``."""
         damages = []
         for folder in self._newest_first(run):
             try:
-                checkpoint = _read_checkpoint(folder)
+                found.append(read_checkpoint(folder, here))
             except (OSError, ValueError, safetensors.SafetensorError) as error:
                 damages.append(
                     f"checkpoint {folder} cannot be read ({' '.join(str(error).split())})"
@@ -242,7 +257,7 @@ class RunFolder:
                     f"{'; '.join(damages)}; going back to {folder.name}, the one before it",
                     stacklevel=2,
                 )
-            return checkpoint
+            return folder
         if damages:
             raise RunError(f"{'; '.join(damages)}; restore it, or start anew in another output_dir")
         return None
@@ -255,30 +270,13 @@ class RunFolder:
         return sorted(found, key=lambda path: (path.stem, path.suffix == ""), reverse=True)
 
 
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    """Raises OSError, ValueError or SafetensorError if the folder is not as it was saved."""
-    names, finished = list(CHECKPOINT_FILES), folder / RESULT_FILE
-    if (folder / SUMS_FILE).exists():  # dlora 0.1.0 wrote no sums
-        names += [name for name in check_sums(folder) if name not in names]
-    elif finished.exists():
-        names.append(RESULT_FILE)
-    state = _read_object(folder / names[2], STATE_KEYS)
-    factors, optimizer = load_file(folder / names[0]), load_file(folder / names[1])
-    result = _read_object(finished, {"result", "log_position"}) if RESULT_FILE in names else None
-    pending = load_file(folder / PENDING_FILE) if PENDING_FILE in names else {}
-    done = int(folder.stem.removeprefix("round-"))
-    return Checkpoint(done, factors, optimizer, state, result, pending)
-
-
-def _read_object(path: Path, keys: set[str]) -> dict[str, Any]:
-    """The JSON object in the file. Raises OSError or ValueError if it is none or lacks one of
-    ``keys``.
-    """
-    read = json.loads(path.read_text())
-    missing = keys - read.keys() if isinstance(read, dict) else keys
-    if missing:
-        raise ValueError(f"{path.name} lacks {', '.join(sorted(missing))}")
-    return dict(read)
+def _saving(target: Path, action: Callable[[], T]) -> T:
+    try:
+        return action()
+    except OSError as error:
+        raise RunError(
+            f"checkpoint {target} cannot be made ({error.strerror}); fix that, then add --resume"
+        ) from error
 
 
 def read_config(path: Path) -> Config:
@@ -345,7 +343,7 @@ def _why_another(path: Path, config: Config, own: str | None) -> RunError | None
             f"resume: {path} holds a run of another kind or participant; go on with:"
             f" {resume_command(path)}"
         )
-    before, now = _leaves(stored.model_dump(mode="json")), _leaves(config.model_dump(mode="json"))
+    before, now = leaves(stored.model_dump(mode="json")), leaves(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key in LOCAL_KEYS:
             continue
@@ -371,12 +369,13 @@ def _changed(key: str, before: Any, now: Any) -> RunError:
     )
 
 
-def environment(group_size: int) -> dict[str, Any]:
+def environment(group_size: int, ranks: Ranks = ALONE) -> dict[str, Any]:
     """What the last bit of a resumed run depends on, besides the config."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "group_size": group_size,
+        **({"ranks": ranks.size} if ranks.are_several else {}),
     }
 
 
@@ -389,11 +388,12 @@ def warn_of_another(stored: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def _leaves(tree: Any, key: str = "") -> dict[str, Any]:
+def leaves(tree: Any, key: str = "") -> dict[str, Any]:
+    """The values of a config by their dotted keys."""
     if not isinstance(tree, dict) or not tree:
         return {key: tree}
     return {
         path: leaf
         for name, inner in tree.items()
-        for path, leaf in _leaves(inner, f"{key}.{name}".strip(".")).items()
+        for path, leaf in leaves(inner, f"{key}.{name}".strip(".")).items()
     }

@@ -50,12 +50,13 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
     if prepared.half is not None or stored == 1:
         # through a cloud, tokens travel without padding, so one participant goes at a time
         return Grouping(1, None)
-    size = stored or _fitting(prepared)
+    ranks = prepared.ranks
+    size = stored or min(ranks.gathered(ranks.together(lambda: _fitting(prepared))))
     if size == 1:
         return Grouping(1, None)
     rows_a_step = prepared.config.train.per_device_train_batch_size
     rows = [peer[:rows_a_step] for peer in list(prepared.data.peers.values())[:_TRIED]]
-    reason = why_one_at_a_time(prepared.model, rows, prepared.pad_token_id)
+    reason = ranks.together(lambda: why_one_at_a_time(prepared.model, rows, prepared.pad_token_id))
     if reason is None:
         if prepared.config.lora.lora_dropout or has_dropout(prepared.model.network.config):
             warnings.warn(
@@ -180,8 +181,9 @@ def _all_different(model: StackedModel, num_participants: int) -> Factors:
 
 
 def _fitting(prepared: Prepared) -> int:
+    here = len(prepared.here)
     if prepared.config.peers.group_size is not None:
-        return min(prepared.config.peers.group_size, len(prepared.names))
+        return min(prepared.config.peers.group_size, here)
     rows = [row for peer in prepared.data.peers.values() for row in peer]
     longest = max(rows, key=lambda row: len(row.input_ids))
     batch = collate(
@@ -195,8 +197,8 @@ def _fitting(prepared: Prepared) -> int:
         torch.cuda.mem_get_info(device)[0]
         if device.type == "cuda"
         else psutil.virtual_memory().available
-    )
+    ) / prepared.ranks.on_one_device(device)
     # float32 value, gradient and two moments of AdamW
-    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * len(prepared.names)
+    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * here
     room_bytes = _USABLE_MEMORY * free_bytes - state_bytes
-    return max(1, min(len(prepared.names), int(room_bytes / kept_bytes)))
+    return max(1, min(here, int(room_bytes / kept_bytes)))

@@ -18,10 +18,13 @@ from dlora.train import Group, Participants, learning_rate, local_steps
 
 
 class Training:
-    """The participants and their training: n peers, one real peer, or one pooled participant.
+    """The participants of this process and their training: n peers, one real peer, or one pooled
+    participant.
 
-    The batch of the pooled participant joins the batches of all peers. What a round does follows
-    from its number and the seed only, so no checkpoint holds it.
+    The batch of the pooled participant joins the batches of all peers. If the run has several
+    ranks, each takes the rows of its own peers, and they add their gradients up. What a round does
+    follows from its number and the seed only, so no checkpoint holds it. ``local_steps``: of each
+    participant of the run.
     """
 
     def __init__(
@@ -41,16 +44,22 @@ class Training:
         self.tokens = 0  # tokens read so far, without padding
         # hears how many participants took a step
         self.on_step: Callable[[int], None] = lambda num_participants: None
-        groups = batch_groups(local_steps, group_size)
+        self.here = range(1) if pooled else prepared.here
+        groups = batch_groups(local_steps, group_size, self.here)
         self.participants = Participants(
             prepared.model.initial, groups, prepared.config.train, prepared.model.device, scheduled
         )
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
 
+    @property
+    def steps_a_round(self) -> int:
+        """Local steps of all participants here in a round."""
+        return sum(self.local_steps[number] for number in self.here)
+
     def round(self, number: int, names: frozenset[str]) -> Tensor:
         """The local steps of one round on the tensors ``names``, group after group.
 
-        Returns each participant's mean loss, (P,).
+        Returns the mean loss of each participant here, (P,).
         """
         losses = []
         for group in self.participants.groups:
@@ -64,7 +73,9 @@ class Training:
                         self.prepared.config.seed,
                         "dropout",
                         number,
-                        self.prepared.names[group.first],
+                        self.prepared.names[
+                            self.prepared.here.start if self.pooled else group.first
+                        ],
                     )
                 )
                 history = local_steps(
@@ -75,6 +86,7 @@ class Training:
                     self.prepared.config.train,
                     self.prepared.autocast_dtype,
                     self.on_step,
+                    self.prepared.ranks.add_up if self.pooled else lambda tensors: None,
                 )
             losses.append(history.mean(dim=0))
         return torch.cat(losses)
@@ -96,7 +108,7 @@ class Training:
         rows = section.per_device_train_batch_size
         names, data, streams = self.prepared.names, self.prepared.data.peers, self.prepared.streams
         portions = (
-            batch_groups([0] * len(names), self.group_size)
+            batch_groups([0] * len(names), self.group_size, self.prepared.here)
             if self.pooled
             else [range(group.first, group.last)]
         )
@@ -118,12 +130,12 @@ class Training:
                 yield micro_batches
 
 
-def batch_groups(local_steps: Sequence[int], group_size: int) -> list[range]:
-    """Groups of at most ``group_size`` consecutive participants that have the same number of local
-    steps.
+def batch_groups(local_steps: Sequence[int], group_size: int, here: range) -> list[range]:
+    """Groups of at most ``group_size`` consecutive participants of ``here`` that have the same
+    number of local steps.
     """
-    groups, first = [], 0
-    for _, alike in itertools.groupby(local_steps):
+    groups, first = [], here.start
+    for _, alike in itertools.groupby(local_steps[here.start : here.stop]):
         last = first + len(list(alike))
         groups += [
             range(start, min(start + group_size, last)) for start in range(first, last, group_size)

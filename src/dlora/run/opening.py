@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dlora.config.arms import ARMS
 from dlora.config.run import Config
-from dlora.errors import CloudError, NeighbourError
+from dlora.data.formats import rows_hash
+from dlora.errors import CloudError, ConfigError, NeighbourError
 from dlora.events.kinds import Done, OneAtATime
-from dlora.events.log import Listener, RunLog, loaded, loading
+from dlora.events.log import Listener, RunLog, UnwrittenLog, loaded, loading, to_json
 from dlora.files import write_atomically
 from dlora.run.account import Summary, conclude, introduction, summary
-from dlora.run.folder import Checkpoint, RunFolder
+from dlora.run.checkpoint_files import Checkpoint
+from dlora.run.folder import RunFolder, leaves
 from dlora.run.grouping import Grouping, find_grouping
 from dlora.run.lock import sole_use
 from dlora.run.manifest import manifest_text
 from dlora.run.prepare import Prepared, prepare
+from dlora.run.ranks import ALONE, Ranks
 from dlora.run.spent import Spent, Stopwatch, spent_before
 
 
@@ -69,10 +73,16 @@ class OpenRun:
     def conclude(self, results: Mapping[str, Summary]) -> Summary:
         """Emit the last event, write summary.json and the report page; returns the summary."""
         seconds = sum(result["seconds"] for result in results.values())
-        summed = summary(self.prepared, results, self.manifest, self.group_size, seconds, self.own)
-        self.log.emit(Done(event="done", seconds=self.watch.running_s))
-        self.log.close()
-        return conclude(self.folder, summed, self.watch)
+
+        def write() -> Summary:
+            summed = summary(
+                self.prepared, results, self.manifest, self.group_size, seconds, self.own
+            )
+            self.log.emit(Done(event="done", seconds=self.watch.running_s))
+            self.log.close()
+            return conclude(self.folder, summed, self.watch)
+
+        return self.prepared.ranks.on_main(write)
 
 
 @contextmanager
@@ -85,41 +95,51 @@ def opened(
     listeners: Sequence[Listener] = (),
     stop: Callable[[], bool] = lambda: False,
     whole_process: bool = False,
+    ranks: Ranks = ALONE,
     check: Callable[[Prepared], object] = lambda prepared: None,
 ) -> Iterator[OpenRun]:
     """Check and prepare all that a run needs, then make its folder or open it again.
 
     ``own``: the participant whose run it is; None: a simulation of all. ``check`` examines the
     prepared run before anything is written. ``whole_process``: the start-up time in the summary
-    begins with the process and not with this call. Raises UserError before anything is written if
-    the run cannot start. If a neighbour or the cloud refuses the run before it has trained, its new
-    folder is removed again.
+    begins with the process and not with this call. ``ranks``: the processes of a simulation, which
+    all call this; each writes its part of a checkpoint, and the main one all the rest. Raises
+    UserError before anything is written if the run cannot start. If a neighbour or the cloud
+    refuses the run before it has trained, its new folder is removed again.
     """
     watch = Stopwatch(whole_process)
-    if resume:
-        RunFolder.check_same(config, own)
-    else:
-        RunFolder.check_new(config, own)
-    prepared = prepare(config, loading(listeners), own=own, resume=resume)
+    ranks.on_main(lambda: (RunFolder.check_same if resume else RunFolder.check_new)(config, own))
+    prepared = ranks.together(
+        lambda: prepare(config, loading(listeners), own=own, resume=resume, ranks=ranks)
+    )
     loaded(listeners)
+    check_alike(ranks, prepared)
     check(prepared)
     # a device has no weights and got its directions from the cloud
     if own is None or prepared.half is None:
-        prepared.hand_directions()
+        ranks.on_main(prepared.hand_directions)
     # Other peers run at the same time: they must agree on the number of rounds, and the log must
     # keep what happened between them.
     among_others = own is not None and bool(config.peers.members)
     manifest = prepared.manifest | ({"rounds": config.train.rounds} if among_others else {})
-    with sole_use(Path(config.output_dir)):
-        folder = (
-            RunFolder.resume(config, manifest_text(manifest))
-            if resume
-            else RunFolder.create(config, own)
-        )
-        prepared.keep_directions()
-        stored = {arm: folder.latest(arm) for arm in arms}
+    with ExitStack() as held:
+
+        def open_folder() -> None:
+            held.enter_context(sole_use(Path(config.output_dir)))
+            if resume:
+                RunFolder.resume(config, manifest_text(manifest))
+            else:
+                RunFolder.create(config, own)
+            prepared.keep_directions()
+
+        ranks.on_main(open_folder)
+        folder = RunFolder(Path(config.output_dir), ranks)
+        stored = {
+            arm: folder.latest(arm, None if ARMS[arm].pooled else prepared.here) for arm in arms
+        }
         grouping = _grouping(prepared, own, stored)
-        with RunLog(folder.log_path, listeners) as log:
+
+        def begin_log(log: RunLog) -> None:
             if not among_others:
                 log.truncate(_position(stored))
             if log.position == 0:
@@ -127,14 +147,43 @@ def opened(
                 log.emit(introduction(prepared, arms, grouping.size, own))
                 if grouping.reason is not None:
                     log.emit(OneAtATime(event="one-at-a-time", reason=grouping.reason))
+
+        with (
+            RunLog(folder.log_path, listeners) if ranks.is_main else UnwrittenLog(listeners) as log
+        ):
+            ranks.on_main(lambda: begin_log(log))
             run = OpenRun(prepared, own, manifest, folder, log, stored, grouping.size, stop, watch)
             try:
                 yield run
             except (NeighbourError, CloudError):
                 # when the cause is removed, the same command can start again
-                if not (resume or run.began):
+                if not (resume or run.began) and ranks.is_main:
                     folder.remove()
                 raise
+
+
+def check_alike(ranks: Ranks, prepared: Prepared) -> None:
+    """Raise ConfigError if the ranks have different configs, models or rows."""
+    if not ranks.are_several:
+        return
+    facts = leaves(prepared.config.model_dump(mode="json")) | {
+        f"the {key} of the run": value for key, value in prepared.manifest.items()
+    }
+    facts |= {
+        f"rows of {name}": rows_hash(rows)
+        for name, rows in {**prepared.data.peers, "data.eval": prepared.data.evaluation}.items()
+    }
+    main, *others = ranks.gathered({key: to_json(value) for key, value in facts.items()})
+    for rank, other in enumerate(others, start=1):
+        for key in {**main, **other}:
+            if main.get(key) != other.get(key):
+                raise ranks.told_once(
+                    ConfigError(
+                        f"rank {rank} of {ranks.size} is in another run: {key} is"
+                        f" {other.get(key)} there and {main.get(key)} at rank 0; give all the same"
+                        " config and the same files"
+                    )
+                )
 
 
 def _grouping(

@@ -17,6 +17,7 @@ from dlora.data.load import FederatedData, load_data, load_own_data
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
 from dlora.decentralized.topology import Topology, build_topology
+from dlora.errors import ConfigError
 from dlora.evaluate import Scored, evaluate
 from dlora.lora.active import named_units
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
@@ -26,6 +27,7 @@ from dlora.lora.units import Unit, adapted_units, core_units, find_units, rename
 from dlora.model.fingerprints import fingerprint, tokenizer_fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer
 from dlora.run.core_directions import handed_directions, kept_directions, whole_directions
+from dlora.run.ranks import ALONE, Ranks
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half, load_half
 from dlora.wire.tensors import message_num_bytes
@@ -48,10 +50,16 @@ class Prepared:
     first_scores: dict[str, Scored] = field(default_factory=dict)
     # the device's half, if the frozen model runs in a cloud; it must be linked before training
     half: Half | None = None
+    ranks: Ranks = ALONE
+
+    @property
+    def here(self) -> range:
+        """The numbers of the participants that train in this process."""
+        return self.ranks.block(len(self.names))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The peers that train here, in order: all peers of a simulation, or one real peer."""
+        """The peers of this run, in order: all peers of a simulation, or one real peer."""
         return tuple(self.data.peers)
 
     @property
@@ -83,11 +91,12 @@ class Prepared:
         factors: Mapping[str, torch.Tensor],
         on_batch: Callable[[int, int], None],
         killed: frozenset[int] = frozenset(),
+        dealt: bool = False,
     ) -> list[Scored]:
         """Scores of each participant in ``factors``, (P, ...) each, on the evaluation data.
 
         ``on_batch(done, total)`` hears the progress. ``killed``: units that add nothing for these
-        participants.
+        participants. ``dealt``: all ranks score the same factors, each on a part of the rows.
         """
         return evaluate(
             self.model,
@@ -99,6 +108,8 @@ class Prepared:
             autocast_dtype=self.autocast_dtype,
             on_batch=on_batch,
             killed=killed,
+            rank=self.ranks.rank if dealt else 0,
+            gathered=self.ranks.gathered if dealt else lambda own: [own],
         )
 
     @property
@@ -149,11 +160,13 @@ def prepare(
     phase: Callable[[str], object] = lambda text: None,
     own: str | None = None,
     resume: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Read the data, build the topology, load the model.
 
     ``own``: the name of a real peer, which has only its own data; None: all peers of a simulation.
     ``resume``: core directions are read from the run folder. ``phase`` hears what is being loaded.
+    ``ranks``: over which the participants are dealt; each has all rows and the whole model.
     Raises a UserError that names the mistake.
     """
     phase("reading data")
@@ -178,6 +191,11 @@ def prepare(
     for warning in data.warnings:
         warnings.warn(warning, stacklevel=2)
     names = (config.peers.members or (own,)) if own else tuple(data.peers)
+    if len(data.peers) < ranks.size:
+        raise ConfigError(
+            f"{ranks.size} processes share {len(data.peers)} peers, and each needs at least one:"
+            f" start at most {len(data.peers)}, or raise peers.count"
+        )
     topology = build_topology(config.peers.topology, config.peers.weights, names)
     phase("loading model")
     half = None
@@ -231,7 +249,18 @@ def prepare(
     if config.schedule.kind != "all":
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)
     streams = tuple(BatchStream(len(rows), config.seed, name) for name, rows in data.peers.items())
-    return Prepared(config, data, topology, model, streams, tokenizer, manifest, units, half=half)
+    return Prepared(
+        config,
+        data,
+        topology,
+        model,
+        streams,
+        tokenizer,
+        manifest,
+        units,
+        half=half,
+        ranks=ranks,
+    )
 
 
 def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:

@@ -1,56 +1,211 @@
-"""The processes of one site: the main one talks with the neighbours, all get what is mixed."""
+"""The processes of one run or site under torchrun: who they are, and what they tell each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
+from dlora.config.launchers import launched, restarts
+from dlora.errors import DloraError, RunError
 from dlora.lora.factors import Factors
+from dlora.net.between_ranks import one_may_end
 
 T = TypeVar("T")
+Some = TypeVar("Some", bound=BaseException)
+
+# A rank waits so long for another one that still computes. A rank that has ended is noticed at
+# once, because its connections close.
+PATIENCE_S = 7 * 24 * 3600.0
 
 
 class Ranks:
-    """All processes of this site's `torch.distributed`, or this one process alone.
+    """All processes of this program's `torch.distributed`, or this one process alone.
 
-    Every rank calls the same methods in the same order. ``limit_s``: how long the others wait for
-    the main rank, which waits for neighbours.
+    Every rank calls the same methods in the same order. ``limit_s``: how long a rank waits for the
+    others; None: this process is alone, whatever torch.distributed says. Raises RunError where
+    another rank has ended.
     """
 
-    def __init__(self, limit_s: float) -> None:
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.is_main = not several or dist.get_rank() == 0
+    def __init__(self, limit_s: float | None = None) -> None:
+        several = (
+            limit_s is not None
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        )
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.is_main = self.rank == 0
         # gloo carries CPU tensors and objects, whatever carries the gradients
-        self._group = (
-            dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s)) if several else None
+        self.group: dist.ProcessGroup | None = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=limit_s or 0))
+            if several
+            else None
         )
 
     @property
     def are_several(self) -> bool:
-        """Whether this site has more than one process."""
-        return self._group is not None
+        """Whether there is more than one process."""
+        return self.group is not None
+
+    def block(self, count: int) -> range:
+        """This rank's part of ``count`` things: the blocks of all ranks are consecutive."""
+        return self.blocks(count)[self.rank]
+
+    def blocks(self, count: int) -> list[range]:
+        """The part of each rank; the sizes differ by at most one."""
+        starts = [rank * count // self.size for rank in range(self.size + 1)]
+        return [range(*ends) for ends in zip(starts, starts[1:], strict=False)]
+
+    # What all ranks do together
 
     def on_main(self, action: Callable[[], T]) -> T:
         """Call ``action`` in the main rank only; its result, or its error, comes to all ranks."""
-        if self._group is None:
+        if self.group is None:
             return action()
-        outcome: list[object] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = action()
             except BaseException as error:  # the other ranks must not wait for ever
                 outcome[1] = error
-        dist.broadcast_object_list(outcome, src=0, group=self._group)
+        with one_may_end():
+            dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[1], BaseException):
-            raise outcome[1]
-        return outcome[0]  # type: ignore[return-value]  # what ``action`` returned
+            raise outcome[1] if self.is_main else _told(outcome[1])
+        result: T = outcome[0]
+        return result
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Call ``action`` in every rank. If it fails in one, it fails in all.
+
+        The first rank in which it failed raises its error and tells which rank that is; the others
+        raise the same error as `told`.
+        """
+        if self.group is None:
+            return action()
+        result, failed = None, None
+        try:
+            result = action()
+        except Exception as error:
+            failed = error
+        errors = self.gathered(None if failed is None else _portable(failed))
+        wrong = {rank: error for rank, error in enumerate(errors) if error is not None}
+        if not wrong:
+            return result  # type: ignore[return-value]  # what ``action`` returned
+        first = min(wrong)
+        if failed is None or self.rank != first:
+            raise _told(wrong[first])
+        if len(wrong) < self.size and isinstance(failed, DloraError):
+            failed.args = (f"rank {self.rank} of {self.size}: {failed}",)
+        raise failed
+
+    def told_once(self, error: DloraError) -> DloraError:
+        """An error that all ranks raise, which only the main rank shows."""
+        return error if self.is_main else _told(error)
+
+    def gathered(self, value: T) -> list[T]:
+        """The value of every rank, in order of the ranks; any picklable object."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with one_may_end():
+            dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def joined(self, values: Iterable[T]) -> list[T]:
+        """The values of all ranks in one list, in order of the ranks."""
+        return [value for of_one in self.gathered(list(values)) for value in of_one]
+
+    def on_one_device(self, device: torch.device) -> int:
+        """How many ranks share this rank's memory: those on its GPU, or on its machine."""
+        count = launched(os.environ) if self.are_several else None
+        if count is None:
+            return 1
+        devices = torch.cuda.device_count() if device.type == "cuda" else 1
+        return math.ceil(count.local_size / devices)
+
+    def any(self, asked: bool) -> bool:
+        """Whether any rank says yes."""
+        return any(self.gathered(asked))
+
+    # Tensors
 
     def shared(self, tensors: Factors) -> Factors:
         """The main rank's ``tensors``; every rank gives tensors of these names and shapes."""
-        if self._group is not None:
+        if self.group is not None:
             for name in sorted(tensors):
-                dist.broadcast(tensors[name], src=0, group=self._group)
+                with one_may_end():
+                    dist.broadcast(tensors[name], src=0, group=self.group)
         return tensors
+
+    @torch.no_grad()
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, in place; the shapes are the same."""
+        if self.group is None or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1).cpu() for tensor in tensors])
+        with one_may_end():
+            dist.all_reduce(flat, group=self.group)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+ALONE = Ranks()
+
+
+def joined_ranks() -> Ranks:
+    """The ranks of a simulation, as torchrun's variables in the environment say; this process alone
+    where there are none.
+
+    It joins `torch.distributed` where nobody has, until the process ends. Each rank uses a GPU of
+    its own where there are enough. Raises ConfigError if a launcher started processes that cannot
+    know each other, and RunError if the others cannot be reached.
+    """
+    count = launched(os.environ)
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(PATIENCE_S)
+    if count is None:
+        return ALONE
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(count.local_rank % gpus)
+    backend = "cpu:gloo,cuda:nccl" if gpus >= count.local_size else "gloo"
+    try:
+        store, rank, size = next(rendezvous("env://"))
+        # torchrun keeps its store when it starts the processes again, with their old addresses
+        store = PrefixStore(f"dlora/{restarts(os.environ)}", store)
+        patience = timedelta(seconds=PATIENCE_S)
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"rank {count.rank} of {count.size} cannot join the others"
+            f" ({str(error).splitlines()[0]}); see whether MASTER_ADDR and MASTER_PORT can be"
+            " reached from here"
+        ) from error
+    atexit.register(dist.destroy_process_group)
+    return Ranks(PATIENCE_S)
+
+
+def _told(error: Some) -> Some:
+    """The same error, which another rank shows."""
+    if isinstance(error, DloraError):
+        error.told = True
+    return error
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can read."""
+    if isinstance(error, DloraError):
+        return type(error)(str(error))
+    return RunError(f"another rank failed: {type(error).__name__}: {error}")

@@ -20,9 +20,9 @@ from dlora.events.log import read_log
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.factors import Factors
 from dlora.net.transport import Talk
+from dlora.run.checkpoint_files import Checkpoint
 from dlora.run.cloud_of_a_peer import CloudOfAPeer
 from dlora.run.findings import Findings, edge_counts
-from dlora.run.folder import Checkpoint
 from dlora.run.local_round import Training
 from dlora.run.membership import Membership
 from dlora.run.opening import OpenRun

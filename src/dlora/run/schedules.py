@@ -51,6 +51,13 @@ class Schedules:
             schedule.skip(rounds * steps)
             self._changed(participant, schedule)
 
+    def share(self) -> None:
+        """Bring the schedules of the participants that other ranks train up to date."""
+        if self.prepared.ranks.are_several and self.each:
+            own = [self.each[number].state() for number in self.prepared.here]
+            for schedule, state in zip(self.each, self.prepared.ranks.joined(own), strict=True):
+                schedule.load(state)
+
     def state(self) -> dict[str, Any]:
         """All that changes, for a checkpoint."""
         return {"schedules": [schedule.state() for schedule in self.each]} if self.each else {}

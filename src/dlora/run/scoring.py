@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dlora.config.run import Config
+from dlora.errors import Interrupted
 from dlora.evaluate import Scored, Scores
 from dlora.events.kinds import Evaluating
 from dlora.events.log import RunLog
@@ -57,35 +58,44 @@ class Scoring:
         known = self.prepared.first_scores if first and self.prepared.half is None else {}
         if (key := digest(factors) if first else "") in known:
             return known[key]
-        [known[key]] = self._scored(factors, "average", range(len(self.prepared.names)))
+        [known[key]] = self._scored(factors, "average", range(len(self.prepared.names)), dealt=True)
         return known[key]
 
     def peers(self, standing: dict[str, Tensor]) -> dict[str, Scores]:
         """The scores of each peer that ``eval_peers`` asks for, by name.
 
-        ``standing``: the factors of all peers, (P, ...) each.
+        ``standing``: the factors of the peers here, (P, ...) each. Each rank scores its own peers.
         """
-        names, own = self.prepared.names, {}
-        for start in range(0, len(self.chosen), self.at_once):
-            group = self.chosen[start : start + self.at_once]
-            which: slice | list[int] = slice(group[0], group[0] + 1) if len(group) == 1 else group
+        names, here, own = self.prepared.names, self.prepared.here, dict[str, Scores]()
+        chosen = [peer for peer in self.chosen if peer in here]
+        for start in range(0, len(chosen), self.at_once):
+            group = chosen[start : start + self.at_once]
+            rows = [peer - here.start for peer in group]
+            which: slice | list[int] = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
             factors = {name: tensor[which] for name, tensor in standing.items()}
             what = (
                 names[group[0]] if len(group) == 1 else f"{names[group[0]]} to {names[group[-1]]}"
             )
             scored = self._scored(factors, what, group)
             own.update({names[peer]: one.scores for peer, one in zip(group, scored, strict=True)})
-        return own
+        with self.spent.on("scoring"):
+            return dict(self.prepared.ranks.joined(own.items()))
 
-    def _scored(self, factors: dict[str, Tensor], what: str, whose: Sequence[int]) -> list[Scored]:
+    def _scored(
+        self, factors: dict[str, Tensor], what: str, whose: Sequence[int], dealt: bool = False
+    ) -> list[Scored]:
         def heard(done: int, total: int) -> None:
-            self.log.tick(
-                Evaluating(event="evaluating", run=self.run, what=what, done=done, total=total)
-            )
+            event = Evaluating(event="evaluating", run=self.run, what=what, done=done, total=total)
+            try:
+                self.log.tick(event)
+            except Interrupted:
+                # the other ranks would wait for this one, so it ends after the round
+                if not self.prepared.ranks.are_several:
+                    raise
 
         with self.spent.on("scoring"):
             killed = self.scheduled.killed(whose) if self.scheduled else frozenset()
-            return self.prepared.evaluate(factors, heard, killed)
+            return self.prepared.evaluate(factors, heard, killed, dealt)
 
 
 def scored_peers(config: Config, num_peers: int) -> list[int]:

@@ -17,11 +17,14 @@ from dlora.decentralized.peer.messages import WIRE_DTYPES
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
 from dlora.evaluate import Scored, Scores
+from dlora.events.kinds import Active
 from dlora.lora.adapter_io import save_adapter
-from dlora.lora.all_adapters import save_all
-from dlora.lora.factors import average, consensus_distance, one
+from dlora.lora.all_adapters import part_files, part_name, save_all
+from dlora.lora.factors import Factors, average, consensus_distance, one
+from dlora.net.between_ranks import BetweenRanks
 from dlora.net.counting import MemoryTransport
-from dlora.run.folder import ALL_ADAPTERS_FILE, Checkpoint
+from dlora.run.checkpoint_files import Checkpoint
+from dlora.run.folder import ALL_ADAPTERS
 from dlora.run.local_round import Training
 from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
@@ -51,20 +54,28 @@ class Run:
     ) -> None:
         self.name, self.prepared, self.folder, self.log = name, run.prepared, run.folder, run.log
         self.group_size, self.stop, self.spent = run.group_size, run.stop, run.spent(name)
-        self.stored = run.stored[name]
+        self.stored, self.ranks = run.stored[name], run.prepared.ranks
         prepared, log, group_size = run.prepared, run.log, run.group_size
         self.arm = ARMS[name]
         config = prepared.config
         self.local_steps = self._local_steps()
-        self.schedules = None if self.arm.baseline else Schedules(name, prepared, log.emit)
+        # what the schedules of the other ranks did; the main rank's log has it after the round
+        self.news: list[Active] = []
+        emit = log.emit if prepared.ranks.is_main else self.news.append
+        self.schedules = None if self.arm.baseline else Schedules(name, prepared, emit)
         self.scheduled = self.schedules.scheduled if self.schedules else None
         self.training = Training(
             prepared, self.local_steps, group_size, self.arm.pooled, self.scheduled
         )
         self.participants = self.training.participants
-        self.transport = MemoryTransport(WIRE_DTYPES[config.peers.wire])
+        wire, ranks = WIRE_DTYPES[config.peers.wire], prepared.ranks
+        between = None
+        if ranks.group is not None and not self.arm.pooled:
+            blocks = ranks.blocks(len(prepared.names))
+            between = BetweenRanks(blocks, ranks.rank, ranks.group, wire)
+        self.transport = MemoryTransport(wire, between)
         self.trained = self.training.trained
-        took_part = self.participants.took_part if self.scheduled else None
+        took_part = self._took_part if self.scheduled else None
         self.gossip = Gossip(
             self.trained,
             self._topology(),
@@ -73,6 +84,7 @@ class Run:
             self.transport.wire,
             took_part,
             overlap=config.peers.overlap and self.arm.talks == "as configured",
+            here=self.training.here,
         )
         self.rounds_done = 0
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
@@ -120,28 +132,70 @@ class Run:
             with self.spent.on("saving"):
                 self._write_adapters()
         steps = config.train.rounds * sum(self.local_steps)
-        result = self.tally.done(
-            consensus, peers, len(self.local_steps), consensus_distance(self.trained), self.seconds
-        ) | {"participant_steps_per_second": steps / self.seconds}
+        apart = self._consensus_distance()
+        result = self.tally.done(consensus, peers, len(self.local_steps), apart, self.seconds) | {
+            "participant_steps_per_second": steps / self.seconds
+        }
         self.folder.finish(
             self.name, self.rounds_done, {"result": result, "log_position": self.log.position}
         )
         return result
 
+    # What all ranks compute together
+
+    def _losses(self, here: Tensor) -> Tensor:
+        """The losses of all participants, from those of the participants here."""
+        if self.arm.pooled:  # all ranks trained this one participant
+            return here
+        return torch.tensor(self.ranks.joined(here.tolist()))
+
+    def _took_part(self) -> list[frozenset[str]]:
+        return self.ranks.joined(self.participants.took_part())
+
+    def _average(self, factors: Mapping[str, Tensor]) -> Factors:
+        """The mean over the participants of all ranks, (1, ...) each."""
+        mean = average(factors)
+        if self.ranks.are_several and not self.arm.pooled:
+            share = len(self.training.here) / len(self.local_steps)
+            mean = {name: tensor * share for name, tensor in mean.items()}
+            self.ranks.add_up(list(mean.values()))
+        return mean
+
+    def _consensus_distance(self) -> float:
+        apart = consensus_distance(self.trained, self._average(self.trained))
+        if self.arm.pooled:
+            return apart
+        return sum(self.ranks.gathered(apart * len(self.training.here))) / len(self.local_steps)
+
+    def _share(self) -> None:
+        """Learn what the other ranks did, for the log, the checkpoint and the scores."""
+        self.tally.share()
+        for event in self.ranks.joined(self.news):
+            self.log.emit(event)
+        self.news.clear()
+        if self.schedules is not None:
+            self.schedules.share()
+
+    # Rounds
+
     def _round(self) -> None:
         with self.spent.on("exchange"):
-            losses = self.gossip.round(self.rounds_done, self._train)
+            losses = self._losses(self.gossip.round(self.rounds_done, self._train))
+            self._share()
+            apart = self._consensus_distance()
         if not losses.isfinite().all():
             lost = ", ".join(
                 name
                 for name, loss in zip(self.gossip.topology.names, losses.tolist(), strict=True)
                 if not math.isfinite(loss)
             )
-            raise RunError(
-                f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no number"
-                " any more; lower train.learning_rate and start anew in another output_dir"
+            raise self.ranks.told_once(
+                RunError(
+                    f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no"
+                    " number any more; lower train.learning_rate and start anew in another"
+                    " output_dir"
+                )
             )
-        apart = consensus_distance(self.trained)
         self.log.emit(self.tally.round(self.rounds_done, losses, apart, self.seconds))
         self.rounds_done += 1
 
@@ -192,13 +246,15 @@ class Run:
             except Interrupted:
                 self._save({"scores_due": peers})
                 raise
-        stopping = self.stop() and not last
+        stopping = self.ranks.any(self.stop()) and not last
         if last or stopping or self.rounds_done % config.save_every == 0:
             self._save()
         if stopping:
-            raise Interrupted(
-                f"{self.name} stopped after round {self.rounds_done} of {config.train.rounds},"
-                " finished and saved"
+            raise self.ranks.told_once(
+                Interrupted(
+                    f"{self.name} stopped after round {self.rounds_done} of {config.train.rounds},"
+                    " finished and saved"
+                )
             )
 
     def _save(self, due: Mapping[str, Any] | None = None) -> None:
@@ -208,16 +264,17 @@ class Run:
             state = self.tally.state(self.seconds, self.group_size)
             state |= {"log_position": self.log.position, **(due or {})}
             pending = self.gossip.pending
+            here = None if self.arm.pooled else self.training.here
             self.folder.save(
                 self.name,
-                Checkpoint(self.rounds_done, factors, optimizer, state, pending=pending),
+                Checkpoint(self.rounds_done, factors, optimizer, state, pending=pending, here=here),
             )
 
     def _score(self, peers: bool) -> tuple[Scored, dict[str, Scores]]:
         """Score the average and, if ``peers``, each peer that ``eval_peers`` names."""
         standing = self.participants.standing()
         try:
-            consensus = self.scoring.average(average(standing), first=not self.rounds_done)
+            consensus = self.scoring.average(self._average(standing), not self.rounds_done)
             own: dict[str, Scores] = {}
             # the average of one participant is the participant itself
             if peers and not self.arm.pooled and self.scoring.chosen:
@@ -236,16 +293,30 @@ class Run:
                 f"{interrupted}; {done if self.rounds_done else 'nothing was trained yet'}"
             ) from None
         num_peers = len(self.local_steps)
+        self._share()  # a cloud moved bytes for the scores
         self.tally.scored(self.rounds_done, consensus.scores, own, num_peers, self.seconds)
         return consensus, own
 
     def _write_adapters(self) -> None:
-        model, factors = self.prepared.model, self.participants.standing()
-        save_adapter(
-            self.folder.path / "consensus", average(factors), model, self.prepared.tokenizer
-        )
-        if len(self.prepared.names) > MOST_FOLDERS:
-            save_all(self.folder.path / ALL_ADAPTERS_FILE, factors, self.prepared.names)
-            return
-        for index, name in enumerate(self.prepared.names):
-            save_adapter(self.folder.path / "peers" / name, one(factors, index), model)
+        """The average by the main rank, and each peer by the rank that trained it."""
+        prepared, path, ranks = self.prepared, self.folder.path, self.ranks
+        model, factors = prepared.model, self.participants.standing()
+        consensus = self._average(factors)
+        names = [prepared.names[number] for number in prepared.here]
+        many = len(prepared.names) > MOST_FOLDERS
+
+        def begin() -> None:
+            save_adapter(path / "consensus", consensus, model, prepared.tokenizer)
+            for before in part_files(path, ALL_ADAPTERS):  # of other ranks, in an earlier process
+                before.unlink()
+
+        def write() -> None:
+            if many:
+                file = part_name(ALL_ADAPTERS, ranks.rank, ranks.size)
+                save_all(path / file, factors, names)
+                return
+            for row, name in enumerate(names):
+                save_adapter(path / "peers" / name, one(factors, row), model)
+
+        ranks.on_main(begin)
+        ranks.together(write)

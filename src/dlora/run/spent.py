@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import psutil
 
-from dlora.run.folder import Checkpoint
+from dlora.run.checkpoint_files import Checkpoint
 
 KINDS = ("training", "exchange", "scoring", "saving")
 

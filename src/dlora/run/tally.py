@@ -49,34 +49,53 @@ class Tally:
         self.arm, self.log, self.spent, self.training = arm, log, spent, training
         self.schedules, self.rounds = schedules, rounds
         self.best: dict[str, Any] = {}
-        self.steps_done = 0  # local steps of all participants
+        self.steps_done = 0  # local steps of the participants of this process
         self._bytes_here, self._bytes_before = bytes_here, 0
         self.cloud_bytes = cloud_bytes
         # earlier arms of this process may have used the cloud too
-        self._cloud_bytes_before = -cloud_bytes() if cloud_bytes else 0
+        self._cloud_bytes_begun = cloud_bytes() if cloud_bytes else 0
+        self._cloud_bytes_before = 0
         # tokens read in earlier processes; None: their checkpoint does not say
         self._tokens_before: int | None = 0
+        # what the other ranks have read and moved so far
+        self._tokens_elsewhere = self._cloud_bytes_elsewhere = 0
 
     @property
     def tokens(self) -> int | None:
         """Tokens that the local steps of all participants have read, without padding; None: not
         known.
         """
-        return None if self._tokens_before is None else self._tokens_before + self.training.tokens
+        if self._tokens_before is None:
+            return None
+        return self._tokens_before + self.training.tokens + self._tokens_elsewhere
 
     def cost(self, seconds: float) -> Cost:
         """Bytes and seconds so far, as fields of an event, a checkpoint or a result."""
         cost = Cost(bytes_on_wire=self._bytes_before + self._bytes_here(), seconds=seconds)
         if self.cloud_bytes is not None:
-            cost["cloud_bytes"] = self._cloud_bytes_before + self.cloud_bytes()
+            cost["cloud_bytes"] = (
+                self._cloud_bytes_before + self._cloud_bytes_here() + self._cloud_bytes_elsewhere
+            )
         return cost
+
+    def share(self) -> None:
+        """Learn from the other ranks what they have read and moved so far."""
+        ranks = self.training.prepared.ranks
+        own = (self.training.tokens, self._cloud_bytes_here())
+        of_all = ranks.gathered(own)
+        self._tokens_elsewhere = sum(tokens for tokens, _ in of_all) - own[0]
+        self._cloud_bytes_elsewhere = sum(moved for _, moved in of_all) - own[1]
+
+    def _cloud_bytes_here(self) -> int:
+        return self.cloud_bytes() - self._cloud_bytes_begun if self.cloud_bytes else 0
 
     def load(self, state: Mapping[str, Any], rounds_done: int, group_size: int) -> None:
         """Take the figures of a checkpoint, as `state` returned them."""
-        warn_of_another(state["environment"], environment(group_size))
+        here = environment(group_size, self.training.prepared.ranks)
+        warn_of_another(state["environment"], here)
         # dlora 0.1.0 also kept the scores of untrained factors
         self.best = state["best"] if state["best"].get("rounds_done") else {}
-        self.steps_done = rounds_done * sum(self.training.local_steps)
+        self.steps_done = rounds_done * self.training.steps_a_round
         self._tokens_before = state.get("tokens")
         self._bytes_before = state["bytes_on_wire"]
         self._cloud_bytes_before += state.get("cloud_bytes", 0)
@@ -91,7 +110,7 @@ class Tally:
             "tokens": self.tokens,
             "best": self.best,
             **(self.schedules.state() if self.schedules else {}),
-            "environment": environment(group_size),
+            "environment": environment(group_size, self.training.prepared.ranks),
         }
 
     # Events
@@ -114,9 +133,9 @@ class Tally:
         self.log.emit(Resumed(event="resumed", run=self.arm, rounds_done=rounds_done))
 
     def step(self, num_participants: int) -> None:
-        """Count a local step of that many participants, and tell the listeners."""
+        """Count a local step of that many participants here, and tell the listeners."""
         self.steps_done += num_participants
-        total = sum(self.training.local_steps) * self.rounds
+        total = self.training.steps_a_round * self.rounds
         self.log.tick(StepDone(event="step", run=self.arm, done=self.steps_done, total=total))
 
     def round(
