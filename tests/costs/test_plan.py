@@ -84,7 +84,11 @@ def test_a_member_plans_with_its_own_data_alone(members: Federation) -> None:
     own = planned(
         members, "--name", "south", "--set", f"data.train.north={members.folder / 'not-here.jsonl'}"
     )
-    assert own == planned(members)
+    of_all = planned(members)
+    # seconds are measured, and only who has all data may simulate other numbers of peers
+    assert [*own.pop("sizing")["for_peers"]] == ["1"]
+    assert len(of_all.pop("sizing")["for_peers"]) == 5
+    assert own == of_all
 
 
 def test_a_simulation_is_planned_as_if_its_peers_were_real(members: Federation) -> None:

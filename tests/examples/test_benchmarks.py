@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from kit import tiny_models
+from kit.page_blocks import ROOT
 from kit.ports import free_ports
 from kit.slow_line import Speed
 
@@ -178,6 +180,20 @@ def many_peers(small: Small) -> None:
     assert "40 peers on a ring" in out
 
 
+def between_ranks(small: Small) -> None:
+    torchrun = Path(sys.executable).parent / "torchrun"
+    done = subprocess.run(
+        [
+            *(torchrun, "--standalone", "--nproc-per-node", "2"),
+            *(ROOT / "benchmarks/between_ranks.py", "--peers", "8", "--kib", "16", "--pairs", "1"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "2 ranks, 8 peers of 16 KiB" in done.stdout
+
+
 def overlap(small: Small) -> None:
     out = small.run("overlap", "--rounds", "2", LINE=Speed(bytes_s=4e6, one_way_s=0.02))
     assert "mix(wait=False)" in out
@@ -223,7 +239,7 @@ RUNS: dict[str, Callable[[Small], None]] = {
     for made in (
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
-        stalled_device, mix, many_peers,
+        stalled_device, mix, many_peers, between_ranks,
     )
 }  # fmt: skip
 ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from dlora.errors import RunError
 
 Edge = tuple[int, int]
+
+PIECE_BYTES = 1 << 22  # that travel while the next ones are packed
 
 
 @contextlib.contextmanager
@@ -40,6 +42,7 @@ class BetweenRanks:
     ) -> None:
         self.blocks, self.rank, self.group, self.wire = blocks, rank, group, wire
         self.bytes_sent = 0
+        self._buffers: dict[tuple[int, str], Tensor] = {}
 
     def carry(
         self,
@@ -51,8 +54,9 @@ class BetweenRanks:
 
         ``sent``: (P, ...) tensors of the participants here. ``names``: for each participant of the
         run, the tensors of its message; None: all of ``sent``. For each tensor, the result has the
-        senders and their rows (M, ...). Where all exchange with all, one row comes from nobody: the
-        mean of all messages. Raises RunError if another rank has ended.
+        senders and their rows (M, ...), which stay until the next call. Where all exchange with
+        all, one row comes from nobody: the mean of all messages. Raises RunError if another rank
+        has ended.
         """
         count = self.blocks[-1].stop
         if names is None and edges and len(edges) == count * (count - 1) // 2:
@@ -60,24 +64,43 @@ class BetweenRanks:
         ends = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
         both_ways = np.concatenate([ends, ends[:, ::-1]])
         own = self.blocks[self.rank]
-        outgoing, incoming, operations = {}, {}, []
+        outgoing, incoming = dict[int, _Packed](), dict[int, _Packed]()
         for rank, block in enumerate(self.blocks):
             if rank == self.rank:
                 continue
             leaving = both_ways[_within(both_ways[:, 0], own) & _within(both_ways[:, 1], block)]
             if not len(leaving):
                 continue
-            outgoing[rank] = _pack(sent, np.unique(leaving[:, 0]), names, own.start, self.wire)
-            incoming[rank] = _Incoming(sent, np.unique(leaving[:, 1]), names, self.wire)
-            self.bytes_sent += outgoing[rank].nbytes
-            operations += [
-                dist.P2POp(dist.isend, outgoing[rank], rank, self.group),
-                dist.P2POp(dist.irecv, incoming[rank].buffer, rank, self.group),
-            ]
+            leave, come = np.unique(leaving[:, 0]), np.unique(leaving[:, 1])
+            outgoing[rank] = _Packed(sent, leave, names, self._buffer(rank, "out"))
+            incoming[rank] = _Packed(sent, come, names, self._buffer(rank, "in"))
+            self.bytes_sent += outgoing[rank].buffer.nbytes
         with one_may_end():
-            for work in dist.batch_isend_irecv(operations) if operations else ():
+            under_way = [
+                dist.irecv(piece, rank, self.group)
+                for rank, packed in incoming.items()
+                for piece, _ in packed.pieces()
+            ]
+            for rank, packed in outgoing.items():
+                for piece, held in packed.pieces():
+                    packed.fill(held, sent, own.start)
+                    under_way.append(dist.isend(piece, rank, self.group))
+            for work in under_way:
+                assert work is not None  # it is None outside of the group
                 work.wait()
-        return _joined(list(incoming.values()), sent)
+        return _joined([*incoming.values()], sent)
+
+    def _buffer(self, rank: int, way: str) -> Callable[[int], Tensor]:
+        """The buffer for one rank and one way, which is kept: fresh memory takes longer to get than
+        to fill.
+        """
+
+        def of(numbers: int) -> Tensor:
+            if len(self._buffers.get((rank, way), ())) < numbers:
+                self._buffers[rank, way] = torch.empty(numbers, dtype=self.wire)
+            return self._buffers[rank, way][:numbers]
+
+        return of
 
     def _means(
         self, sent: Mapping[str, Tensor], count: int
@@ -94,41 +117,49 @@ class BetweenRanks:
         }
 
 
-class _Incoming:
-    """A buffer for the messages of some senders of one rank, tensor after tensor."""
+class _Packed:
+    """The messages of some senders of one rank in one buffer, tensor after tensor."""
 
     def __init__(
         self,
         like: Mapping[str, Tensor],
         senders: np.ndarray,
         names: Sequence[Collection[str]] | None,
-        wire: torch.dtype,
+        buffer: Callable[[int], Tensor],
     ) -> None:
         self.senders = {name: _who_sent(name, senders, names) for name in like}
         sizes = [len(self.senders[name]) * tensor[0].numel() for name, tensor in like.items()]
-        self.buffer = torch.empty(sum(sizes), dtype=wire)
+        self.buffer = buffer(sum(sizes))
         self.rows = {
             name: part.view(-1, *tensor.shape[1:])
             for (name, tensor), part in zip(like.items(), self.buffer.split(sizes), strict=True)
         }
 
+    def pieces(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """The buffer in pieces of about ``PIECE_BYTES``, and the tensors that each holds."""
+        start = stop = 0
+        held: list[str] = []
+        for name, rows in self.rows.items():
+            held.append(name)
+            stop += rows.numel()
+            if stop == len(self.buffer) or (stop - start) * rows.element_size() >= PIECE_BYTES:
+                if start < stop:
+                    yield self.buffer[start:stop], held
+                start, held = stop, []
 
-def _pack(
-    sent: Mapping[str, Tensor],
-    senders: np.ndarray,
-    names: Sequence[Collection[str]] | None,
-    first: int,
-    wire: torch.dtype,
-) -> Tensor:
-    """The messages of ``senders``, tensor after tensor, as one buffer on the CPU."""
-    packed = _Incoming(sent, senders, names, wire)
-    for name, into in packed.rows.items():
-        rows = torch.from_numpy(packed.senders[name] - first)
-        if sent[name].dtype == wire and sent[name].device.type == "cpu":
-            torch.index_select(sent[name], 0, rows, out=into)
-        else:
-            into.copy_(sent[name].index_select(0, rows.to(sent[name].device)))
-    return packed.buffer
+    def fill(self, names: Sequence[str], sent: Mapping[str, Tensor], first: int) -> None:
+        """Copy these tensors' messages into the buffer; row 0 of ``sent`` is participant
+        ``first``.
+        """
+        for name in names:
+            into, tensor = self.rows[name], sent[name]
+            rows = torch.from_numpy(self.senders[name] - first)
+            if len(rows) == len(tensor):
+                into.copy_(tensor)
+            elif tensor.dtype == into.dtype and tensor.device == into.device:
+                torch.index_select(tensor, 0, rows, out=into)
+            else:
+                into.copy_(tensor.index_select(0, rows.to(tensor.device)))
 
 
 def _who_sent(
@@ -140,7 +171,7 @@ def _who_sent(
 
 
 def _joined(
-    incoming: Sequence[_Incoming], sent: Mapping[str, Tensor]
+    incoming: Sequence[_Packed], sent: Mapping[str, Tensor]
 ) -> dict[str, tuple[Sequence[int], Tensor]]:
     """For each tensor, the senders of all ranks and their rows, in the dtype that is mixed."""
     received: dict[str, tuple[Sequence[int], Tensor]] = {}

@@ -1,5 +1,5 @@
 """What a run will cost, before it runs: bytes over each edge and in all, time on slow lines,
-memory.
+memory, seconds a round.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 from dlora.config.run import Config
 from dlora.costs.between_peers import edge_bytes
 from dlora.costs.scheduled import CHOSEN
+from dlora.costs.sizing import sizing
 from dlora.costs.with_cloud import LINES_MBIT_S, split_costs
 from dlora.decentralized.peer.messages_on_disk import round_message
 from dlora.lora.factors import num_parameters, stack
+from dlora.run.grouping import STATE_BYTES
 from dlora.run.prepare import prepare
-
-_STATE_BYTES = 16  # bytes for each trained number: value, gradient and AdamW's two moments
 
 
 def plan(config: Config, own: str | None = None) -> dict[str, Any]:
@@ -23,7 +23,8 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
     would be.
 
     ``own``: the only participant whose data are here (`dlora peer`, `dlora device`); None: the data
-    of all are here (`dlora simulate`). Raises UserError as the run would.
+    of all are here (`dlora simulate`). Where the frozen model is here too, some local steps are
+    taken, to measure them. Raises UserError as the run would.
     """
     prepared = prepare(config, own=own)
     topology = prepared.topology
@@ -53,6 +54,10 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         # the bytes between peers are upper bounds
         **({"at_most": True} if config.schedule.kind in CHOSEN else {}),
         "frozen_bytes": sum(weight.nbytes for weight in prepared.model.network.parameters()),
-        "trained_bytes": _STATE_BYTES * parameters,
-        **({} if prepared.half is None else {"cloud": split_costs(prepared, own)}),
+        "trained_bytes": STATE_BYTES * parameters,
+        **(
+            {"sizing": sizing(prepared, others=own is None)}
+            if prepared.half is None
+            else {"cloud": split_costs(prepared, own)}
+        ),
     }

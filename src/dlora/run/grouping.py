@@ -23,6 +23,8 @@ from dlora.train import activation_bytes, forward
 # fraction of the free memory; the rest is for the frozen model's temporary tensors and other
 # programs
 _USABLE_MEMORY = 0.6
+# for each trained number: float32 value, gradient and two moments of AdamW
+STATE_BYTES = 16
 _TRIED = 3  # participants of a trial; an odd number fits fewer tensor shapes by chance
 # |together - alone| / |alone|: float32 rounding stays below 1e-4, another participant's factors
 # give 1e-1
@@ -184,21 +186,29 @@ def _fitting(prepared: Prepared) -> int:
     here = len(prepared.here)
     if prepared.config.peers.group_size is not None:
         return min(prepared.config.peers.group_size, here)
+    usable_bytes = usable_memory(prepared) / prepared.ranks.on_one_device(prepared.model.device)
+    state_bytes = STATE_BYTES * num_parameters(stack(prepared.model.initial, 1)) * here
+    room_bytes = usable_bytes - state_bytes
+    return max(1, min(here, int(room_bytes / bytes_of_activations(prepared))))
+
+
+def usable_memory(prepared: Prepared) -> float:
+    """Bytes of the device that a run may use now."""
+    device = prepared.model.device
+    free_bytes = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+    return _USABLE_MEMORY * free_bytes
+
+
+def bytes_of_activations(prepared: Prepared) -> int:
+    """What one participant's forward pass keeps, on a batch that repeats the longest row."""
     rows = [row for peer in prepared.data.peers.values() for row in peer]
     longest = max(rows, key=lambda row: len(row.input_ids))
     batch = collate(
         [longest] * prepared.config.train.per_device_train_batch_size, prepared.pad_token_id
     )
-    device = prepared.model.device
-    kept_bytes = activation_bytes(
-        prepared.model, stack(prepared.model.initial, 1, device), batch, prepared.autocast_dtype
-    )
-    free_bytes = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    ) / prepared.ranks.on_one_device(device)
-    # float32 value, gradient and two moments of AdamW
-    state_bytes = 16 * num_parameters(stack(prepared.model.initial, 1)) * here
-    room_bytes = _USABLE_MEMORY * free_bytes - state_bytes
-    return max(1, min(here, int(room_bytes / kept_bytes)))
+    factors = stack(prepared.model.initial, 1, prepared.model.device)
+    return activation_bytes(prepared.model, factors, batch, prepared.autocast_dtype)

@@ -16,6 +16,8 @@ from dlora.show.words import (
     seconds_text,
 )
 
+MOST_EDGES = 20  # in a table; --json has all
+
 
 def local_table(told: dict[str, Any]) -> Group:
     """What each peer of a script has mixed on this machine."""
@@ -157,8 +159,10 @@ def _cut_text(what: str, facts: dict[str, Any]) -> str:
 def plan_table(costs: dict[str, Any]) -> Group:
     """What a run will cost: bytes over each edge, time, memory."""
     edges = Table("edge", "on wire", box=None)
-    for edge, count in costs["edges"].items():
+    for edge, count in list(costs["edges"].items())[:MOST_EDGES]:
         edges.add_row(edge, bytes_text(count))
+    if (more := len(costs["edges"]) - MOST_EDGES) > 0:
+        edges.add_row(f"and {more:,} more", "")
     lines = ", ".join(
         f"{seconds_text(seconds)} at {line}"
         for line, seconds in costs["seconds_on_the_line"].items()
@@ -181,7 +185,33 @@ def plan_table(costs: dict[str, Any]) -> Group:
         *(_with_cloud(costs["cloud"]) if "cloud" in costs else []),
         f"memory: {bytes_text(costs['frozen_bytes'])} frozen, {bytes_text(costs['trained_bytes'])}"
         " for what trains, and activations",
+        *(_sizing(costs["sizing"], costs["rounds"]) if "sizing" in costs else []),
     )
+
+
+def _sizing(sizes: dict[str, Any], rounds: int) -> list[Any]:
+    """A simulation on this machine, with the run's number of peers and with others."""
+    table = Table("peers", "memory", "a round", f"{rounds} rounds", "ranks", box=None)
+    for peers, size in sizes["for_peers"].items():
+        table.add_row(
+            f"{int(peers):,}",
+            bytes_text(size["rank_bytes"]),
+            seconds_text(size["round_s"]),
+            seconds_text(rounds * size["round_s"]),
+            f"1 to {size['ranks']}" if size["ranks"] > 1 else str(size["ranks"] or "none fits"),
+        )
+    return [
+        (
+            "\nestimate for the peers on this machine: a local step of one took"
+            f" {1e3 * sizes['step_s']:,.0f} ms, and its activations"
+            f" {bytes_text(sizes['activation_bytes'])}; time for scores comes on top"
+        ),
+        table,
+        (
+            "memory and seconds are those of one process; ranks: the --nproc-per-node that fits"
+            " (docs/cluster.md)"
+        ),
+    ]
 
 
 def _with_cloud(costs: dict[str, Any]) -> list[str]:
