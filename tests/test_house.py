@@ -38,7 +38,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("train", "decentralized/gossip", "split/", "net/"),
     ("lora/active", "decentralized/mixing", "decentralized/topology"),
     (
-        "decentralized/finite_time",
+        "decentralized/drawn",
+        "decentralized/matrices",
         "lora/stacked",
         "lora/adapter_io",
         "lora/all_adapters",
@@ -46,7 +47,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/targets",
         "lora/units",
     ),
-    ("lora/factors", "lora/kill_revive"),
+    ("decentralized/finite_time", "lora/factors", "lora/kill_revive"),
     ("lora/meter",),
     ("data/load", "events/", "identity/", "model/load"),
     ("model/",),

@@ -24,7 +24,8 @@ class Group:
     ``factors`` are those of these participants, and ``parameters`` are views of them, so a local
     step changes the factors themselves.
     With a schedule, ``units`` decides which tensors take part in a step, and the optimiser has a
-    separate tensor for each participant. ``moments``: the optimiser's state, by name.
+    separate tensor for each participant. ``spans``: rows whose participants have taken equally many
+    steps, if not all have; the optimiser then has a tensor for each of them.
     """
 
     def __init__(
@@ -34,8 +35,9 @@ class Group:
         last: int,
         section: TrainSection,
         scheduled: Scheduled | None = None,
+        spans: Sequence[slice] = (),
     ) -> None:
-        self.first, self.last = first, last
+        self.first, self.last, self.spans = first, last, spans
         self.parameters = {name: tensor.detach() for name, tensor in factors.items()}
         trained = list(self.parameters.values())
         self.units = (
@@ -44,6 +46,13 @@ class Group:
             else ActiveUnits(self.parameters, range(first, last), scheduled)
         )
         self.leaves = self.parameters if self.units is None else self.units.leaves
+        if spans:
+            self.leaves = {
+                f"{name}@{span.start}": tensor[span].detach()
+                for name, tensor in self.parameters.items()
+                for span in spans
+            }
+            trained = list(self.leaves.values())
         optimizer: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[section.optimizer]
         self.optimizer: torch.optim.Optimizer = optimizer(
             trained if self.units is None else self.units.parameter_groups(),
@@ -66,6 +75,12 @@ class Group:
         """The gradients of the last backward pass, (P, ...) each."""
         return [tensor.grad for tensor in self.parameters.values() if tensor.grad is not None]
 
+    def without_rows(self) -> None:
+        """Set the gradients to zero, as a step without rows has them."""
+        for tensor in self.parameters.values():
+            if tensor.requires_grad:
+                tensor.grad = torch.zeros_like(tensor)
+
     def step(self, learning_rate: float, max_grad_norm: float | None) -> None:
         """Clip the gradients, take the optimiser's step with them, and delete them."""
         scores: list[dict[int, float]] = []
@@ -82,6 +97,13 @@ class Group:
             return
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = learning_rate
+        for name, tensor in self.parameters.items() if self.spans else ():
+            for span in self.spans:
+                gradient = tensor.grad
+                self.leaves[f"{name}@{span.start}"].grad = (
+                    None if gradient is None else gradient[span]
+                )
+            tensor.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -238,9 +260,9 @@ def local_steps(
     history: list[Tensor] = []
     for micro_batches, learning_rate in zip(batches, learning_rates, strict=True):
         model.use(group.parameters, group.units.killed if group.units else frozenset())
-        targets_P = torch.stack(
-            [num_targets(batch.labels, num_participants) for batch in micro_batches]
-        ).sum(0)
+        targets_P = torch.zeros(num_participants, dtype=torch.int64)
+        for batch in micro_batches:
+            targets_P += num_targets(batch.labels, num_participants)
         add_up([targets_P])
         loss_P = torch.zeros(num_participants)
         for batch in micro_batches:
@@ -252,6 +274,8 @@ def local_steps(
             )
             micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
+        if not micro_batches:  # the other processes have all rows of this step
+            group.without_rows()
         add_up([loss_P, *group.gradients])
         group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)

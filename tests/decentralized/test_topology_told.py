@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dlora.config.run import TopologySection
+from dlora.decentralized.matrices import check_mixing
 from dlora.decentralized.topology import (
     Topology,
     build_topology,
-    check_mixing,
     rounds_to_agree,
 )
 from dlora.errors import TopologyError

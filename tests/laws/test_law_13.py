@@ -32,6 +32,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train.local_epochs": 1,
         "data.partition": {"kind": "dirichlet", "concentration": 1.0},
     },
+    "drawn": {"peers.participation": 0.3, "compare": ["pooled", "fedavg"]},
     "split": {"split": {"cloud": "hub", "wire": "float32"}},
     "split-kr": {"split": {"cloud": "hub", "wire": "float32"}, "schedule": KR},
 }

@@ -27,4 +27,6 @@ class PeersFile(PeersSection, Document):
         for key in ("count", "group_size"):
             if getattr(self, key) is not None:
                 raise ValueError(f"{key} belongs to a simulation; remove it")
+        if self.participation < 1:
+            raise ValueError("participation below 1 belongs to a simulation; remove it")
         return self

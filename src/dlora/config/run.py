@@ -84,6 +84,15 @@ class PeersSection(Section):
             " added one round later; for slow links"
         ),
     )
+    participation: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description=(
+            "the part of the peers that the seed draws for a round, at least one peer; the others"
+            " neither train nor mix"
+        ),
+    )
     members: tuple[Text, ...] | None = Field(
         None, description="names instead of a count: who takes part (`dlora peer`)"
     )
@@ -302,6 +311,12 @@ class Config(Document):
             raise ValueError(
                 f"peers.rule {self.peers.rule} chooses between A and B, which placement core"
                 " freezes both: averaging the cores is exact as it is; take rule factor"
+            )
+        if self.peers.participation < 1 and (self.schedule.kind != "all" or self.split is not None):
+            what = "split" if self.split is not None else f"schedule.kind {self.schedule.kind}"
+            raise ValueError(
+                f"peers.participation {self.peers.participation:g} does not work with {what} yet:"
+                " remove one of them"
             )
         if self.split is not None:
             self._check_split()

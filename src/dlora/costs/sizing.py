@@ -38,6 +38,7 @@ def sizing(prepared: Prepared, others: bool = True) -> dict[str, Any]:
     frozen = sum(weight.nbytes for weight in prepared.model.network.parameters())
     steps = sum(prepared.local_steps) / len(prepared.names)
     places = torch.cuda.device_count() if prepared.model.device.type == "cuda" else os.cpu_count()
+    part = prepared.config.peers.participation
     usable, apart = usable_memory(prepared), prepared.model.device.type == "cuda"
 
     def needed(peers: int, ranks: int) -> float:
@@ -62,7 +63,7 @@ def sizing(prepared: Prepared, others: bool = True) -> dict[str, Any]:
         "for_peers": {
             str(peers): {
                 "rank_bytes": needed(peers, 1),
-                "round_s": peers * (steps * step_s + MIXING * add_s),
+                "round_s": part * peers * (steps * step_s + MIXING * add_s),
                 "ranks": fitting(peers),
             }
             for peers in sorted({len(prepared.names), *(PEERS if others else ())})

@@ -93,9 +93,9 @@ def split_costs(
     trained, steps, tokens, round_trips = Counter[str](), 0, 0, 0
     scored = _scored(prepared, [mean] if alone else [])
     for round in range(config.train.rounds):
-        for device, group in zip(devices, training.participants.groups, strict=True):
-            own_steps = training.local_steps[group.first]
-            for micro_batches in training.batches(group, round * own_steps, own_steps):
+        for index, device in enumerate(devices):
+            own_steps = training.local_steps[index]
+            for micro_batches in training.batches([index], round, own_steps):
                 for batch in micro_batches:
                     trained += device.bytes_of(batch, keep=True)
                     tokens += int(batch.attention_mask.sum())

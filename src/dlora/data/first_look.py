@@ -51,7 +51,12 @@ def members_of(config: Config, name: str) -> tuple[str, ...]:
 
 
 def refuse_comparison(config: Config) -> None:
-    """Raise ConfigError where one participant is to be compared with baselines."""
+    """Raise ConfigError where one participant is asked for what only a simulation can do."""
+    if config.peers.participation < 1:
+        raise ConfigError(
+            f"peers.participation {config.peers.participation:g} is for dlora simulate; a real peer"
+            " takes part in every round: remove it"
+        )
     if config.compare:
         raise ConfigError(
             "compare needs everybody's data in one place; remove it, or use dlora simulate"

@@ -51,7 +51,8 @@ class Gossip:
     ``factors`` are those of the participants ``here``, which train in this process; None: all of
     the topology. ``overlap``: the exchange runs while the next round's local steps do, so what
     mixing changes is added after them, one round late. It is ``pending`` until then. The mean over
-    participants is kept as without it, because the changes of a round sum to zero.
+    participants is kept as without it, because the changes of a round sum to zero. ``drawn`` says
+    who takes part in a round; None: all. The others neither train nor mix.
     """
 
     factors: Factors
@@ -63,6 +64,7 @@ class Gossip:
     overlap: bool = False
     pending: Factors = field(default_factory=dict)
     here: range | None = None
+    drawn: Callable[[int], Sequence[int]] | None = None
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
         """Run one round and return the losses (P,) of ``train``, which takes the names that
@@ -77,12 +79,13 @@ class Gossip:
             if self.rule.sends(name, number)
         }
         names = self.took_part() if self.took_part is not None else None
-        edges = self.topology.edges(number)
+        edges, mixing = self.topology.edges(number), self.topology.mixing(number)
+        if self.drawn is not None:
+            edges, mixing = self.topology.among(self.drawn(number), number)
         committed, received = self.transport.exchange(number, sent, edges, names)
         if self.overlap:
             self.pending = {name: torch.zeros_like(self.factors[name]) for name in sent}
         changed = self.pending if self.overlap else self.factors
-        mixing = self.topology.mixing(number)
         mix(changed, sent, mixing, committed, names, self.here, received)
         return losses
 

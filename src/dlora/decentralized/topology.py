@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -15,16 +16,14 @@ from typing import Literal, get_args
 
 import networkx as nx
 import numpy as np
-from numpy.typing import ArrayLike
 
 from dlora.config.run import TopologySection
 from dlora.decentralized.finite_time import Matrix, base_k, hypercube
+from dlora.decentralized.matrices import ROUNDING, check_mixing, disagreement
 from dlora.errors import TopologyError
 
 Weights = Literal["metropolis", "laplacian"]
 
-# largest rounding error of float64 in a sum, a symmetry or a disagreement that is exact on paper
-ROUNDING = 1e-12
 ERDOS_RENYI_TRIES = 1000  # number of seeds that are tried for a connected graph
 
 
@@ -40,6 +39,7 @@ class Topology:
     kind: str
     names: tuple[str, ...]  # peers in order; the index is the peer_index
     matrices: tuple[Matrix, ...]
+    by_degree: bool = False  # Metropolis weights, which follow from the degrees
 
     def __post_init__(self) -> None:
         copies = tuple(np.array(matrix, dtype=np.float64) for matrix in self.matrices)
@@ -64,7 +64,7 @@ class Topology:
         if self.period > 1 and self._agrees_in_one_cycle():
             return 1.0
         product = reduce(lambda done, mixing: mixing @ done, self.matrices)
-        return float(1 - _disagreement(product) ** (1 / self.period))
+        return float(1 - disagreement(product) ** (1 / self.period))
 
     def _agrees_in_one_cycle(self) -> bool:
         """Whether a cycle takes random values to their mean, and so any values; n^2 a round and not
@@ -122,6 +122,26 @@ class Topology:
         """The pairs (i, j), i < j, that exchange in a round; each exchange is two messages."""
         return self._edges[round % self.period]
 
+    def among(self, peers: Sequence[int], round: int) -> tuple[list[tuple[int, int]], Matrix]:
+        """The edges of a round and its mixing matrix when only ``peers`` take part.
+
+        An edge needs both its ends. Metropolis weights are those of the graph that is left, so a
+        complete graph gives the mean of those who take part. Other weights stay, and a peer keeps
+        the weight of a neighbour that is not there. So the matrix is symmetric and doubly
+        stochastic.
+        """
+        there = set(peers)
+        edges = [(i, j) for i, j in self.edges(round) if i in there and j in there]
+        degree = Counter(end for edge in edges for end in edge)
+        whole, mixing = self.mixing(round), np.zeros((self.num_peers, self.num_peers))
+        kept = np.ones(self.num_peers)
+        for i, j in edges:
+            weight = 1 / (1 + max(degree[i], degree[j])) if self.by_degree else whole[i, j]
+            mixing[i, j] = mixing[j, i] = weight
+            kept[[i, j]] -= weight
+        np.fill_diagonal(mixing, kept)
+        return edges, mixing
+
     @cached_property
     def _edges(self) -> list[list[tuple[int, int]]]:
         return [
@@ -164,8 +184,9 @@ def build_topology(
         raise TopologyError(
             f"topology {section.kind} is not connected: {apart}; join them by edges"
         )
-    mixing = _laplacian(graph) if weights == "laplacian" else _metropolis(graph)
-    return Topology(section.kind, tuple(names), (mixing,))
+    by_degree = weights != "laplacian"
+    mixing = _metropolis(graph) if by_degree else _laplacian(graph)
+    return Topology(section.kind, tuple(names), (mixing,), by_degree)
 
 
 # Graphs that are the same in every round
@@ -291,40 +312,7 @@ def _laplacian(graph: nx.Graph[int]) -> Matrix:
     return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
 
 
-# Checks and properties of a topology
-
-
-def check_mixing(mixing: ArrayLike) -> None:
-    """Raise TopologyError unless the matrix is square, finite, non-negative and symmetric, with
-    rows that sum to 1.
-
-    The error names the row or the entry, counted from 0.
-    """
-    matrix = np.asarray(mixing, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
-        raise TopologyError(
-            f"a mixing matrix is (n, n), a row and a column for each peer, got shape {matrix.shape}"
-        )
-    for wrong, rule in (
-        (~np.isfinite(matrix), "is not a finite number"),
-        (matrix < 0, "is negative, but a neighbour weight is at least 0"),
-        (
-            ~np.isclose(matrix, matrix.T, rtol=0, atol=ROUNDING),
-            "is not its mirror image, but both ends must give the same weight",
-        ),
-    ):
-        if wrong.any():
-            i, j = np.argwhere(wrong)[0]
-            raise TopologyError(
-                f"mixing[{i}, {j}] = {matrix[i, j]:.6g} (mixing[{j}, {i}] = {matrix[j, i]:.6g})"
-                f" {rule}"
-            )
-    sums = matrix.sum(axis=1)
-    row = int(np.argmax(np.abs(sums - 1)))
-    if abs(sums[row] - 1) > ROUNDING:
-        raise TopologyError(
-            f"row {row} of the mixing matrix sums to {sums[row]:.12g}; it must sum to 1"
-        )
+# Properties of a topology
 
 
 def spectral_gap(topology: Topology) -> float:
@@ -335,39 +323,6 @@ def spectral_gap(topology: Topology) -> float:
     is 1/n.
     """
     return topology.spectral_gap
-
-
-def _disagreement(product: Matrix) -> float:
-    """|product - J|_2: the largest factor by which ``product`` multiplies the peers' distance to
-    their mean.
-
-    The norm of a symmetric matrix is its largest absolute eigenvalue. The norm of any other matrix
-    M is the root of the largest eigenvalue of M^T M. This equals a singular value decomposition up
-    to rounding, and takes a fraction of its time (1,000 peers).
-    """
-    if _is_circulant(product):
-        # its eigenvalues are the transform of its first row, and the first of them belongs to the
-        # mean
-        others = np.abs(np.fft.fft(product[0]))[1:]
-        largest = float(others.max()) if len(others) else 0.0
-        return largest if largest > ROUNDING else 0.0
-    apart = product - 1 / len(product)
-    # the Frobenius norm is never smaller than the norm asked for
-    if np.linalg.norm(apart) <= ROUNDING:
-        return 0.0
-    if np.array_equal(apart, apart.T):
-        norm = float(np.abs(np.linalg.eigvalsh(apart)).max())
-    else:
-        norm = math.sqrt(max(0.0, float(np.linalg.eigvalsh(apart.T @ apart)[-1])))
-    return norm if norm > ROUNDING else 0.0
-
-
-def _is_circulant(matrix: Matrix) -> bool:
-    """Whether each row is the one above, moved by one: a ring, a complete or exponential graph."""
-    rest = matrix[1:]
-    return np.array_equal(rest[:, 1:], matrix[:-1, :-1]) and np.array_equal(
-        rest[:, 0], matrix[:-1, -1]
-    )
 
 
 def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int]:
@@ -390,7 +345,7 @@ def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int
         return rounds, rounds * 2 * len(topology.edges(0))
     rounds = messages = 0
     product = np.eye(topology.num_peers)
-    while _disagreement(product) > enough:
+    while disagreement(product) > enough:
         product = topology.mixing(rounds) @ product
         messages += 2 * len(topology.edges(rounds))
         rounds += 1

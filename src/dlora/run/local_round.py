@@ -5,7 +5,7 @@ dropout.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from dlora.data.batches import Batch, collate
 from dlora.lora.active import Scheduled
 from dlora.run.prepare import Prepared
+from dlora.run.resting import Resting
 from dlora.seeds import derive_seed
 from dlora.train import Group, Participants, learning_rate, local_steps
 
@@ -50,46 +51,92 @@ class Training:
             prepared.model.initial, groups, prepared.config.train, prepared.model.device, scheduled
         )
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
+        some = prepared.config.peers.participation < 1 and not pooled
+        self.resting = Resting(self.participants, prepared.config.train) if some else None
+        self._counted: dict[tuple[int, range], int] = {}
 
-    @property
-    def steps_a_round(self) -> int:
-        """Local steps of all participants here in a round."""
-        return sum(self.local_steps[number] for number in self.here)
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """The optimisers' state, for a checkpoint."""
+        return (self.resting or self.participants).optimizer_state()
+
+    def load(self, factors: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> None:
+        """Take factors and optimiser state of a checkpoint."""
+        if self.resting is None:
+            self.participants.load(factors, optimizer_state)
+            return
+        self.participants.load(factors, {})
+        self.resting.load(optimizer_state)
+
+    def steps_here(self, rounds: int) -> int:
+        """Local steps of all participants here in the first ``rounds`` rounds."""
+        return self._steps(rounds, self.here)
+
+    def steps_of_all(self, rounds: int) -> int:
+        """Local steps of all participants of the run in the first ``rounds`` rounds."""
+        return self._steps(rounds, range(len(self.local_steps)))
+
+    def _steps(self, rounds: int, among: range) -> int:
+        if self.resting is None:
+            return rounds * sum(self.local_steps[number] for number in among)
+        if (rounds, among) not in self._counted:
+            self._counted[rounds, among] = sum(
+                self.local_steps[number]
+                for round in range(rounds)
+                for number in self.prepared.drawn(round)
+                if number in among
+            )
+        return self._counted[rounds, among]
 
     def round(self, number: int, names: frozenset[str]) -> Tensor:
         """The local steps of one round on the tensors ``names``, group after group.
 
-        Returns the mean loss of each participant here, (P,).
+        Returns the mean loss of each participant here, (P,); NaN for those that rest.
         """
-        losses = []
-        for group in self.participants.groups:
-            group.train_only(names)
-            if self.prepared.config.train.optimizer_state == "reset":
-                group.optimizer.state.clear()
-            steps = self.local_steps[group.first]
-            with torch.random.fork_rng():
-                torch.manual_seed(
-                    derive_seed(
-                        self.prepared.config.seed,
-                        "dropout",
-                        number,
-                        self.prepared.names[
-                            self.prepared.here.start if self.pooled else group.first
-                        ],
-                    )
+        if self.resting is None:
+            return torch.cat(
+                [
+                    self._train(number, names, group, range(group.first, group.last))
+                    for group in self.participants.groups
+                ]
+            )
+        losses = torch.full((len(self.here),), torch.nan)
+        drawn = [peer for peer in self.prepared.drawn(number) if peer in self.here]
+        for steps in sorted({self.local_steps[peer] for peer in drawn}):
+            alike = [peer for peer in drawn if self.local_steps[peer] == steps]
+            for start in range(0, len(alike), self.group_size):
+                group, members = self.resting.take(alike[start : start + self.group_size])
+                mean = self._train(number, names, group, members)
+                losses[[member - self.here.start for member in members]] = mean
+                self.resting.put_back(group, members)
+        return losses
+
+    def _train(
+        self, number: int, names: frozenset[str], group: Group, members: Sequence[int]
+    ) -> Tensor:
+        """The mean losses of one group whose participants are ``members``."""
+        group.train_only(names)
+        if self.prepared.config.train.optimizer_state == "reset":
+            group.optimizer.state.clear()
+        steps = self.local_steps[members[0]]
+        # each rank draws masks of its own for the pooled participant
+        drawn_for = self.prepared.here.start if self.pooled else members[0]
+        with torch.random.fork_rng():
+            torch.manual_seed(
+                derive_seed(
+                    self.prepared.config.seed, "dropout", number, self.prepared.names[drawn_for]
                 )
-                history = local_steps(
-                    self.prepared.model,
-                    group,
-                    self.batches(group, number * steps, steps),
-                    self.learning_rates(number, steps),
-                    self.prepared.config.train,
-                    self.prepared.autocast_dtype,
-                    self.on_step,
-                    self.prepared.ranks.add_up if self.pooled else lambda tensors: None,
-                )
-            losses.append(history.mean(dim=0))
-        return torch.cat(losses)
+            )
+            history = local_steps(
+                self.prepared.model,
+                group,
+                self.batches(members, number, steps),
+                self.learning_rates(number, steps),
+                self.prepared.config.train,
+                self.prepared.autocast_dtype,
+                self.on_step,
+                self.prepared.ranks.add_up if self.pooled else lambda tensors: None,
+            )
+        return history.mean(dim=0)
 
     def learning_rates(self, number: int, steps: int) -> list[float]:
         """The learning rate of each of the ``steps`` local steps of a round."""
@@ -99,19 +146,22 @@ class Training:
             for step in range(start, start + steps)
         ]
 
-    def batches(self, group: Group, start: int, steps: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step.
+    def batches(self, members: Sequence[int], number: int, steps: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each step of round ``number`` for the participants ``members``.
 
-        The pooled participant takes the rows of all peers, in portions that fit into memory.
+        The pooled participant takes the rows of all peers that are drawn for the round, in portions
+        that fit into memory.
         """
         section = self.prepared.config.train
         rows = section.per_device_train_batch_size
         names, data, streams = self.prepared.names, self.prepared.data.peers, self.prepared.streams
-        portions = (
-            batch_groups([0] * len(names), self.group_size, self.prepared.here)
-            if self.pooled
-            else [range(group.first, group.last)]
-        )
+        portions, start = [members], number * steps
+        if self.pooled:
+            here = [peer for peer in self.prepared.drawn(number) if peer in self.prepared.here]
+            portions = [
+                here[begin : begin + self.group_size]
+                for begin in range(0, len(here), self.group_size)
+            ]
         for micro_step in range(
             start * section.gradient_accumulation_steps,
             (start + steps) * section.gradient_accumulation_steps,

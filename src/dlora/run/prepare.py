@@ -14,6 +14,7 @@ import torch
 from dlora.config.run import Config
 from dlora.data.batches import BatchStream
 from dlora.data.load import FederatedData, load_data, load_own_data
+from dlora.decentralized.drawn import drawn_peers
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
 from dlora.decentralized.topology import Topology, build_topology
@@ -56,6 +57,12 @@ class Prepared:
     def here(self) -> range:
         """The numbers of the participants that train in this process."""
         return self.ranks.block(len(self.names))
+
+    def drawn(self, round: int) -> list[int]:
+        """The numbers of the peers that take part in a round, in order."""
+        config = self.config
+        count = self.topology.num_peers
+        return drawn_peers(config.peers.participation, count, config.seed, round)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -243,6 +250,8 @@ def prepare(
     }
     if config.peers.overlap:
         manifest["overlap"] = True
+    if config.peers.participation < 1:
+        manifest["participation"] = config.peers.participation
     if config.lora.placement == "core":
         manifest["lora"]["placement"] = "core"
         manifest["frame"] = digest(model.directions)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -85,6 +84,7 @@ class Run:
             took_part,
             overlap=config.peers.overlap and self.arm.talks == "as configured",
             here=self.training.here,
+            drawn=prepared.drawn if self.training.resting else None,
         )
         self.rounds_done = 0
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
@@ -131,7 +131,7 @@ class Run:
         if not self.arm.baseline:
             with self.spent.on("saving"):
                 self._write_adapters()
-        steps = config.train.rounds * sum(self.local_steps)
+        steps = self.training.steps_of_all(config.train.rounds)
         apart = self._consensus_distance()
         result = self.tally.done(consensus, peers, len(self.local_steps), apart, self.seconds) | {
             "participant_steps_per_second": steps / self.seconds
@@ -183,12 +183,9 @@ class Run:
             losses = self._losses(self.gossip.round(self.rounds_done, self._train))
             self._share()
             apart = self._consensus_distance()
-        if not losses.isfinite().all():
-            lost = ", ".join(
-                name
-                for name, loss in zip(self.gossip.topology.names, losses.tolist(), strict=True)
-                if not math.isfinite(loss)
-            )
+        trained = self.gossip.drawn(self.rounds_done) if self.gossip.drawn else range(len(losses))
+        names = self.gossip.topology.names
+        if lost := ", ".join(names[one] for one in trained if not losses[one].isfinite()):
             raise self.ranks.told_once(
                 RunError(
                     f"{self.name} diverged in round {self.rounds_done}: the loss of {lost} is no"
@@ -228,7 +225,7 @@ class Run:
         )
 
     def _restore(self, stored: Checkpoint) -> None:
-        self.participants.load(stored.factors, stored.optimizer)
+        self.training.load(stored.factors, stored.optimizer)
         device = self.prepared.model.device
         self.gossip.pending = {name: tensor.to(device) for name, tensor in stored.pending.items()}
         self.rounds_done = stored.rounds_done
@@ -260,7 +257,7 @@ class Run:
     def _save(self, due: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint; ``due``: what must be done before the next round."""
         with self.spent.on("saving"):
-            factors, optimizer = self.participants.factors, self.participants.optimizer_state()
+            factors, optimizer = self.participants.factors, self.training.optimizer_state()
             state = self.tally.state(self.seconds, self.group_size)
             state |= {"log_position": self.log.position, **(due or {})}
             pending = self.gossip.pending

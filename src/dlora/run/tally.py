@@ -95,7 +95,7 @@ class Tally:
         warn_of_another(state["environment"], here)
         # dlora 0.1.0 also kept the scores of untrained factors
         self.best = state["best"] if state["best"].get("rounds_done") else {}
-        self.steps_done = rounds_done * self.training.steps_a_round
+        self.steps_done = self.training.steps_here(rounds_done)
         self._tokens_before = state.get("tokens")
         self._bytes_before = state["bytes_on_wire"]
         self._cloud_bytes_before += state.get("cloud_bytes", 0)
@@ -135,7 +135,7 @@ class Tally:
     def step(self, num_participants: int) -> None:
         """Count a local step of that many participants here, and tell the listeners."""
         self.steps_done += num_participants
-        total = self.training.steps_a_round * self.rounds
+        total = self.training.steps_here(self.rounds)
         self.log.tick(StepDone(event="step", run=self.arm, done=self.steps_done, total=total))
 
     def round(
@@ -147,7 +147,7 @@ class Tally:
             event="round",
             run=self.arm,
             round=number,
-            loss=losses.mean().item(),
+            loss=losses.nanmean().item(),  # who rests in this round has none
             losses=losses.tolist(),
             learning_rate=rates[-1],
             consensus_distance=consensus_distance,

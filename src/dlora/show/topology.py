@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlora.decentralized.matrices import ROUNDING
 from dlora.decentralized.topology import (
-    ROUNDING,
     Topology,
     rounds_to_agree,
     some_names,

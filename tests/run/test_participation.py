@@ -1,0 +1,165 @@
+"""A part of the peers takes part in a round: who is drawn trains and mixes, the others rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dlora
+from dlora.config.run import Config, TopologySection
+from dlora.decentralized.drawn import drawn_peers
+from dlora.decentralized.matrices import ROUNDING, check_mixing
+from dlora.decentralized.topology import build_topology
+from dlora.errors import ConfigError, Interrupted
+from dlora.events.log import read_log
+from dlora.run.local_round import Training
+from dlora.run.prepare import prepare
+from dlora.train import Participants, local_steps
+from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after
+from kit.updates import UPDATE_BOUND, assert_same
+
+pytestmark = pytest.mark.usefixtures("no_page")
+
+KEYS = {
+    "train.rounds": 6,
+    "train.model_dropout": 0.0,
+    "peers.count": 6,
+    "peers.participation": 0.5,
+    "peers.topology": {"kind": "complete"},
+    "eval_every": 0,
+}
+
+
+def test_the_draw_follows_from_seed_and_round() -> None:
+    rounds = [drawn_peers(0.1, 20, 7, round) for round in range(200)]
+    assert rounds == [drawn_peers(0.1, 20, 7, round) for round in range(200)]
+    assert {len(drawn) for drawn in rounds} == {2} and all(one < two for one, two in rounds)
+    counts = np.bincount(np.concatenate(rounds), minlength=20)
+    assert counts.min() > 5 and counts.max() < 40  # 20 each are expected
+    assert drawn_peers(0.01, 20, 7, 0) != [] and drawn_peers(1.0, 3, 7, 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["ring", "complete", "exponential", "hypercube", "base-k"])
+@pytest.mark.parametrize("weights", [None, "laplacian"])
+def test_the_matrix_of_those_who_are_there_keeps_the_mean(kind: Any, weights: Any) -> None:
+    if weights and kind in ("hypercube", "base-k"):
+        return  # they fix their weights
+    topology = build_topology(TopologySection(kind=kind), weights, [str(one) for one in range(8)])
+    for round in range(topology.period):
+        there = [0, 1, 3, 4, 6]
+        edges, mixing = topology.among(there, round)
+        check_mixing(mixing)
+        assert set(edges) == {(i, j) for i, j in topology.edges(round) if i in there and j in there}
+        for peer in (2, 5, 7):
+            assert mixing[peer, peer] == 1
+        if kind == "complete" and weights is None:
+            assert np.abs(mixing[np.ix_(there, there)] - 1 / len(there)).max() <= ROUNDING
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_who_is_drawn_trains_as_alone_and_who_rests_keeps_its_state(
+    make_config: Callable[..., Config], optimizer: str
+) -> None:
+    """The baseline without an exchange: each peer is what a loop of its own makes of it."""
+    rate = {"sgd": 0.5, "adamw": 5e-3}[optimizer]
+    keys = {"train.optimizer": optimizer, "train.learning_rate": rate, "compare": ["local"]}
+    config = make_config(**KEYS, **keys)
+    dlora.simulate(config)
+    prepared = prepare(config)
+    training = Training(prepared, prepared.local_steps, 1, pooled=False)
+    ended = factors_of(config, "local")
+    for peer in range(6):
+        alone = Participants(prepared.model.initial, [range(1)], config.train, torch.device("cpu"))
+        for round in range(config.train.rounds):
+            if peer in prepared.drawn(round):
+                alone.groups[0].train_only(frozenset(prepared.trained))
+                local_steps(
+                    prepared.model,
+                    alone.groups[0],
+                    training.batches([peer], round, 2),
+                    training.learning_rates(round, 2),
+                    config.train,
+                )
+        start = prepared.model.initial
+        moved, as_moved = (
+            {name: tensor - start[name] for name, tensor in of.items()}
+            for of in (
+                {name: tensor[peer] for name, tensor in ended.items()},
+                {name: tensor[0] for name, tensor in alone.factors.items()},
+            )
+        )
+        assert_same(moved, as_moved, UPDATE_BOUND[optimizer], "classification")
+
+
+def test_only_who_is_drawn_changes_and_the_mean_stays(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    def after(rounds: int) -> dict[str, torch.Tensor]:
+        config = make_config(
+            **KEYS | {"train.rounds": rounds, "train.optimizer": "sgd", "train.learning_rate": 0.1},
+            **{"train.lr_scheduler_type": "constant", "output_dir": str(tmp_path / str(rounds))},
+        )
+        dlora.simulate(config)
+        return factors_of(config)
+
+    prepared = prepare(make_config(**KEYS))
+    before, then = after(1), after(2)
+    there = prepared.drawn(1)
+    for name, tensor in then.items():
+        for peer in range(6):
+            assert torch.equal(tensor[peer], before[name][peer]) == (peer not in there), name
+        # a complete graph: who takes part leaves with one mean
+        assert (tensor[there] - tensor[there[0]]).abs().max() < 1e-6
+
+
+def test_a_resumed_run_ends_with_the_same_bits(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Law 10, and the log says who rested."""
+    ends = []
+    for name in ("one", "two"):
+        config = make_config(**KEYS, output_dir=str(tmp_path / name), compare=["pooled", "fedavg"])
+        if name == "two":
+            with pytest.raises(Interrupted):
+                dlora.simulate(config, stop=stop_after(3))
+        summary = dlora.simulate(config, resume=name == "two")
+        ends.append((factors_of(config), optimizer_of(config), factors_of(config, "pooled")))
+        rounds = [
+            event
+            for event in read_log(Path(config.output_dir, "log.jsonl"))
+            if event["event"] == "round" and event["run"] == "dec-lora"
+        ]
+        prepared = prepare(config)
+        for event in rounds:
+            trained = [peer for peer, loss in enumerate(event["losses"]) if loss is not None]
+            assert trained == prepared.drawn(event["round"])
+        # three peers, two messages over each of three edges
+        message = prepared.messages.num_bytes("round-000000")
+        assert summary["runs"]["dec-lora"]["bytes_on_wire"] == 6 * 3 * 2 * message
+    for one, two in zip(*ends, strict=True):
+        assert_identical(one, two)
+
+
+def test_stacks_change_nothing(make_config: Callable[..., Config], tmp_path: Path) -> None:
+    """Law 2, with rule alternate: its tensors have taken different numbers of steps."""
+    ends = []
+    for size in (1, 6):
+        config = make_config(
+            **KEYS | {"peers.rule": "alternate", "peers.period": 2, "peers.group_size": size},
+            output_dir=str(tmp_path / str(size)),
+        )
+        dlora.simulate(config)
+        ends.append(factors_of(config))
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_what_it_does_not_go_with(make_config: Callable[..., Config]) -> None:
+    for more in ({"schedule": {"kind": "kr"}}, {"split": {"cloud": "hub"}}):
+        with pytest.raises(ConfigError, match=r"peers.participation 0.5 does not work with"):
+            make_config(**KEYS, **more)
