@@ -234,12 +234,17 @@ def stalled_device(small: Small) -> None:
     small.run("stalled_device", "--device", "cpu", STEPS=1)
 
 
+def throughput(small: Small) -> None:
+    out = small.run("throughput", "--device", "cpu", "--small")
+    assert "devices of a cloud" in out and "| ranks |" in out
+
+
 RUNS: dict[str, Callable[[Small], None]] = {
     made.__name__: made
     for made in (
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
-        stalled_device, mix, many_peers, between_ranks,
+        stalled_device, mix, many_peers, between_ranks, throughput,
     )
 }  # fmt: skip
 ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}
