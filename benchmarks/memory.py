@@ -5,6 +5,7 @@ costs.
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import itertools
 import json
 import os
@@ -36,6 +37,9 @@ MIB = 2**20
 # which keeps much of what is freed. With the threshold fixed at its initial 128 KiB a freed tensor
 # goes back at once. "default" is what a user gets.
 ALLOCATORS = {"default": {}, "mmap 128 KiB": {"MALLOC_MMAP_THRESHOLD_": "131072"}}
+TCMALLOC = "libtcmalloc_minimal.so.4"  # of Debian's package libtcmalloc-minimal4
+if ctypes.util.find_library("tcmalloc_minimal"):
+    ALLOCATORS["tcmalloc"] = {"LD_PRELOAD": TCMALLOC}
 
 
 def status_bytes(key: str) -> int:

@@ -98,7 +98,9 @@ def resumable(screen: Screen) -> Iterator[Stop]:
         try:
             yield stop
         except Interrupted as interrupted:
-            raise Interrupted(f"{interrupted}; go on with: {_command('--resume')}") from None
+            named = Interrupted(f"{interrupted}; go on with: {_command('--resume')}")
+            named.told = interrupted.told
+            raise named from None
         except KeyboardInterrupt:
             what = "the round under way is discarded, what was saved stands"
             raise Interrupted(f"{what}; go on with: {_command('--resume')}") from None
@@ -106,6 +108,8 @@ def resumable(screen: Screen) -> Iterator[Stop]:
 
 def _command(*more: str) -> str:
     """The command line of this process, with ``more`` at its end."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    start = ["dlora"] if ranks == "1" else ["torchrun", "...", "-m", "dlora"]
     return shlex.join(
-        ["dlora", *(argument for argument in sys.argv[1:] if argument not in more), *more]
+        [*start, *(argument for argument in sys.argv[1:] if argument not in more), *more]
     )

@@ -70,16 +70,13 @@ class Group:
         for name, tensor in self.parameters.items():
             tensor.requires_grad_(name in names)
 
-    @property
-    def gradients(self) -> list[Tensor]:
-        """The gradients of the last backward pass, (P, ...) each."""
-        return [tensor.grad for tensor in self.parameters.values() if tensor.grad is not None]
-
-    def without_rows(self) -> None:
-        """Set the gradients to zero, as a step without rows has them."""
-        for tensor in self.parameters.values():
-            if tensor.requires_grad:
+    def all_gradients(self) -> list[Tensor]:
+        """The gradient of every tensor that trains, zeros where the backward pass wrote none."""
+        trained = [tensor for tensor in self.parameters.values() if tensor.requires_grad]
+        for tensor in trained:
+            if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
+        return [tensor.grad for tensor in trained if tensor.grad is not None]
 
     def step(self, learning_rate: float, max_grad_norm: float | None) -> None:
         """Clip the gradients, take the optimiser's step with them, and delete them."""
@@ -243,7 +240,7 @@ def local_steps(
     section: TrainSection,
     autocast_dtype: torch.dtype | None = None,
     on_step: Callable[[int], None] = lambda num_participants: None,
-    add_up: Callable[[Sequence[Tensor]], object] = lambda tensors: None,
+    add_up: Callable[[Sequence[Tensor]], object] | None = None,
 ) -> Tensor:
     """Train one group; each entry of ``batches`` holds the micro-batches of one optimiser step.
 
@@ -251,7 +248,7 @@ def local_steps(
     the sum of these means, so a participant's gradient does not depend on the others. Returns the
     losses (steps, P) on the CPU. ``on_step(num_participants)`` is called after each step.
     ``add_up`` replaces tensors by their sums over the processes that train these participants
-    together, each on a part of the rows.
+    together, each on a part of the rows; None: this process has all rows.
     """
     model.network.train()
     if group.units is not None:
@@ -263,7 +260,8 @@ def local_steps(
         targets_P = torch.zeros(num_participants, dtype=torch.int64)
         for batch in micro_batches:
             targets_P += num_targets(batch.labels, num_participants)
-        add_up([targets_P])
+        if add_up is not None:
+            add_up([targets_P])
         loss_P = torch.zeros(num_participants)
         for batch in micro_batches:
             batch = batch.to(model.device)
@@ -274,9 +272,8 @@ def local_steps(
             )
             micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
-        if not micro_batches:  # the other processes have all rows of this step
-            group.without_rows()
-        add_up([loss_P, *group.gradients])
+        if add_up is not None:
+            add_up([loss_P, *group.all_gradients()])
         group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)
         on_step(num_participants)

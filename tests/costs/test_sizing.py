@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,10 +34,10 @@ def test_memory_and_seconds_grow_with_the_peers(
     monkeypatch.setattr(sizing, "_seconds_to_add", lambda device, numbers: 1e-3)
     monkeypatch.setattr(sizing, "usable_memory", lambda prepared: 1e9)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    sizes = sizing.sizing(prepared)
     state = 16 * num_parameters(stack(prepared.trained, 1))
-    model = sum(weight.nbytes for weight in prepared.model.network.parameters())
-    each = model + bytes_of_activations(prepared)
+    monkeypatch.setattr("psutil.Process.memory_info", lambda process: SimpleNamespace(rss=10**6))
+    each = 10**6 + bytes_of_activations(prepared)
+    sizes = sizing.sizing(prepared)
     assert [*sizes["for_peers"]] == ["4", "10", "100", "1000", "10000"]
     for peers, size in sizes["for_peers"].items():
         assert size["rank_bytes"] == each + state * int(peers)
@@ -52,7 +53,7 @@ def test_a_step_is_measured_and_the_table_says_so(make_config: Callable[..., Con
         costs = plan(make_config(**more))
         assert 0 < costs["sizing"]["step_s"] < 5
         text = text_of(costs)
-        assert "estimate for the peers on this machine" in text and "10,000" in text
+        assert "estimate for this machine" in text and "10,000" in text
     causal = plan(make_config("llama", "causal-lm", dtype="bfloat16"))
     assert causal["sizing"]["step_s"] > 0
 
@@ -61,3 +62,19 @@ def test_many_edges_are_counted_and_not_listed(make_config: Callable[..., Config
     costs = plan(make_config(**{"peers.count": 30}))
     assert len(costs["edges"]) == 30
     assert "and 10 more" in text_of(costs)
+
+
+def test_other_numbers_of_peers_divide_the_same_rows(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With local epochs more peers take fewer steps each; who is drawn is at least one."""
+    monkeypatch.setattr(sizing, "seconds_a_step", lambda prepared: 1.0)
+    monkeypatch.setattr(sizing, "_seconds_to_add", lambda device, numbers: 0.0)
+    keys = {"train.local_steps": None, "train.local_epochs": 1}
+    for_peers = sizing.sizing(prepare(make_config(**keys)))["for_peers"]
+    assert for_peers["4"]["round_s"] == 4 * 4 and for_peers["10"]["round_s"] == 10 * 2
+    few = {"peers.participation": 0.01, "peers.topology": {"kind": "complete"}}
+    with pytest.warns(UserWarning, match="only 0.0 edges mix in a round on average"):
+        prepared = prepare(make_config(**few))
+    some = sizing.sizing(prepared)["for_peers"]
+    assert some["4"]["round_s"] == 2 and some["1000"]["round_s"] == 10 * 2

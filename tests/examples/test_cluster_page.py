@@ -48,5 +48,6 @@ def test_the_job_is_a_service_and_a_job() -> None:
     service, job = yaml.safe_load_all(block.text)
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
     [container] = job["spec"]["template"]["spec"]["containers"]
-    assert container["command"][0] == "torchrun"
-    assert f"--nnodes={job['spec']['parallelism']}" in container["command"]
+    shell, option, command = container["command"]
+    assert (shell, option) == ("sh", "-c") and command.startswith("torchrun ")
+    assert f"--nnodes={job['spec']['parallelism']} " in command and "\n" not in command

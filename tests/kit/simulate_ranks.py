@@ -22,14 +22,18 @@ def torchrun(
     arguments: Sequence[str | Path],
     options: Sequence[str] = (),
     environment: dict[str, str] | None = None,
+    alone: bool = True,
 ) -> subprocess.Popen[str]:
-    """``torchrun --nproc-per-node RANKS ARGUMENTS``, its output in pipes."""
+    """``torchrun --nproc-per-node RANKS ARGUMENTS``, its output in pipes.
+
+    ``alone``: no other machine takes part.
+    """
     program = shutil.which("torchrun", path=Path(sys.executable).parent.as_posix())
     assert program is not None
     return subprocess.Popen(
         [
             program,
-            "--standalone",
+            *(["--standalone"] if alone else []),
             "--nproc-per-node",
             str(ranks),
             *options,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from dlora.config.run import Config
 from dlora.programs.export import export
 from dlora.run.checkpoint_files import read_checkpoint
 from dlora.run.prepare import prepare
+from kit.ports import free_ports
 from kit.run_folders import assert_identical
 from kit.simulate_ranks import LIMIT_S, RUNS, simulated, torchrun
 from kit.updates import UPDATE_BOUND, assert_same
@@ -87,10 +89,8 @@ def killed_in_the_middle(config: Config, folder: Path) -> None:
     folder.mkdir()
     (folder / "killed.yaml").write_text(config.dump())
     process = torchrun(2, [RUNS, folder, "killed"], ["--max-restarts", "1"])
-    log, until = Path(config.output_dir, "log.jsonl"), time.monotonic() + LIMIT_S
-    while not [*Path(config.output_dir).glob("checkpoints/dec-lora/round-*")]:
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
+    log = Path(config.output_dir, "log.jsonl")
+    waited_for("checkpoints/dec-lora/round-*", config, process)
     workers = [
         child
         for child in psutil.Process(process.pid).children(recursive=True)
@@ -170,7 +170,7 @@ def test_what_one_rank_finds_wrong_ends_all(
         "no GPU": ({0: make_config(**COMMON | {"device": "cuda"}).dump()}, 2),
     }
     expected = {
-        "fewer peers than ranks": "3 processes share 2 peers",
+        "fewer peers than ranks": "3 ranks share 2 peers",
         "no model": "rank 1 of 2: model /nowhere",
         "another config": "rank 1 of 2 is in another run: seed is 1 there and 3 at rank 0",
         "no GPU": "device cuda: not available here",
@@ -180,3 +180,58 @@ def test_what_one_rank_finds_wrong_ends_all(
         assert codes == [2] * ranks, (case, codes, lines)
         assert len(lines) == 1 and expected[case] in lines[0], (case, lines)
         assert not Path(good.output_dir).exists(), case
+
+
+def waited_for(path: str, config: Config, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + LIMIT_S
+    while not [*Path(config.output_dir).glob(path)]:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_killed_rank_of_another_machine_costs_nothing(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    """Two torchruns, as on two machines: only one of them counts the restart."""
+    config = make_config(**COMMON | {"train.rounds": 60, "train.local_steps": 4, "save_every": 5})
+    (tmp_path / "killed.yaml").write_text(config.dump())
+    [port] = free_ports(1)
+    options = ["--nnodes", "2", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-id", "two"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{port}"]
+    machines = [torchrun(1, [RUNS, tmp_path, "killed"], options, alone=False) for _ in range(2)]
+    try:
+        waited_for("checkpoints/dec-lora/round-*", config, machines[0])
+        [worker] = [
+            child
+            for child in psutil.Process(machines[1].pid).children(recursive=True)
+            if "RANK" in child.environ()
+        ]
+        os.kill(worker.pid, signal.SIGKILL)
+        for machine in machines:
+            out, err = machine.communicate(timeout=LIMIT_S)
+            assert machine.returncode == 0, out + err
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert newest(config).rounds_done == 60
+
+
+def test_a_signal_to_torchrun_saves_the_round_and_is_told_once(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    """And a start without --resume is refused, however often torchrun tries."""
+    config = make_config(**COMMON | {"train.rounds": 400, "train.local_steps": 4})
+    (tmp_path / "run.yaml").write_text(config.dump())
+    command = ["-m", "dlora", "simulate", str(tmp_path / "run.yaml")]
+    options = ["--max-restarts", "1", "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"]
+    process = torchrun(2, command, options)
+    waited_for("checkpoints/dec-lora/round-*", config, process)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert err.count("finished and saved; go on with: torchrun ... -m dlora simulate") == 1, err
+    assert "error: another process" not in err
+    rounds = newest(config).rounds_done
+    assert 0 < rounds < 400
+    _, err = torchrun(2, command, options).communicate(timeout=LIMIT_S)
+    assert err.count("holds this run; go on with --resume") == 2, err  # torchrun tried twice
+    assert newest(config).rounds_done == rounds

@@ -79,7 +79,7 @@ def export(
 ) -> None:
     """Write the adapter of one peer of a simulation of many peers as a PEFT folder.
 
-    Example: dlora export runs/many --peer peer-7
+    Example: dlora export runs/many --peer peer-007
     """
     progress = Progress()
     with Stop("stopping", progress), progress:

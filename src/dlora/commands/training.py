@@ -46,7 +46,7 @@ def simulate(
     ] = False,
 ) -> None:
     """Dec-LoRA on one machine: n peers in one process, and the baselines they are compared with.
-    On a cluster: torchrun --nproc-per-node 4 -m dlora simulate run.yaml (docs/cluster.md).
+    In several processes: torchrun --standalone --nproc-per-node 4 -m dlora simulate run.yaml
 
     Example: dlora simulate examples/sst2-ring.yaml --set peers.count=16 --set train.rounds=50
     """

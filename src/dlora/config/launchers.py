@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -55,11 +57,13 @@ def launched(environment: Mapping[str, str]) -> Launched | None:
 def refuse_ranks(environment: Mapping[str, str]) -> None:
     """Raise ConfigError if a launcher started several processes of a program that is only one."""
     if several := launched(environment):
-        raise ConfigError(
+        refused = ConfigError(
             f"torchrun started {several.size} processes (RANK={several.rank},"
-            f" WORLD_SIZE={several.size}), and only dlora simulate runs in several: start this"
+            f" WORLD_SIZE={several.size}), and only dlora simulate trains in several: start this"
             " once, or remove these variables"
         )
+        refused.told = several.rank > 0
+        raise refused
 
 
 def restarts(environment: Mapping[str, str]) -> int:
@@ -68,6 +72,12 @@ def restarts(environment: Mapping[str, str]) -> int:
     """
     count = environment.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(count) if count.isdecimal() else 0
+
+
+def launch_name(environment: Mapping[str, str]) -> str:
+    """A name of this start of torchrun, which it keeps when it starts the processes again."""
+    name = environment.get("TORCHELASTIC_RUN_ID", "none")
+    return f"{socket.gethostname()} {os.getppid()}" if name == "none" else name
 
 
 def _numbers(environment: Mapping[str, str], rank: str, size: str) -> tuple[int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
 from typing import Any
 
+import psutil
 import torch
 
 from dlora.data.batches import Batch, collate
+from dlora.decentralized.drawn import drawn_count
 from dlora.lora.factors import num_parameters, stack
 from dlora.run.grouping import STATE_BYTES, bytes_of_activations, usable_memory
 from dlora.run.prepare import Prepared
@@ -28,22 +31,22 @@ def sizing(prepared: Prepared, others: bool = True) -> dict[str, Any]:
     here and, if ``others``, for other numbers of peers.
 
     Seconds are those of one process on this machine. ``ranks``: how many processes fit into its
-    memory and have a GPU, or a core, each. Memory: the frozen model in each rank, what trains, and
-    the activations of one participant in each rank.
+    memory and have a GPU, or a core, each. Memory of one rank: this process with the frozen model
+    (on a GPU: the model alone), what trains, and the activations of one participant.
     """
     parameters = num_parameters(stack(prepared.trained, 1))
     step_s = seconds_a_step(prepared)
     add_s = _seconds_to_add(prepared.model.device, parameters)
     activations = bytes_of_activations(prepared)
-    frozen = sum(weight.nbytes for weight in prepared.model.network.parameters())
-    steps = sum(prepared.local_steps) / len(prepared.names)
+    held = sum(weight.nbytes for weight in prepared.model.network.parameters())
+    if prepared.model.device.type == "cpu":
+        held = psutil.Process().memory_info().rss  # with Python, its libraries and the rows
     places = torch.cuda.device_count() if prepared.model.device.type == "cuda" else os.cpu_count()
-    part = prepared.config.peers.participation
     usable, apart = usable_memory(prepared), prepared.model.device.type == "cuda"
 
     def needed(peers: int, ranks: int) -> float:
         """Bytes of one rank."""
-        return float(frozen + activations + STATE_BYTES * parameters * -(-peers // ranks))
+        return float(held + activations + STATE_BYTES * parameters * -(-peers // ranks))
 
     def fitting(peers: int) -> int:
         """The most ranks; 0: what trains does not fit, however many ranks share it."""
@@ -63,12 +66,25 @@ def sizing(prepared: Prepared, others: bool = True) -> dict[str, Any]:
         "for_peers": {
             str(peers): {
                 "rank_bytes": needed(peers, 1),
-                "round_s": part * peers * (steps * step_s + MIXING * add_s),
+                "round_s": (
+                    drawn_count(prepared.config.peers.participation, peers)
+                    * (_steps_a_round(prepared, peers) * step_s + MIXING * add_s)
+                ),
                 "ranks": fitting(peers),
             }
             for peers in sorted({len(prepared.names), *(PEERS if others else ())})
         },
     }
+
+
+def _steps_a_round(prepared: Prepared, peers: int) -> float:
+    """Local steps of each of so many peers, who divide the run's rows."""
+    section = prepared.config.train
+    if section.local_epochs is None or peers == len(prepared.names):
+        return sum(prepared.local_steps) / len(prepared.names)
+    rows = sum(len(rows) for rows in prepared.data.peers.values()) / peers
+    rows_a_step = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    return max(1, math.ceil(section.local_epochs * rows / rows_a_step))
 
 
 def seconds_a_step(prepared: Prepared) -> float:

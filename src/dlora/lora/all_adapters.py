@@ -48,7 +48,7 @@ def load_one(files: Sequence[Path], peer: str) -> Factors:
         except (OSError, ValueError, safetensors.SafetensorError) as error:
             raise RunError(f"{path} cannot be read ({error}); give the folder of a run") from error
     raise RunError(
-        f"{files[0]} holds no peer {peer}; it holds {', '.join(known[:3])}"
+        f"{files[0].parent} holds no peer {peer}; it holds {', '.join(known[:3])}"
         f"{', ...' if len(known) > 3 else ''} ({len(known)} peers)"
     )
 

@@ -24,8 +24,9 @@ def one_may_end() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RunError(
-            f"another process of this run has ended ({str(error).splitlines()[0][:120]}); what was"
-            " saved stands: start all again with --resume, or give torchrun --max-restarts"
+            "another process of this run has ended; what was saved stands. torchrun starts all"
+            " again if --max-restarts allows it; if not, start all with --resume"
+            f" ({str(error).partition('.cc:')[2].partition('] ')[2].partition('. ')[0] or error})"
         ) from error
 
 

@@ -19,7 +19,7 @@ from dlora.run.folder import RunFolder
 from dlora.run.frozen_model import own_cloud
 from dlora.run.grouping import find_grouping
 from dlora.run.manifest import manifest_hash
-from dlora.run.opening import opened
+from dlora.run.opening import began_here, opened
 from dlora.run.prepare import prepare
 from dlora.run.ranks import joined_ranks
 from dlora.run.schedules import first_step
@@ -47,7 +47,7 @@ def simulate(
     ranks = joined_ranks()
     config = ranks.together(partial(Config.given, config))
     arms = _arms(config)
-    again = restarts(os.environ) > 0 and Path(config.output_dir, "config.yaml").exists()
+    again = ranks.on_main(lambda: restarts(os.environ) > 0 and began_here(config))
     with opened(
         config,
         arms,

@@ -80,6 +80,7 @@ def summary(
         },
         **({"warnings": said["warnings"]} if said["warnings"] else {}),
         **({"label_names": list(names)} if (names := prepared.data.label_names) else {}),
+        **({"participation": part} if (part := prepared.config.peers.participation) < 1 else {}),
         "peers": {
             peer["name"]: {"rows": peer["rows"], "labels": peer["labels"]} for peer in said["peers"]
         },

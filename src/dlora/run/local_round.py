@@ -134,7 +134,9 @@ class Training:
                 self.prepared.config.train,
                 self.prepared.autocast_dtype,
                 self.on_step,
-                self.prepared.ranks.add_up if self.pooled else lambda tensors: None,
+                self.prepared.ranks.add_up
+                if self.pooled and self.prepared.ranks.are_several
+                else None,
             )
         return history.mean(dim=0)
 

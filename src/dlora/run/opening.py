@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config.arms import ARMS
+from dlora.config.launchers import launch_name
 from dlora.config.run import Config
 from dlora.data.formats import rows_hash
 from dlora.errors import CloudError, ConfigError, NeighbourError
@@ -24,6 +26,8 @@ from dlora.run.manifest import manifest_text
 from dlora.run.prepare import Prepared, prepare
 from dlora.run.ranks import ALONE, Ranks
 from dlora.run.spent import Spent, Stopwatch, spent_before
+
+LAUNCH_FILE = "launch"  # the start of torchrun that opened the folder
 
 
 @dataclass
@@ -131,6 +135,8 @@ def opened(
             else:
                 RunFolder.create(config, own)
             prepared.keep_directions()
+            if ranks.are_several:
+                write_atomically(Path(config.output_dir, LAUNCH_FILE), launch_name(os.environ))
 
         ranks.on_main(open_folder)
         folder = RunFolder(Path(config.output_dir), ranks)
@@ -186,13 +192,26 @@ def check_alike(ranks: Ranks, prepared: Prepared) -> None:
                 )
 
 
+def began_here(config: Config) -> bool:
+    """Whether the start of torchrun that this process belongs to has opened the run's folder."""
+    try:
+        return Path(config.output_dir, LAUNCH_FILE).read_text() == launch_name(os.environ)
+    except (OSError, ValueError):
+        return False
+
+
 def _grouping(
     prepared: Prepared, own: str | None, stored: Mapping[str, Checkpoint | None]
 ) -> Grouping:
     """How many participants train at once; 1 if only one trains here."""
     if own is not None:
         return Grouping(1, None)
-    before = (one.state["environment"]["group_size"] for one in stored.values() if one)
+    # another number of ranks shares the memory in another way
+    before = (
+        environment["group_size"]
+        for environment in (one.state["environment"] for one in stored.values() if one)
+        if environment.get("ranks", 1) == prepared.ranks.size
+    )
     return find_grouping(prepared, next(before, None))
 
 

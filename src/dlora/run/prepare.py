@@ -200,10 +200,11 @@ def prepare(
     names = (config.peers.members or (own,)) if own else tuple(data.peers)
     if len(data.peers) < ranks.size:
         raise ConfigError(
-            f"{ranks.size} processes share {len(data.peers)} peers, and each needs at least one:"
+            f"{ranks.size} ranks share {len(data.peers)} peers, and each needs at least one:"
             f" start at most {len(data.peers)}, or raise peers.count"
         )
     topology = build_topology(config.peers.topology, config.peers.weights, names)
+    _doubt_participation(config, topology)
     phase("loading model")
     half = None
     if config.split is not None:
@@ -270,6 +271,29 @@ def prepare(
         half=half,
         ranks=ranks,
     )
+
+
+def _doubt_participation(config: Config, topology: Topology) -> None:
+    """Warn if few edges mix, because the peers that are drawn are seldom neighbours."""
+    peers = config.peers
+    if peers.participation == 1 or config.train.rounds < 1:
+        return
+    counts = [
+        len(
+            topology.among(
+                drawn_peers(peers.participation, topology.num_peers, config.seed, one), one
+            )[0]
+        )
+        for one in range(min(20, config.train.rounds))
+    ]
+    mean = sum(counts) / len(counts)
+    if mean < 1:
+        warnings.warn(
+            f"peers.participation {peers.participation:g} with topology {topology.kind}: an edge"
+            f" needs both its ends, and only {mean:.1f} edges mix in a round on average; take"
+            " topology complete, or a larger part",
+            stacklevel=3,
+        )
 
 
 def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import math
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from dlora.config.launchers import launched, restarts
+from dlora.config.launchers import launched
 from dlora.errors import DloraError, RunError
 from dlora.lora.factors import Factors
 from dlora.net.between_ranks import one_may_end
@@ -26,6 +29,7 @@ Some = TypeVar("Some", bound=BaseException)
 # A rank waits so long for another one that still computes. A rank that has ended is noticed at
 # once, because its connections close.
 PATIENCE_S = 7 * 24 * 3600.0
+JOIN_S = 600.0  # for all processes to start
 
 
 class Ranks:
@@ -183,8 +187,7 @@ def joined_ranks() -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if gpus >= count.local_size else "gloo"
     try:
         store, rank, size = next(rendezvous("env://"))
-        # torchrun keeps its store when it starts the processes again, with their old addresses
-        store = PrefixStore(f"dlora/{restarts(os.environ)}", store)
+        store = PrefixStore(_agreed(store, rank, size), store)
         patience = timedelta(seconds=PATIENCE_S)
         dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
@@ -195,6 +198,35 @@ def joined_ranks() -> Ranks:
         ) from error
     atexit.register(dist.destroy_process_group)
     return Ranks(PATIENCE_S)
+
+
+def _agreed(store: Any, rank: int, size: int) -> str:
+    """A name that all these processes agree on, and that no earlier process had.
+
+    torchrun keeps its store when it starts processes again, so it still holds the addresses of the
+    old ones; and on several machines the counts of restarts differ. Each process writes a fresh
+    token, rank 0 proposes the list of all, and it stands once each rank has found its own token in
+    it. Raises RuntimeError if that takes too long.
+    """
+    token, until = uuid.uuid4().hex, time.monotonic() + JOIN_S
+    store.set(f"token/{rank}", token)
+    seen: set[str] = set()
+    while time.monotonic() < until:
+        if rank == 0:
+            tokens = [store.get(f"token/{one}").decode() for one in range(size)]
+            store.set("proposed", " ".join(tokens))
+        if store.check(["proposed"]):
+            proposed = store.get("proposed").decode()
+            name = hashlib.sha256(proposed.encode()).hexdigest()
+            if token in proposed.split() and name not in seen:
+                seen.add(name)
+                store.add(f"found/{name}", 1)
+            if rank == 0 and store.add(f"found/{name}", 0) == size:
+                store.set("agreed", name)
+            if store.check(["agreed"]) and store.get("agreed").decode() in seen:
+                return str(store.get("agreed").decode())
+        time.sleep(0.02)
+    raise RuntimeError(f"the {size} processes did not all come within {JOIN_S:g} s")
 
 
 def _told(error: Some) -> Some:

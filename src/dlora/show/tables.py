@@ -202,7 +202,7 @@ def _sizing(sizes: dict[str, Any], rounds: int) -> list[Any]:
         )
     return [
         (
-            "\nestimate for the peers on this machine: a local step of one took"
+            "\nestimate for this machine: a local step of one peer took"
             f" {1e3 * sizes['step_s']:,.0f} ms, and its activations"
             f" {bytes_text(sizes['activation_bytes'])}; time for scores comes on top"
         ),
