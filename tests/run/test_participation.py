@@ -138,6 +138,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         for event in rounds:
             trained = [peer for peer, loss in enumerate(event["losses"]) if loss is not None]
             assert trained == prepared.drawn(event["round"])
+        assert summary["participation"] == 0.5
         # three peers, two messages over each of three edges
         message = prepared.messages.num_bytes("round-000000")
         assert summary["runs"]["dec-lora"]["bytes_on_wire"] == 6 * 3 * 2 * message

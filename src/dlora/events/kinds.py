@@ -25,6 +25,8 @@ class Start(Timed):
     runs: list[str]  # the names of the arms
     own: NotRequired[str]  # the one participant whose data are at hand
     split: NotRequired[dict[str, Any]]
+    participation: NotRequired[float]  # if not all peers take part in each round
+    ranks: NotRequired[int]  # if there are several
     data: dict[str, Any]
     warnings: list[str]
     peers: list[dict[str, Any]]  # name, rows, labels

@@ -52,6 +52,10 @@ def introduction(
     )
     if own is not None:
         said["own"] = own
+    if prepared.config.peers.participation < 1:
+        said["participation"] = prepared.config.peers.participation
+    if prepared.ranks.are_several:
+        said["ranks"] = prepared.ranks.size
     if prepared.config.split is not None:
         said["split"] = prepared.config.split.model_dump(mode="json")
     return said
@@ -72,7 +76,7 @@ def summary(
         "manifest": manifest_hash(manifest),
         "task": prepared.config.task,
         "metric": primary_metric(next(iter(results.values()))["consensus"]),
-        **{key: said[key] for key in ("own", "split") if key in said},
+        **{key: said[key] for key in ("own", "split", "participation", "ranks") if key in said},
         "seconds": seconds,
         **{
             key: said[key]
@@ -80,7 +84,6 @@ def summary(
         },
         **({"warnings": said["warnings"]} if said["warnings"] else {}),
         **({"label_names": list(names)} if (names := prepared.data.label_names) else {}),
-        **({"participation": part} if (part := prepared.config.peers.participation) < 1 else {}),
         "peers": {
             peer["name"]: {"rows": peer["rows"], "labels": peer["labels"]} for peer in said["peers"]
         },
