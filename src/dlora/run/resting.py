@@ -62,8 +62,8 @@ class Resting:
             for span in group.spans:
                 state = group.optimizer.state.get(group.leaves[f"{name}@{span.start}"], {})
                 for key, value in state.items():
-                    here = rows[span].to(value.device)
-                    self._held(name, key, value, len(tensor))[here] = value
+                    held = self._held(name, key, value, len(tensor))
+                    held[rows[span].to(held.device)] = value
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """As `Participants.optimizer_state`; `step` has a number for each participant."""
@@ -80,10 +80,7 @@ class Resting:
         for name, tensor in self.participants.factors.items():
             found = moments.of(name, range(first, first + len(tensor)))
             if found:
-                self.state[name] = {
-                    key: value if key == "step" else value.to(tensor.device)
-                    for key, value in found.items()
-                }
+                self.state[name] = {key: value.to(tensor.device) for key, value in found.items()}
 
     def _steps(self, row: int) -> tuple[float, ...]:
         """The steps of each tensor of a participant: under rule alternate they differ."""
