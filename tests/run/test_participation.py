@@ -61,7 +61,7 @@ def test_the_matrix_of_those_who_are_there_keeps_the_mean(kind: Any, weights: An
             assert np.abs(mixing[np.ix_(there, there)] - 1 / len(there)).max() <= ROUNDING
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_who_is_drawn_trains_as_alone_and_who_rests_keeps_its_state(
     make_config: Callable[..., Config], optimizer: str
 ) -> None:
@@ -146,6 +146,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert_identical(one, two)
 
 
+@pytest.mark.slow
 def test_stacks_change_nothing(make_config: Callable[..., Config], tmp_path: Path) -> None:
     """Law 2, with rule alternate: its tensors have taken different numbers of steps."""
     ends = []
