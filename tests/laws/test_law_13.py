@@ -32,7 +32,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train.local_epochs": 1,
         "data.partition": {"kind": "dirichlet", "concentration": 1.0},
     },
-    "drawn": {"peers.participation": 0.3, "compare": ["pooled", "fedavg"]},
+    "drawn": {
+        "peers.participation": 0.5,
+        "peers.topology": {"kind": "complete"},
+        "compare": ["pooled", "local"],
+    },
     "split": {"split": {"cloud": "hub", "wire": "float32"}},
     "split-kr": {"split": {"cloud": "hub", "wire": "float32"}, "schedule": KR},
 }
