@@ -151,7 +151,7 @@ def mix(
                 if share is not None and len(both_sent) == len(edges) and (names is None or whole)
                 else _change(mixing, both_sent, here, others, message)
             )
-        width = max(64, BLOCK // len(here))
+        width, change = max(64, BLOCK // len(here)), changes[key]
         for start in range(0, sent_PN.shape[1], width):
             into, x, y = (
                 tensor[:, start : start + width] for tensor in (into_PN, sent_PN, came_MN)
@@ -160,7 +160,7 @@ def mix(
             # arithmetic. It keeps the multiplied numbers small: the rounding error is small
             # relative to the change and not only to the value, and it is zero if all peers are the
             # same.
-            changes[key](into, x - x[0], y - x[0])
+            change(into, x - x[0], y - x[0] if len(y) else y)
 
 
 def _share_of_all(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> float | None:
