@@ -42,6 +42,7 @@ def evaluate(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     killed: frozenset[int] = frozenset(),
     rank: int = 0,
+    ranks: int = 1,
     gathered: Callable[[list[_Batch]], list[list[_Batch]]] = lambda own: [own],
 ) -> list[Scored]:
     """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all P together.
@@ -52,8 +53,8 @@ def evaluate(
     ``batch_size``: examples of one participant in a forward pass, which has P times as many rows.
     ``on_batch(done, total)`` is called with numbers of examples, before the first batch and after
     each. ``killed``: numbers of the units that are not trained, as for `StackedModel.use`.
-    ``gathered`` returns what each of several processes found, in order of their ranks: each scores
-    a part of the batches, and this one is number ``rank``.
+    ``ranks``: how many processes score these participants, each a part of the batches; this one is
+    number ``rank``. ``gathered`` returns what each of them found, in their order.
     """
     model.use(factors, killed)
     model.network.eval()
@@ -61,13 +62,12 @@ def evaluate(
     options = [option for choice in choices for option in choice.options]
     total = len(examples) + len(options)
     on_batch(0, total)
-    size = len(gathered([]))
 
     def batches(rows: Sequence[Example], already: int) -> list[_Batch]:
         """For each batch of N rows: losses (P, N), predictions (P, N) and N indices of ``rows``."""
         found: list[_Batch] = []
         done, dealt = already, batches_of(rows, batch_size)
-        for chosen in dealt[rank::size]:
+        for chosen in dealt[rank::ranks]:
             batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(
                 model.device
             )
@@ -80,7 +80,7 @@ def evaluate(
             done += len(chosen)
             on_batch(done, total)
         of_each = gathered(found)
-        return [of_each[number % size][number // size] for number in range(len(dealt))]
+        return [of_each[number % ranks][number // ranks] for number in range(len(dealt))]
 
     scored = batches(examples, 0)
     losses = [

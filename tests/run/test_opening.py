@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from dlora.config.run import Config
-from dlora.errors import CloudError, NeighbourError, RunError, UserError
+from dlora.errors import CloudError, ConfigError, NeighbourError, RunError, UserError
 from dlora.events.log import read_log
 from dlora.run.folder import RunFolder
-from dlora.run.opening import opened
+from dlora.run.opening import check_alike, opened
+from dlora.run.prepare import prepare
 from kit.any_event import any_event
 from kit.scheduled_peers import KR, federation
 
@@ -84,3 +87,17 @@ def test_a_simulation_tells_again_what_it_does_again_and_a_peer_keeps_what_it_sa
     assert events == ["start", "linked"] + ["linked"] * (own is not None)
     manifest = json.loads((run.folder.path / "manifest.json").read_text())
     assert manifest.get("rounds") == (None if own is None else config.train.rounds)
+
+
+def test_ranks_with_other_rows_are_refused(make_config: Callable[..., Config]) -> None:
+    """The same path on two machines may hold different files."""
+    prepared = prepare(make_config())
+
+    def gathered(facts: dict[str, str]) -> list[dict[str, str]]:
+        return [facts, facts | {"rows of peer-1": "other"}]
+
+    ranks: Any = SimpleNamespace(
+        are_several=True, size=2, gathered=gathered, told_once=lambda error: error
+    )
+    with pytest.raises(ConfigError, match="^rank 1 of 2 is in another run: rows of peer-1 is"):
+        check_alike(ranks, prepared)

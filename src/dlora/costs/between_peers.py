@@ -47,7 +47,7 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
     names = sent_names(prepared, partial(messages.num_bytes, round_message(0)))
     kinds: dict[frozenset[str], int] = {}  # messages that hold the same tensors cost the same
     for round in range(rounds):
-        for edge in topology.among(prepared.drawn(round), round)[0]:
+        for edge in topology.edges_among(prepared.drawn(round), round):
             count[edge] += _bytes([Have(round, _SIGNATURE), Decided(round, True, _SIGNATURE)])
             for end in edge:
                 sent = frozenset(name for name in names[end][round] if rule.sends(name, round))

@@ -122,6 +122,13 @@ class Topology:
         """The pairs (i, j), i < j, that exchange in a round; each exchange is two messages."""
         return self._edges[round % self.period]
 
+    def edges_among(self, peers: Sequence[int], round: int) -> list[tuple[int, int]]:
+        """The edges of a round of which both ends are among ``peers``."""
+        if len(peers) == self.num_peers:
+            return self.edges(round)
+        there = set(peers)
+        return [(i, j) for i, j in self.edges(round) if i in there and j in there]
+
     def among(self, peers: Sequence[int], round: int) -> tuple[list[tuple[int, int]], Matrix]:
         """The edges of a round and its mixing matrix when only ``peers`` take part.
 
@@ -130,8 +137,7 @@ class Topology:
         the weight of a neighbour that is not there. So the matrix is symmetric and doubly
         stochastic.
         """
-        there = set(peers)
-        edges = [(i, j) for i, j in self.edges(round) if i in there and j in there]
+        edges = self.edges_among(peers, round)
         degree = Counter(end for edge in edges for end in edge)
         whole, mixing = self.mixing(round), np.zeros((self.num_peers, self.num_peers))
         kept = np.ones(self.num_peers)

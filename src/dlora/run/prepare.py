@@ -116,6 +116,7 @@ class Prepared:
             on_batch=on_batch,
             killed=killed,
             rank=self.ranks.rank if dealt else 0,
+            ranks=self.ranks.size if dealt else 1,
             gathered=self.ranks.gathered if dealt else lambda own: [own],
         )
 
@@ -276,14 +277,11 @@ def prepare(
 def _doubt_participation(config: Config, topology: Topology) -> None:
     """Warn if few edges mix, because the peers that are drawn are seldom neighbours."""
     peers = config.peers
-    if peers.participation == 1 or config.train.rounds < 1:
+    if peers.participation == 1:
         return
+    count = topology.num_peers
     counts = [
-        len(
-            topology.among(
-                drawn_peers(peers.participation, topology.num_peers, config.seed, one), one
-            )[0]
-        )
+        len(topology.edges_among(drawn_peers(peers.participation, count, config.seed, one), one))
         for one in range(min(20, config.train.rounds))
     ]
     mean = sum(counts) / len(counts)
