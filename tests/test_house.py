@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/adapter_io",
         "lora/all_adapters",
         "lora/core",
+        "lora/sharded",
         "lora/targets",
         "lora/units",
     ),

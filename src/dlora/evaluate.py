@@ -56,7 +56,6 @@ def evaluate(
     ``ranks``: how many processes score these participants, each a part of the batches; this one is
     number ``rank``. ``gathered`` returns what each of them found, in their order.
     """
-    model.use(factors, killed)
     model.network.eval()
     num_participants = len(next(iter(factors.values())))
     options = [option for choice in choices for option in choice.options]
@@ -65,6 +64,7 @@ def evaluate(
 
     def batches(rows: Sequence[Example], already: int) -> list[_Batch]:
         """For each batch of N rows: losses (P, N), predictions (P, N) and N indices of ``rows``."""
+        model.use(factors, killed)
         found: list[_Batch] = []
         done, dealt = already, batches_of(rows, batch_size)
         for chosen in dealt[rank::ranks]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dlora.config.training import TrainSection
 from dlora.data.batches import Batch
@@ -273,6 +274,7 @@ def local_steps(
             micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
         if add_up is not None:
+            model.passes_done(backward=True)
             add_up([loss_P, *group.all_gradients()])
         group.step(learning_rate, section.max_grad_norm)
         history.append(loss_P)
@@ -287,6 +289,7 @@ def forward(model: StackedModel, batch: Batch) -> Tensor:
     arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None:
         arguments["token_type_ids"] = batch.token_type_ids
+    model.pass_begins()
     logits: Tensor = model.network(**arguments, **model.inputs_for(batch.labels)).logits
     return logits
 
@@ -356,13 +359,14 @@ def activation_bytes(
     weights = {
         tensor.untyped_storage().data_ptr()
         for tensor in (*model.network.parameters(), *model.network.buffers(), *factors.values())
+        if not isinstance(tensor, DTensor)  # a part of a divided weight: a pass gathers the whole
     }
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     model.network.train()
@@ -372,4 +376,5 @@ def activation_bytes(
     ):
         logits = forward(model, batch.to(model.device))
     del logits
-    return sum(kept.values())
+    # the gathered weights of a sharded model are empty again
+    return sum(storage.nbytes() for storage in kept.values())

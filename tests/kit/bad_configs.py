@@ -60,6 +60,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"split": {"cloud": "hub"}, "quantization": "int8"},
         ["split", "quantise it in the cloud's own config"],
     ),
+    "split-sharded": (
+        {"split": {"cloud": "hub"}, "shard_model": True},
+        ["the frozen model is in the cloud", "remove shard_model"],
+    ),
+    "sharded-int8": (
+        {"shard_model": True, "quantization": "int8"},
+        ["shard_model", "int8 cannot be divided", "nf4"],
+    ),
     "split-groups": (
         {"split": {"cloud": "hub"}, "peers.group_size": 2},
         ["split", "travel by themselves", "remove peers.group_size, which is 2"],

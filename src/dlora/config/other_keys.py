@@ -65,7 +65,7 @@ ADVICE = {
     ),
     "push_to_hub": "nothing is sent anywhere; upload the adapter folder in `output_dir` yourself",
     "resume_from_checkpoint": "give --resume on the command line",
-    "fsdp": "a run has one device a process; remove it",
+    "fsdp": "it is called `shard_model`: true",
     "deepspeed": "a run has one device a process; remove it",
     "num_peers": "it is called `peers.count`, or name them in `peers.members`",
     "clients": "it is called `peers.count`, or name them in `peers.members`",
@@ -78,6 +78,7 @@ OF_A_RUN = frozenset(
     {
         "task",
         "pooling",
+        "shard_model",
         "lora",
         "data",
         "train",

@@ -253,6 +253,13 @@ class Config(Document):
         "float32", description="bfloat16: autocast; factors and head stay float32"
     )
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    shard_model: bool = Field(
+        False,
+        description=(
+            "true: each process under torchrun holds a part of the frozen model (FSDP2), for a"
+            " model that is too large for one device; it works with quantization nf4"
+        ),
+    )
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
@@ -318,6 +325,10 @@ class Config(Document):
                 f"peers.participation {self.peers.participation:g} does not work with {what} yet:"
                 " remove one of them"
             )
+        if self.shard_model and self.quantization == "int8":
+            raise ValueError(
+                "shard_model: weights of int8 cannot be divided; take quantization nf4 or none"
+            )
         if self.split is not None:
             self._check_split()
         return self
@@ -326,6 +337,8 @@ class Config(Document):
         return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"
 
     def _check_split(self) -> None:
+        if self.shard_model:
+            raise ValueError("split: the frozen model is in the cloud: remove shard_model")
         if self.train.gradient_checkpointing:
             raise ValueError(
                 "split: the cloud runs the body, nothing is checkpointed here: remove"

@@ -165,6 +165,15 @@ class StackedModel:
             module, _, attribute = name.rpartition(".")
             setattr(self.network.get_submodule(module), attribute, tensor)
 
+    def pass_begins(self) -> None:
+        """Called before each forward pass: nothing to do, because this process has the model."""
+
+    def passes_done(self, backward: bool) -> None:
+        """Called when this process has no rows left for now: nothing to do here.
+
+        ``backward``: whether there were backward passes.
+        """
+
     def inputs_for(self, labels: Tensor) -> dict[str, Tensor]:
         """What the network's forward takes beside a batch with these labels: nothing here."""
         return {}

@@ -109,12 +109,17 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_model(
-    config: Config, tokenizer: Any, label_names: Sequence[str] | None, blocks: bool = True
+    config: Config,
+    tokenizer: Any,
+    label_names: Sequence[str] | None,
+    blocks: bool = True,
+    device: torch.device | None = None,
 ) -> FrozenModel:
     """Load the frozen model; new heads are drawn on the CPU from ``config.seed``.
 
     ``blocks=False``: the transformer blocks are left out and their weights are not read; all other
-    weights are bit-equal. Raises ModelError.
+    weights are bit-equal. ``device``: where the model is put; None: where the config says. Raises
+    ModelError.
     """
     source = find_model(config.model)
     arguments: dict[str, Any] = {
@@ -186,7 +191,7 @@ def load_model(
         )
     _refuse_tokens(network, tokenizer, config.model)
     _freeze(network)
-    device = resolve_device(config.device)
+    device = device or resolve_device(config.device)
     if config.quantization == "none" or device.type != "cpu":
         network.to(device)
     return FrozenModel(network, source, _new_modules(network, missing, config))

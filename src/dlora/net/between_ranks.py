@@ -23,6 +23,8 @@ def one_may_end() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         raise RunError(
             "another process of this run has ended; what was saved stands. torchrun starts all"
             " again if --max-restarts allows it; if not, start all with --resume"

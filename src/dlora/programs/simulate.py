@@ -14,6 +14,7 @@ from dlora.config.arms import DEC_LORA
 from dlora.config.launchers import restarts
 from dlora.config.run import Config
 from dlora.events.log import Listener, loading
+from dlora.net.between_ranks import one_may_end
 from dlora.run.account import Summary, introduction
 from dlora.run.folder import RunFolder
 from dlora.run.frozen_model import own_cloud
@@ -58,7 +59,9 @@ def simulate(
         ranks=ranks,
     ) as run:
         half = run.prepared.half
-        with own_cloud(half, config) if half else contextlib.nullcontext() as cloud_bytes:
+        cloud = own_cloud(half, config) if half else contextlib.nullcontext()
+        # a pass of a divided model waits for the other processes too
+        with cloud as cloud_bytes, one_may_end():
             run.begin()
             results = {
                 arm: run.finished(arm) or Run(arm, run, cloud_bytes).result() for arm in arms

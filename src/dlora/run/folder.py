@@ -35,6 +35,7 @@ LOCAL_KEYS = {
     "output_dir",
     "lora.frame",
     "eval_peers",
+    "shard_model",
     "peers.silence_s",
     "peers.round_limit_s",
     "peers.catch_up_after",

@@ -53,12 +53,14 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
         # through a cloud, tokens travel without padding, so one participant goes at a time
         return Grouping(1, None)
     ranks = prepared.ranks
-    size = stored or min(ranks.gathered(ranks.together(lambda: _fitting(prepared))))
+    # a rank that fails in a pass of a divided model must end, because the others wait in that pass
+    together = (lambda action: action()) if prepared.config.shard_model else ranks.together
+    size = stored or min(ranks.gathered(together(lambda: _fitting(prepared))))
     if size == 1:
         return Grouping(1, None)
     rows_a_step = prepared.config.train.per_device_train_batch_size
     rows = [peer[:rows_a_step] for peer in list(prepared.data.peers.values())[:_TRIED]]
-    reason = ranks.together(lambda: why_one_at_a_time(prepared.model, rows, prepared.pad_token_id))
+    reason = together(lambda: why_one_at_a_time(prepared.model, rows, prepared.pad_token_id))
     if reason is None:
         if prepared.config.lora.lora_dropout or has_dropout(prepared.model.network.config):
             warnings.warn(

@@ -92,22 +92,30 @@ class Training:
 
         Returns the mean loss of each participant here, (P,); NaN for those that rest.
         """
-        if self.resting is None:
-            return torch.cat(
+        losses = (
+            torch.cat(
                 [
                     self._train(number, names, group, range(group.first, group.last))
                     for group in self.participants.groups
                 ]
             )
+            if self.resting is None
+            else self._some(number, names, self.resting)
+        )
+        self.prepared.model.passes_done(backward=True)
+        return losses
+
+    def _some(self, number: int, names: frozenset[str], resting: Resting) -> Tensor:
+        """As `round`, for the participants that are drawn."""
         losses = torch.full((len(self.here),), torch.nan)
         drawn = [peer for peer in self.prepared.drawn(number) if peer in self.here]
         for steps in sorted({self.local_steps[peer] for peer in drawn}):
             alike = [peer for peer in drawn if self.local_steps[peer] == steps]
             for start in range(0, len(alike), self.group_size):
-                group, members = self.resting.take(alike[start : start + self.group_size])
+                group, members = resting.take(alike[start : start + self.group_size])
                 mean = self._train(number, names, group, members)
                 losses[[member - self.here.start for member in members]] = mean
-                self.resting.put_back(group, members)
+                resting.put_back(group, members)
         return losses
 
     def _train(

@@ -113,9 +113,7 @@ def opened(
     """
     watch = Stopwatch(whole_process)
     ranks.on_main(lambda: (RunFolder.check_same if resume else RunFolder.check_new)(config, own))
-    prepared = ranks.together(
-        lambda: prepare(config, loading(listeners), own=own, resume=resume, ranks=ranks)
-    )
+    prepared = prepare(config, loading(listeners), own=own, resume=resume, ranks=ranks)
     loaded(listeners)
     check_alike(ranks, prepared)
     check(prepared)

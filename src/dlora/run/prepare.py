@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +12,22 @@ import torch
 
 from dlora.config.run import Config
 from dlora.data.batches import BatchStream
-from dlora.data.load import FederatedData, load_data, load_own_data
+from dlora.data.load import FederatedData
 from dlora.decentralized.drawn import drawn_peers
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
-from dlora.decentralized.topology import Topology, build_topology
-from dlora.errors import ConfigError
+from dlora.decentralized.topology import Topology
+from dlora.errors import ModelError
 from dlora.evaluate import Scored, evaluate
-from dlora.lora.active import named_units
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_names
-from dlora.lora.stacked import StackedModel, attach
-from dlora.lora.units import Unit, adapted_units, core_units, find_units, renamed
-from dlora.model.fingerprints import fingerprint, tokenizer_fingerprint
-from dlora.model.load import body_maker, load_model, load_tokenizer
-from dlora.run.core_directions import handed_directions, kept_directions, whole_directions
+from dlora.lora.stacked import StackedModel
+from dlora.lora.units import Unit
+from dlora.model.fingerprints import tokenizer_fingerprint
+from dlora.run.loading import load_frozen, read_all, scheduled_units, shared_mesh
 from dlora.run.ranks import ALONE, Ranks
 from dlora.run.trial import try_model
-from dlora.split.device.half import Half, load_half
+from dlora.split.device.half import Half
 from dlora.wire.tensors import message_num_bytes
 
 
@@ -52,6 +49,8 @@ class Prepared:
     # the device's half, if the frozen model runs in a cloud; it must be linked before training
     half: Half | None = None
     ranks: Ranks = ALONE
+    # the processes that train one real peer together
+    site: Ranks = ALONE
 
     @property
     def here(self) -> range:
@@ -117,8 +116,12 @@ class Prepared:
             killed=killed,
             rank=self.ranks.rank if dealt else 0,
             ranks=self.ranks.size if dealt else 1,
-            gathered=self.ranks.gathered if dealt else lambda own: [own],
+            gathered=self._gathered if dealt else lambda own: [own],
         )
+
+    def _gathered(self, found: Any) -> list[Any]:
+        self.model.passes_done(backward=False)
+        return self.ranks.gathered(found)
 
     @property
     def message_bytes(self) -> int:
@@ -174,60 +177,26 @@ def prepare(
 
     ``own``: the name of a real peer, which has only its own data; None: all peers of a simulation.
     ``resume``: core directions are read from the run folder. ``phase`` hears what is being loaded.
-    ``ranks``: over which the participants are dealt; each has all rows and the whole model.
-    Raises a UserError that names the mistake.
+    ``ranks``: the processes that call this together: those over which the participants are dealt,
+    each with all rows, or those that train the real peer ``own`` together. Raises a UserError that
+    names the mistake.
     """
+    everyone, (site, ranks) = ranks, (ranks, ALONE) if own else (ALONE, ranks)
     phase("reading data")
-    tokenizer = load_tokenizer(config.model)
-    if own is None:
-        data = load_data(
-            config.data,
-            config.task,
-            config.peers.members or config.peers.count,
-            tokenizer,
-            config.seed,
-        )
-    else:
-        data = load_own_data(
-            config.data,
-            config.task,
-            own,
-            tokenizer,
-            config.seed,
-            alone=config.peers.members is None,
-        )
-    for warning in data.warnings:
-        warnings.warn(warning, stacklevel=2)
-    names = (config.peers.members or (own,)) if own else tuple(data.peers)
-    if len(data.peers) < ranks.size:
-        raise ConfigError(
-            f"{ranks.size} ranks share {len(data.peers)} peers, and each needs at least one:"
-            f" start at most {len(data.peers)}, or raise peers.count"
-        )
-    topology = build_topology(config.peers.topology, config.peers.weights, names)
-    _doubt_participation(config, topology)
+    tokenizer, data, topology = everyone.together(lambda: read_all(config, own, everyone))
     phase("loading model")
-    half = None
-    if config.split is not None:
-        directions = (
-            kept_directions(config, resume) if own is None or resume else handed_directions(config)
-        )
-        # a simulation also has the weights, and can compute the directions
-        if own is None and directions is None and config.lora.placement == "core":
-            directions = whole_directions(config)
-        half = load_half(config, tokenizer, data.label_names, directions)
-        model: StackedModel = half.model
-        weights_hash = half.fingerprint
-    else:
-        frozen = load_model(config, tokenizer, data.label_names)
-        weights_hash = fingerprint(frozen.network, but=frozen.head)
-        model = attach(
-            frozen, config.lora, config.task, config.seed, kept_directions(config, resume)
-        )
-        try_model(model, next(iter(data.peers.values()))[:2], tokenizer.pad_token_id, config.model)
-    _doubt_rank(config.lora.r, model.initial)
-    units = () if config.schedule.kind == "all" else _units(config, model, half)
-    named_units(config.schedule.units or (), units)  # raises an error if a unit does not exist
+    sharded = config.shard_model and everyone.are_several
+    mesh = everyone.together(lambda: shared_mesh(config, everyone)) if sharded else None
+    model, weights_hash, half = everyone.together(
+        lambda: load_frozen(config, tokenizer, data, own, resume, mesh, everyone), in_turns=sharded
+    )
+    if half is None:
+        try:
+            rows = next(iter(data.peers.values()))[:2]
+            try_model(model, rows, tokenizer.pad_token_id, config.model)
+        except ModelError as error:  # in all ranks, because they have the same model and rows
+            raise everyone.told_once(error) from error
+    units = everyone.together(lambda: scheduled_units(config, model, half))
     manifest: dict[str, Any] = {
         "model": weights_hash,
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -245,7 +214,7 @@ def prepare(
         "initial_factors": digest(model.initial | model.head_rest),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
         "weights": config.peers.weights,
-        "peers": names,
+        "peers": topology.names,
         "rule": config.peers.rule,
         "period": config.peers.period if config.peers.rule == "alternate" else None,
         "wire": config.peers.wire,
@@ -271,53 +240,5 @@ def prepare(
         units,
         half=half,
         ranks=ranks,
+        site=site,
     )
-
-
-def _doubt_participation(config: Config, topology: Topology) -> None:
-    """Warn if few edges mix, because the peers that are drawn are seldom neighbours."""
-    peers = config.peers
-    if peers.participation == 1:
-        return
-    count = topology.num_peers
-    counts = [
-        len(topology.edges_among(drawn_peers(peers.participation, count, config.seed, one), one))
-        for one in range(min(20, config.train.rounds))
-    ]
-    mean = sum(counts) / len(counts)
-    if mean < 1:
-        warnings.warn(
-            f"peers.participation {peers.participation:g} with topology {topology.kind}: an edge"
-            f" needs both its ends, and only {mean:.1f} edges mix in a round on average; take"
-            " topology complete, or a larger part",
-            stacklevel=3,
-        )
-
-
-def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
-    """Warn of a rank that is larger than the rows or columns of an adapted weight."""
-    pairs = [
-        (name, initial[name], initial[f"{name[:-1]}B"])
-        for name in initial
-        if name.endswith("lora_A")
-    ]
-    smallest, where = min(
-        ((min(a.shape[-1], b.shape[-2]), name) for name, a, b in pairs), default=(r, "")
-    )
-    if r > smallest:
-        where = where.removesuffix(".lora_A")
-        warnings.warn(
-            f"lora.r {r}: {where} has only {smallest} rows or columns, a rank above that adds"
-            " nothing",
-            stacklevel=3,
-        )
-
-
-def _units(config: Config, model: StackedModel, half: Half | None) -> tuple[Unit, ...]:
-    """The units that the schedule turns on and off."""
-    prefix = f"{model.network.base_model_prefix}."
-    if half is not None:
-        return tuple(renamed(unit, prefix) for unit in half.agreement.units)
-    units = [renamed(unit, prefix) for unit in find_units(body_maker(model.network))]
-    adapted = adapted_units(units, target_names(model.initial))
-    return core_units(adapted, config.lora.r) if config.lora.placement == "core" else adapted

@@ -89,19 +89,24 @@ class Ranks:
         result: T = outcome[0]
         return result
 
-    def together(self, action: Callable[[], T]) -> T:
+    def together(self, action: Callable[[], T], in_turns: bool = False) -> T:
         """Call ``action`` in every rank. If it fails in one, it fails in all.
 
         The first rank in which it failed raises its error and tells which rank that is; the others
-        raise the same error as `told`.
+        raise the same error as `told`. ``in_turns``: the ranks of one machine call it one after
+        the other.
         """
         if self.group is None:
             return action()
         result, failed = None, None
-        try:
-            result = action()
-        except Exception as error:
-            failed = error
+        turn, turns = self._turn() if in_turns else (0, 1)
+        for number in range(turns):
+            if number:
+                self.gathered(None)
+            try:
+                result = action() if number == turn else result
+            except Exception as error:
+                failed = error
         errors = self.gathered(None if failed is None else _portable(failed))
         wrong = {rank: error for rank, error in enumerate(errors) if error is not None}
         if not wrong:
@@ -112,6 +117,12 @@ class Ranks:
         if len(wrong) < self.size and isinstance(failed, DloraError):
             failed.args = (f"rank {self.rank} of {self.size}: {failed}",)
         raise failed
+
+    def _turn(self) -> tuple[int, int]:
+        """This rank's number on its machine, and the largest number of ranks of a machine."""
+        here = launched(os.environ)
+        turn, ranks_here = (here.local_rank, here.local_size) if here else (0, 1)
+        return turn, max(self.gathered(ranks_here))
 
     def told_once(self, error: DloraError) -> DloraError:
         """An error that all ranks raise, which only the main rank shows."""
@@ -140,7 +151,12 @@ class Ranks:
 
     def any(self, asked: bool) -> bool:
         """Whether any rank says yes."""
-        return any(self.gathered(asked))
+        if self.group is None:
+            return asked
+        said = torch.tensor([int(asked)])
+        with one_may_end():
+            dist.all_reduce(said, dist.ReduceOp.MAX, group=self.group)
+        return bool(said)
 
     # Tensors
 

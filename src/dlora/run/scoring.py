@@ -79,6 +79,7 @@ class Scoring:
             scored = self._scored(factors, what, group)
             own.update({names[peer]: one.scores for peer, one in zip(group, scored, strict=True)})
         with self.spent.on("scoring"):
+            self.prepared.model.passes_done(backward=False)
             return dict(self.prepared.ranks.joined(own.items()))
 
     def _scored(
