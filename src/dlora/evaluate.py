@@ -101,6 +101,7 @@ def evaluate(
             for confusion, loss in zip(confusions, losses, strict=True)
         ]
     targets = sum(num_targets(torch.tensor([example.labels]), 1).item() for example in examples)
+    targets = max(1, targets)
     scores = [
         {"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700.0))}
         for loss in losses

@@ -263,6 +263,7 @@ def local_steps(
             targets_P += num_targets(batch.labels, num_participants)
         if add_up is not None:
             add_up([targets_P])
+        targets_P.clamp_(min=1)  # a step without targets must not divide by zero
         loss_P = torch.zeros(num_participants)
         for batch in micro_batches:
             batch = batch.to(model.device)
@@ -305,12 +306,9 @@ def summed_loss(logits: Tensor, labels: Tensor, num_participants: int) -> Tensor
 
 
 def num_targets(labels: Tensor, num_participants: int) -> Tensor:
-    """How many targets each participant has: (P,).
-
-    The number is at least 1, so that a batch without targets causes no division by zero.
-    """
+    """How many targets each participant has: (P,)."""
     counted = labels if labels.dim() == 1 else labels[:, 1:]
-    return (counted.reshape(num_participants, -1) != -100).sum(dim=1).clamp(min=1)
+    return (counted.reshape(num_participants, -1) != -100).sum(dim=1)
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from dlora.net.loop_thread import LoopThread
 from dlora.net.memory import MemoryHub, MemoryNetwork
 from dlora.run.opening import opened
 from dlora.run.place import Place
-from dlora.run.real_peer import RUN, PeerRun
+from dlora.run.real_peer import PeerRun
+from dlora.run.site import RUN, Site
 from dlora.wire.peer.codec import PEERS
 from kit import tiny_models
 from kit.virtual_federation import Signer
@@ -147,7 +148,7 @@ class Peers:
                     log=run.log,
                     loop=loop,
                 )
-                peer = Gated(run, place)
+                peer = Gated(run, Site(run), place)
                 made.append((peer, ledger))
             lives = [threads.submit(self._live, *both) for both in made]
             for life in as_completed(lives, timeout=60):  # the first error names the cause

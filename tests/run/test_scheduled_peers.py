@@ -9,7 +9,6 @@ import dataclasses
 import json
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +22,7 @@ from dlora.decentralized import gossip, mixing
 from dlora.events.log import read_log
 from dlora.run.opening import opened
 from dlora.run.prepare import prepare
-from dlora.run.real_peer import RUN, PeerRun
+from dlora.run.site import RUN, Site
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 from kit.scheduled_peers import (
     ALL,
@@ -243,13 +242,12 @@ def test_who_catches_up_draws_with_the_others_again_and_keeps_its_scores(
     config = federation(make_config, {**KR, "kind": "random"}).model_copy(
         update={"output_dir": str(tmp_path / "here")}
     )
-    made: list[PeerRun] = []
+    made: list[Site] = []
     opened_here = contextlib.ExitStack()
     for folder in ("late", "there"):
         own = config.model_copy(update={"output_dir": str(tmp_path / folder)})
         run = opened_here.enter_context(opened(own, [RUN], own="north"))
-        nobody: Any = SimpleNamespace(name="north")
-        made.append(PeerRun(run, nobody))
+        made.append(Site(run))
     late, there = made
     late.training.round(0, frozenset(late.training.trained))
     utility = [*late.schedules.each[0].utility]

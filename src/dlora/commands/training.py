@@ -221,7 +221,7 @@ def _train(program: str, config: Path, overrides: list[str], as_json: bool, **ke
     """Run ``dlora.programs.<program>`` until it is done or told to stop, and print what came of
     it.
     """
-    one_of = launched(os.environ) if program == "simulate" else None
+    one_of = launched(os.environ) if program in ("simulate", "peer") else None
     shows = one_of is None or one_of.rank == 0
     progress = Progress(None if shows else Console(stderr=True, quiet=True), quiet=as_json)
     if not shows:

@@ -59,8 +59,8 @@ def refuse_ranks(environment: Mapping[str, str]) -> None:
     if several := launched(environment):
         refused = ConfigError(
             f"torchrun started {several.size} processes (RANK={several.rank},"
-            f" WORLD_SIZE={several.size}), and only dlora simulate trains in several: start this"
-            " once, or remove these variables"
+            f" WORLD_SIZE={several.size}), and only dlora simulate and dlora peer train in"
+            " several: start this once, or remove these variables"
         )
         refused.told = several.rank > 0
         raise refused

@@ -17,7 +17,7 @@ def look(config: Config, program: str, name: str | None) -> None:
     """Raise UserError where ``program`` cannot start (as ``name``, if it is one participant). The
     programs check the same and more once their libraries are imported.
     """
-    if program == "simulate":
+    if program in ("simulate", "peer"):
         launched(os.environ)
     else:
         refuse_ranks(os.environ)

@@ -126,12 +126,18 @@ class Training:
         if self.prepared.config.train.optimizer_state == "reset":
             group.optimizer.state.clear()
         steps = self.local_steps[members[0]]
-        # each rank draws masks of its own for the pooled participant
+        processes = self.prepared.processes
+        # processes that train one participant together draw a mask each
         drawn_for = self.prepared.here.start if self.pooled else members[0]
+        drawn_by = (processes.rank,) if self.prepared.site.rank else ()
         with torch.random.fork_rng():
             torch.manual_seed(
                 derive_seed(
-                    self.prepared.config.seed, "dropout", number, self.prepared.names[drawn_for]
+                    self.prepared.config.seed,
+                    "dropout",
+                    number,
+                    self.prepared.names[drawn_for],
+                    *drawn_by,
                 )
             )
             history = local_steps(
@@ -142,11 +148,16 @@ class Training:
                 self.prepared.config.train,
                 self.prepared.autocast_dtype,
                 self.on_step,
-                self.prepared.ranks.add_up
-                if self.pooled and self.prepared.ranks.are_several
-                else None,
+                processes.add_up if self._joined else None,
             )
         return history.mean(dim=0)
+
+    @property
+    def _joined(self) -> bool:
+        """Whether the processes of this run train the same participant."""
+        return self.prepared.processes.are_several and (
+            self.pooled or self.prepared.site.are_several
+        )
 
     def learning_rates(self, number: int, steps: int) -> list[float]:
         """The learning rate of each of the ``steps`` local steps of a round."""
@@ -160,12 +171,12 @@ class Training:
         """The micro-batches of each step of round ``number`` for the participants ``members``.
 
         The pooled participant takes the rows of all peers that are drawn for the round, in portions
-        that fit into memory.
+        that fit into memory. The processes of a site take a part of the rows each.
         """
         section = self.prepared.config.train
         rows = section.per_device_train_batch_size
         names, data, streams = self.prepared.names, self.prepared.data.peers, self.prepared.streams
-        portions, start = [members], number * steps
+        portions, start, site = [members], number * steps, self.prepared.site
         if self.pooled:
             here = [peer for peer in self.prepared.drawn(number) if peer in self.prepared.here]
             portions = [
@@ -184,8 +195,9 @@ class Training:
                     for peer in portion
                     for row in streams[peer].take(micro_step * rows, rows)
                 ]
-                micro_batches.append(collate(chosen, self.prepared.pad_token_id))
-                self.tokens += int(micro_batches[-1].attention_mask.sum())
+                self.tokens += sum(len(row.input_ids) for row in chosen)
+                own = chosen[site.rank :: site.size]
+                micro_batches.append(collate(own, self.prepared.pad_token_id))
             if (micro_step + 1) % section.gradient_accumulation_steps == 0:
                 yield micro_batches
 

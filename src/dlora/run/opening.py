@@ -137,10 +137,13 @@ def opened(
                 write_atomically(Path(config.output_dir, LAUNCH_FILE), launch_name(os.environ))
 
         ranks.on_main(open_folder)
-        folder = RunFolder(Path(config.output_dir), ranks)
-        stored = {
-            arm: folder.latest(arm, None if ARMS[arm].pooled else prepared.here) for arm in arms
-        }
+        folder = RunFolder(Path(config.output_dir), prepared.ranks)
+        # in a site each process reads it all; the first must not write before they have read it
+        stored = prepared.site.together(
+            lambda: {
+                arm: folder.latest(arm, None if ARMS[arm].pooled else prepared.here) for arm in arms
+            }
+        )
         grouping = _grouping(prepared, own, stored)
 
         def begin_log(log: RunLog) -> None:

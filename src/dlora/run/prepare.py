@@ -53,6 +53,11 @@ class Prepared:
     site: Ranks = ALONE
 
     @property
+    def processes(self) -> Ranks:
+        """All processes of this run that torchrun started."""
+        return self.site if self.site.are_several else self.ranks
+
+    @property
     def here(self) -> range:
         """The numbers of the participants that train in this process."""
         return self.ranks.block(len(self.names))
@@ -102,7 +107,7 @@ class Prepared:
         """Scores of each participant in ``factors``, (P, ...) each, on the evaluation data.
 
         ``on_batch(done, total)`` hears the progress. ``killed``: units that add nothing for these
-        participants. ``dealt``: all ranks score the same factors, each on a part of the rows.
+        participants. ``dealt``: all processes score the same factors, each on a part of the rows.
         """
         return evaluate(
             self.model,
@@ -114,14 +119,14 @@ class Prepared:
             autocast_dtype=self.autocast_dtype,
             on_batch=on_batch,
             killed=killed,
-            rank=self.ranks.rank if dealt else 0,
-            ranks=self.ranks.size if dealt else 1,
+            rank=self.processes.rank if dealt else 0,
+            ranks=self.processes.size if dealt else 1,
             gathered=self._gathered if dealt else lambda own: [own],
         )
 
     def _gathered(self, found: Any) -> list[Any]:
         self.model.passes_done(backward=False)
-        return self.ranks.gathered(found)
+        return self.processes.gathered(found)
 
     @property
     def message_bytes(self) -> int:

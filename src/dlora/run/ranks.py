@@ -163,9 +163,11 @@ class Ranks:
     def shared(self, tensors: Factors) -> Factors:
         """The main rank's ``tensors``; every rank gives tensors of these names and shapes."""
         if self.group is not None:
-            for name in sorted(tensors):
+            for _, tensor in sorted(tensors.items()):
+                carried = tensor.detach().cpu().contiguous()
                 with one_may_end():
-                    dist.broadcast(tensors[name], src=0, group=self.group)
+                    dist.broadcast(carried, src=0, group=self.group)
+                tensor.detach().copy_(carried)
         return tensors
 
     @torch.no_grad()

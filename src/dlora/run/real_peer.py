@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 
-from dlora.config.arms import DEC_LORA
 from dlora.decentralized.peer.belief import Belief
 from dlora.decentralized.peer.life import Progress
 from dlora.errors import Interrupted, RunError
@@ -23,15 +22,12 @@ from dlora.net.transport import Talk
 from dlora.run.checkpoint_files import Checkpoint
 from dlora.run.cloud_of_a_peer import CloudOfAPeer
 from dlora.run.findings import Findings, edge_counts
-from dlora.run.local_round import Training
 from dlora.run.membership import Membership
 from dlora.run.opening import OpenRun
 from dlora.run.place import Place
-from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
+from dlora.run.site import RUN, Site
 from dlora.run.tally import Tally
-
-RUN = DEC_LORA.name
 
 
 class PeerRun:
@@ -40,12 +36,11 @@ class PeerRun:
     Its attributes are the parts of a run, which each round needs together.
     """
 
-    def __init__(self, run: OpenRun, place: Place) -> None:
+    def __init__(self, run: OpenRun, site: Site, place: Place) -> None:
+        self.site, self.training, self.schedules = site, site.training, site.schedules
         self.run, self.place, self.prepared, self.folder = run, place, run.prepared, run.folder
         self.log, self.stop, self.name = run.log, run.stop, place.name
         prepared, log, stored = run.prepared, run.log, run.stored[RUN]
-        self.schedules = Schedules(RUN, prepared, log.emit)
-        self.training = Training(prepared, prepared.local_steps, 1, False, self.schedules.scheduled)
         self.spent = run.spent(RUN)
         self.tally = Tally(
             RUN,
@@ -57,7 +52,9 @@ class PeerRun:
             self._bytes_here,
         )
         self.training.on_step = self._step
-        self.scoring = Scoring(RUN, prepared, 1, self.schedules.scheduled, log, self.spent)
+        self.scoring = Scoring(
+            RUN, prepared, 1, self.schedules.scheduled, log, self.spent, site.evaluate
+        )
         split = prepared.config.split
         self.cloud = None if split is None else CloudOfAPeer(log, split.cloud)
         # of the last checkpoint
@@ -69,7 +66,6 @@ class PeerRun:
         self.taken: Factors = {}  # what the exchange under way began with
         self.seconds = 0.0  # seconds of training and exchange, with the waiting
         if stored is not None:
-            self.training.participants.load(stored.factors, stored.optimizer)
             self.progress = Progress(**stored.state["progress"])
             self.under_way = stored.state.get("under_way") is not None
             self.tally.load(stored.state, self.rounds_trained, 1)
@@ -174,21 +170,14 @@ class PeerRun:
     def _add_mixed(self, membership: Membership) -> int:
         """Add to the factors what has changed in the membership's since they were copied.
 
-        If rounds were skipped, the optimiser's moments begin anew. The schedule keeps its scores
-        and goes on to the new round. Returns how many were skipped.
+        Returns how many rounds were skipped.
         """
         for name, tensor in self.training.trained.items():
             tensor.copy_(tensor.cpu() - self.taken[name] + membership.factors[name])
         skipped, membership.skipped = membership.skipped, 0
         if skipped:
-            self.skip(skipped)
+            self.site.skip(skipped)
         return skipped
-
-    def skip(self, rounds: int) -> None:
-        """Go on after rounds that were skipped."""
-        for group in self.training.participants.groups:
-            group.optimizer.state.clear()
-        self.schedules.skip(rounds)
 
     def _around(self, talk: Talk) -> Talk:
         if self.cloud is None:
@@ -222,7 +211,7 @@ class PeerRun:
             own = self._own_scores()
             self.tally.scored(number, None, own, 1, self.seconds)
         with self.spent.on("training"):
-            losses = self.training.round(number, names)
+            losses = self.site.train(number, names)
         if not losses.isfinite().all():
             raise RunError(
                 f"the loss of {self.name} is no number any more in round {number}; lower"
@@ -303,6 +292,6 @@ class PeerRun:
         return sum(traffic.sent_bytes.values()) + sum(traffic.received_bytes.values())
 
     def _step(self, num_participants: int) -> None:
-        if self.membership is not None:
-            self.membership.steps.check()
+        if self.membership is not None and not self.site.processes.are_several:
+            self.membership.steps.check()  # in a site, the others wait in the middle of a step
         self.tally.step(num_participants)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class Scoring:
     """The scores of one run's participants.
 
     A listener may raise an error to end the scoring, because it can be repeated at any time.
+    ``evaluate``: scores factors as `Prepared.evaluate` does; None: that one.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Scoring:
         scheduled: Scheduled | None,
         log: RunLog,
         spent: Spent,
+        evaluate: Callable[..., list[Scored]] | None = None,
     ) -> None:
         self.run, self.prepared, self.scheduled, self.log, self.spent = (
             run,
@@ -41,6 +43,7 @@ class Scoring:
             log,
             spent,
         )
+        self.evaluate = evaluate or prepared.evaluate
         rows = len(prepared.data.evaluation) + sum(
             len(choice.options) for choice in prepared.data.choices
         )
@@ -79,7 +82,8 @@ class Scoring:
             scored = self._scored(factors, what, group)
             own.update({names[peer]: one.scores for peer, one in zip(group, scored, strict=True)})
         with self.spent.on("scoring"):
-            self.prepared.model.passes_done(backward=False)
+            if self.prepared.ranks.are_several:
+                self.prepared.model.passes_done(backward=False)
             return dict(self.prepared.ranks.joined(own.items()))
 
     def _scored(
@@ -91,12 +95,12 @@ class Scoring:
                 self.log.tick(event)
             except Interrupted:
                 # the other ranks would wait for this one, so it ends after the round
-                if not self.prepared.ranks.are_several:
+                if not self.prepared.processes.are_several:
                     raise
 
         with self.spent.on("scoring"):
             killed = self.scheduled.killed(whose) if self.scheduled else frozenset()
-            return self.prepared.evaluate(factors, heard, killed, dealt)
+            return self.evaluate(factors, heard, killed, dealt)
 
 
 def scored_peers(config: Config, num_peers: int) -> list[int]:
