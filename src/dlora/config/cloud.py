@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dlora.config.reading import Document, Section, Text
-from dlora.config.run import Quantization
+from dlora.config.run import DeviceMap, Quantization, check_place
 
 
 class LimitsSection(Section):
@@ -55,7 +55,7 @@ class CloudConfig(Document):
     )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the frozen weights")
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    device_map: Text | dict[Text, int | Text] | None = Field(
+    device_map: DeviceMap | None = Field(
         None,
         description=(
             "null, or a word or {module: device} as in transformers: the model over several devices"
@@ -74,8 +74,5 @@ class CloudConfig(Document):
 
     @model_validator(mode="after")
     def _one_place(self) -> CloudConfig:
-        if self.device_map is not None and self.device != "auto":
-            raise ValueError(
-                "device and device_map are two ways to say where the model is; keep one"
-            )
+        check_place(self.device, self.device_map)
         return self

@@ -91,4 +91,4 @@ OF_A_RUN = frozenset(
     }
     | {"per_device_eval_batch_size", "save_every", "compare", "seed", "output_dir"}
 )
-OF_A_CLOUD = frozenset({"device_map", "core", "limits", "listen", "metrics"})
+OF_A_CLOUD = frozenset({"core", "limits", "listen", "metrics"})

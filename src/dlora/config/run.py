@@ -12,6 +12,13 @@ from dlora.config.reading import Document, Section, Text
 from dlora.config.training import DataSection, LoraSection, TrainSection
 
 Quantization = Literal["none", "int8", "nf4"]
+DeviceMap = Text | dict[Text, int | Text]
+
+
+def check_place(device: str, device_map: object) -> None:
+    """Raise ValueError if a config says twice where the model is."""
+    if device_map is not None and device != "auto":
+        raise ValueError("device and device_map are two ways to say where the model is; keep one")
 
 
 class TopologySection(Section):
@@ -253,6 +260,13 @@ class Config(Document):
         "float32", description="bfloat16: autocast; factors and head stay float32"
     )
     device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device_map: DeviceMap | None = Field(
+        None,
+        description=(
+            "null, or a word or {module: device} as in transformers: one process has the model on"
+            " several GPUs"
+        ),
+    )
     shard_model: bool = Field(
         False,
         description=(
@@ -325,6 +339,12 @@ class Config(Document):
                 f"peers.participation {self.peers.participation:g} does not work with {what} yet:"
                 " remove one of them"
             )
+        check_place(self.device, self.device_map)
+        if self.shard_model and self.device_map is not None:
+            raise ValueError(
+                "shard_model and device_map are two ways to divide the model: several processes or"
+                " one; keep one"
+            )
         if self.shard_model and self.quantization == "int8":
             raise ValueError(
                 "shard_model: weights of int8 cannot be divided; take quantization nf4 or none"
@@ -337,8 +357,9 @@ class Config(Document):
         return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"
 
     def _check_split(self) -> None:
-        if self.shard_model:
-            raise ValueError("split: the frozen model is in the cloud: remove shard_model")
+        for key in ("shard_model", "device_map"):
+            if getattr(self, key):
+                raise ValueError(f"split: the frozen model is in the cloud: remove {key}")
         if self.train.gradient_checkpointing:
             raise ValueError(
                 "split: the cloud runs the body, nothing is checkpointed here: remove"

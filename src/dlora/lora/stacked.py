@@ -72,13 +72,15 @@ class StackedLora(_Adapted):
     def forward(self, x: Tensor) -> Tensor:
         """(P x ..., I) -> (P x ..., O)."""
         result: Tensor = self.base_layer(x)
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
-        x_PNI = x.reshape(len(self.lora_A), -1, x.shape[-1])
-        x_PNR = torch.bmm(x_PNI, self.lora_A.transpose(1, 2))
-        result_PNO = result.reshape(len(self.lora_A), -1, result.shape[-1]).to(x_PNR.dtype)
+        # a device map may have put this layer on another device
+        lora_A, lora_B = self.lora_A.to(x.device), self.lora_B.to(x.device)
+        x = F.dropout(x.to(lora_A.dtype), self.dropout, self.training)
+        x_PNI = x.reshape(len(lora_A), -1, x.shape[-1])
+        x_PNR = torch.bmm(x_PNI, lora_A.transpose(1, 2))
+        result_PNO = result.reshape(len(lora_A), -1, result.shape[-1]).to(x_PNR.dtype)
         # baddbmm adds the product in place: a separate tensor for the update would take (P, N, O)
         # more memory, forward and backward
-        y_PNO = torch.baddbmm(result_PNO, x_PNR, self.lora_B.transpose(1, 2), alpha=self.scaling)
+        y_PNO = torch.baddbmm(result_PNO, x_PNR, lora_B.transpose(1, 2), alpha=self.scaling)
         return y_PNO.view(result.shape).to(result.dtype)
 
 
@@ -110,7 +112,7 @@ class StackedCore(_Adapted):
             F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training), self.lora_A
         )
         read_PNR = read.reshape(len(self.lora_M), -1, read.shape[-1])
-        turned_PNR = torch.bmm(read_PNR, self.lora_M.transpose(1, 2))
+        turned_PNR = torch.bmm(read_PNR, self.lora_M.to(x.device).transpose(1, 2))
         flat = result.reshape(-1, result.shape[-1]).to(turned_PNR.dtype)
         y = torch.addmm(flat, turned_PNR.flatten(0, 1), self.lora_B.T, alpha=self.scaling)
         return y.view(result.shape).to(result.dtype)
@@ -127,7 +129,8 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(P x ..., I) -> (P x ..., O)."""
-        x_PNI = x.to(self.weight.dtype).reshape(len(self.weight), -1, x.shape[-1])
+        x = x.to(self.weight)  # on its device, as its dtype
+        x_PNI = x.reshape(len(self.weight), -1, x.shape[-1])
         y_PNO = torch.bmm(x_PNI, self.weight.transpose(1, 2))
         if self.bias is not None:
             y_PNO = y_PNO + self.bias.unsqueeze(1)

@@ -153,6 +153,8 @@ def load_model(
                 arguments["quantization_config"] = _quantization(
                     config.quantization, factory, model_config
                 )
+            if config.device_map is not None:
+                arguments["device_map"] = config.device_map
             if not blocks:
                 arguments["num_hidden_layers"] = 0
                 if getattr(model_config, "layer_types", None) is not None:
@@ -191,10 +193,22 @@ def load_model(
         )
     _refuse_tokens(network, tokenizer, config.model)
     _freeze(network)
-    device = device or resolve_device(config.device)
-    if config.quantization == "none" or device.type != "cpu":
-        network.to(device)
+    if config.device_map is not None:
+        _refuse_offload(network, config)
+    else:
+        device = device or resolve_device(config.device)
+        if config.quantization == "none" or device.type != "cpu":
+            network.to(device)
     return FrozenModel(network, source, _new_modules(network, missing, config))
+
+
+def _refuse_offload(network: Any, config: Config) -> None:
+    """Raise ModelError when a device map leaves weights on no device that computes."""
+    if any(weight.is_meta for weight in network.parameters()):
+        raise ModelError(
+            f"model {config.model}: device_map {config.device_map} leaves weights on the CPU or the"
+            " disk, because they do not fit; take quantization nf4, or more GPUs, or shard_model"
+        )
 
 
 def _refuse_architecture(config: Config, model_config: Any, factory: Any) -> None:

@@ -31,14 +31,8 @@ T = TypeVar("T")
 
 # Keys that may differ when a run is resumed: where the run and its core directions are, which peers
 # get their own scores, and how long one peer waits for its neighbours.
-LOCAL_KEYS = {
-    "output_dir",
-    "lora.frame",
-    "eval_peers",
-    "shard_model",
-    "peers.silence_s",
-    "peers.round_limit_s",
-    "peers.catch_up_after",
+LOCAL_KEYS = {"output_dir", "lora.frame", "eval_peers", "device_map", "shard_model"} | {
+    f"peers.{key}" for key in ("silence_s", "round_limit_s", "catch_up_after")
 }
 ALL_ADAPTERS = "peers"  # the files of a run of many peers
 

@@ -57,6 +57,11 @@ def read_all(config: Config, own: str | None, ranks: Ranks) -> tuple[Any, Federa
             f"{ranks.size} ranks share {len(data.peers)} peers, and each needs at least one:"
             f" start at most {len(data.peers)}, or raise peers.count"
         )
+    if ranks.are_several and config.device_map is not None:
+        raise ConfigError(
+            "device_map: one process has the model on several devices; start one, or take"
+            " shard_model, with which each process has a part"
+        )
     rows_a_step = config.train.per_device_train_batch_size
     if own is not None and rows_a_step < ranks.size:
         raise ConfigError(
