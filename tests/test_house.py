@@ -39,7 +39,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("lora/active", "decentralized/mixing", "decentralized/topology"),
     (
         "decentralized/drawn",
-        "decentralized/matrices",
+        "decentralized/finite_time",
+        "decentralized/graphs",
         "lora/stacked",
         "lora/adapter_io",
         "lora/all_adapters",
@@ -48,7 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/targets",
         "lora/units",
     ),
-    ("decentralized/finite_time", "lora/factors", "lora/kill_revive"),
+    ("decentralized/matrices", "lora/factors", "lora/kill_revive"),
     ("lora/meter",),
     ("data/load", "events/", "identity/", "model/load"),
     ("model/",),

@@ -75,10 +75,9 @@ def transfer(message: str, num_bytes: int) -> Iterator[Frame]:
 
 def tree_edges(topology: Topology) -> list[tuple[int, int]]:
     """The edges of the final reduction."""
-    parents = {peer: topology.tree(peer)[0] for peer in range(topology.num_peers)}
     return [
         (min(peer, parent), max(peer, parent))
-        for peer, parent in parents.items()
+        for peer, parent in enumerate(topology.parents)
         if parent is not None
     ]
 

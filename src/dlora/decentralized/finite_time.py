@@ -7,14 +7,12 @@ peer is empty.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.sparse import block_diag, eye_array, kron
 
+from dlora.decentralized.matrices import Matrix, matrix_of
 from dlora.errors import TopologyError
-
-Matrix = NDArray[np.floating[Any]]  # (n, n) float64, row = receiver
 
 
 def hypercube(n: int) -> list[Matrix]:
@@ -42,8 +40,8 @@ def base_k(n: int, k: int) -> list[Matrix]:
         while rest % factor == 0:
             rest //= factor
     smooth = n // rest
-    teams_first = [np.kron(np.eye(smooth), mixing) for mixing in _simple_base(rest, k)]
-    teams_first += [np.kron(mixing, np.eye(rest)) for mixing in _hyper_hyper_cube(smooth, k)]
+    teams_first = [kron(eye_array(smooth), mixing) for mixing in _simple_base(rest, k)]
+    teams_first += [kron(mixing, eye_array(rest)) for mixing in _hyper_hyper_cube(smooth, k)]
     return min(teams_first, _simple_base(n, k), key=len)
 
 
@@ -56,7 +54,7 @@ def _hyper_hyper_cube(n: int, k: int) -> list[Matrix]:
     rounds, stride = list[Matrix](), 1
     for base in reversed(_fewest_factors(n, k + 1) or ()):
         mean = np.full((base, base), 1 / base)
-        rounds.append(np.kron(np.eye(n // (stride * base)), np.kron(mean, np.eye(stride))))
+        rounds.append(kron(eye_array(n // (stride * base)), kron(mean, eye_array(stride))))
         stride *= base
     return rounds
 
@@ -94,24 +92,23 @@ def _simple_base(n: int, k: int) -> list[Matrix]:
     parts = list(_digits(n, k + 1))
     whole = [_hyper_hyper_cube(num_blocks * block, k) for _, num_blocks, block in parts]
     blocks = [
-        [np.kron(np.eye(num), mean) for mean in _hyper_hyper_cube(block, k)]
+        [kron(eye_array(num), mean) for mean in _hyper_hyper_cube(block, k)]
         for _, num, block in parts
     ]
     cycle: list[Matrix] = []
     # turn < 0: step 1; turn l >= 0: part l meets the later parts
     for turn in range(-len(whole[0]), 1 + len(blocks[0])):
-        mixing = np.eye(n)
+        on_diagonal: list[Matrix] = []
         for place, (start, num_blocks, block) in enumerate(parts):
             if turn == place != len(parts) - 1:
-                _meet_later_parts(mixing, start, num_blocks, block, k)
-            elif turn < 0 or turn >= place:
-                # A part whose blocks have one peer has nothing to average in step 3. Its peers
-                # agree already, and their mean does not change them.
-                own = whole[place] if turn < 0 or block == 1 else blocks[place]
-                peers = slice(start, start + num_blocks * block)
-                if own:
-                    mixing[peers, peers] = own[(turn - place - 1) % len(own)]
-        cycle.append(mixing)
+                on_diagonal.append(_meet_later_parts(n - start, num_blocks, block, k))
+                break
+            # A part whose blocks have one peer has nothing to average in step 3. Its peers agree
+            # already, and their mean does not change them.
+            own = whole[place] if turn < 0 or block == 1 else blocks[place]
+            rests = eye_array(num_blocks * block)
+            on_diagonal.append(own[(turn - place - 1) % len(own)] if own else rests)
+        cycle.append(block_diag(on_diagonal))
     return cycle
 
 
@@ -126,20 +123,25 @@ def _digits(n: int, base: int) -> Iterator[tuple[int, int, int]]:
             start += num_blocks * block
 
 
-def _meet_later_parts(mixing: Matrix, start: int, num_blocks: int, block: int, k: int) -> None:
-    """Step 2 of Algorithm 2, written into ``mixing``.
+def _meet_later_parts(n: int, num_blocks: int, block: int, k: int) -> Matrix:
+    """Step 2 of Algorithm 2, among the n peers of the part and of those after it.
 
     Peers of the part that meet nobody take means of k+1 among themselves.
     """
-    firsts = range(start, start + num_blocks * block, block)
+    in_blocks = np.arange(num_blocks * block).reshape(num_blocks, block)
     # the peers of the lower digits, so fewer than one block has
-    later = range(firsts[-1] + block, len(mixing))
-    weight = block / (len(mixing) - start)
-    for offset, peer in enumerate(later):
-        for other in (first + offset for first in firsts):
-            mixing[peer, other] = mixing[other, peer] = weight
-            mixing[other, other] = 1 - weight
-        mixing[peer, peer] = 1 - num_blocks * weight
-    unmet = [first + offset for first in firsts for offset in range(len(later), block)]
-    for group in (unmet[at : at + k + 1] for at in range(0, len(unmet), k + 1)):
-        mixing[np.ix_(group, group)] = 1 / len(group)
+    later = np.arange(num_blocks * block, n)
+    weight = block / n
+    meeting, unmet = in_blocks[:, : len(later)], in_blocks[:, len(later) :].ravel()
+    kept = np.empty(n)
+    kept[meeting], kept[later] = 1 - weight, 1 - num_blocks * weight
+    ends = [np.column_stack([met, later]) for met in meeting]
+    weights = [np.full(meeting.size, weight)]
+    full = len(unmet) // (k + 1) * (k + 1)
+    for groups in (unmet[:full].reshape(-1, k + 1), unmet[np.newaxis, full:]):
+        share = 1 / max(1, groups.shape[1])
+        kept[groups] = share
+        one, other = np.triu_indices(groups.shape[1], 1)
+        ends.append(np.column_stack([groups[:, one].ravel(), groups[:, other].ravel()]))
+        weights.append(np.full(len(ends[-1]), share))
+    return matrix_of(kept, np.concatenate(ends), np.concatenate(weights))

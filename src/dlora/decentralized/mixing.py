@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dlora.config.run import PeersSection
+from dlora.decentralized.matrices import Matrix
 from dlora.lora.factors import Factors
 
 # numbers of all peers that are mixed at once; with two copies they stay in a core's cache (measured
@@ -110,7 +111,7 @@ def build_rule(section: PeersSection) -> Rule:
 def mix(
     factors: Factors,
     sent: Mapping[str, Tensor],
-    mixing: np.ndarray,
+    mixing: Matrix,
     committed: Iterable[tuple[int, int]],
     names: Sequence[Collection[str]] | None = None,
     here: range | None = None,
@@ -120,15 +121,15 @@ def mix(
     ``committed`` edges (i < j).
 
     ``factors`` and ``sent`` are (P, ...) each, and may be the same tensors. ``mixing`` is the
-    round's (P, P) matrix, row = receiver. ``names``: for each peer, the tensors that it sent; None:
-    all. An edge mixes a tensor that both its ends sent. For each tensor the matrix is then still
-    symmetric with rows that sum to one. ``here``: the peers whose rows ``factors`` and ``sent``
-    are; None: all. ``received``: what their neighbours in other processes sent.
+    round's (P, P) matrix, sparse, row = receiver. ``names``: for each peer, the tensors that it
+    sent; None: all. An edge mixes a tensor that both its ends sent. For each tensor the matrix is
+    then still symmetric with rows that sum to one. ``here``: the peers whose rows ``factors`` and
+    ``sent`` are; None: all. ``received``: what their neighbours in other processes sent.
 
     It costs what the edges cost. A block of columns that the cache holds is read once, and its
     change is added in place.
     """
-    num_peers = len(mixing)
+    num_peers = mixing.shape[0]
     edges, here = list(committed), range(num_peers) if here is None else here
     share, whole = _share_of_all(mixing, edges), len(here) == num_peers
     if not whole:
@@ -163,13 +164,13 @@ def mix(
             change(into, x - x[0], y - x[0] if len(y) else y)
 
 
-def _share_of_all(mixing: np.ndarray, edges: Sequence[tuple[int, int]]) -> float | None:
+def _share_of_all(mixing: Matrix, edges: Sequence[tuple[int, int]]) -> float | None:
     """How much of the mean a peer takes where all exchange with all, at one weight; else None."""
-    num_peers = len(mixing)
+    num_peers = mixing.shape[0]
     if not edges or len(edges) < num_peers * (num_peers - 1) // 2:
         return None
-    weights = {float(mixing[edge]) for edge in edges}
-    return num_peers * weights.pop() if len(weights) == 1 else None
+    weights = mixing[*np.array(edges).T]
+    return num_peers * float(weights[0]) if (weights == weights[0]).all() else None
 
 
 def _add_mean(share: float, into: Tensor, x: Tensor, y: Tensor) -> None:
@@ -178,7 +179,7 @@ def _add_mean(share: float, into: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def _change(
-    mixing: np.ndarray,
+    mixing: Matrix,
     edges: Sequence[tuple[int, int]],
     here: range,
     others: Sequence[int],
@@ -188,22 +189,25 @@ def _change(
     ``into``. ``into`` and ``x`` have a row for each peer ``here``, and ``y`` for each of
     ``others``.
     """
-    place = {peer: number for number, peer in enumerate(others)}
-    to_x: list[tuple[int, int, float]] = []
-    to_y: list[tuple[int, int, float]] = []
-    for ends in edges:
-        for i, j in (ends, ends[::-1]):
-            if i in here:
-                row, weight = i - here.start, float(mixing[i, j])
-                to_x.append((row, row, -weight))
-                if j in here:
-                    to_x.append((row, j - here.start, weight))
-                else:
-                    to_y.append((row, place[j], weight))
-    from_x = _matrix(to_x, len(here), len(here), like)
-    if not to_y:
+    ends = np.array(edges)
+    # over each edge in both directions: who receives, who sends, at which weight
+    i, j, weights = ends.ravel(), ends[:, ::-1].ravel(), np.repeat(mixing[*ends.T], 2)
+    i_here, j_here = ((here.start <= peer) & (peer < here.stop) for peer in (i, j))
+    rows, columns, outside = i - here.start, j - here.start, i_here & ~j_here
+    # -w on the diagonal and w beside it
+    to_x = np.column_stack([i_here, i_here & j_here])
+    from_x = _matrix(
+        np.column_stack([rows, rows])[to_x],
+        np.column_stack([rows, columns])[to_x],
+        np.column_stack([-weights, weights])[to_x],
+        (len(here), len(here)),
+        like,
+    )
+    if not outside.any():
         return lambda into, x, y: torch.addmm(into, from_x, x, out=into)
-    from_y = _matrix(to_y, len(here), len(others), like)
+    place = {peer: number for number, peer in enumerate(others)}
+    places = np.array([place[peer] for peer in j[outside].tolist()])
+    from_y = _matrix(rows[outside], places, weights[outside], (len(here), len(others)), like)
 
     def change(into: Tensor, x: Tensor, y: Tensor) -> None:
         torch.addmm(into, from_x, x, out=into)
@@ -213,15 +217,15 @@ def _change(
 
 
 def _matrix(
-    entries: Sequence[tuple[int, int, float]], rows: int, columns: int, like: Tensor
+    rows: np.ndarray, columns: np.ndarray, values: np.ndarray, shape: tuple[int, int], like: Tensor
 ) -> Tensor:
-    """A matrix of the ``entries`` (row, column, value), which add up where they meet, in the form
-    that multiplies fastest where ``like`` is.
+    """A matrix of the ``values``, which add up where they meet, in the form that multiplies fastest
+    where ``like`` is.
     """
     matrix = torch.sparse_coo_tensor(
-        torch.tensor([entry[:2] for entry in entries], dtype=torch.int64).T,
-        torch.tensor([entry[2] for entry in entries], dtype=torch.float64),
-        (rows, columns),
+        torch.from_numpy(np.stack([rows, columns])),
+        torch.from_numpy(values),
+        shape,
         check_invariants=True,
     ).coalesce()
     matrix = matrix.to(like.device, like.dtype)

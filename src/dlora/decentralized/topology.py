@@ -4,36 +4,44 @@ spectral gap.
 
 from __future__ import annotations
 
-import difflib
 import math
-import random
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
-from itertools import combinations
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, get_args
 
-import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import eye_array
+from scipy.sparse.csgraph import breadth_first_order
 
 from dlora.config.run import TopologySection
-from dlora.decentralized.finite_time import Matrix, base_k, hypercube
-from dlora.decentralized.matrices import ROUNDING, check_mixing, disagreement
+from dlora.decentralized.finite_time import base_k, hypercube
+from dlora.decentralized.graphs import joined
+from dlora.decentralized.matrices import (
+    ROUNDING,
+    Ends,
+    Matrix,
+    Vector,
+    check_mixing,
+    disagreement,
+    edges_of,
+    largest_eigenvalue,
+    matrix_of,
+)
 from dlora.errors import TopologyError
 
 Weights = Literal["metropolis", "laplacian"]
-
-ERDOS_RENYI_TRIES = 1000  # number of seeds that are tried for a connected graph
 
 
 @dataclass(frozen=True, eq=False)
 class Topology:
     """The mixing matrices of a run, one for each round; after ``period`` rounds they start again.
 
-    ``matrices``: (n, n) float64 each, row = receiver, symmetric and doubly stochastic, kept as
-    read-only copies. Raises TopologyError if one is not. All methods depend on their arguments
-    only.
+    ``matrices``: (n, n) each, dense or sparse, row = receiver, symmetric and doubly stochastic.
+    Raises TopologyError if one is not. Read-only copies are kept, as scipy's sparse arrays of
+    float64. All methods depend on their arguments only.
     """
 
     kind: str
@@ -42,11 +50,7 @@ class Topology:
     by_degree: bool = False  # Metropolis weights, which follow from the degrees
 
     def __post_init__(self) -> None:
-        copies = tuple(np.array(matrix, dtype=np.float64) for matrix in self.matrices)
-        for matrix in copies:
-            check_mixing(matrix)
-            matrix.flags.writeable = False
-        object.__setattr__(self, "matrices", copies)
+        object.__setattr__(self, "matrices", tuple(map(check_mixing, self.matrices)))
 
     @property
     def period(self) -> int:
@@ -61,22 +65,11 @@ class Topology:
     @cached_property
     def spectral_gap(self) -> float:
         """The value of `spectral_gap`, computed once."""
-        if self.period > 1 and self._agrees_in_one_cycle():
-            return 1.0
-        product = reduce(lambda done, mixing: mixing @ done, self.matrices)
-        return float(1 - disagreement(product) ** (1 / self.period))
-
-    def _agrees_in_one_cycle(self) -> bool:
-        """Whether a cycle takes random values to their mean, and so any values; n^2 a round and not
-        n^3.
-        """
-        values = np.random.default_rng(0).standard_normal((self.num_peers, 4))
-        mixed = reduce(lambda done, mixing: mixing @ done, self.matrices, values)
-        return bool(np.abs(mixed - values.mean(axis=0)).max() <= ROUNDING)
+        return float(1 - disagreement(self.matrices) ** (1 / self.period))
 
     def mixing(self, round: int) -> Matrix:
-        """The (n, n) mixing matrix of a round. Entry [i, j] is the weight that peer i gives to peer
-        j.
+        """The sparse (n, n) mixing matrix of a round. Entry [i, j] is the weight that peer i gives
+        to peer j; ``toarray()`` makes it dense.
         """
         return self.matrices[round % self.period]
 
@@ -85,8 +78,10 @@ class Topology:
 
         Empty if the peer exchanges with nobody in this round.
         """
-        row = self.mixing(round)[peer]
-        return {int(j): float(row[j]) for j in np.flatnonzero(row) if j != peer}
+        mixing = self.mixing(round)
+        row = slice(*mixing.indptr[peer : peer + 2])
+        weights = zip(mixing.indices[row].tolist(), mixing.data[row].tolist(), strict=True)
+        return {other: weight for other, weight in weights if other != peer}
 
     def all_neighbours(self, peer: int) -> list[int]:
         """The peers that are a neighbour of ``peer`` in some round, in order."""
@@ -103,20 +98,31 @@ class Topology:
         edges = (edge for round in range(self.period) for edge in self.edges(round))
         return {(self.names[one], self.names[two]) for one, two in edges}
 
+    @cached_property
+    def parents(self) -> list[int | None]:
+        """The parent of each peer in a breadth-first tree over the edges of all rounds; peer 0 is
+        the root and has none.
+        """
+        return [None if parent < 0 else parent for parent in self._tree[1].tolist()]
+
     def tree(self, peer: int) -> tuple[int | None, dict[int, int]]:
-        """The place of one peer in a breadth-first tree over the edges of all rounds; peer 0 is the
-        root.
+        """The place of one peer in the tree of ``parents``.
 
         Returns its parent (None at the root), and for each child the number of peers below, the
         child included.
         """
-        graph = nx.Graph(edge for round in range(self.period) for edge in self.edges(round))
-        graph.add_nodes_from(range(self.num_peers))
-        tree = nx.bfs_tree(graph, 0, sort_neighbors=sorted)
-        below = {
-            child: 1 + len(nx.descendants(tree, child)) for child in sorted(tree.successors(peer))
-        }
-        return next(iter(tree.predecessors(peer)), None), below
+        below = [1] * self.num_peers
+        for one in reversed(self._tree[0].tolist()):  # children come before their parents
+            if (parent := self.parents[one]) is not None:
+                below[parent] += below[one]
+        children = {one: below[one] for one, parent in enumerate(self.parents) if parent == peer}
+        return self.parents[peer], children
+
+    @cached_property
+    def _tree(self) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
+        """The peers from the root on, and for each peer its parent, or a number below 0."""
+        order, parents = breadth_first_order(sum(self.matrices[1:], self.matrices[0]), 0)
+        return order, parents
 
     def edges(self, round: int) -> list[tuple[int, int]]:
         """The pairs (i, j), i < j, that exchange in a round; each exchange is two messages."""
@@ -137,22 +143,20 @@ class Topology:
         the weight of a neighbour that is not there. So the matrix is symmetric and doubly
         stochastic.
         """
-        edges = self.edges_among(peers, round)
-        degree = Counter(end for edge in edges for end in edge)
-        whole, mixing = self.mixing(round), np.zeros((self.num_peers, self.num_peers))
+        there = np.zeros(self.num_peers, dtype=bool)
+        there[list(peers)] = True
+        ends, weights = edges_of(self.mixing(round))
+        left = there[ends].all(axis=1)
+        ends, weights = ends[left], weights[left]
+        if self.by_degree:
+            weights = _by_degree(_degrees(self.num_peers, ends), ends)
         kept = np.ones(self.num_peers)
-        for i, j in edges:
-            weight = 1 / (1 + max(degree[i], degree[j])) if self.by_degree else whole[i, j]
-            mixing[i, j] = mixing[j, i] = weight
-            kept[[i, j]] -= weight
-        np.fill_diagonal(mixing, kept)
-        return edges, mixing
+        np.subtract.at(kept, ends.ravel(), np.repeat(weights, 2))
+        return _pairs(ends), matrix_of(kept, ends, weights)
 
     @cached_property
     def _edges(self) -> list[list[tuple[int, int]]]:
-        return [
-            [(int(i), int(j)) for i, j in np.argwhere(matrix) if i < j] for matrix in self.matrices
-        ]
+        return [_pairs(edges_of(matrix)[0]) for matrix in self.matrices]
 
 
 def build_topology(
@@ -179,143 +183,53 @@ def build_topology(
             )
         cycle = hypercube(n) if section.kind == "hypercube" else base_k(n, section.k or 1)
         # a single peer has no neighbour, and its cycle is empty
-        return Topology(section.kind, tuple(names), tuple(cycle) or (np.eye(1),))
-    graph = _graph(section, names)
-    if not nx.is_connected(graph):
-        islands = [
-            some_names([names[i] for i in sorted(island)], 4)
-            for island in nx.connected_components(graph)
-        ]
-        apart = some_names([f"{{{island}}}" for island in islands], 4, " | ")
-        raise TopologyError(
-            f"topology {section.kind} is not connected: {apart}; join them by edges"
-        )
+        return Topology(section.kind, tuple(names), tuple(cycle) or (eye_array(1),))
+    ends = joined(section, names)
     by_degree = weights != "laplacian"
-    mixing = _metropolis(graph) if by_degree else _laplacian(graph)
+    mixing = _metropolis(n, ends) if by_degree else _laplacian(n, ends)
     return Topology(section.kind, tuple(names), (mixing,), by_degree)
 
 
-# Graphs that are the same in every round
+# Weights
 
 
-def _graph(section: TopologySection, names: Sequence[str]) -> nx.Graph[int]:
-    n = len(names)
-    match section.kind:
-        case "ring":
-            pairs = [(i, (i + 1) % n) for i in range(n)]
-        case "complete":
-            pairs = list(combinations(range(n), 2))
-        # symmetric form of Ying et al. 2021, arXiv 2110.13363: hops of 1, 2, 4, ... both ways
-        case "exponential":
-            pairs = [(i, (i + 2**hop) % n) for i in range(n) for hop in range((n - 1).bit_length())]
-        case "erdos-renyi":
-            pairs = _erdos_renyi(n, section.p or 0.0, section.seed or 0)
-        case _:
-            pairs = _given_pairs(section.edges or (), names)
-    return _joined(n, pairs)
+def _degrees(n: int, ends: Ends) -> NDArray[np.integer[Any]]:
+    return np.bincount(ends.ravel(), minlength=n)
 
 
-def _joined(n: int, pairs: Iterable[tuple[int, int]]) -> nx.Graph[int]:
-    graph: nx.Graph[int] = nx.empty_graph(n)
-    # in a ring of one peer, both ends are the same peer
-    graph.add_edges_from((i, j) for i, j in pairs if i != j)
-    return graph
+def _by_degree(degrees: NDArray[np.integer[Any]], ends: Ends) -> Vector:
+    larger: Vector = degrees[ends].max(axis=1, initial=0).astype(np.float64)
+    return 1 / (1 + larger)
 
 
-def _erdos_renyi(n: int, p: float, seed: int) -> list[tuple[int, int]]:
-    """Each pair is an edge with probability p; the first connected graph of the seeds from ``seed``
-    on.
-
-    Raises TopologyError if none of ``ERDOS_RENYI_TRIES`` graphs is connected.
-    """
-    for attempt in range(seed, seed + ERDOS_RENYI_TRIES):
-        # Python gives the same sequence in every version, so all peers draw the same graph
-        draw = random.Random(attempt).random
-        pairs = [pair for pair in combinations(range(n), 2) if draw() < p]
-        if len(pairs) >= n - 1 and nx.is_connected(_joined(n, pairs)):
-            return pairs
-    asked = f"topology erdos-renyi with p {p:g} and {n} peers"
-    threshold = f"take p well above ln(n)/n = {math.log(n) / n:.2g}"
-    raise TopologyError(
-        f"{asked}: none of {ERDOS_RENYI_TRIES} graphs from seed {seed} on is connected; {threshold}"
-    )
+def _pairs(ends: Ends) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in ends.tolist()]
 
 
-def _given_pairs(
-    edges: Sequence[tuple[str | int, str | int]], names: Sequence[str]
-) -> list[tuple[int, int]]:
-    pairs: list[tuple[int, int]] = []
-    for position, edge in enumerate(edges):
-        where = f"topology.edges[{position}] is [{edge[0]}, {edge[1]}]"
-        i, j = sorted(_peer_index(end, names, where) for end in edge)
-        if i == j:
-            raise TopologyError(
-                f"{where}: a peer is not its own neighbour; remove it or name two peers"
-            )
-        if (i, j) in pairs:
-            raise TopologyError(
-                f"{where}: topology.edges[{pairs.index((i, j))}] joins these two already;"
-                " remove one"
-            )
-        pairs.append((i, j))
-    return pairs
-
-
-def _peer_index(end: str | int, names: Sequence[str], where: str) -> int:
-    if isinstance(end, int):
-        if 0 <= end < len(names):
-            return end
-        hint = (
-            f'write "{end}" in quotes to mean the peer of that name'
-            if str(end) in names
-            else "indices count from 0"
-        )
-        raise TopologyError(
-            f"{where}: no peer has index {end}, there are {len(names)} peers; {hint}"
-        )
-    if end in names:
-        return list(names).index(end)
-    near = difflib.get_close_matches(end, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"peers: {some_names(names)}"
-    raise TopologyError(f"{where}: no peer is named {end}; {hint}")
-
-
-def some_names(words: Sequence[str], most: int = 8, between: str = ", ") -> str:
-    """The words, joined by ``between``; if there are more than ``most``, the first of them and
-    their number.
-    """
-    shown = words if len(words) <= most else [*words[: most - 1], f"... ({len(words)} in all)"]
-    return between.join(shown)
-
-
-def _metropolis(graph: nx.Graph[int]) -> Matrix:
+def _metropolis(n: int, ends: Ends) -> Matrix:
     """W_ij = 1 / (1 + max(d_i, d_j)) (Xiao, Boyd & Lall 2005); d are the peers' degrees.
 
     A peer keeps 1 / (1 + d_i) and what its neighbours with a larger degree do not take. Computed in
     this way, a complete graph has exactly 1/n everywhere.
     """
-    mixing = np.zeros((len(graph), len(graph)))
-    degree = dict(graph.degree)
-    for i in graph:
-        equal_share = 1 / (1 + degree[i])
-        mixing[i, i] = equal_share
-        for j in graph[i]:
-            mixing[i, j] = 1 / (1 + max(degree[i], degree[j]))
-            mixing[i, i] += equal_share - mixing[i, j]
-    return mixing
+    degrees = _degrees(n, ends)
+    equal_share, weights = 1 / (1 + degrees), _by_degree(degrees, ends)
+    kept = equal_share.copy()
+    np.add.at(kept, ends.ravel(), (equal_share[ends] - weights[:, np.newaxis]).ravel())
+    return matrix_of(kept, ends, weights)
 
 
-def _laplacian(graph: nx.Graph[int]) -> Matrix:
+def _laplacian(n: int, ends: Ends) -> Matrix:
     """I - 2 L / (3 lambda_max), the rule of the Dec-LoRA paper (arXiv 2501.15361).
 
     lambda_max is larger than the largest degree, so each peer keeps at least 1/3 and no weight is
     negative.
     """
-    adjacency: Matrix = nx.to_numpy_array(graph, nodelist=range(len(graph)))
-    laplacian = np.diag(adjacency.sum(axis=1)) - adjacency
+    degrees = _degrees(n, ends)
+    laplacian = matrix_of(degrees.astype(np.float64), ends, np.full(len(ends), -1.0))
     # for a single peer lambda_max is 0 and the Laplacian too
-    lambda_max = float(np.linalg.eigvalsh(laplacian)[-1]) or 1.0
-    return np.eye(len(graph)) - 2 / (3 * lambda_max) * laplacian
+    weight = 2 / (3 * (largest_eigenvalue(laplacian) or 1.0))
+    return matrix_of(1 - weight * laplacian.diagonal(), ends, np.full(len(ends), weight))
 
 
 # Properties of a topology
@@ -349,10 +263,11 @@ def rounds_to_agree(topology: Topology, factor: float = 100.0) -> tuple[int, int
     if topology.period == 1:  # symmetric, so |W^t - J|_2 = |W - J|_2^t
         rounds = 1 if gap >= 1 - enough else math.ceil(math.log(enough) / math.log1p(-gap))
         return rounds, rounds * 2 * len(topology.edges(0))
-    rounds = messages = 0
-    product = np.eye(topology.num_peers)
-    while disagreement(product) > enough:
-        product = topology.mixing(rounds) @ product
-        messages += 2 * len(topology.edges(rounds))
-        rounds += 1
-    return rounds, messages
+    # a cycle makes the distance (1 - gap)^period times smaller, and no round makes it larger
+    cycles = 1 if gap == 1 else math.ceil(math.log(enough) / (topology.period * math.log1p(-gap)))
+    rounds = 1 + bisect_left(
+        range(1, cycles * topology.period),
+        True,
+        key=lambda rounds: disagreement([topology.mixing(one) for one in range(rounds)]) <= enough,
+    )
+    return rounds, sum(2 * len(topology.edges(round)) for round in range(rounds))

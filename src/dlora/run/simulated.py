@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from scipy.sparse import eye_array
 from torch import Tensor
 
 from dlora.config.arms import ARMS
@@ -216,7 +217,7 @@ class Run:
         if self.arm.talks == "with all":
             return build_topology(TopologySection(kind="complete"), None, names)
         alone = ("pooled",) if self.arm.pooled else names
-        return Topology("alone", alone, (torch.eye(len(alone), dtype=torch.float64).numpy(),))
+        return Topology("alone", alone, (eye_array(len(alone)),))
 
     def _rule(self) -> Rule:
         """The configured rule for Dec-LoRA; the baselines are plain LoRA."""

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dlora.decentralized.graphs import some_names
 from dlora.decentralized.matrices import ROUNDING
-from dlora.decentralized.topology import (
-    Topology,
-    rounds_to_agree,
-    some_names,
-    spectral_gap,
-)
+from dlora.decentralized.topology import Topology, rounds_to_agree, spectral_gap
 from dlora.show.words import count_text
 
 # of a description, in characters and rows; of more peers only half of that is shown
