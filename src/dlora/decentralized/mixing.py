@@ -134,12 +134,13 @@ def mix(
     share, whole = _share_of_all(mixing, edges), len(here) == num_peers
     if not whole:
         edges = [(i, j) for i, j in edges if i in here or j in here]
+    all_edges = tuple(edges)
     # tensors over the same edges share one
     changes: dict[object, Callable[[Tensor, Tensor, Tensor], object]] = {}
     for name, message in sent.items():
-        both_sent = tuple(
-            (i, j) for i, j in edges if names is None or (name in names[i] and name in names[j])
-        )
+        both_sent = all_edges
+        if names is not None:
+            both_sent = tuple((i, j) for i, j in edges if name in names[i] and name in names[j])
         if not both_sent:
             continue
         others, came = (received or {}).get(name, ((), message[:0]))
