@@ -64,13 +64,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"split": {"cloud": "hub"}, "shard_model": True},
         ["the frozen model is in the cloud", "remove shard_model"],
     ),
-    "split-mapped": (
-        {"split": {"cloud": "hub"}, "device_map": "auto"},
-        ["the frozen model is in the cloud", "remove device_map"],
-    ),
-    "mapped-twice": ({"device": "cuda:1", "device_map": "auto"},
-        ["device and device_map", "keep one"]),
-    "mapped-and-sharded": ({"shard_model": True, "device_map": "auto"},
+    "split-mapped": ({"split": {"cloud": "hub"}, "device_map": "auto", "device": "auto"},
+        ["the frozen model is in the cloud", "remove device_map"]),
+    "mapped-and-sharded": ({"shard_model": True, "device_map": "auto", "device": "auto"},
         ["several processes or one", "keep one"]),
     "sharded-int8": (
         {"shard_model": True, "quantization": "int8"},
