@@ -194,6 +194,16 @@ def between_ranks(small: Small) -> None:
     assert "2 ranks, 8 peers of 16 KiB" in done.stdout
 
 
+def divided_model(small: Small) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/divided_model.py", "--width", "64", "--steps", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "| divided |" in done.stdout
+
+
 def overlap(small: Small) -> None:
     out = small.run("overlap", "--rounds", "2", LINE=Speed(bytes_s=4e6, one_way_s=0.02))
     assert "mix(wait=False)" in out
@@ -244,7 +254,8 @@ RUNS: dict[str, Callable[[Small], None]] = {
     for made in (
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
-        stalled_device, mix, many_peers, between_ranks, throughput,
+        stalled_device, mix, many_peers, between_ranks,
+        divided_model, throughput,
     )
 }  # fmt: skip
 ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}

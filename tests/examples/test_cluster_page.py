@@ -16,6 +16,7 @@ import yaml
 
 from dlora.config.run import Config
 from kit.page_blocks import blocks
+from kit.processes import Federation, running
 
 PAGE = "docs/cluster.md"
 
@@ -24,23 +25,41 @@ PAGE = "docs/cluster.md"
 def test_its_commands(tmp_path: Path, make_config: Callable[..., Config]) -> None:
     config = make_config(**{"train.rounds": 1})
     (tmp_path / "run.yaml").write_text(config.dump())
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    commands = [block for block in blocks(PAGE) if block.first.startswith("torchrun")]
-    assert len(commands) == 2
+    commands = [block.text for block in blocks(PAGE) if "-m dlora simulate" in block.first]
+    assert len(commands) == 3
     for command in commands:
-        done = subprocess.run(
-            ["bash", "-ec", command.text],
-            cwd=tmp_path,
-            env=os.environ | {"PATH": path},
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"report: {config.output_dir}/report.html" in done.stdout
-        assert done.stdout.count("dec-lora") == 2  # one table of scores and one of times
+        out = typed(command, tmp_path)
+        assert f"report: {config.output_dir}/report.html" in out
+        assert out.count("dec-lora") == 2  # one table of scores and one of times
         shutil.rmtree(config.output_dir)
+
+
+@pytest.mark.slow
+def test_a_peer_of_two_processes(tmp_path: Path, model_folder: Callable[..., Path]) -> None:
+    peers = Federation(tmp_path, model_folder("bert"), names=("north", "south"))
+    [command] = [block.text for block in blocks(PAGE) if "-m dlora peer" in block.first]
+    with running(peers):
+        peers.start("south")
+        out = typed(command, tmp_path)
+        assert f"report: {peers.config.output_dir}/report.html" in out
+        assert peers.finish("south").exit_code == 0
+    assert peers.summary("south")["runs"]["dec-lora"]["consensus_peers"] == 2
+
+
+def typed(command: str, folder: Path) -> str:
+    """What a command of the page prints in ``folder``."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", command],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_job_is_a_service_and_a_job() -> None:

@@ -36,6 +36,8 @@ DONE = {
     ],
     "docs/cluster.md": [  # in tests/examples/test_cluster_page.py
         "torchrun --standalone --nproc-per-node 2 -m dlora simulate run.yaml",
+        "torchrun --standalone --nproc-per-node 2 -m dlora simulate run.yaml --set",
+        "torchrun --standalone --nproc-per-node 2 -m dlora peer run.yaml",
         "torchrun --standalone --nproc-per-node 2 --max-restarts 3",
     ],
     "docs/scripts.md": [  # in tests/examples/test_script_pages.py
