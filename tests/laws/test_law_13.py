@@ -37,6 +37,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "peers.topology": {"kind": "complete"},
         "compare": ["pooled", "local"],
     },
+    "drawn-kr": {
+        "peers.participation": 0.5,
+        "peers.topology": {"kind": "complete"},
+        "schedule": KR,
+        "train.rounds": 5,
+    },
     "split": {"split": {"cloud": "hub", "wire": "float32"}},
     "split-kr": {"split": {"cloud": "hub", "wire": "float32"}, "schedule": KR},
 }

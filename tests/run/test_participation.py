@@ -15,8 +15,9 @@ from dlora.config.run import Config, TopologySection
 from dlora.decentralized.drawn import drawn_peers
 from dlora.decentralized.matrices import ROUNDING, check_mixing
 from dlora.decentralized.topology import build_topology
-from dlora.errors import ConfigError, Interrupted
+from dlora.errors import Interrupted
 from dlora.events.log import read_log
+from dlora.run.checkpoint_files import read_checkpoint
 from dlora.run.local_round import Training
 from dlora.run.prepare import prepare
 from dlora.train import Participants, local_steps
@@ -33,6 +34,7 @@ KEYS = {
     "peers.topology": {"kind": "complete"},
     "eval_every": 0,
 }
+KR = {"kind": "kr", "active_fraction": 0.4, "period": 3, "warmup_steps": 4}
 
 
 def test_the_draw_follows_from_seed_and_round() -> None:
@@ -161,7 +163,56 @@ def test_stacks_change_nothing(make_config: Callable[..., Config], tmp_path: Pat
         torch.testing.assert_close(ends[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
-def test_what_it_does_not_go_with(make_config: Callable[..., Config]) -> None:
-    for more in ({"schedule": {"kind": "kr"}}, {"split": {"cloud": "hub"}}):
-        with pytest.raises(ConfigError, match=r"peers.participation 0.5 does not work with"):
-            make_config(**KEYS, **more)
+def test_a_schedule_of_every_unit_changes_nothing(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """With a schedule each participant is a group of its own, and its state rests there."""
+    every = [name for unit in prepare(make_config(schedule=KR)).units for name in unit.modules]
+    ends = []
+    for name, more in {
+        "all": {},
+        "static": {"schedule": {"kind": "static", "units": every}},
+    }.items():
+        config = make_config(**KEYS, **more, output_dir=str(tmp_path / name))
+        dlora.simulate(config)
+        ends.append(factors_of(config))
+    start = prepare(config).model.initial
+    moved, as_moved = ({name: of[name] - start[name] for name in start} for of in ends)
+    assert_same(moved, as_moved, UPDATE_BOUND["adamw"], "classification")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"schedule": KR},
+        pytest.param({"split": {"cloud": "hub", "wire": "float32"}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"schedule": KR | {"on_kill": "drop"}, "split": {"cloud": "hub"}},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["kr", "split", "split-kr"],
+)
+def test_units_and_clouds_rest_too(
+    more: dict[str, Any], make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Who rests keeps its factors and moments, and its units go on as those of the others."""
+    config = make_config(**KEYS | {"save_every": 1}, **more)
+    dlora.simulate(config)
+    *_, before, after = sorted(Path(config.output_dir, "checkpoints", "dec-lora").glob("round-*"))
+    earlier, later = read_checkpoint(before), read_checkpoint(after)
+    there = prepare(config).drawn(5)
+    for name, tensor in later.factors.items():
+        for peer in set(range(6)) - set(there):
+            assert torch.equal(tensor[peer], earlier.factors[name][peer]), name
+    for path, moment in later.optimizer.items():
+        rests = int(path.split("/")[0]) not in there
+        assert not rests or torch.equal(moment, earlier.optimizer[path]), path
+    assert (
+        len({one["steps_done"] for one in later.state.get("schedules", [{"steps_done": 0}])}) == 1
+    )
+    stopped = make_config(**KEYS, **more, output_dir=str(tmp_path / "stopped"))
+    with pytest.raises(Interrupted):
+        dlora.simulate(stopped, stop=stop_after(3))
+    dlora.simulate(stopped, resume=True)
+    assert_identical(factors_of(stopped), factors_of(config))

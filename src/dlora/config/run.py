@@ -333,12 +333,6 @@ class Config(Document):
                 f"peers.rule {self.peers.rule} chooses between A and B, which placement core"
                 " freezes both: averaging the cores is exact as it is; take rule factor"
             )
-        if self.peers.participation < 1 and (self.schedule.kind != "all" or self.split is not None):
-            what = "split" if self.split is not None else f"schedule.kind {self.schedule.kind}"
-            raise ValueError(
-                f"peers.participation {self.peers.participation:g} does not work with {what} yet:"
-                " remove one of them"
-            )
         check_place(self.device, self.device_map)
         if self.shard_model and self.device_map is not None:
             raise ValueError(

@@ -112,6 +112,16 @@ class ActiveUnits:
         self.resting = {name: torch.zeros_like(parameters[name]) for name in factors}
         self._took_part = [set[int]() for _ in self.schedules]
 
+    def rest(self, steps: int) -> None:
+        """Count local steps that these participants leave out. Their turns go on, so their units
+        stay those of the others.
+        """
+        for schedule, changed in zip(self.schedules, self.on_change, strict=True):
+            before = schedule.active
+            schedule.skip(steps)
+            if schedule.active != before:
+                changed(schedule)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser.
 

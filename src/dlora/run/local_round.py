@@ -46,13 +46,19 @@ class Training:
         # hears how many participants took a step
         self.on_step: Callable[[int], None] = lambda num_participants: None
         self.here = range(1) if pooled else prepared.here
-        groups = batch_groups(local_steps, group_size, self.here)
+        # whether only a part of the participants trains in a round
+        self.some = prepared.config.peers.participation < 1 and not pooled
+        # With a schedule each participant has moments of its own anyway, and through a cloud one
+        # goes at a time: then each is a group, and its state rests there.
+        stacked = scheduled is None and prepared.half is None
+        groups = batch_groups(local_steps, group_size if stacked or not self.some else 1, self.here)
         self.participants = Participants(
             prepared.model.initial, groups, prepared.config.train, prepared.model.device, scheduled
         )
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
-        some = prepared.config.peers.participation < 1 and not pooled
-        self.resting = Resting(self.participants, prepared.config.train) if some else None
+        self.resting = (
+            Resting(self.participants, prepared.config.train) if self.some and stacked else None
+        )
         self._counted: dict[tuple[int, range], int] = {}
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -76,7 +82,7 @@ class Training:
         return self._steps(rounds, range(len(self.local_steps)))
 
     def _steps(self, rounds: int, among: range) -> int:
-        if self.resting is None:
+        if not self.some:
             return rounds * sum(self.local_steps[number] for number in among)
         if (rounds, among) not in self._counted:
             self._counted[rounds, among] = sum(
@@ -92,23 +98,33 @@ class Training:
 
         Returns the mean loss of each participant here, (P,); NaN for those that rest.
         """
+        drawn = self.prepared.drawn(number) if self.some else self.here
         losses = (
             torch.cat(
-                [
-                    self._train(number, names, group, range(group.first, group.last))
-                    for group in self.participants.groups
-                ]
+                [self._group(number, names, group, drawn) for group in self.participants.groups]
             )
             if self.resting is None
-            else self._some(number, names, self.resting)
+            else self._some(number, names, self.resting, drawn)
         )
         self.prepared.model.passes_done(backward=True)
         return losses
 
-    def _some(self, number: int, names: frozenset[str], resting: Resting) -> Tensor:
-        """As `round`, for the participants that are drawn."""
+    def _group(
+        self, number: int, names: frozenset[str], group: Group, drawn: Sequence[int]
+    ) -> Tensor:
+        """The losses of a group that trains or rests as a whole."""
+        if group.first in drawn:
+            return self._train(number, names, group, range(group.first, group.last))
+        if group.units is not None:
+            group.units.rest(self.local_steps[group.first])
+        return torch.full((group.last - group.first,), torch.nan)
+
+    def _some(
+        self, number: int, names: frozenset[str], resting: Resting, drawn: Sequence[int]
+    ) -> Tensor:
+        """As `round`, for the participants here that are ``drawn``."""
         losses = torch.full((len(self.here),), torch.nan)
-        drawn = [peer for peer in self.prepared.drawn(number) if peer in self.here]
+        drawn = [peer for peer in drawn if peer in self.here]
         for steps in sorted({self.local_steps[peer] for peer in drawn}):
             alike = [peer for peer in drawn if self.local_steps[peer] == steps]
             for start in range(0, len(alike), self.group_size):

@@ -85,7 +85,7 @@ class Run:
             took_part,
             overlap=config.peers.overlap and self.arm.talks == "as configured",
             here=self.training.here,
-            drawn=prepared.drawn if self.training.resting else None,
+            drawn=prepared.drawn if self.training.some else None,
         )
         self.rounds_done = 0
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
