@@ -67,3 +67,12 @@ def test_bars_as_long_as_their_rows() -> None:
     assert {
         round(width / unit) for colour, width in widths if colour == "1" and width > 5 * unit
     } >= {10, 20}
+
+
+def test_many_lines_are_thinned_and_the_picture_says_so() -> None:
+    peers = 10_000
+    ring = [(peer, (peer + 1) % peers) for peer in range(peers)]
+    picture = graph([ring], [str(peer) for peer in range(peers)], label="ring")
+    assert "one line of 4 is drawn" in picture and len(picture) < 1_000_000
+    assert 2500 <= len(re.findall(r"M [\d.]+ [\d.]+ \nL [\d.]+ [\d.]+ \n\"", picture)) <= 2510
+    assert "is drawn" not in graph([ring[:3000]], ["a"] * peers, label="path")
