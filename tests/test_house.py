@@ -45,6 +45,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/adapter_io",
         "lora/all_adapters",
         "lora/core",
+        "lora/mapped",
+        "lora/moments",
         "lora/sharded",
         "lora/targets",
         "lora/units",

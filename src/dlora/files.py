@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from dlora.errors import RunError
 
 
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a complete file or nothing.
+def write_atomically(path: str | Path, content: str | bytes | Iterable[bytes | memoryview]) -> None:
+    """Write a complete file or nothing; ``content`` in one piece or in several.
 
     The content is written to a temporary file in the same folder and synced, then that file is
     renamed. Raises RunError when the disk is full or the path cannot be written; the old file is
@@ -20,7 +21,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            content = content.encode() if isinstance(content, str) else content
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

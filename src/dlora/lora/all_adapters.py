@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import save
 from torch import Tensor
 
 from dlora.errors import RunError
 from dlora.files import write_atomically
 from dlora.lora.factors import Factors
+from dlora.wire.tensors import pieces
 
 
 def save_all(path: Path, factors: Mapping[str, Tensor], names: Sequence[str]) -> None:
@@ -22,9 +22,8 @@ def save_all(path: Path, factors: Mapping[str, Tensor], names: Sequence[str]) ->
 
     Raises RunError when the file cannot be written.
     """
-    content = {name: tensor.detach().float().cpu().contiguous() for name, tensor in factors.items()}
     try:
-        write_atomically(path, save(content, metadata={"peers": json.dumps([*names])}))
+        write_atomically(path, pieces(factors, {"peers": json.dumps([*names])}))
     except OSError as error:
         raise RunError(
             f"{path} cannot be written ({error.strerror}); fix that, then go on with --resume"

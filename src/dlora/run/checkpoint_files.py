@@ -10,13 +10,13 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from dlora.files import write_atomically
 from dlora.lora.all_adapters import part_name
-from dlora.run.sums import SUMS_FILE, check_sums, sums_text
-from dlora.train import leaf_rows
+from dlora.lora.moments import leaf_rows
+from dlora.run.sums import SUMS_FILE, Sum, check_sums, sums_text
+from dlora.wire.tensors import pieces
 
 FACTORS, OPTIMIZER, PENDING, STATE = "factors", "optimizer", "pending", "state.json"
 RESULT_FILE = "result.json"
@@ -46,14 +46,17 @@ def write_part(folder: Path, checkpoint: Checkpoint, part: int, parts: int) -> s
     """Write the tensors of a checkpoint as part number ``part``; returns lines of SHA256SUMS."""
     first = {"first": str(checkpoint.here.start)} if checkpoint.here and parts > 1 else None
     files = {
-        part_name(FACTORS, part, parts): save(checkpoint.factors, first),
-        part_name(OPTIMIZER, part, parts): save(checkpoint.optimizer),
+        FACTORS: pieces(checkpoint.factors, first),
+        OPTIMIZER: pieces(checkpoint.optimizer),
     }
     if checkpoint.pending:
-        files[part_name(PENDING, part, parts)] = save(checkpoint.pending, first)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return sums_text(files)
+        files[PENDING] = pieces(checkpoint.pending, first)
+    lines = ""
+    for kind, content in files.items():
+        name, summed = part_name(kind, part, parts), Sum(content)
+        write_atomically(folder / name, summed)
+        lines += summed.line(name)
+    return lines
 
 
 def write_state(folder: Path, state: Mapping[str, Any], sums: str) -> None:

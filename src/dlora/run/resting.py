@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dlora.config.training import TrainSection
-from dlora.train import Group, Moments, Participants
+from dlora.lora.moments import Moments
+from dlora.train import Group, Participants
 
 
 class Resting:

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 SUMS_FILE = "SHA256SUMS"
+
+
+class Sum:
+    """The sum of a file, made while its ``pieces`` pass."""
+
+    def __init__(self, pieces: Iterable[bytes | memoryview]) -> None:
+        self._pieces, self._sha256 = pieces, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        for piece in self._pieces:
+            self._sha256.update(piece)
+            yield piece
+
+    def line(self, name: str) -> str:
+        """The SHA-256 in hex, two blanks, the file's name."""
+        return f"{self._sha256.hexdigest()}  {name}\n"
 
 
 def sums_text(files: Mapping[str, bytes]) -> str:

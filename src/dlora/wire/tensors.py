@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,13 +30,28 @@ def encode(tensors: Mapping[str, Tensor], wire: torch.dtype) -> bytes:
     )
 
 
+def pieces(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes that safetensors' `save` gives, tensor by tensor.
+
+    A contiguous tensor on the CPU is not copied, so that a file takes no memory to write.
+    """
+    known = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    text, _ = _layout(known, metadata)
+    yield len(text).to_bytes(8, "little") + text
+    for name in _in_order(known):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
 def message_num_bytes(expected: Expected) -> int:
     """The length in bytes that ``encode`` gives for tensors of these dtypes and shapes.
 
     A message of another length is refused.
     """
-    header_bytes, payload_bytes = _sizes(expected)
-    return 8 + header_bytes + payload_bytes
+    header, payload_bytes = _layout(expected)
+    return 8 + len(header) + payload_bytes
 
 
 def held(data: bytes | Path, known: Expected) -> Expected:
@@ -47,7 +62,7 @@ def held(data: bytes | Path, known: Expected) -> Expected:
     tensors has. Raises MessageError when the header is longer, is not valid, or names an unknown
     tensor; raises OSError when the file cannot be opened.
     """
-    most = 8 + _sizes(known)[0]
+    most = 8 + len(_layout(known)[0])
     if isinstance(data, Path):
         with data.open("rb") as file:
             start = file.read(most)
@@ -88,7 +103,7 @@ def decode_tensors(data: bytes | Path, expected: Expected) -> dict[str, Tensor]:
 
 
 def _decode(buffer: bytearray | mmap.mmap, expected: Expected) -> dict[str, Tensor]:
-    header_bytes, _ = _sizes(expected)
+    header_bytes = len(_layout(expected)[0])
     if int.from_bytes(buffer[:8], "little") != header_bytes:
         raise MessageError(
             f"the header announces {int.from_bytes(buffer[:8], 'little')} bytes; it should be"
@@ -162,19 +177,21 @@ def _starts(header: object, expected: Expected) -> dict[str, int]:
     return starts
 
 
-def _sizes(expected: Expected) -> tuple[int, int]:
-    """(bytes of the header, bytes of the payload).
+def _in_order(expected: Expected) -> list[str]:
+    """The names as safetensors sorts them: by item size, the largest first, then by name."""
+    return sorted(expected, key=lambda name: (-expected[name][0].itemsize, name))
 
-    safetensors sorts tensors by item size, the largest first, then by name, and pads the header to
-    a multiple of 8 bytes.
-    """
-    header, end = {}, 0
-    for name in sorted(expected, key=lambda name: (-expected[name][0].itemsize, name)):
+
+def _layout(expected: Expected, metadata: Mapping[str, str] | None = None) -> tuple[bytes, int]:
+    """(the header, bytes of the payload). safetensors pads the header to a multiple of 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in _in_order(expected):
         dtype, shape = expected[name]
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return (len(text) + 7) // 8 * 8, end
+    return text.ljust((len(text) + 7) // 8 * 8), end
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
