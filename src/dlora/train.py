@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from dlora.config.training import TrainSection
 from dlora.data.batches import Batch
 from dlora.lora.active import ActiveUnits, Scheduled
-from dlora.lora.factors import Factors, stack
+from dlora.lora.factors import Factors, Zeros, stack
 from dlora.lora.moments import Moments, leaf_rows
 from dlora.lora.stacked import StackedModel
 
@@ -27,7 +27,8 @@ class Group:
     step changes the factors themselves.
     With a schedule, ``units`` decides which tensors take part in a step, and the optimiser has a
     separate tensor for each participant. ``spans``: rows whose participants have taken equally many
-    steps, if not all have; the optimiser then has a tensor for each of them.
+    steps, if not all have; the optimiser then has a tensor for each of them. ``kept``: as for
+    `ActiveUnits`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Group:
         section: TrainSection,
         scheduled: Scheduled | None = None,
         spans: Sequence[slice] = (),
+        kept: Factors | None = None,
     ) -> None:
         self.first, self.last, self.spans = first, last, spans
         self.parameters = {name: tensor.detach() for name, tensor in factors.items()}
@@ -45,7 +47,7 @@ class Group:
         self.units = (
             None
             if scheduled is None
-            else ActiveUnits(self.parameters, range(first, last), scheduled)
+            else ActiveUnits(self.parameters, range(first, last), scheduled, kept)
         )
         self.leaves = self.parameters if self.units is None else self.units.leaves
         if spans:
@@ -110,6 +112,9 @@ class Group:
 class Participants:
     """The factors of the participants of this process, (P, ...) each, and the groups that train
     them. ``first``: the number of the first of them among all participants of the run.
+
+    ``zeros`` makes what is kept of all of them: factors, moments, dropped units. None: all is in
+    memory. Gradients exist for the group that trains.
     """
 
     def __init__(
@@ -119,17 +124,51 @@ class Participants:
         section: TrainSection,
         device: torch.device,
         scheduled: Scheduled | None = None,
+        zeros: Zeros | None = None,
     ) -> None:
-        self.first = groups[0].start
-        self.factors = stack(initial, groups[-1].stop - self.first, device)
+        self.first, self.zeros = groups[0].start, zeros
+        self.factors = stack(initial, groups[-1].stop - self.first, device, zeros)
+        self._moments: dict[tuple[str, str], Tensor] = {}  # those that `rest` keeps, (P, ...) each
+        kept: Factors = {}
+        if zeros is not None and scheduled is not None and scheduled.section.on_kill == "drop":
+            kept = {
+                name: zeros(tensor.shape)
+                for name, tensor in self.factors.items()
+                if name.endswith((".lora_B", ".lora_M"))
+            }
         self.groups = [
-            Group(self._rows(group), group.start, group.stop, section, scheduled)
+            Group(
+                self._rows(self.factors, group),
+                group.start,
+                group.stop,
+                section,
+                scheduled,
+                kept=self._rows(kept, group) if kept else None,
+            )
             for group in groups
         ]
 
-    def _rows(self, group: range) -> Factors:
+    def _rows(self, factors: Factors, group: range) -> Factors:
         rows = slice(group.start - self.first, group.stop - self.first)
-        return {name: tensor[rows] for name, tensor in self.factors.items()}
+        return {name: tensor[rows] for name, tensor in factors.items()}
+
+    @torch.no_grad()
+    def rest(self, group: Group) -> None:
+        """Move the moments of a group, which has trained, to where those of all are kept."""
+        if self.zeros is None:
+            return
+        for leaf, parameter in group.leaves.items():
+            name, first = leaf_rows(leaf, group.first)
+            state = group.optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if not isinstance(value, Tensor) or not value.dim():
+                    continue  # a count of steps
+                if (name, key) not in self._moments:
+                    self._moments[name, key] = self.zeros(self.factors[name].shape)
+                rows = slice(first - self.first, first - self.first + len(value))
+                kept = self._moments[name, key][rows]
+                if kept.data_ptr() != value.data_ptr():
+                    state[key] = kept.copy_(value)
 
     def standing(self, factors: Mapping[str, Tensor] | None = None) -> Factors:
         """The factors, (P, ...) each, as they are scored and exported: dropped units are zero.
@@ -141,7 +180,11 @@ class Participants:
         for group in self.groups:
             for name, participant in group.units.left_out() if group.units else ():
                 if standing[name] is factors[name]:
-                    standing[name] = standing[name].clone()
+                    standing[name] = (
+                        self.zeros(factors[name].shape).copy_(factors[name])
+                        if self.zeros
+                        else factors[name].clone()
+                    )
                 standing[name][group.first - self.first + participant] = 0.0
         return standing
 
@@ -181,6 +224,7 @@ class Participants:
                     group.optimizer.state[parameter] = {
                         key: value.to(parameter.device) for key, value in found.items()
                     }
+            self.rest(group)
 
 
 def local_steps(

@@ -101,6 +101,11 @@ def memory(small: Small) -> None:
     small.run("memory", PEERS=(1, 2), EXAMPLES=(1,))
 
 
+def waiting(small: Small) -> None:
+    out = small.run("waiting", "--peers", "4", "--rounds", "2", "--pairs", "1")
+    assert "| files, put out |" in out
+
+
 def exchange(small: Small) -> None:
     small.run("exchange", REPEATS=2)
 
@@ -255,7 +260,7 @@ RUNS: dict[str, Callable[[Small], None]] = {
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
         stalled_device, mix, many_peers, between_ranks,
-        divided_model, throughput,
+        divided_model, throughput, waiting,
     )
 }  # fmt: skip
 ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}

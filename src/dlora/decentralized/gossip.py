@@ -33,8 +33,9 @@ class Transport(Protocol):
         """Send each participant's message over its ``edges``; return the edges that both ends
         committed, and the messages that came from other processes.
 
-        ``sent``: (P, ...) tensors, one row for each participant of this process. ``names``: for
-        each participant of the run, the tensors that its message holds; None: all.
+        ``sent``: (P, ...) tensors, one row for each participant of this process, not yet in the
+        dtype of the wire. ``names``: for each participant of the run, the tensors that its message
+        holds; None: all.
         """
 
 
@@ -52,7 +53,8 @@ class Gossip:
     the topology. ``overlap``: the exchange runs while the next round's local steps do, so what
     mixing changes is added after them, one round late. It is ``pending`` until then. The mean over
     participants is kept as without it, because the changes of a round sum to zero. ``drawn`` says
-    who takes part in a round; None: all. The others neither train nor mix.
+    who takes part in a round; None: all. The others neither train nor mix. ``zeros_like`` makes the
+    tensors of what is pending.
     """
 
     factors: Factors
@@ -65,6 +67,7 @@ class Gossip:
     pending: Factors = field(default_factory=dict)
     here: range | None = None
     drawn: Callable[[int], Sequence[int]] | None = None
+    zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like
 
     def round(self, number: int, train: Callable[[frozenset[str]], Tensor]) -> Tensor:
         """Run one round and return the losses (P,) of ``train``, which takes the names that
@@ -73,10 +76,7 @@ class Gossip:
         losses = train(trained(self.factors, self.rule, number))
         self.settle()
         sent = {
-            # a difference uses the values as they were on the wire, for the peer itself too
-            name: tensor.to(self.wire).to(tensor.dtype)
-            for name, tensor in self.factors.items()
-            if self.rule.sends(name, number)
+            name: tensor for name, tensor in self.factors.items() if self.rule.sends(name, number)
         }
         names = self.took_part() if self.took_part is not None else None
         edges, mixing = self.topology.edges(number), self.topology.mixing(number)
@@ -84,9 +84,9 @@ class Gossip:
             edges, mixing = self.topology.among(self.drawn(number), number)
         committed, received = self.transport.exchange(number, sent, edges, names)
         if self.overlap:
-            self.pending = {name: torch.zeros_like(self.factors[name]) for name in sent}
+            self.pending = {name: self.zeros_like(self.factors[name]) for name in sent}
         changed = self.pending if self.overlap else self.factors
-        mix(changed, sent, mixing, committed, names, self.here, received)
+        mix(changed, sent, mixing, committed, names, self.here, received, self.wire)
         return losses
 
     @torch.no_grad()

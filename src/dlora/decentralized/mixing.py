@@ -116,6 +116,7 @@ def mix(
     names: Sequence[Collection[str]] | None = None,
     here: range | None = None,
     received: Received | None = None,
+    wire: torch.dtype | None = None,
 ) -> None:
     """x_i += sum_j w_ij (sent_j - sent_i), for all peers i at once and in place, over the
     ``committed`` edges (i < j).
@@ -124,7 +125,9 @@ def mix(
     round's (P, P) matrix, sparse, row = receiver. ``names``: for each peer, the tensors that it
     sent; None: all. An edge mixes a tensor that both its ends sent. For each tensor the matrix is
     then still symmetric with rows that sum to one. ``here``: the peers whose rows ``factors`` and
-    ``sent`` are; None: all. ``received``: what their neighbours in other processes sent.
+    ``sent`` are; None: all. ``received``: what their neighbours in other processes sent. ``wire``:
+    the dtype in which messages travel; a difference uses the values as they were on the wire, for
+    the peer itself too.
 
     It costs what the edges cost. A block of columns that the cache holds is read once, and its
     change is added in place.
@@ -158,6 +161,7 @@ def mix(
             into, x, y = (
                 tensor[:, start : start + width] for tensor in (into_PN, sent_PN, came_MN)
             )
+            x = x if wire is None else x.to(wire).to(x.dtype)
             # Rows sum to zero, so subtracting one peer's value from all changes nothing in exact
             # arithmetic. It keeps the multiplied numbers small: the rounding error is small
             # relative to the change and not only to the value, and it is zero if all peers are the

@@ -79,12 +79,18 @@ class ActiveUnits:
     ``on_kill: drop``: while local steps are taken (from `leave_out` to `put_back`), the unit's B
     (or core) is kept in ``resting``, and ``parameters`` holds zeros in its place. At all other
     times ``parameters`` holds the values that are mixed and saved. To evaluate or export, set the
-    tensors that `left_out` names to zero first. When a unit is revived, its first moment starts
-    at zero, its second moment is kept, and its learning rate rises to the common one within
-    ``rewarm_steps``.
+    tensors that `left_out` names to zero first. ``kept``: zeros that become ``resting``; None: it
+    makes them. When a unit is revived, its first moment starts at zero, its second moment is kept,
+    and its learning rate rises to the common one within ``rewarm_steps``.
     """
 
-    def __init__(self, parameters: Factors, participants: range, scheduled: Scheduled) -> None:
+    def __init__(
+        self,
+        parameters: Factors,
+        participants: range,
+        scheduled: Scheduled,
+        kept: Factors | None = None,
+    ) -> None:
         self.parameters, self.section = parameters, scheduled.section
         self.scheduled, self.participants = scheduled, participants
         self.schedules = [scheduled.schedules[participant] for participant in participants]
@@ -109,7 +115,10 @@ class ActiveUnits:
         factors = [
             name for name in self.unit_of if dropped and name.endswith((".lora_B", ".lora_M"))
         ]
-        self.resting = {name: torch.zeros_like(parameters[name]) for name in factors}
+        self.resting = {
+            name: torch.zeros_like(parameters[name]) if kept is None else kept[name]
+            for name in factors
+        }
         self._took_part = [set[int]() for _ in self.schedules]
 
     def rest(self, steps: int) -> None:

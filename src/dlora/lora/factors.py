@@ -9,21 +9,33 @@ head has ``<module>.weight`` (P, O, I) and ``<module>.bias`` (P, O).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 Factors = dict[str, Tensor]
+Zeros = Callable[[Sequence[int]], Tensor]  # makes a tensor of this shape
+
+# numbers whose distance to the mean is computed at once: 64 MiB
+_PIECE = 1 << 24
 
 
 def stack(
-    initial: Mapping[str, Tensor], num_participants: int, device: torch.device | str = "cpu"
+    initial: Mapping[str, Tensor],
+    num_participants: int,
+    device: torch.device | str = "cpu",
+    zeros: Zeros | None = None,
 ) -> Factors:
     """Copy the initial values for every participant: (...) -> (P, ...).
 
-    The copies do not share memory.
+    The copies do not share memory. ``zeros`` makes the tensors; None: they are in memory.
     """
+    if zeros is not None:
+        return {
+            name: zeros((num_participants, *tensor.shape)).copy_(tensor)
+            for name, tensor in initial.items()
+        }
     return {
         name: tensor.to(device)
         .expand(num_participants, *tensor.shape)
@@ -52,7 +64,8 @@ def consensus_distance(
     total = torch.zeros((), dtype=torch.float64)
     for name, tensor in factors.items():
         middle = tensor.mean(dim=0, keepdim=True) if mean is None else mean[name]
-        total += (tensor - middle).square().sum().double().cpu() / tensor.shape[0]
+        for rows in tensor.split(max(1, _PIECE // tensor[0].numel())):
+            total += (rows - middle).square().sum().double().cpu() / tensor.shape[0]
     return total.item()
 
 

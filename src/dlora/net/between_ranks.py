@@ -109,7 +109,12 @@ class BetweenRanks:
         self, sent: Mapping[str, Tensor], count: int
     ) -> dict[str, tuple[Sequence[int], Tensor]]:
         """The mean over all ``count`` participants of each tensor, (1, ...)."""
-        sums = torch.cat([tensor.sum(dim=0).flatten().cpu() for tensor in sent.values()])
+        sums = torch.cat(
+            [
+                tensor.to(self.wire).to(tensor.dtype).sum(dim=0).flatten().cpu()
+                for tensor in sent.values()
+            ]
+        )
         self.bytes_sent += sums.nbytes
         with one_may_end():
             dist.all_reduce(sums, group=self.group)

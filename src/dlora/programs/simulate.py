@@ -5,6 +5,7 @@ agreement is worth.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from dlora.run.prepare import prepare
 from dlora.run.ranks import joined_ranks
 from dlora.run.schedules import first_step
 from dlora.run.simulated import Run
+from dlora.run.waiting import find_waiting
 
 
 def simulate(
@@ -63,9 +65,12 @@ def simulate(
         # a pass of a divided model waits for the other processes too
         with cloud as cloud_bytes, one_may_end():
             run.begin()
-            results = {
-                arm: run.finished(arm) or Run(arm, run, cloud_bytes).result() for arm in arms
-            }
+            results: dict[str, Summary] = {}
+            for arm in arms:
+                if results:
+                    # a Run refers to itself; its state stays until Python looks for such circles
+                    gc.collect()
+                results[arm] = run.finished(arm) or Run(arm, run, cloud_bytes).result()
         return run.conclude(results)
 
 
@@ -76,7 +81,9 @@ def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:
     """
     stands = RunFolder.standing(config)
     prepared = prepare(config, loading(listeners))
-    return introduction(prepared, _arms(config), find_grouping(prepared).size) | {
+    waiting = find_waiting(prepared) is not None
+    grouping = find_grouping(prepared, waiting=waiting)
+    return introduction(prepared, _arms(config), grouping.size) | {
         "local_steps": prepared.local_steps,
         **({"schedule": first_step(prepared)} if prepared.units else {}),
         **({"stands": stands} if stands else {}),

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -17,14 +16,16 @@ from dlora.errors import RunError
 from dlora.lora.factors import Factors, num_parameters, one, stack
 from dlora.lora.stacked import StackedCore, StackedLora, StackedModel
 from dlora.model.layers import has_dropout
+from dlora.run.free_memory import free_memory
 from dlora.run.prepare import Prepared
 from dlora.train import activation_bytes, forward
 
 # fraction of the free memory; the rest is for the frozen model's temporary tensors and other
 # programs
 _USABLE_MEMORY = 0.6
-# for each trained number: float32 value, gradient and two moments of AdamW
-STATE_BYTES = 16
+# for each trained number: float32 value, gradient and two moments of AdamW; the gradient is there
+# while its participant trains
+STATE_BYTES, _GRADIENT_BYTES = 16, 4
 _TRIED = 3  # participants of a trial; an odd number fits fewer tensor shapes by chance
 # |together - alone| / |alone|: float32 rounding stays below 1e-4, another participant's factors
 # give 1e-1
@@ -41,13 +42,13 @@ class Grouping(NamedTuple):
     reason: str | None
 
 
-def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
+def find_grouping(prepared: Prepared, stored: int | None = None, waiting: bool = False) -> Grouping:
     """How many participants train at once: as many as memory holds, at least 1.
 
     It is 1 if the model mixes participants. The memory of one participant's forward is measured on
     a batch that repeats the longest row. ``stored``: the size with which a resumed run began.
-    Raises RunError if that size cannot have given right results. Warns if a model forces one at a
-    time.
+    ``waiting``: the state of those that do not train is in files. Raises RunError if that size
+    cannot have given right results. Warns if a model forces one at a time.
     """
     if prepared.half is not None or stored == 1:
         # through a cloud, tokens travel without padding, so one participant goes at a time
@@ -55,7 +56,7 @@ def find_grouping(prepared: Prepared, stored: int | None = None) -> Grouping:
     ranks = prepared.ranks
     # a rank that fails in a pass of a divided model must end, because the others wait in that pass
     together = (lambda action: action()) if prepared.config.shard_model else ranks.together
-    size = stored or min(ranks.gathered(together(lambda: _fitting(prepared))))
+    size = stored or min(ranks.gathered(together(lambda: _fitting(prepared, waiting))))
     if size == 1:
         return Grouping(1, None)
     rows_a_step = prepared.config.train.per_device_train_batch_size
@@ -184,24 +185,27 @@ def _all_different(model: StackedModel, num_participants: int) -> Factors:
     }
 
 
-def _fitting(prepared: Prepared) -> int:
+def _fitting(prepared: Prepared, waiting: bool) -> int:
     here = len(prepared.here)
     if prepared.config.peers.group_size is not None:
         return min(prepared.config.peers.group_size, here)
     usable_bytes = usable_memory(prepared) / prepared.ranks.on_one_device(prepared.model.device)
-    state_bytes = STATE_BYTES * num_parameters(stack(prepared.model.initial, 1)) * here
-    room_bytes = usable_bytes - state_bytes
-    return max(1, min(here, int(room_bytes / bytes_of_activations(prepared))))
+    parameters = num_parameters(stack(prepared.model.initial, 1))
+    # of one participant: what it keeps, and what its turn takes on top
+    kept_bytes = (STATE_BYTES - _GRADIENT_BYTES) * parameters
+    turn_bytes = _GRADIENT_BYTES * parameters + bytes_of_activations(prepared)
+    size = (
+        usable_bytes / (kept_bytes + turn_bytes)
+        if waiting
+        else (usable_bytes - kept_bytes * here) / turn_bytes
+    )
+    return max(1, min(here, int(size)))
 
 
 def usable_memory(prepared: Prepared) -> float:
     """Bytes of the device that a run may use now."""
     device = prepared.model.device
-    free_bytes = (
-        torch.cuda.mem_get_info(device)[0]
-        if device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
+    free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
     return _USABLE_MEMORY * free_bytes
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlora.data.batches import Batch, collate
 from dlora.lora.active import Scheduled
+from dlora.lora.factors import Zeros
 from dlora.run.prepare import Prepared
 from dlora.run.resting import Resting
 from dlora.seeds import derive_seed
@@ -25,7 +26,7 @@ class Training:
     The batch of the pooled participant joins the batches of all peers. If the run has several
     ranks, each takes the rows of its own peers, and they add their gradients up. What a round does
     follows from its number and the seed only, so no checkpoint holds it. ``local_steps``: of each
-    participant of the run.
+    participant of the run. ``zeros``: as for `Participants`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Training:
         group_size: int,
         pooled: bool,
         scheduled: Scheduled | None = None,
+        zeros: Zeros | None = None,
     ) -> None:
         self.prepared, self.local_steps, self.group_size, self.pooled = (
             prepared,
@@ -53,7 +55,12 @@ class Training:
         stacked = scheduled is None and prepared.half is None
         groups = batch_groups(local_steps, group_size if stacked or not self.some else 1, self.here)
         self.participants = Participants(
-            prepared.model.initial, groups, prepared.config.train, prepared.model.device, scheduled
+            prepared.model.initial,
+            groups,
+            prepared.config.train,
+            prepared.model.device,
+            scheduled,
+            zeros,
         )
         self.trained = {key: self.participants.factors[key] for key in prepared.trained}
         self.resting = (
@@ -114,7 +121,9 @@ class Training:
     ) -> Tensor:
         """The losses of a group that trains or rests as a whole."""
         if group.first in drawn:
-            return self._train(number, names, group, range(group.first, group.last))
+            means = self._train(number, names, group, range(group.first, group.last))
+            self.participants.rest(group)
+            return means
         if group.units is not None:
             group.units.rest(self.local_steps[group.first])
         return torch.full((group.last - group.first,), torch.nan)

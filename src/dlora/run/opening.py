@@ -17,6 +17,7 @@ from dlora.errors import CloudError, ConfigError, NeighbourError
 from dlora.events.kinds import Done, OneAtATime
 from dlora.events.log import Listener, RunLog, UnwrittenLog, loaded, loading, to_json
 from dlora.files import write_atomically
+from dlora.lora.factors import Zeros
 from dlora.run.account import Summary, conclude, introduction, summary
 from dlora.run.checkpoint_files import Checkpoint
 from dlora.run.folder import RunFolder, leaves
@@ -26,6 +27,7 @@ from dlora.run.manifest import manifest_text
 from dlora.run.prepare import Prepared, prepare
 from dlora.run.ranks import ALONE, Ranks
 from dlora.run.spent import Spent, Stopwatch, spent_before
+from dlora.run.waiting import find_waiting
 
 LAUNCH_FILE = "launch"  # the start of torchrun that opened the folder
 
@@ -35,7 +37,7 @@ class OpenRun:
     """A run whose folder and log are open.
 
     ``own``: the only participant that trains here; None: all of them do. ``stored``: the newest
-    checkpoint of each arm.
+    checkpoint of each arm. ``zeros``: makes the state of all where it does not fit into memory.
     """
 
     prepared: Prepared
@@ -47,6 +49,7 @@ class OpenRun:
     group_size: int
     stop: Callable[[], bool]
     watch: Stopwatch
+    zeros: Zeros | None = None
     # training has begun here: from now on the folder stays, even if the run fails
     began: bool = False
 
@@ -117,6 +120,7 @@ def opened(
     loaded(listeners)
     check_alike(ranks, prepared)
     check(prepared)
+    zeros = find_waiting(prepared) if own is None else None
     # a device has no weights and got its directions from the cloud
     if own is None or prepared.half is None:
         ranks.on_main(prepared.hand_directions)
@@ -144,7 +148,7 @@ def opened(
                 arm: folder.latest(arm, None if ARMS[arm].pooled else prepared.here) for arm in arms
             }
         )
-        grouping = _grouping(prepared, own, stored)
+        grouping = _grouping(prepared, own, stored, zeros is not None)
 
         def begin_log(log: RunLog) -> None:
             if not among_others:
@@ -159,7 +163,9 @@ def opened(
             RunLog(folder.log_path, listeners) if ranks.is_main else UnwrittenLog(listeners) as log
         ):
             ranks.on_main(lambda: begin_log(log))
-            run = OpenRun(prepared, own, manifest, folder, log, stored, grouping.size, stop, watch)
+            run = OpenRun(
+                prepared, own, manifest, folder, log, stored, grouping.size, stop, watch, zeros
+            )
             try:
                 yield run
             except (NeighbourError, CloudError):
@@ -202,7 +208,10 @@ def began_here(config: Config) -> bool:
 
 
 def _grouping(
-    prepared: Prepared, own: str | None, stored: Mapping[str, Checkpoint | None]
+    prepared: Prepared,
+    own: str | None,
+    stored: Mapping[str, Checkpoint | None],
+    waiting: bool,
 ) -> Grouping:
     """How many participants train at once; 1 if only one trains here."""
     if own is not None:
@@ -213,7 +222,7 @@ def _grouping(
         for environment in (one.state["environment"] for one in stored.values() if one)
         if environment.get("ranks", 1) == prepared.ranks.size
     )
-    return find_grouping(prepared, next(before, None))
+    return find_grouping(prepared, next(before, None), waiting)
 
 
 def _position(stored: Mapping[str, Checkpoint | None]) -> int:

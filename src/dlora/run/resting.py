@@ -80,8 +80,8 @@ class Resting:
         moments = Moments(optimizer_state)
         for name, tensor in self.participants.factors.items():
             found = moments.of(name, range(first, first + len(tensor)))
-            if found:
-                self.state[name] = {key: value.to(tensor.device) for key, value in found.items()}
+            for key, value in found.items():
+                self._held(name, key, value.to(tensor.device), len(tensor)).copy_(value)
 
     def _steps(self, row: int) -> tuple[float, ...]:
         """The steps of each tensor of a participant: under rule alternate they differ."""
@@ -90,5 +90,10 @@ class Resting:
     def _held(self, name: str, key: str, like: Tensor, count: int) -> Tensor:
         held = self.state.setdefault(name, {})
         if key not in held:
-            held[key] = like.new_zeros(count, *(() if key == "step" else like.shape[1:]))
+            zeros = self.participants.zeros
+            held[key] = (
+                like.new_zeros(count, *(() if key == "step" else like.shape[1:]))
+                if zeros is None or key == "step"
+                else zeros((count, *like.shape[1:]))
+            )
         return held[key]

@@ -55,7 +55,7 @@ class Run:
         self.name, self.prepared, self.folder, self.log = name, run.prepared, run.folder, run.log
         self.group_size, self.stop, self.spent = run.group_size, run.stop, run.spent(name)
         self.stored, self.ranks = run.stored[name], run.prepared.ranks
-        prepared, log, group_size = run.prepared, run.log, run.group_size
+        prepared, log, group_size, zeros = run.prepared, run.log, run.group_size, run.zeros
         self.arm = ARMS[name]
         config = prepared.config
         self.local_steps = self._local_steps()
@@ -65,7 +65,7 @@ class Run:
         self.schedules = None if self.arm.baseline else Schedules(name, prepared, emit)
         self.scheduled = self.schedules.scheduled if self.schedules else None
         self.training = Training(
-            prepared, self.local_steps, group_size, self.arm.pooled, self.scheduled
+            prepared, self.local_steps, group_size, self.arm.pooled, self.scheduled, zeros
         )
         self.participants = self.training.participants
         wire, ranks = WIRE_DTYPES[config.peers.wire], prepared.ranks
@@ -86,6 +86,9 @@ class Run:
             overlap=config.peers.overlap and self.arm.talks == "as configured",
             here=self.training.here,
             drawn=prepared.drawn if self.training.some else None,
+            zeros_like=(
+                torch.zeros_like if zeros is None else (lambda tensor: zeros(tensor.shape))
+            ),
         )
         self.rounds_done = 0
         self.scoring = Scoring(name, prepared, group_size, self.scheduled, log, self.spent)
