@@ -99,8 +99,7 @@ LEFT_OUT = {
         "apiVersion: v1": "Kubernetes; tests/examples/test_cluster_page.py reads it as YAML",
     },
     "docs/runs.md": {
-        "LD_PRELOAD=": "the library is not on every machine; benchmarks/memory.py has it",
-        "the state of 10,000 peers": "no command, but a warning; tests/run/test_waiting.py sees it",
+        "LD_PRELOAD=": "the library is not on every machine; benchmarks/memory.py has it"
     },
     "docs/architecture.md": {"x_i += sum_j": "a formula", "y = W x": "a formula"},
 }
