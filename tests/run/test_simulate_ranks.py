@@ -142,12 +142,15 @@ def test_each_rank_writes_the_adapters_of_its_peers(
 def started_wrongly(
     folder: Path, configs: Mapping[int, str], ranks: int = 2
 ) -> tuple[list[int], list[str]]:
-    """Each rank reads a config of its own. Returns how each ended, and the lines of all."""
+    """Each rank reads a config of its own, in a folder of its own. Returns how each ended, and the
+    lines of all.
+    """
     for rank in range(ranks):
+        (folder / str(rank)).mkdir(exist_ok=True)
         (folder / f"run-{rank}.yaml").write_text(configs.get(rank, configs[0]))
     command = (
-        f'cd {folder}; python -m dlora simulate run-$RANK.yaml; code=$?; echo "ended $code"; '
-        "sleep 1; exit $code"
+        f"cd {folder}/$RANK; python -m dlora simulate ../run-$RANK.yaml; code=$?;"
+        ' echo "ended $code"; sleep 1; exit $code'
     )
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = torchrun(ranks, ["bash", "-c", command], ["--no-python"], environment)
@@ -165,16 +168,23 @@ def test_what_one_rank_finds_wrong_ends_all(
     good = make_config(**COMMON)
     texts = {
         "fewer peers than ranks": ({0: make_config(**COMMON | {"peers.count": 2}).dump()}, 3),
-        "no model": ({0: good.dump(), 1: good.dump().replace(good.model, "/nowhere")}, 2),
+        "no model": ({0: make_config(**COMMON | {"model": "./model"}).dump()}, 2),
+        "one divides": (
+            {0: make_config(**COMMON | {"shard_model": True}).dump(), 1: good.dump()},
+            2,
+        ),
         "another config": ({0: good.dump(), 1: make_config(**COMMON | {"seed": 1}).dump()}, 2),
         "no GPU": ({0: make_config(**COMMON | {"device": "cuda"}).dump()}, 2),
     }
     expected = {
         "fewer peers than ranks": "3 ranks share 2 peers",
-        "no model": "rank 1 of 2: model /nowhere",
+        "no model": "rank 1 of 2: model ./model",
+        "one divides": "rank 1 of 2 is in another run: shard_model is false there and true at",
         "another config": "rank 1 of 2 is in another run: seed is 1 there and 3 at rank 0",
         "no GPU": "device cuda: not available here",
     }
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "model").symlink_to(good.model)  # no other rank has it
     for case, (configs, ranks) in texts.items():
         codes, lines = started_wrongly(tmp_path, configs, ranks)
         assert codes == [2] * ranks, (case, codes, lines)

@@ -116,6 +116,8 @@ def opened(
     """
     watch = Stopwatch(whole_process)
     ranks.on_main(lambda: (RunFolder.check_same if resume else RunFolder.check_new)(config, own))
+    # before the ranks divide a model, which must be the same
+    _check_alike(ranks, leaves(config.model_dump(mode="json")))
     prepared = prepare(config, loading(listeners), own=own, resume=resume, ranks=ranks)
     loaded(listeners)
     check_alike(ranks, prepared)
@@ -176,16 +178,19 @@ def opened(
 
 
 def check_alike(ranks: Ranks, prepared: Prepared) -> None:
-    """Raise ConfigError if the ranks have different configs, models or rows."""
-    if not ranks.are_several:
-        return
-    facts = leaves(prepared.config.model_dump(mode="json")) | {
-        f"the {key} of the run": value for key, value in prepared.manifest.items()
-    }
+    """Raise ConfigError if the ranks have different models or rows."""
+    facts = {f"the {key} of the run": value for key, value in prepared.manifest.items()}
     facts |= {
         f"rows of {name}": rows_hash(rows)
         for name, rows in {**prepared.data.peers, "data.eval": prepared.data.evaluation}.items()
     }
+    _check_alike(ranks, facts)
+
+
+def _check_alike(ranks: Ranks, facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError if a fact of another rank differs from that of the main one."""
+    if not ranks.are_several:
+        return
     main, *others = ranks.gathered({key: to_json(value) for key, value in facts.items()})
     for rank, other in enumerate(others, start=1):
         for key in {**main, **other}:

@@ -171,6 +171,38 @@ class Prepared:
             write_directions(path, self.model.directions)
 
 
+def _try(
+    config: Config,
+    model: StackedModel,
+    data: FederatedData,
+    tokenizer: Any,
+    ranks: Ranks,
+    divided: str | None,
+) -> None:
+    """Raise ModelError if the model cannot be trained. ``divided``: the hash of a model that the
+    ranks have divided; then they make one pass together, and all fail or none does.
+    """
+
+    def tried() -> None:
+        rows = next(iter(data.peers.values()))[:2]
+        try_model(model, rows, tokenizer.pad_token_id, config.model)
+
+    if divided is None:
+        ranks.together(tried)
+        return
+    if len(set(ranks.gathered(divided))) > 1:
+        raise ranks.told_once(
+            ModelError(
+                f"model {config.model}: the ranks read different weights, so that they cannot share"
+                " one model; give all machines the same files"
+            )
+        )
+    try:
+        tried()
+    except ModelError as error:
+        raise ranks.told_once(error) from error
+
+
 def prepare(
     config: Config,
     phase: Callable[[str], object] = lambda text: None,
@@ -196,11 +228,7 @@ def prepare(
         lambda: load_frozen(config, tokenizer, data, own, resume, mesh, everyone), in_turns=sharded
     )
     if half is None:
-        try:
-            rows = next(iter(data.peers.values()))[:2]
-            try_model(model, rows, tokenizer.pad_token_id, config.model)
-        except ModelError as error:  # in all ranks, because they have the same model and rows
-            raise everyone.told_once(error) from error
+        _try(config, model, data, tokenizer, everyone, weights_hash if sharded else None)
     units = everyone.together(lambda: scheduled_units(config, model, half))
     manifest: dict[str, Any] = {
         "model": weights_hash,
