@@ -43,6 +43,12 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         lora_alpha=config.lora.lora_alpha,
         lora_dropout=config.lora.lora_dropout,
         target_modules=list(config.lora.target_modules),
+        exclude_modules=config.lora.exclude_modules and list(config.lora.exclude_modules),
+        layers_to_transform=config.lora.layers_to_transform,
+        rank_pattern=dict(config.lora.rank_pattern or {}),
+        alpha_pattern=dict(config.lora.alpha_pattern or {}),
+        use_rslora=config.lora.use_rslora,
+        init_lora_weights=config.lora.init_lora_weights,
         fan_in_fan_out=base.config.model_type == "gpt2",
         task_type="SEQ_CLS" if classification else "CAUSAL_LM",
     )
@@ -78,7 +84,8 @@ def assert_same(
     if task == "classification":
         parts.append("classifier" if any("classifier" in name for name in update) else "score")
     for part in parts:
-        assert relative_difference(update, reference, part) < bound, part
+        found = relative_difference(update, reference, part)
+        assert found < bound, (part, found)
 
 
 def targets(family: str) -> list[str]:

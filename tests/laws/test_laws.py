@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -115,6 +116,58 @@ def test_one_participant_is_plain_peft(
         UPDATE_BOUND[optimizer],
         task,
     )
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"lora.use_rslora": True, "lora.r": 8},
+    "patterns": {"lora.rank_pattern": {"query": 2}, "lora.alpha_pattern": {"0.*.value": 2.0}},
+    "gaussian": {"lora.init_lora_weights": "gaussian", "lora.r": 16},
+    "layers": {"lora.layers_to_transform": [1], "lora.exclude_modules": ["attention.output.dense"]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pefts_words_mean_what_they_mean_there(
+    make_config: Callable[..., Config], kind: str
+) -> None:
+    """Law 1, and the exported folder gives the printed score in PEFT."""
+    config = make_config(
+        "bert", **{
+            "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "eval_every": 0,
+            "train.learning_rate": 5e-3, "train.lr_scheduler_type": "constant",
+            "lora.target_modules": targets("bert"), **KINDS[kind],
+        },
+    )  # fmt: skip
+    summary = dlora.simulate(config)
+    losses, reference = train_with_peft(config, prepare(config), range(1))
+    assert losses[-1] < losses[0] - 0.01
+    folder = Path(config.output_dir, "consensus")
+    assert_same(update_of(config, folder), reference, UPDATE_BOUND["adamw"], "classification")
+    base, _ = dlora.load_base(config.output_dir)
+    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    prepared = prepare(config)
+    batch = collate(prepared.data.evaluation, prepared.pad_token_id)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels).item()
+    assert loss == pytest.approx(summary["runs"]["dec-lora"]["consensus"]["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacks_of_these_are_separate_runs(
+    make_config: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    """Law 2: four peers at once, and one at a time."""
+    ends = []
+    for size in (1, 4):
+        keys = {"lora.target_modules": targets("bert"), "train.learning_rate": 5e-3, **KINDS[kind]}
+        config = make_config(
+            "bert", **keys, **{"peers.group_size": size}, output_dir=str(tmp_path / str(size))
+        )
+        dlora.simulate(config)
+        ends.append(update_of(config, Path(config.output_dir, "peers", "peer-2")))
+    assert_same(ends[1], ends[0], UPDATE_BOUND["adamw"], "classification")
 
 
 @pytest.mark.parametrize("family", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])

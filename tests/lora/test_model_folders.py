@@ -255,12 +255,11 @@ def test_a_model_that_changes_its_weights_is_refused(
     ("key", "value", "says"),
     [
         ("use_dora", True, "use_dora: dlora does not do DoRA yet; leave it out"),
-        ("use_rslora", True, r"use_rslora: .*lora_alpha x sqrt\(r\)"),
-        ("rank_pattern", {"query": 2}, "rank_pattern: dlora gives every linear the same rank"),
-        ("alpha_pattern", {"query": 2}, "alpha_pattern: dlora gives every linear the same scaling"),
         ("bias", "all", "bias: dlora trains no biases"),
-        ("init", "pissa", "init: .*take placement: core"),
-        ("init_lora_weights", "pissa", "init_lora_weights: .*take placement: core"),
+        ("init", "pissa", "init: it is called init_lora_weights"),
+        ("init_lora_weights", "pissa", "init_lora_weights pissa: .*take placement: core"),
+        ("init_lora_weights", False, "init_lora_weights false: dlora knows true and gaussian"),
+        ("layers_pattern", "layer", "layers_pattern: the first number in a name is its layer"),
         ("adapter", "other/adapter", "adapter: dlora does not go on from an adapter yet; merge it"),
     ],
 )

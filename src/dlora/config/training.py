@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,19 +11,8 @@ from dlora.config.reading import Section, Text
 
 _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to do instead
     "use_dora": "dlora does not do DoRA yet; leave it out",
-    "use_rslora": (
-        "dlora does not do rsLoRA yet; the same scaling is lora_alpha x sqrt(r), written as"
-        " lora_alpha"
-    ),
-    "rank_pattern": "dlora gives every linear the same rank; set r, and name fewer target_modules",
-    "alpha_pattern": "dlora gives every linear the same scaling; set lora_alpha",
     "bias": "dlora trains no biases of the model, which is PEFT's bias: none; leave it out",
-    "init": (
-        "dlora draws A by the seed, B is zero; for the weight's own directions take placement: core"
-    ),
-    "init_lora_weights": (
-        "dlora draws A by the seed, B is zero; for the weight's own directions take placement: core"
-    ),
+    "init": "it is called init_lora_weights",
     "adapter": (
         "dlora does not go on from an adapter yet; merge it into its model (PEFT's"
         " merge_and_unload) and give that"
@@ -32,10 +21,7 @@ _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to 
         "dlora trains a classifier's new head (train_head) and no other module; leave it out"
     ),
     "target_parameters": "dlora adapts linears only; name them in target_modules",
-    "exclude_modules": "dlora takes what target_modules names; write that as names or as a regex",
-    "layers_to_transform": (
-        "dlora takes what target_modules names; write the layers into a regex there"
-    ),
+    "layers_pattern": "the first number in a name is its layer; leave it out",
     "task_type": "dlora takes it from task; leave it out",
 }
 
@@ -58,6 +44,35 @@ class LoraSection(Section):
         "all-linear",
         description=(
             "all-linear: the linears of the transformer blocks; else names or one regex, as in PEFT"
+        ),
+    )
+    exclude_modules: tuple[Text, ...] | Text | None = Field(
+        None,
+        description="names or one regex of linears that are not adapted, as in PEFT; null: none",
+    )
+    layers_to_transform: int | tuple[int, ...] | None = Field(
+        None,
+        description=(
+            "numbers of the blocks whose linears are adapted, from 0, as in PEFT; null: all"
+        ),
+    )
+    rank_pattern: dict[Text, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description=(
+            "{name: r} for linears whose rank differs, by names or regexes, as in PEFT; null: none"
+        ),
+    )
+    alpha_pattern: dict[Text, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="{name: lora_alpha} for linears whose alpha differs; null: none"
+    )
+    use_rslora: bool = Field(
+        False, description="true: scaling = lora_alpha / sqrt(r), for large ranks (rsLoRA)"
+    )
+    init_lora_weights: Literal[True, "gaussian"] = Field(
+        True,
+        description=(
+            "how A is drawn, B is zero; true: as torch draws a linear; gaussian: with a standard"
+            " deviation of 1/r"
         ),
     )
     train_head: bool = Field(
@@ -85,12 +100,37 @@ class LoraSection(Section):
         for key in tree if isinstance(tree, dict) else ():
             if key in _NOT_YET:
                 raise ValueError(f"{key}: {_NOT_YET[key]}")
+        drawn = tree.get("init_lora_weights") if isinstance(tree, dict) else None
+        if drawn is False or (isinstance(drawn, str) and drawn != "gaussian"):
+            raise ValueError(
+                f"init_lora_weights {str(drawn).lower()}: dlora knows true and gaussian, with B"
+                " zero, so that all start at the frozen model; for the weight's own directions"
+                " take placement: core"
+            )
         return tree
 
     @model_validator(mode="after")
     def _frame_of_a_core(self) -> LoraSection:
         if self.frame is not None and self.placement != "core":
             raise ValueError("frame belongs to placement core; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> LoraSection:
+        if self.placement == "core":
+            for key in ("rank_pattern", "init_lora_weights"):
+                if getattr(self, key) not in (None, True):
+                    raise ValueError(
+                        f"{key} belongs to placement literal: under core A and B are the weight's"
+                        " own directions, all of one rank; remove it"
+                    )
+        if self.layers_to_transform is not None and (
+            isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        ):
+            raise ValueError(
+                "layers_to_transform goes with names in target_modules; write the layers into its"
+                " regex"
+            )
         return self
 
 

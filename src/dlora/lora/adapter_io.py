@@ -98,7 +98,7 @@ def model_card(model: StackedModel) -> str:
         how = (
             f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
         )
-    serve = "" if classes else _served(config.r)
+    serve = "" if classes else _served(max([config.r, *config.rank_pattern.values()]))
     linears = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
     return (
         f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# A LoRA adapter for {base}\n\nRank"

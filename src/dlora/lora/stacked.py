@@ -213,6 +213,10 @@ def attach(
         lora_alpha=whole(section.lora_alpha),
         lora_dropout=section.lora_dropout,
         target_modules=list(targets),
+        rank_pattern=dict(section.rank_pattern or {}),
+        alpha_pattern={name: whole(alpha) for name, alpha in (section.alpha_pattern or {}).items()},
+        use_rslora=section.use_rslora,
+        init_lora_weights=section.init_lora_weights,
         # GPT-2 stores weights transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,

@@ -13,12 +13,15 @@ from dlora.model.quiet import without_bitsandbytes
 # isort: split
 with without_bitsandbytes():
     import peft
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
 from dlora.config.training import LoraSection
 from dlora.errors import ModelError
 
+_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # as PEFT finds the number of a layer
 # The user is warned when all-linear reaches less than this part of the blocks' weights.
 _WORTH_SAYING = 0.9
 # In these architectures a kernel reads the weights of out_proj and dt_proj directly, so an adapter
@@ -31,10 +34,60 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
     """The full names of the linears that ``lora.target_modules`` names, in the network's order.
 
     Linears of the ``head`` are never among them. As in PEFT, a string is a regex and a list holds
-    full names or ends of names. Warns when all-linear leaves out many weights of the blocks. Raises
+    full names or ends of names. ``exclude_modules`` and ``layers_to_transform`` leave out as PEFT
+    does. Warns when all-linear leaves out many weights of the blocks. Raises
     ModelError when a target matches nothing, matches a module that is no linear, shares its weight
     with another module, or has a name that PEFT reads as the weights of experts.
     """
+    found = _named(network, section, head)
+    left_out = section.exclude_modules
+    for one in [left_out] if isinstance(left_out, str) else left_out or ():
+        pattern = _pattern(one, isinstance(left_out, str), "exclude_modules")
+        if not any(pattern.fullmatch(name) for name, _ in network.named_modules()):
+            raise ModelError(
+                f"lora.exclude_modules: {one} matches no module; the linears here are"
+                f" {linear_names(network)}"
+            )
+    kept = _kept(found, section)
+    if not kept:
+        raise ModelError(
+            f"lora.exclude_modules {section.exclude_modules} and lora.layers_to_transform"
+            f" {section.layers_to_transform} leave nothing of what lora.target_modules names, such"
+            f" as {found[0]}"
+        )
+    for key, named in (
+        ("rank_pattern", section.rank_pattern),
+        ("alpha_pattern", section.alpha_pattern),
+    ):
+        for one in named or ():
+            if not any(get_pattern_key([one], name) == one for name in kept):
+                raise ModelError(f"lora.{key}: {one} matches no adapted linear, such as {kept[0]}")
+    return kept
+
+
+def _kept(found: Sequence[str], section: LoraSection) -> list[str]:
+    """The names that PEFT keeps by ``exclude_modules`` and ``layers_to_transform``."""
+    layers, left_out = section.layers_to_transform, section.exclude_modules
+    if layers is None and left_out is None:
+        return list(found)
+    trial = peft.LoraConfig(
+        target_modules=sorted({name.rpartition(".")[2] for name in found}),
+        exclude_modules=left_out if isinstance(left_out, str) else list(left_out or ()),
+        layers_to_transform=layers if isinstance(layers, int) or layers is None else list(layers),
+    )
+    kept = [name for name in found if check_target_module_exists(trial, name) is True]
+    numbers = [int(match[1]) for name in kept if (match := _LAYER.match(name))]
+    for layer in [layers] if isinstance(layers, int) else layers or ():
+        if kept and layer not in numbers:
+            raise ModelError(
+                f"lora.layers_to_transform: layer {layer} has no adapted linear; the first number"
+                f" in a name such as {found[0]} is its layer"
+            )
+    return kept
+
+
+def _named(network: nn.Module, section: LoraSection, head: Sequence[str]) -> list[str]:
+    """The linears that ``target_modules`` names."""
     names = [name for name, _ in network.named_modules() if name and not _within(name, head)]
     targets = section.target_modules
     if targets == "all-linear":
@@ -106,12 +159,12 @@ def _within(name: str, head: Sequence[str]) -> bool:
     return any(name == top or name.startswith(f"{top}.") for top in head)
 
 
-def _pattern(target: str, is_regex: bool) -> re.Pattern[str]:
+def _pattern(target: str, is_regex: bool, key: str = "target_modules") -> re.Pattern[str]:
     try:
         return re.compile(target if is_regex else f"(.*\\.)?{re.escape(target)}")
     except re.error as error:
         raise ModelError(
-            f"lora.target_modules: {target} is no regex ({error}); give names in a list, or fix it"
+            f"lora.{key}: {target} is no regex ({error}); give names in a list, or fix it"
         ) from error
 
 

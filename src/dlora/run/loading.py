@@ -143,21 +143,19 @@ def _doubt_participation(config: Config, topology: Topology) -> None:
         )
 
 
-def _doubt_rank(r: int, initial: Mapping[str, torch.Tensor]) -> None:
+def _doubt_rank(initial: Mapping[str, torch.Tensor]) -> None:
     """Warn of a rank that is larger than the rows or columns of an adapted weight."""
-    pairs = [
-        (name, initial[name], initial[f"{name[:-1]}B"])
-        for name in initial
+    sizes = [
+        (min(tensor.shape[-1], initial[f"{name[:-1]}B"].shape[-2]), tensor.shape[-2], name)
+        for name, tensor in initial.items()
         if name.endswith("lora_A")
     ]
-    smallest, where = min(
-        ((min(a.shape[-1], b.shape[-2]), name) for name, a, b in pairs), default=(r, "")
-    )
-    if r > smallest:
-        where = where.removesuffix(".lora_A")
+    too_large = [(smallest, r, name) for smallest, r, name in sizes if r > smallest]
+    if too_large:
+        smallest, r, name = min(too_large)
         warnings.warn(
-            f"lora.r {r}: {where} has only {smallest} rows or columns, a rank above that adds"
-            " nothing",
+            f"lora.r {r}: {name.removesuffix('.lora_A')} has only {smallest} rows or columns, a"
+            " rank above that adds nothing",
             stacklevel=3,
         )
 
@@ -166,7 +164,7 @@ def scheduled_units(config: Config, model: StackedModel, half: Half | None) -> t
     """The units that the schedule turns on and off. Raises ConfigError if one that the config names
     does not exist.
     """
-    _doubt_rank(config.lora.r, model.initial)
+    _doubt_rank(model.initial)
     units = _found_units(config, model, half) if config.schedule.kind != "all" else ()
     named_units(config.schedule.units or (), units)
     return units
