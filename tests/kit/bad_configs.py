@@ -257,6 +257,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["lora.rank_pattern", "quary matches no adapted linear"]),
     "rank-pattern-of-units": ({"lora.rank_pattern": {"query": 2}, "schedule": {"kind": "kr"}},
         ["lora.rank_pattern", "schedule.kind kr", "remove one"]),
+    "dora-of-units": ({"lora.use_dora": True, "split": {"cloud": "hub"}},
+        ["lora.use_dora", "split", "remove one"]),
     "rank-pattern-of-a-core": ({"lora.rank_pattern": {"query": 2}, "lora.placement": "core"},
         ["rank_pattern belongs to placement literal"]),
     "layers-and-regex": ({"lora.target_modules": ".*query", "lora.layers_to_transform": 0},

@@ -48,6 +48,7 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         rank_pattern=dict(config.lora.rank_pattern or {}),
         alpha_pattern=dict(config.lora.alpha_pattern or {}),
         use_rslora=config.lora.use_rslora,
+        use_dora=config.lora.use_dora,
         init_lora_weights=config.lora.init_lora_weights,
         fan_in_fan_out=base.config.model_type == "gpt2",
         task_type="SEQ_CLS" if classification else "CAUSAL_LM",
@@ -81,6 +82,8 @@ def assert_same(
     update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str
 ) -> None:
     parts = ["lora_A", "lora_B"]
+    if any("magnitude" in name for name in update):
+        parts.append("lora_magnitude_vector")
     if task == "classification":
         parts.append("classifier" if any("classifier" in name for name in update) else "score")
     for part in parts:

@@ -121,21 +121,29 @@ def test_one_participant_is_plain_peft(
 KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"lora.use_rslora": True, "lora.r": 8},
     "patterns": {"lora.rank_pattern": {"query": 2}, "lora.alpha_pattern": {"0.*.value": 2.0}},
+    "dora": {"lora.use_dora": True},
+    "dora-dropout": {"lora.use_dora": True, "lora.lora_dropout": 0.1},
     "gaussian": {"lora.init_lora_weights": "gaussian", "lora.r": 16},
     "layers": {"lora.layers_to_transform": [1], "lora.exclude_modules": ["attention.output.dense"]},
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        *(("bert", kind) for kind in KINDS),
+        *(pytest.param(one, "dora", marks=pytest.mark.slow) for one in ("gpt2", "llama")),
+    ],
+)
 def test_pefts_words_mean_what_they_mean_there(
-    make_config: Callable[..., Config], kind: str
+    make_config: Callable[..., Config], family: str, kind: str
 ) -> None:
     """Law 1, and the exported folder gives the printed score in PEFT."""
     config = make_config(
-        "bert", **{
+        family, **{
             "peers.count": 1, "train.rounds": 50, "train.local_steps": 1, "eval_every": 0,
             "train.learning_rate": 5e-3, "train.lr_scheduler_type": "constant",
-            "lora.target_modules": targets("bert"), **KINDS[kind],
+            "lora.target_modules": targets(family), **KINDS[kind],
         },
     )  # fmt: skip
     summary = dlora.simulate(config)
@@ -154,7 +162,7 @@ def test_pefts_words_mean_what_they_mean_there(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dropout" not in kind])
 def test_stacks_of_these_are_separate_runs(
     make_config: Callable[..., Config], tmp_path: Path, kind: str
 ) -> None:

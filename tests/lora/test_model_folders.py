@@ -254,7 +254,6 @@ def test_a_model_that_changes_its_weights_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("use_dora", True, "use_dora: dlora does not do DoRA yet; leave it out"),
         ("bias", "all", "bias: dlora trains no biases"),
         ("init", "pissa", "init: it is called init_lora_weights"),
         ("init_lora_weights", "pissa", "init_lora_weights pissa: .*take placement: core"),

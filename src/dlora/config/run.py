@@ -343,12 +343,13 @@ class Config(Document):
             raise ValueError(
                 "shard_model: weights of int8 cannot be divided; take quantization nf4 or none"
             )
-        if self.lora.rank_pattern and (self.split is not None or self.schedule.kind != "all"):
-            what = "split" if self.split is not None else f"schedule.kind {self.schedule.kind}"
-            raise ValueError(
-                f"lora.rank_pattern does not go with {what} yet, which counts units of one rank:"
-                " remove one of them"
-            )
+        for key in ("rank_pattern", "use_dora"):
+            if getattr(self.lora, key) and (self.split is not None or self.schedule.kind != "all"):
+                what = "split" if self.split is not None else f"schedule.kind {self.schedule.kind}"
+                raise ValueError(
+                    f"lora.{key} does not go with {what} yet, whose units are pairs A and B of one"
+                    " rank: remove one of them"
+                )
         if self.split is not None:
             self._check_split()
         return self

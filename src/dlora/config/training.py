@@ -10,7 +10,6 @@ from dlora.config.names import why_unsafe
 from dlora.config.reading import Section, Text
 
 _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to do instead
-    "use_dora": "dlora does not do DoRA yet; leave it out",
     "bias": "dlora trains no biases of the model, which is PEFT's bias: none; leave it out",
     "init": "it is called init_lora_weights",
     "adapter": (
@@ -68,6 +67,10 @@ class LoraSection(Section):
     use_rslora: bool = Field(
         False, description="true: scaling = lora_alpha / sqrt(r), for large ranks (rsLoRA)"
     )
+    use_dora: bool = Field(
+        False,
+        description="true: the length of each row of the weight trains too, and is mixed (DoRA)",
+    )
     init_lora_weights: Literal[True, "gaussian"] = Field(
         True,
         description=(
@@ -118,11 +121,15 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _what_goes_together(self) -> LoraSection:
         if self.placement == "core":
-            for key in ("rank_pattern", "init_lora_weights"):
-                if getattr(self, key) not in (None, True):
+            for key, as_it_is in (
+                ("rank_pattern", None),
+                ("init_lora_weights", True),
+                ("use_dora", False),
+            ):
+                if getattr(self, key) != as_it_is:
                     raise ValueError(
                         f"{key} belongs to placement literal: under core A and B are the weight's"
-                        " own directions, all of one rank; remove it"
+                        " own directions, all of one rank, and only a core trains; remove it"
                     )
         if self.layers_to_transform is not None and (
             isinstance(self.target_modules, str) and self.target_modules != "all-linear"

@@ -2,8 +2,9 @@
 
 Shape letters: P participants, R rank, I in, O out. ``Factors`` maps a name to one tensor for all
 participants, and its first dimension is the participant: ``<module>.lora_A`` (P, R, I) and
-``<module>.lora_B`` (P, O, R), or under placement core only ``<module>.lora_M`` (P, R, R). A trained
-head has ``<module>.weight`` (P, O, I) and ``<module>.bias`` (P, O).
+``<module>.lora_B`` (P, O, R), with DoRA ``<module>.lora_magnitude_vector`` (P, O) too, or under
+placement core only ``<module>.lora_M`` (P, R, R). A trained head has ``<module>.weight`` (P, O, I)
+and ``<module>.bias`` (P, O).
 """
 
 from __future__ import annotations
@@ -99,4 +100,4 @@ def target_names(initial: Mapping[str, Tensor]) -> list[str]:
 
 def is_head(name: str) -> bool:
     """Whether the tensor of this name belongs to a head and not to an adapted module."""
-    return not name.endswith((".lora_A", ".lora_B", ".lora_M"))
+    return not name.endswith((".lora_A", ".lora_B", ".lora_M", ".lora_magnitude_vector"))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 with without_bitsandbytes():
     import peft
     from peft.tuners.lora import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,6 +83,46 @@ class StackedLora(_Adapted):
         # more memory, forward and backward
         y_PNO = torch.baddbmm(result_PNO, x_PNR, lora_B.transpose(1, 2), alpha=self.scaling)
         return y_PNO.view(result.shape).to(result.dtype)
+
+
+class StackedDora(StackedLora):
+    """y = b + m / n (W x + scaling (x A_p^T) B_p^T), where n = |W + scaling B_p A_p|, row by row,
+    is a constant for the gradient (DoRA, arXiv 2402.09353, section 4.3).
+
+    `StackedModel.use` binds ``lora_magnitude_vector`` (P, O), which is m, too.
+    """
+
+    lora_magnitude_vector: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P x ..., I) -> (P x ..., O)."""
+        result: Tensor = self.base_layer(x)
+        lora_A, lora_B = self.lora_A.to(x.device), self.lora_B.to(x.device)
+        weight_OI = dequantize_module_weight(self.base_layer).detach()
+        if isinstance(self.base_layer, Conv1D):
+            weight_OI = weight_OI.T
+        bias = getattr(self.base_layer, "bias", None)
+        bare = result if bias is None else result - bias
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+            bare = F.linear(x, weight_OI.to(x.dtype))
+        x_PNI = x.to(lora_A.dtype).reshape(len(lora_A), -1, x.shape[-1])
+        update_PNO = torch.bmm(torch.bmm(x_PNI, lora_A.transpose(1, 2)), lora_B.transpose(1, 2))
+        bare_PNO = bare.reshape(update_PNO.shape).to(update_PNO.dtype)
+        norm_PO = self._norm(weight_OI.to(lora_A.dtype), lora_A.detach(), lora_B.detach())
+        scale_P1O = (self.lora_magnitude_vector.to(x.device) / norm_PO).unsqueeze(1)
+        more_PNO = (scale_P1O - 1) * bare_PNO + scale_P1O * update_PNO * self.scaling
+        return result + more_PNO.view(result.shape).to(result.dtype)
+
+    def _norm(self, weight_OI: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        """|W + scaling B A|, row by row: (P, O). No (P, O, I) is made: the square of a row's norm
+        is |w|^2 + 2 scaling b . (A w) + scaling^2 b^T (A A^T) b.
+        """
+        read_POR = torch.matmul(weight_OI, lora_A.transpose(1, 2))
+        square_PO = weight_OI.square().sum(1) + 2 * self.scaling * (read_POR * lora_B).sum(-1)
+        gram_PRR = torch.bmm(lora_A, lora_A.transpose(1, 2))
+        square_PO += self.scaling**2 * (torch.bmm(lora_B, gram_PRR) * lora_B).sum(-1)
+        return square_PO.clamp(min=0).sqrt()
 
 
 class StackedCore(_Adapted):
@@ -216,6 +257,7 @@ def attach(
         rank_pattern=dict(section.rank_pattern or {}),
         alpha_pattern={name: whole(alpha) for name, alpha in (section.alpha_pattern or {}).items()},
         use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
         init_lora_weights=section.init_lora_weights,
         # GPT-2 stores weights transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
@@ -243,11 +285,12 @@ def attach(
         for name, layer in placed.items():
             initial[f"{name}.lora_A"] = _fresh(layer.lora_A["default"].weight)
             initial[f"{name}.lora_B"] = _fresh(layer.lora_B["default"].weight)
-            _replace(
-                network,
-                name,
-                StackedLora(layer.get_base_layer(), layer.scaling["default"], section.lora_dropout),
-            )
+            if section.use_dora:
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                initial[f"{name}.lora_magnitude_vector"] = _fresh(magnitude)
+            stacked = StackedDora if section.use_dora else StackedLora
+            base, scaling = layer.get_base_layer(), layer.scaling["default"]
+            _replace(network, name, stacked(base, scaling, section.lora_dropout))
     head_factors: Factors = {}
     for name, layer in list(network.named_modules()):
         if isinstance(layer, nn.Linear) and any(

@@ -252,7 +252,7 @@ def prepare(
         "period": config.peers.period if config.peers.rule == "alternate" else None,
         "wire": config.peers.wire,
     }
-    for key in ("use_rslora", "rank_pattern", "alpha_pattern"):
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         if value := getattr(config.lora, key):
             manifest["lora"][key] = value
     if config.peers.overlap:
