@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
+import dlora
 from dlora.config.run import Config
 from dlora.errors import ModelError
 from dlora.model.load import load_tokenizer
@@ -168,3 +170,58 @@ def test_servers_find_what_they_read(
 
 def load_tokenizer_of(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_run_that_begins_with_an_adapter_goes_on(
+    make_config: MakeConfig, tmp_path: Path, dora: bool
+) -> None:
+    """Two runs of two rounds each, the second from the first one's average, are one run of four:
+    on a complete graph all peers have the average after each round, and a batch holds all rows.
+    """
+    keys = {
+        "lora.use_dora": dora,
+        "peers.topology": {"kind": "complete"},
+        "train.optimizer": "sgd",
+        "train.learning_rate": 0.1,
+        "train.lr_scheduler_type": "constant",
+        "train.local_steps": 1,
+        "train.per_device_train_batch_size": 16,
+        "data.limit": 64,
+        "eval_every": 0,
+    }
+
+    def ended(name: str, rounds: int, **more: Any) -> tuple[Config, dict[str, torch.Tensor]]:
+        config = make_config(
+            **keys, **more, **{"train.rounds": rounds}, output_dir=str(tmp_path / name)
+        )
+        dlora.simulate(config)
+        return config, load_file(tmp_path / name / "consensus" / "adapter_model.safetensors")
+
+    _, whole = ended("whole", 4)
+    _, half = ended("half", 2)
+    begun = {"lora.adapter": str(tmp_path / "half" / "consensus"), "seed": 0}
+    config, rest = ended("rest", 2, **begun)
+    assert (
+        prepare(config).manifest["initial_factors"]
+        != prepare(make_config(**keys)).manifest["initial_factors"]
+    )
+    for name, tensor in whole.items():
+        torch.testing.assert_close(rest[name], tensor, rtol=1e-4, atol=1e-6)
+    assert any((half[name] - tensor).abs().max() > 1e-4 for name, tensor in whole.items())
+
+
+def test_what_an_adapter_to_begin_with_must_be(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(**{"train.rounds": 1, "lora.target_modules": ["query", "value"]})
+    dlora.simulate(config)
+    folder = Path(config.output_dir, "consensus")
+    for more, says in (
+        ({"lora.adapter": str(tmp_path)}, "is no folder with a LoRA adapter"),
+        ({"lora.r": 2}, "has r 4, and lora.r here is 2"),
+        ({"lora.use_rslora": True}, "has use_rslora False"),
+        ({"lora.target_modules": ["query"]}, "also holds .*value"),
+        ({"lora.target_modules": ["query", "key"]}, "holds no .*key"),
+    ):
+        wrong = {"lora.target_modules": ["query", "value"], "lora.adapter": str(folder)} | more
+        with pytest.raises(ModelError, match=f"^lora.adapter: .*{says}"):
+            prepare(make_config(**wrong))

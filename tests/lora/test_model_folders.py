@@ -259,7 +259,6 @@ def test_a_model_that_changes_its_weights_is_refused(
         ("init_lora_weights", "pissa", "init_lora_weights pissa: .*take placement: core"),
         ("init_lora_weights", False, "init_lora_weights false: dlora knows true and gaussian"),
         ("layers_pattern", "layer", "layers_pattern: the first number in a name is its layer"),
-        ("adapter", "other/adapter", "adapter: dlora does not go on from an adapter yet; merge it"),
     ],
 )
 def test_what_peft_has_and_dlora_not_yet(

@@ -12,10 +12,6 @@ from dlora.config.reading import Section, Text
 _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to do instead
     "bias": "dlora trains no biases of the model, which is PEFT's bias: none; leave it out",
     "init": "it is called init_lora_weights",
-    "adapter": (
-        "dlora does not go on from an adapter yet; merge it into its model (PEFT's"
-        " merge_and_unload) and give that"
-    ),
     "modules_to_save": (
         "dlora trains a classifier's new head (train_head) and no other module; leave it out"
     ),
@@ -78,6 +74,14 @@ class LoraSection(Section):
             " deviation of 1/r"
         ),
     )
+    adapter: Text | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "a folder with an adapter of PEFT, from which all begin, such as RUN/consensus; null:"
+            " they begin with the frozen model"
+        ),
+    )
     train_head: bool = Field(
         True, description="classification: train, mix and send the new head too"
     )
@@ -125,6 +129,7 @@ class LoraSection(Section):
                 ("rank_pattern", None),
                 ("init_lora_weights", True),
                 ("use_dora", False),
+                ("adapter", None),
             ):
                 if getattr(self, key) != as_it_is:
                     raise ValueError(

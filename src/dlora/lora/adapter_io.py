@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from dlora.errors import RunError
+from dlora.errors import ModelError, RunError
 from dlora.files import write_atomically
 from dlora.lora.core import pairs
 from dlora.lora.stacked import StackedModel
@@ -24,6 +24,8 @@ _WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "model.safetensors"
 # Written too under placement core: M cannot be computed back from B M exactly.
 _CORES = "core.safetensors"
+# what a run and the adapter from which it begins must have in common
+_ALIKE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 def save_adapter(
@@ -150,6 +152,47 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
                 f" {tuple(tensor.shape)}"
             )
     return factors
+
+
+def begin_from(folder: Path, model: StackedModel) -> None:
+    """Let every participant begin with the adapter in a PEFT folder: ``model.initial`` and the rest
+    of the head become those of the folder.
+
+    Raises ModelError when the folder holds no adapter, or one of another form.
+    """
+    try:
+        stored = peft.PeftConfig.from_pretrained(str(folder)) if folder.is_dir() else None
+    except (OSError, ValueError, TypeError, KeyError):
+        stored = None
+    if not isinstance(stored, peft.LoraConfig):
+        raise ModelError(
+            f"lora.adapter: {folder} is no folder with a LoRA adapter of PEFT (adapter_config.json"
+            f" and {_WEIGHTS})"
+        )
+    for key in _ALIKE:
+        before, now = getattr(stored, key), getattr(model.peft_config, key)
+        if before != now:
+            raise ModelError(
+                f"lora.adapter: {folder} has {key} {before}, and lora.{key} here is {now}; both"
+                " must be the same"
+            )
+    try:
+        found = load_adapter(folder, model.initial | model.head_rest)
+    except RunError as error:
+        raise ModelError(f"lora.adapter: {error}") from error
+    with safetensors.safe_open(folder / _WEIGHTS, "pt") as file:
+        more = set(file.keys()) - {_to_peft(name) for name in found}
+    if more:
+        raise ModelError(
+            f"lora.adapter: {folder} also holds {min(more)}, which lora.target_modules here do not"
+            " name; name the same"
+        )
+    for name, tensor in found.items():
+        if name in model.initial:
+            model.initial[name] = tensor[0].float()
+        else:
+            model.head_rest[name] = tensor[0].float()
+            model.network.get_parameter(name).data.copy_(tensor[0])
 
 
 def _to_peft(name: str) -> str:
