@@ -161,6 +161,49 @@ def test_pefts_words_mean_what_they_mean_there(
     assert loss == pytest.approx(summary["runs"]["dec-lora"]["consensus"]["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "init"),
+    [
+        ("bert", "pissa"),
+        pytest.param("gpt2", "pissa", marks=pytest.mark.slow),
+        pytest.param("bert", "olora", marks=pytest.mark.slow),
+        pytest.param("roberta", "olora", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_taken_out_of_the_weights_comes_back(
+    make_config: Callable[..., Config], family: str, init: str
+) -> None:
+    """Law 1 by the losses, since the folder has another rank; it loads on the model as it was."""
+    config = make_config(
+        family, **{
+            "peers.count": 1, "train.rounds": 25, "train.local_steps": 1, "eval_every": 0,
+            "train.learning_rate": 1e-3 if init == "pissa" else 3e-4,
+            "train.lr_scheduler_type": "constant",
+            "lora.target_modules": targets(family), "lora.init_lora_weights": init,
+            "lora.use_rslora": init == "olora",
+        },
+    )  # fmt: skip
+    summary = dlora.simulate(config)
+    losses, _ = train_with_peft(config, prepare(config), range(1))
+    assert losses[-1] < losses[0] - 0.01
+    ours = [
+        event["loss"]
+        for event in read_log(Path(config.output_dir, "log.jsonl"))
+        if event["event"] == "round"
+    ]
+    assert max(abs(a - b) for a, b in zip(ours, losses, strict=True)) < LOSS_BOUND
+    base, _ = dlora.load_base(config.output_dir)
+    model = peft.PeftModel.from_pretrained(base, Path(config.output_dir, "consensus")).eval()
+    prepared = prepare(config)
+    batch = collate(prepared.data.evaluation, prepared.pad_token_id)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    printed = summary["runs"]["dec-lora"]["consensus"]["loss"]
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels).item()
+    assert loss == pytest.approx(printed, abs=1e-5)
+    assert dlora.score(config.output_dir)["consensus"]["loss"] == pytest.approx(printed, abs=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "dropout" not in kind])
 def test_stacks_of_these_are_separate_runs(

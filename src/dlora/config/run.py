@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from dlora.config.arms import Baseline
 from dlora.config.names import why_unsafe
 from dlora.config.reading import Document, Section, Text
-from dlora.config.training import DataSection, LoraSection, TrainSection
+from dlora.config.training import TAKEN_OUT, DataSection, LoraSection, TrainSection
 
 Quantization = Literal["none", "int8", "nf4"]
 DeviceMap = Text | dict[Text, int | Text]
@@ -343,13 +343,19 @@ class Config(Document):
             raise ValueError(
                 "shard_model: weights of int8 cannot be divided; take quantization nf4 or none"
             )
-        for key in ("rank_pattern", "use_dora"):
+        taken_out = self.lora.init_lora_weights in TAKEN_OUT
+        for key in ("rank_pattern", "use_dora", *(["init_lora_weights"] if taken_out else [])):
             if getattr(self.lora, key) and (self.split is not None or self.schedule.kind != "all"):
                 what = "split" if self.split is not None else f"schedule.kind {self.schedule.kind}"
                 raise ValueError(
                     f"lora.{key} does not go with {what} yet, whose units are pairs A and B of one"
-                    " rank: remove one of them"
+                    " rank that begin at zero: remove one of them"
                 )
+        if taken_out and self.quantization != "none":
+            raise ValueError(
+                f"lora.init_lora_weights {self.lora.init_lora_weights} changes the frozen weights,"
+                " and quantised ones cannot be changed: remove quantization, or take true"
+            )
         if self.split is not None:
             self._check_split()
         return self

@@ -21,6 +21,11 @@ _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to 
 }
 
 
+_DRAWN = ("gaussian", "pissa", "olora")
+# the inits that take A and B out of the frozen weights
+TAKEN_OUT = ("pissa", "olora")
+
+
 class LoraSection(Section):
     """The shape of the adapter; names and meaning are PEFT's."""
 
@@ -67,11 +72,11 @@ class LoraSection(Section):
         False,
         description="true: the length of each row of the weight trains too, and is mixed (DoRA)",
     )
-    init_lora_weights: Literal[True, "gaussian"] = Field(
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = Field(
         True,
         description=(
-            "how A is drawn, B is zero; true: as torch draws a linear; gaussian: with a standard"
-            " deviation of 1/r"
+            "true: A is drawn as torch draws a linear, B is zero; gaussian: A with a standard"
+            " deviation of 1/r; pissa, olora: A and B are taken out of the weight"
         ),
     )
     adapter: Text | None = Field(
@@ -108,11 +113,10 @@ class LoraSection(Section):
             if key in _NOT_YET:
                 raise ValueError(f"{key}: {_NOT_YET[key]}")
         drawn = tree.get("init_lora_weights") if isinstance(tree, dict) else None
-        if drawn is False or (isinstance(drawn, str) and drawn != "gaussian"):
+        if drawn is False or (isinstance(drawn, str) and drawn not in _DRAWN):
             raise ValueError(
-                f"init_lora_weights {str(drawn).lower()}: dlora knows true and gaussian, with B"
-                " zero, so that all start at the frozen model; for the weight's own directions"
-                " take placement: core"
+                f"init_lora_weights {str(drawn).lower()}: dlora knows true, {', '.join(_DRAWN)},"
+                " with which all start at the frozen model; take one of them"
             )
         return tree
 
@@ -136,6 +140,11 @@ class LoraSection(Section):
                         f"{key} belongs to placement literal: under core A and B are the weight's"
                         " own directions, all of one rank, and only a core trains; remove it"
                     )
+        if self.adapter is not None and self.init_lora_weights in TAKEN_OUT:
+            raise ValueError(
+                f"adapter gives A and B, and init_lora_weights {self.init_lora_weights} too; remove"
+                " one of them"
+            )
         if self.layers_to_transform is not None and (
             isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         ):

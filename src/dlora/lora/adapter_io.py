@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import safetensors
+import torch
 import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 from dlora.errors import ModelError, RunError
 from dlora.files import write_atomically
 from dlora.lora.core import pairs
-from dlora.lora.stacked import StackedModel
+from dlora.lora.stacked import StackedModel, whole
 from dlora.version import __version__
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
@@ -41,7 +43,7 @@ def save_adapter(
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
     weights = {
-        _to_peft(name): tensor[0].contiguous()
+        _to_peft(name): _given_back(name, tensor[0], model.taken_out).contiguous()
         for name, tensor in pairs(own, model.directions).items()
     }
     weights |= {_to_peft(name): tensor for name, tensor in model.head_rest.items()}
@@ -53,7 +55,7 @@ def save_adapter(
         write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
         if cores:
             write_atomically(folder / _CORES, save(cores))
-        copy.deepcopy(model.peft_config).save_pretrained(str(folder))
+        _exported(model).save_pretrained(str(folder))
         write_atomically(folder / "README.md", model_card(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
@@ -62,6 +64,34 @@ def save_adapter(
             f"adapter {folder} cannot be written ({error.strerror}); fix that, then go on with"
             " --resume"
         ) from error
+
+
+def _given_back(name: str, tensor: Tensor, taken_out: Mapping[str, Tensor]) -> Tensor:
+    """A or B of twice the rank, for the weight as it was before ``taken_out`` left it.
+
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0].
+    """
+    if name not in taken_out:
+        return tensor
+    if name.endswith(".lora_A"):
+        return torch.cat([tensor, taken_out[name]])
+    if name.endswith(".lora_B"):
+        return torch.cat([tensor, -taken_out[name]], dim=1)
+    return tensor
+
+
+def _exported(model: StackedModel) -> peft.LoraConfig:
+    """The PEFT config that a folder of this model has."""
+    config = copy.deepcopy(model.peft_config)
+    if model.taken_out:  # twice the rank, the same scaling
+        more = math.sqrt(2) if config.use_rslora else 2
+        config.init_lora_weights = True
+        config.r, config.lora_alpha = 2 * config.r, whole(more * config.lora_alpha)
+        config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
+        config.alpha_pattern = {
+            name: whole(more * alpha) for name, alpha in config.alpha_pattern.items()
+        }
+    return config
 
 
 def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
@@ -84,7 +114,7 @@ def model_card(model: StackedModel) -> str:
 
     When the base model is a local folder, the text has only the folder's name, not its path.
     """
-    config = model.peft_config
+    config = _exported(model)
     source = str(config.base_model_name_or_path)
     base = Path(source).name if Path(source).is_dir() else source
     facts = {"base_model": base, "library_name": "peft", "tags": ["lora", "dlora"]}
@@ -122,11 +152,14 @@ def _served(r: int) -> str:
     return f"\nvLLM: `--enable-lora --max-lora-rank {room}`.\n"
 
 
-def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_adapter(
+    folder: Path, expected: Mapping[str, Tensor], taken_out: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Read one participant's factors as (1, ...) tensors.
 
-    ``expected`` has no participant dimension. Raises RunError when a file cannot be read, or when
-    the names or shapes in it differ from ``expected``.
+    ``expected`` has no participant dimension. ``taken_out``: names of factors that the file has
+    with twice the rank, see `StackedModel.taken_out`. Raises RunError when a file cannot be read,
+    or when the names or shapes in it differ from ``expected``.
     """
     stored: dict[str, Tensor] = {}
     for file in (
@@ -140,6 +173,11 @@ def load_adapter(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     factors = {
         name: stored[_to_peft(name)].unsqueeze(0) for name in expected if _to_peft(name) in stored
     }
+    for name in factors.keys() & set(taken_out):  # the first half is the participant's own
+        if name.endswith(".lora_A"):
+            factors[name] = factors[name].chunk(2, dim=1)[0]
+        elif name.endswith(".lora_B"):
+            factors[name] = factors[name].chunk(2, dim=2)[0]
     for name, tensor in expected.items():
         if name not in factors:
             raise RunError(

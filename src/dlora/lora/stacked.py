@@ -26,7 +26,7 @@ with without_bitsandbytes():
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dlora.config.training import LoraSection
+from dlora.config.training import TAKEN_OUT, LoraSection
 from dlora.errors import ModelError
 from dlora.lora.core import Directions, compute_directions, directions_of
 from dlora.lora.factors import Factors
@@ -188,6 +188,8 @@ class StackedModel:
       ``train_head: false``).
     - ``peft_config``: the PEFT config that is written to an adapter folder of this model.
     - ``directions``: under placement core, A and B of each module; else empty.
+    - ``taken_out``: the A and B that PiSSA or OLoRA have taken out of the frozen weights, where the
+      participants begin; else empty. An adapter folder gives them back to the weights.
     - ``head_rest``: the head's tensors that belong to no linear. They are never trained, but an
       adapter folder holds them too.
     """
@@ -198,6 +200,7 @@ class StackedModel:
     peft_config: peft.LoraConfig
     directions: Directions = field(default_factory=dict)
     head_rest: dict[str, Tensor] = field(default_factory=dict)
+    taken_out: dict[str, Tensor] = field(default_factory=dict)
 
     def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
         """Bind every layer to these (P, ...) tensors until the next call. Nothing is copied.
@@ -312,8 +315,15 @@ def attach(
     peft_config.base_model_name_or_path = frozen.source
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
+    taken_out = dict(initial) if section.init_lora_weights in TAKEN_OUT else {}
     return StackedModel(
-        network, initial | head_factors, resting, peft_config, directions or {}, head_rest
+        network=network,
+        initial=initial | head_factors,
+        frozen_head=resting,
+        peft_config=peft_config,
+        directions=directions or {},
+        head_rest=head_rest,
+        taken_out=taken_out,
     )
 
 

@@ -70,7 +70,7 @@ def score(
     }
 
     def score_one(name: str) -> Scores:
-        factors = load_adapter(folders[name], model.initial)
+        factors = load_adapter(folders[name], model.initial, model.taken_out)
 
         def tell(done: int, total: int) -> None:
             for listener in listeners:
