@@ -131,8 +131,15 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        *(("bert", kind) for kind in KINDS),
-        *(pytest.param(one, "dora", marks=pytest.mark.slow) for one in ("gpt2", "llama")),
+        ("bert", "patterns"),
+        ("bert", "dora-dropout"),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [
+                *(("bert", kind) for kind in ("rslora", "dora", "gaussian", "layers")),
+                *((family, "dora") for family in ("gpt2", "llama")),
+            ]
+        ),
     ],
 )
 def test_pefts_words_mean_what_they_mean_there(
