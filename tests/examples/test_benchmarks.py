@@ -24,7 +24,8 @@ from kit.ports import free_ports
 from kit.slow_line import Speed
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PARTS = ("table_line", "eavesdropper")  # of another one, which runs it
+# of another one, which runs it
+PARTS = ("table_line", "eavesdropper", "rate_problems", "rate_consensus", "rate_figure")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -185,6 +186,22 @@ def many_peers(small: Small) -> None:
     assert "40 peers on a ring" in out
 
 
+def rate(small: Small) -> None:
+    picture = small.folder / "rate.svg"
+    small.module("rate_consensus", RINGS=(6, 8), MANY=8, ROUNDS=40)
+    out = small.run(
+        *("rate", "--output", str(picture)),
+        SEEDS=2,
+        ROUNDS=(5, 10),
+        LOW_RANK_ROUNDS=(5, 10),
+        ALL_LOCAL_STEPS=(1, 2),
+        K_ROUNDS=5,
+        GAP_ROUNDS=5,
+    )
+    assert "| alternate | complete |" in out and "| slowest centres |" in out
+    assert "spectral gap p" in picture.read_text(encoding="utf-8")
+
+
 def between_ranks(small: Small) -> None:
     torchrun = Path(sys.executable).parent / "torchrun"
     done = subprocess.run(
@@ -260,7 +277,7 @@ RUNS: dict[str, Callable[[Small], None]] = {
         stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
         table, split_step, privacy,
         stalled_device, mix, many_peers, between_ranks,
-        divided_model, throughput, waiting,
+        divided_model, throughput, waiting, rate,
     )
 }  # fmt: skip
 ON_THE_LINE = {made.__name__: made for made in (table_on_the_line, split_step_on_the_line, overlap)}
