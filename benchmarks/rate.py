@@ -51,6 +51,7 @@ QUADRATICS = {  # in this order; the figure shows the first three
     "start alone": Variant(0, 0, START),
     "noise + start": Variant(SIGMA, 0, START),
 }
+SPREAD = 1  # the place of "spread alone"
 NOISY = ("noise alone", "noise + start")  # where noise dominates
 # the start of A in units of a usual random A
 LOW_RANK = {"noise": Variant(SIGMA, 0, 1), "noise + spread": Variant(SIGMA, 4, 1)}
@@ -117,6 +118,8 @@ def against_rounds() -> Panel:
                 worst,
                 *(abs(slopes[list(QUADRATICS).index(name)][0] + 0.5) for name in NOISY),
             )
+            late = exponent(ROUNDS[-2:], values[-2:, :, SPREAD])
+            cells.append("0" if exact[SPREAD] else shown(late))
             rows.append([kind, f"{topology.spectral_gap:.3f}", local_steps, *cells])
             if local_steps == LOCAL_STEPS[0] and kind in (KINDS[0], "base-k"):
                 for number, name in enumerate(list(QUADRATICS)[:3]):
@@ -128,13 +131,14 @@ def against_rounds() -> Panel:
         f"\n**Quadratics: exponent in T** of the squared gradient norm, {PEERS} peers, {SEEDS}"
         f" seeds, T = {ROUNDS[0]} to {ROUNDS[-1]} (standard error over seeds)\n"
     )
-    print(table(["topology", "gap", "K", *QUADRATICS], rows))
+    header = ["topology", "gap", "K", *QUADRATICS, "spread alone, last two T"]
+    print(table(header, rows))
     print(
         f"\n{' and '.join(NOISY)}: farthest from -1/2 by {worst:.3f}, promised at most {WITHIN}:"
         f" {'kept' if worst <= WITHIN else 'MISSED'}."
     )
     return Panel(
-        "Quadratics", "rounds T", "mean squared gradient", curves, [Slope("T^-1/2", 0, -0.5)]
+        "Quadratics, K = 1", "rounds T", "mean squared gradient", curves, [Slope("T^-1/2", 0, -0.5)]
     )
 
 
@@ -164,6 +168,9 @@ def low_rank_against_rounds() -> Panel:
                 values.append(mean)
             stacked, excess = torch.stack(values), problem.excess(last)
             slopes = [exponent(LOW_RANK_ROUNDS, stacked[:, :, v]) for v in range(len(LOW_RANK))]
+            slopes += [
+                exponent(LOW_RANK_ROUNDS[-2:], stacked[-2:, :, v]) for v in range(len(LOW_RANK))
+            ]
             ends = [
                 f"{median:.4f}, {stuck} of {SEEDS}"
                 for median, stuck in zip(
@@ -191,7 +198,8 @@ def low_rank_against_rounds() -> Panel:
         f" f - best f, and how many seeds end above {lost / 2:.3f}, half of what a lost direction"
         " costs\n"
     )
-    header = ["rule", "topology", "K", *LOW_RANK, *(f"end, {name}" for name in LOW_RANK)]
+    header = ["rule", "topology", "K", *LOW_RANK]
+    header += [f"{what}{name}" for what in ("last two T, ", "end, ") for name in LOW_RANK]
     print(table(header, rows))
     print(
         "\nThe gradient of ffa is that of B alone. With its A, f cannot come nearer to the best f"
@@ -230,11 +238,11 @@ def against_local_steps() -> Panel:
     )
     print(table(["topology", *QUADRATICS], rows))
     return Panel(
-        f"T = {K_ROUNDS}",
+        f"Quadratics, T = {K_ROUNDS}",
         "local steps K",
         "mean squared gradient",
         curves,
-        [Slope("K^-1/2", 0, -0.5), Slope("K^1", 1, 1)],
+        [Slope("K^-1/2", 0, -0.5), Slope("K^1", SPREAD, 1)],
     )
 
 
@@ -272,11 +280,11 @@ def against_gap() -> Panel:
         for v, name in enumerate(list(QUADRATICS)[:3])
     ]
     return Panel(
-        f"T = {GAP_ROUNDS}, K = 1",
+        f"Quadratics, T = {GAP_ROUNDS}, K = 1",
         "spectral gap p",
         "mean squared gradient",
         curves,
-        [Slope("p^-2", 1, -2)],
+        [Slope("p^-2", SPREAD, -2)],
     )
 
 
