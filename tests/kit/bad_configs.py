@@ -255,6 +255,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["lora.layers_to_transform", "9", "no adapted linear"]),
     "rank-of-nothing": ({"lora.rank_pattern": {"quary": 2}},
         ["lora.rank_pattern", "quary matches no adapted linear"]),
+    "rank-of-no-regex": ({"lora.rank_pattern": {"[": 2}},
+        ["lora.rank_pattern", "[ is no regex", "fix it"]),
     "rank-pattern-of-units": ({"lora.rank_pattern": {"query": 2}, "schedule": {"kind": "kr"}},
         ["lora.rank_pattern", "schedule.kind kr", "remove one"]),
     "dora-of-units": ({"lora.use_dora": True, "split": {"cloud": "hub"}},

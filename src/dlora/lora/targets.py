@@ -60,6 +60,7 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
         ("alpha_pattern", section.alpha_pattern),
     ):
         for one in named or ():
+            _pattern(one, True, key)  # raises an error if it is no regex
             if not any(get_pattern_key([one], name) == one for name in kept):
                 raise ModelError(f"lora.{key}: {one} matches no adapted linear, such as {kept[0]}")
     return kept
