@@ -211,6 +211,25 @@ def test_a_run_that_begins_with_an_adapter_goes_on(
     assert any((half[name] - tensor).abs().max() > 1e-4 for name, tensor in whole.items())
 
 
+def test_an_adapter_of_changed_weights_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    """PEFT takes A and B out of the weights again when it loads such a folder."""
+    config = make_config(**{"train.rounds": 1})
+    dlora.simulate(config)
+    folder = Path(config.output_dir, "consensus")
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(told | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ModelError, match=r"^lora.adapter: .*made with init_lora_weights pissa"):
+        prepare(make_config(**{"lora.adapter": str(folder)}))
+
+
+def test_what_cannot_be_taken_out_is_refused(make_config: MakeConfig) -> None:
+    olora = {"lora.init_lora_weights": "olora", "lora.target_modules": ["c_attn"]}
+    with pytest.raises(ModelError, match="stores its weight transposed"):
+        prepare(make_config("gpt2", **olora))
+    with pytest.raises(ModelError, match="rank 80, but .* has only"):
+        prepare(make_config(**{"lora.init_lora_weights": "pissa", "lora.r": 80}))
+
+
 def test_what_an_adapter_to_begin_with_must_be(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(**{"train.rounds": 1, "lora.target_modules": ["query", "value"]})
     dlora.simulate(config)

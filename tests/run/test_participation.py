@@ -207,7 +207,9 @@ def test_units_and_clouds_rest_too(
             assert torch.equal(tensor[peer], earlier.factors[name][peer]), name
     for path, moment in later.optimizer.items():
         rests = int(path.split("/")[0]) not in there
-        assert not rests or torch.equal(moment, earlier.optimizer[path]), path
+        # the first moment of a unit that was revived meanwhile starts at zero
+        begun = path.endswith("exp_avg") and not moment.any()
+        assert not rests or begun or torch.equal(moment, earlier.optimizer[path]), path
     assert (
         len({one["steps_done"] for one in later.state.get("schedules", [{"steps_done": 0}])}) == 1
     )

@@ -82,6 +82,8 @@ class ActiveUnits:
     tensors that `left_out` names to zero first. ``kept``: zeros that become ``resting``; None: it
     makes them. When a unit is revived, its first moment starts at zero, its second moment is kept,
     and its learning rate rises to the common one within ``rewarm_steps``.
+
+    It is one class because each change of a unit touches its factors, its moments and its schedule.
     """
 
     def __init__(
@@ -121,15 +123,20 @@ class ActiveUnits:
         }
         self._took_part = [set[int]() for _ in self.schedules]
 
-    def rest(self, steps: int) -> None:
+    @torch.no_grad()
+    def rest(self, optimizer: torch.optim.Optimizer, steps: int) -> None:
         """Count local steps that these participants leave out. Their turns go on, so their units
         stay those of the others.
         """
-        for schedule, changed in zip(self.schedules, self.on_change, strict=True):
-            before = schedule.active
-            schedule.skip(steps)
-            if schedule.active != before:
-                changed(schedule)
+        for participant, schedule in enumerate(self.schedules):
+            begun = schedule.active
+            for _ in range(steps):
+                before = schedule.active
+                schedule.skip(1)
+                for unit in schedule.active - before:
+                    self._revive(optimizer, participant, unit)
+            if schedule.active != begun:
+                self.on_change[participant](schedule)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups for the optimiser.
@@ -291,13 +298,18 @@ class ActiveUnits:
         after: frozenset[int],
     ) -> None:
         for unit in sorted(after - before):
+            self._revive(optimizer, participant, unit)
             for name in self.names[unit]:
-                state = optimizer.state.get(self.leaves[f"{name}@{participant}"], {})
-                if "exp_avg" in state:
-                    state["exp_avg"].zero_()
                 if name in self.resting:
                     self.parameters[name][participant] = self.resting[name][participant]
         self._set_aside(participant, before - after)
+
+    def _revive(self, optimizer: torch.optim.Optimizer, participant: int, unit: int) -> None:
+        """The first moment of a revived unit starts at zero."""
+        for name in self.names[unit]:
+            state = optimizer.state.get(self.leaves[f"{name}@{participant}"], {})
+            if "exp_avg" in state:
+                state["exp_avg"].zero_()
 
     def _killed(self, participant: int) -> list[int]:
         return [

@@ -207,6 +207,12 @@ def begin_from(folder: Path, model: StackedModel) -> None:
             f"lora.adapter: {folder} is no folder with a LoRA adapter of PEFT (adapter_config.json"
             f" and {_WEIGHTS})"
         )
+    if stored.init_lora_weights not in (None, True, False, "gaussian"):
+        raise ModelError(
+            f"lora.adapter: {folder} was made with init_lora_weights {stored.init_lora_weights},"
+            " which belongs to changed weights of the model; save it in PEFT with"
+            " path_initial_model_for_weight_conversion"
+        )
     for key in _ALIKE:
         before, now = getattr(stored, key), getattr(model.peft_config, key)
         if before != now:

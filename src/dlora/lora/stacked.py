@@ -7,7 +7,7 @@ trains P participants (P = 1 is plain LoRA).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ with without_bitsandbytes():
     import peft
     from peft.tuners.lora import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -266,6 +267,7 @@ def attach(
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
         task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
     )
+    _refuse_taken_out(network, section, targets)
     try:
         with torch.random.fork_rng(devices=[]), without_bitsandbytes():
             torch.manual_seed(seed)
@@ -352,6 +354,28 @@ def _place_cores(
             ),
         )
     return directions
+
+
+def _refuse_taken_out(network: nn.Module, section: LoraSection, targets: Collection[str]) -> None:
+    """Raise ModelError where PiSSA or OLoRA cannot take A and B out of a weight."""
+    if section.init_lora_weights not in TAKEN_OUT:
+        return
+    for name in targets:
+        linear: Any = network.get_submodule(name)
+        if isinstance(linear, Conv1D) and section.init_lora_weights == "olora":
+            raise ModelError(
+                f"lora.init_lora_weights olora: {name} stores its weight transposed, which PEFT's"
+                " OLoRA does not know; take pissa"
+            )
+        r = section.r
+        for pattern, other in (section.rank_pattern or {}).items():
+            r = other if get_pattern_key([pattern], name) == pattern else r
+        most = min(linear.weight.shape)
+        if r > most:
+            raise ModelError(
+                f"lora.init_lora_weights {section.init_lora_weights}: rank {r}, but {name} has only"
+                f" {most} rows or columns; lower lora.r"
+            )
 
 
 def whole(number: float) -> float:

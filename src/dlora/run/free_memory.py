@@ -43,5 +43,7 @@ def _within_limits(root: Path) -> Iterator[int]:
             except (OSError, ValueError):  # no limit, or seen from within a container
                 continue
             prefix = "total_" if controllers else ""
-            files = sum(int(counts[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+            files = sum(
+                int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive")
+            )
             yield max(0, limit - used + files)

@@ -125,7 +125,7 @@ class Training:
             self.participants.rest(group)
             return means
         if group.units is not None:
-            group.units.rest(self.local_steps[group.first])
+            group.units.rest(group.optimizer, self.local_steps[group.first])
         return torch.full((group.last - group.first,), torch.nan)
 
     def _some(

@@ -13,7 +13,7 @@ from dlora.config.arms import ARMS
 from dlora.config.launchers import launch_name
 from dlora.config.run import Config
 from dlora.data.formats import rows_hash
-from dlora.errors import CloudError, ConfigError, NeighbourError
+from dlora.errors import CloudError, ConfigError, NeighbourError, RunError
 from dlora.events.kinds import Done, OneAtATime
 from dlora.events.log import Listener, RunLog, UnwrittenLog, loaded, loading, to_json
 from dlora.files import write_atomically
@@ -150,6 +150,14 @@ def opened(
                 arm: folder.latest(arm, None if ARMS[arm].pooled else prepared.here) for arm in arms
             }
         )
+        found = {arm: one and one.rounds_done for arm, one in stored.items()}
+        if any(other != found for other in prepared.site.gathered(found)):
+            raise prepared.site.told_once(
+                RunError(
+                    f"{config.output_dir}: the processes of this peer do not find the same"
+                    " checkpoint there; put output_dir on a disk that all of them share"
+                )
+            )
         grouping = _grouping(prepared, own, stored, zeros is not None)
 
         def begin_log(log: RunLog) -> None:
