@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,20 @@ def gradient_of(
     )[0]
 
 
+def three_curves(kind: str, x: Sequence[float], values: Tensor) -> list[Curve]:
+    """The first three quadratics on one topology; ``values``: (x, seeds, quadratics)."""
+    return [
+        Curve(
+            f"{kind}, {name}",
+            x,
+            values[:, :, number].mean(dim=1).tolist(),
+            number,
+            STYLES[kind != KINDS[0]],
+        )
+        for number, name in enumerate(list(QUADRATICS)[:3])
+    ]
+
+
 def against_rounds() -> Panel:
     """Quadratics: the exponent in T, for every topology."""
     problem = random_quadratics(PEERS, SEEDS, DIM, list(QUADRATICS.values()))
@@ -122,11 +137,7 @@ def against_rounds() -> Panel:
             cells.append("0" if exact[SPREAD] else shown(late))
             rows.append([kind, f"{topology.spectral_gap:.3f}", local_steps, *cells])
             if local_steps == LOCAL_STEPS[0] and kind in (KINDS[0], "base-k"):
-                for number, name in enumerate(list(QUADRATICS)[:3]):
-                    y = values[:, :, number].mean(dim=1).tolist()
-                    curves.append(
-                        Curve(f"{kind}, {name}", ROUNDS, y, number, STYLES[kind != KINDS[0]])
-                    )
+                curves += three_curves(kind, ROUNDS, values)
     print(
         f"\n**Quadratics: exponent in T** of the squared gradient norm, {PEERS} peers, {SEEDS}"
         f" seeds, T = {ROUNDS[0]} to {ROUNDS[-1]} (standard error over seeds)\n"
@@ -227,11 +238,7 @@ def against_local_steps() -> Panel:
         )
         slopes = [exponent(ALL_LOCAL_STEPS, values[:, :, v]) for v in range(len(QUADRATICS))]
         rows.append([kind, *map(shown, slopes)])
-        for number, name in enumerate(list(QUADRATICS)[:3]):
-            y = values[:, :, number].mean(dim=1).tolist()
-            curves.append(
-                Curve(f"{kind}, {name}", ALL_LOCAL_STEPS, y, number, STYLES[kind != KINDS[0]])
-            )
+        curves += three_curves(kind, ALL_LOCAL_STEPS, values)
     print(
         f"\n**Quadratics: exponent in K**, T = {K_ROUNDS}, K = {ALL_LOCAL_STEPS[0]} to"
         f" {ALL_LOCAL_STEPS[-1]}. Theory: noise -1/2, spread +1\n"

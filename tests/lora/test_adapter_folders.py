@@ -5,6 +5,7 @@ read.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dlora
 from dlora.config.run import Config
-from dlora.errors import ModelError
+from dlora.errors import Interrupted, ModelError
 from dlora.model.load import load_tokenizer
 from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded
+from kit.run_folders import stop_after
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -209,6 +211,37 @@ def test_a_run_that_begins_with_an_adapter_goes_on(
     for name, tensor in whole.items():
         torch.testing.assert_close(rest[name], tensor, rtol=1e-4, atol=1e-6)
     assert any((half[name] - tensor).abs().max() > 1e-4 for name, tensor in whole.items())
+
+
+def test_a_run_keeps_the_adapter_from_which_it_began(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Its head has a norm, whose weight no run trains. The run is resumed and scored again when
+    the adapter's own folder is gone.
+    """
+    network = transformers.AutoModelForSequenceClassification.from_config(
+        families.tiny_config("modernbert")
+    )
+    network.save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    keys = {"model": str(tmp_path / "model"), "peers.count": 2}
+    first = make_config(**keys, output_dir=str(tmp_path / "first"))
+    dlora.simulate(first)
+    given = tmp_path / "first" / "consensus"
+    weights = load_file(given / "adapter_model.safetensors")
+    [norm] = [name for name in weights if name.endswith("head.norm.weight")]
+    save_file({**weights, norm: weights[norm] + 1}, given / "adapter_model.safetensors")
+    config = make_config(
+        **keys, **{"lora.adapter": str(given)}, output_dir=str(tmp_path / "second")
+    )
+    with pytest.raises(Interrupted):
+        dlora.simulate(config, stop=stop_after(1))
+    shutil.rmtree(given)
+    summary = dlora.simulate(config, resume=True)
+    printed = summary["runs"]["dec-lora"]["consensus"]["loss"]
+    assert dlora.score(config.output_dir)["consensus"]["loss"] == pytest.approx(printed, abs=1e-5)
+    ended = load_file(tmp_path / "second" / "consensus" / "adapter_model.safetensors")
+    assert torch.equal(ended[norm], weights[norm] + 1)
 
 
 def test_an_adapter_of_changed_weights_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from dlora.events.log import read_log
 from dlora.run.checkpoint_files import read_checkpoint
 from dlora.run.local_round import Training
 from dlora.run.prepare import prepare
+from dlora.run.schedules import Schedules
 from dlora.train import Participants, local_steps
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after
 from kit.updates import UPDATE_BOUND, assert_same
@@ -179,6 +180,32 @@ def test_a_schedule_of_every_unit_changes_nothing(
     start = prepare(config).model.initial
     moved, as_moved = ({name: of[name] - start[name] for name in start} for of in ends)
     assert_same(moved, as_moved, UPDATE_BOUND["adamw"], "classification")
+
+
+def test_a_unit_that_is_revived_while_its_peer_rests_begins_anew(
+    make_config: Callable[..., Config],
+) -> None:
+    """Its first moment is zero, as that of a unit revived in a local step."""
+    drawn_units = {"kind": "random", "active_fraction": 0.4, "period": 2}
+    prepared = prepare(make_config(**KEYS | {"train.rounds": 12}, schedule=drawn_units))
+    schedules = Schedules("dec-lora", prepared, lambda event: None)
+    training = Training(prepared, prepared.local_steps, 1, False, schedules.scheduled)
+    revived = 0
+    for number in range(12):
+        before = [one.active for one in schedules.each]
+        training.round(number, frozenset(prepared.trained))
+        for group in training.participants.groups:
+            peer, units = group.first, group.units
+            assert units is not None
+            if peer in prepared.drawn(number):
+                continue
+            for unit in schedules.each[peer].active - before[peer]:
+                for name in units.names[unit]:
+                    state = group.optimizer.state.get(group.leaves[f"{name}@0"], {})
+                    if "exp_avg" in state:
+                        assert not state["exp_avg"].any(), (number, peer, name)
+                        revived += 1
+    assert revived > 10
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ _WEIGHTS = "adapter_model.safetensors"
 _TRAINED = "model.safetensors"
 # Written too under placement core: M cannot be computed back from B M exactly.
 _CORES = "core.safetensors"
+BEGUN_FROM = "begun-from"  # the folder of a run with the adapter from which it began
 # what a run and the adapter from which it begins must have in common
 _ALIKE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
@@ -190,6 +191,24 @@ def load_adapter(
                 f" {tuple(tensor.shape)}"
             )
     return factors
+
+
+def keep_begun(given: Path, run: Path) -> None:
+    """Copy the adapter from which a run begins into the run's folder, if it is not there yet.
+
+    The run is resumed and scored with the copy. Raises RunError when it cannot be written.
+    """
+    kept = run / BEGUN_FROM
+    if kept.is_dir():
+        return
+    made = run / f".{BEGUN_FROM}.tmp"
+    try:
+        made.mkdir(exist_ok=True)
+        for name in (_WEIGHTS, "adapter_config.json"):
+            write_atomically(made / name, (given / name).read_bytes())
+        made.rename(kept)
+    except OSError as error:
+        raise RunError(f"adapter {given} cannot be copied to {kept} ({error.strerror})") from error
 
 
 def begin_from(folder: Path, model: StackedModel) -> None:

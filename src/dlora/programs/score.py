@@ -14,7 +14,7 @@ from dlora.data.load import encode_evaluation
 from dlora.errors import RunError
 from dlora.evaluate import Scores, evaluate
 from dlora.events.log import Listener
-from dlora.lora.adapter_io import load_adapter
+from dlora.lora.adapter_io import BEGUN_FROM, begin_from, load_adapter
 from dlora.lora.core import DIRECTIONS_FILE, read_directions
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model.load import load_model, load_tokenizer
@@ -42,7 +42,10 @@ def run_model(run: Path) -> tuple[Any, StackedModel]:
     tokenizer = load_tokenizer(config.model)
     directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
     network = load_model(config, tokenizer, labels)
-    return tokenizer, attach(network, config.lora, config.task, config.seed, directions)
+    model = attach(network, config.lora, config.task, config.seed, directions)
+    if (run / BEGUN_FROM).is_dir():  # its head may have more than the trained tensors
+        begin_from(run / BEGUN_FROM, model)
+    return tokenizer, model
 
 
 def score(

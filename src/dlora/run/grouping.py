@@ -14,6 +14,7 @@ from dlora.data.batches import collate
 from dlora.data.formats import Example
 from dlora.errors import RunError
 from dlora.lora.factors import Factors, num_parameters, one, stack
+from dlora.lora.sharded import ShardedModel
 from dlora.lora.stacked import StackedCore, StackedLora, StackedModel
 from dlora.model.layers import has_dropout
 from dlora.run.free_memory import free_memory
@@ -122,6 +123,8 @@ def _differs(
     try:
         together = _logits(model, factors, [row for own in rows for row in own], pad_token_id)
     except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
+        if isinstance(model, ShardedModel):  # the other ranks wait in this pass
+            raise
         return (
             f"{kind} cannot take the rows of several at once"
             f" ({(str(error).splitlines() or ['no reason given'])[0]})"

@@ -18,7 +18,7 @@ from dlora.decentralized.drawn import drawn_peers
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.lora.active import named_units
-from dlora.lora.adapter_io import begin_from
+from dlora.lora.adapter_io import BEGUN_FROM, begin_from
 from dlora.lora.factors import target_names
 from dlora.lora.sharded import ShardedModel
 from dlora.lora.stacked import StackedModel, attach
@@ -113,8 +113,7 @@ def load_frozen(
         if own is None and directions is None and config.lora.placement == "core":
             directions = whole_directions(config)
         half = load_half(config, tokenizer, data.label_names, directions)
-        if config.lora.adapter is not None:
-            begin_from(Path(config.lora.adapter), half.model)
+        _begin(config, resume, half.model)
         return half.model, half.fingerprint, half
     # bitsandbytes quantises where it computes later
     whole_on = torch.device("cpu") if mesh and config.quantization == "none" else None
@@ -122,11 +121,18 @@ def load_frozen(
     weights_hash = fingerprint(frozen.network, but=frozen.head)
     directions = kept_directions(config, resume)
     model = attach(frozen, config.lora, config.task, config.seed, directions)
-    if config.lora.adapter is not None:
-        begin_from(Path(config.lora.adapter), model)
+    _begin(config, resume, model)
     if mesh is not None:
         model = ShardedModel.of(model, mesh, ranks.any)
     return model, weights_hash, None
+
+
+def _begin(config: Config, resume: bool, model: StackedModel) -> None:
+    """Let all begin with the adapter that the config names; a resumed run has a copy of it."""
+    if config.lora.adapter is None:
+        return
+    kept = Path(config.output_dir, BEGUN_FROM)
+    begin_from(kept if resume and kept.is_dir() else Path(config.lora.adapter), model)
 
 
 def _doubt_participation(config: Config, topology: Topology) -> None:

@@ -139,6 +139,7 @@ def opened(
             else:
                 RunFolder.create(config, own)
             prepared.keep_directions()
+            prepared.keep_adapter()
             if ranks.are_several:
                 write_atomically(Path(config.output_dir, LAUNCH_FILE), launch_name(os.environ))
 

@@ -19,6 +19,7 @@ from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
 from dlora.decentralized.topology import Topology
 from dlora.errors import ModelError
 from dlora.evaluate import Scored, evaluate
+from dlora.lora.adapter_io import keep_begun
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_names
 from dlora.lora.stacked import StackedModel
@@ -163,6 +164,11 @@ class Prepared:
         given = self.config.lora.frame
         if self.model.directions and given and not Path(given).exists():
             write_directions(Path(given), self.model.directions)
+
+    def keep_adapter(self) -> None:
+        """Copy the adapter from which all begin into the run folder, if it is not there yet."""
+        if self.config.lora.adapter is not None:
+            keep_begun(Path(self.config.lora.adapter), Path(self.config.output_dir))
 
     def keep_directions(self) -> None:
         """Under placement core: write the file of the run folder, if it does not exist."""

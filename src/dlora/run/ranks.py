@@ -77,15 +77,19 @@ class Ranks:
         if self.group is None:
             return action()
         outcome: list[Any] = [None, None]
+        failed: BaseException | None = None
         if self.is_main:
             try:
                 outcome[0] = action()
             except BaseException as error:  # the other ranks must not wait for ever
-                outcome[1] = error
+                failed = error
+                outcome[1] = _portable(error) if isinstance(error, Exception) else error
         with one_may_end():
             dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if failed is not None:
+            raise failed
         if isinstance(outcome[1], BaseException):
-            raise outcome[1] if self.is_main else _told(outcome[1])
+            raise _told(outcome[1])
         result: T = outcome[0]
         return result
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
 
 RUN = DEC_LORA.name
+T = TypeVar("T")
 
 
 class Site:
@@ -41,7 +42,7 @@ class Site:
 
     def train(self, number: int, names: frozenset[str]) -> Tensor:
         """Take the local steps of round ``number`` on ``names``; the mean loss, (1,)."""
-        return self._all("_train", number, names)  # type: ignore[no-any-return]
+        return self._all(self._train, number, names)
 
     def evaluate(
         self,
@@ -51,13 +52,13 @@ class Site:
         dealt: bool,
     ) -> list[Scored]:
         """As `Prepared.evaluate`; each process takes a part of the rows."""
-        return self._all("_evaluate", killed, here=(factors, on_batch))  # type: ignore[no-any-return]
+        return self._all(self._evaluate, killed, here=(factors, on_batch))
 
     def skip(self, rounds: int) -> None:
         """Go on after rounds that were skipped: the moments begin anew, the schedule keeps its
         scores.
         """
-        self._all("_skip", rounds)
+        self._all(self._skip, rounds)
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -79,11 +80,13 @@ class Site:
             action, facts = asked
             getattr(self, action)(*facts)
 
-    def _all(self, action: str, *facts: Any, here: tuple[Any, ...] = ()) -> Any:
-        """Call a method in every process; ``here``: what only the leader has."""
-        self.processes.on_main(lambda: (action, facts))
+    def _all(self, action: Callable[..., T], *facts: Any, here: tuple[Any, ...] = ()) -> T:
+        """Call a method in every process, which `follow` finds by its name; ``here``: what only the
+        leader has.
+        """
+        self.processes.on_main(lambda: (action.__name__, facts))
         self._busy = True
-        result = getattr(self, action)(*facts, *here)
+        result = action(*facts, *here)
         self._busy = False
         return result
 
