@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from stacked_step import machine_facts, table
 
-from dlora.config.run import TopologySection
+from dlora.config.peers import TopologySection
 from dlora.decentralized.topology import build_topology
 from dlora.net.between_ranks import BetweenRanks
 from dlora.run.ranks import joined_ranks

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from stacked_step import machine_facts, table
 
-from dlora.config.run import PeersSection, TopologySection
+from dlora.config.peers import PeersSection, TopologySection
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import build_topology

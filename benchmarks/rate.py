@@ -31,7 +31,7 @@ from rate_problems import (
 from stacked_step import machine_facts, table
 from torch import Tensor
 
-from dlora.config.run import PeersSection
+from dlora.config.peers import PeersSection
 from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.topology import Topology
 

@@ -21,7 +21,7 @@ from scipy.linalg import solve_discrete_lyapunov
 from stacked_step import table
 from torch import Tensor
 
-from dlora.config.run import PeersSection
+from dlora.config.peers import PeersSection
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import Topology
 from dlora.lora.factors import Factors

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dlora.config.run import TopologySection
+from dlora.config.peers import TopologySection
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule
 from dlora.decentralized.topology import Topology, Weights, build_topology

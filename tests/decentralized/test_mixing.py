@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dlora.config.run import PeersSection, TopologySection
+from dlora.config.peers import PeersSection, TopologySection
 from dlora.decentralized.gossip import Edge, Gossip
 from dlora.decentralized.mixing import build_rule, mix, mix_edge
 from dlora.decentralized.topology import build_topology

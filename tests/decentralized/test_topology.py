@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlora.config.run import TopologySection
+from dlora.config.peers import TopologySection
 from dlora.decentralized.topology import (
     Topology,
     build_topology,

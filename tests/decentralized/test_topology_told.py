@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlora.config.run import TopologySection
+from dlora.config.peers import TopologySection
 from dlora.decentralized.matrices import check_mixing
 from dlora.decentralized.topology import (
     Topology,

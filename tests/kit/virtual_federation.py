@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.config.run import PeersSection
+from dlora.config.peers import PeersSection
 from dlora.decentralized.gossip import trained
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.exchange import Exchange

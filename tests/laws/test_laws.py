@@ -129,12 +129,16 @@ def loss_in_peft(config: Config) -> float:
     return torch.nn.functional.cross_entropy(logits, batch.labels).item()
 
 
+ONE_AT_A_TIME = pytest.mark.filterwarnings("ignore:peers train one at a time")
 KINDS: dict[str, dict[str, Any]] = {
     "rslora": {"lora.use_rslora": True, "lora.r": 8},
     "patterns": {"lora.rank_pattern": {"query": 2}, "lora.alpha_pattern": {"0.*.value": 2.0}},
     "dora": {"lora.use_dora": True},
     "dora-dropout": {"lora.use_dora": True, "lora.lora_dropout": 0.1},
     "gaussian": {"lora.init_lora_weights": "gaussian", "lora.r": 16},
+    "biases": {"lora.bias": "all"},
+    "biases-lora-only": {"lora.bias": "lora_only", "lora.target_modules": ["c_attn"]},
+    "whole-modules": {"lora.modules_to_save": ["word_embeddings", "LayerNorm"]},
     "layers": {"lora.layers_to_transform": [1], "lora.exclude_modules": ["attention.output.dense"]},
 }
 
@@ -144,11 +148,15 @@ KINDS: dict[str, dict[str, Any]] = {
     [
         ("bert", "patterns"),
         ("bert", "dora-dropout"),
+        ("bert", "biases"),
+        pytest.param("bert", "whole-modules", marks=ONE_AT_A_TIME),
         *(
             pytest.param(*slow, marks=pytest.mark.slow)
             for slow in [
                 *(("bert", kind) for kind in ("rslora", "dora", "gaussian", "layers")),
                 *((family, "dora") for family in ("gpt2", "llama")),
+                ("gpt2", "biases"),
+                ("gpt2", "biases-lora-only"),
             ]
         ),
     ],
@@ -210,7 +218,8 @@ def test_what_is_taken_out_of_the_weights_comes_back(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "dropout" not in kind])
+@ONE_AT_A_TIME
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "-" not in kind])
 def test_stacks_of_these_are_separate_runs(
     make_config: Callable[..., Config], tmp_path: Path, kind: str
 ) -> None:

@@ -254,7 +254,7 @@ def test_a_model_that_changes_its_weights_is_refused(
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("bias", "all", "bias: dlora trains no biases"),
+        ("target_parameters", ["w"], "target_parameters: dlora adapts linears only"),
         ("init", "pissa", "init: it is called init_lora_weights"),
         ("init_lora_weights", "eva", "init_lora_weights eva: dlora knows true, gaussian, pissa"),
         ("init_lora_weights", False, "init_lora_weights false: dlora knows true"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dlora
-from dlora.config.run import PeersSection, TopologySection
+from dlora.config.peers import PeersSection, TopologySection
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.topology import build_topology

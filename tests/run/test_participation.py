@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dlora
-from dlora.config.run import Config, TopologySection
+from dlora.config.peers import TopologySection
+from dlora.config.run import Config
 from dlora.decentralized.drawn import drawn_peers
 from dlora.decentralized.matrices import ROUNDING, check_mixing
 from dlora.decentralized.topology import build_topology

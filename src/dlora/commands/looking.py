@@ -158,8 +158,8 @@ def topology(
 
     Example: dlora topology base-k --peers 10 -o base-k.svg
     """
+    from dlora.config.peers import TopologySection
     from dlora.config.reading import parse_section
-    from dlora.config.run import TopologySection
     from dlora.decentralized.topology import build_topology
     from dlora.show.topology import as_figures, describe
 

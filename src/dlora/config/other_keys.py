@@ -46,9 +46,6 @@ ADVICE = {
     "alpha": "it is called `lora.lora_alpha`",
     "dropout": "it is called `lora.lora_dropout`; the frozen model's is `train.model_dropout`",
     "lora_target_modules": "it is called `lora.target_modules`",
-    "modules_to_save": (
-        "a classifier's new head trains with `lora.train_head`; other modules stay frozen"
-    ),
     "bf16": "set `dtype` to bfloat16",
     "fp16": "float16 does not exist here; set `dtype` to bfloat16",
     "torch_dtype": "it is called `dtype`: float32 or bfloat16",
@@ -79,6 +76,7 @@ OF_A_RUN = frozenset(
         "task",
         "pooling",
         "shard_model",
+        "peft",
         "lora",
         "data",
         "train",

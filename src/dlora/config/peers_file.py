@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from dlora.config.peers import PeersSection
 from dlora.config.reading import Document, Text
-from dlora.config.run import PeersSection
 
 
 class PeersFile(PeersSection, Document):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from dlora.config.arms import Baseline
-from dlora.config.names import why_unsafe
+from dlora.config.peers import PeersSection
 from dlora.config.reading import Document, Section, Text
-from dlora.config.training import TAKEN_OUT, DataSection, LoraSection, TrainSection
+from dlora.config.training import TAKEN_OUT, DataSection, LoraSection, TrainSection, only_biases
 
 Quantization = Literal["none", "int8", "nf4"]
 DeviceMap = Text | dict[Text, int | Text]
@@ -19,124 +19,6 @@ def check_place(device: str, device_map: object) -> None:
     """Raise ValueError if a config says twice where the model is."""
     if device_map is not None and device != "auto":
         raise ValueError("device and device_map are two ways to say where the model is; keep one")
-
-
-class TopologySection(Section):
-    """Which peers are neighbours."""
-
-    kind: Literal[
-        "ring", "complete", "erdos-renyi", "exponential", "hypercube", "base-k", "edges"
-    ] = Field("ring", description="the graph of neighbours; `dlora topology KIND` shows it")
-    p: float | None = Field(None, gt=0, le=1, description="erdos-renyi: probability of an edge")
-    seed: int | None = Field(
-        None,
-        ge=0,
-        description="erdos-renyi: seeds from this one on are tried until the graph is connected"
-        " (default 0)",
-    )
-    k: int | None = Field(None, ge=1, description="base-k: most neighbours in a round (default 1)")
-    edges: tuple[tuple[Text | int, Text | int], ...] | None = Field(
-        None, description="edges: pairs of peers, by name or index"
-    )
-
-    @model_validator(mode="after")
-    def _needs(self) -> TopologySection:
-        for key, kind in {
-            "p": "erdos-renyi",
-            "seed": "erdos-renyi",
-            "k": "base-k",
-            "edges": "edges",
-        }.items():
-            if getattr(self, key) is not None and self.kind != kind:
-                raise ValueError(f"{key} belongs to kind {kind}, not to {self.kind}; remove it")
-            if getattr(self, key) is None and self.kind == kind and key in ("p", "edges"):
-                raise ValueError(f"kind {kind} needs {key}")
-        return self
-
-
-class PeersSection(Section):
-    """The participants, and how they mix their factors."""
-
-    count: int | None = Field(
-        None,
-        ge=1,
-        description=(
-            "number of peers; iid and dirichlet need it; null: the number of shares, sizes, files"
-            " or column values"
-        ),
-    )
-    topology: TopologySection = TopologySection()
-    weights: Literal["metropolis", "laplacian"] | None = Field(
-        None,
-        description=(
-            "mixing weights; null: metropolis, or the weights that the topology fixes; laplacian:"
-            " the paper's I - 2L/(3 lambda_max)"
-        ),
-    )
-    rule: Literal["factor", "ffa", "alternate"] = Field(
-        "factor",
-        description=(
-            "factor: A and B train and are mixed, as in the paper; ffa: A is frozen; alternate: one"
-            " factor trains, both are mixed"
-        ),
-    )
-    period: int = Field(
-        5, ge=1, description="rule alternate: rounds after which the other factor trains"
-    )
-    wire: Literal["float32", "bfloat16"] = Field("float32", description="dtype of sent factors")
-    overlap: bool = Field(
-        False,
-        description=(
-            "true: the exchange runs while the next local steps do, and what mixing changes is"
-            " added one round later; for slow links"
-        ),
-    )
-    participation: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description=(
-            "the part of the peers that the seed draws for a round, at least one peer; the others"
-            " neither train nor mix"
-        ),
-    )
-    members: tuple[Text, ...] | None = Field(
-        None, description="names instead of a count: who takes part (`dlora peer`)"
-    )
-    silence_s: float = Field(
-        60,
-        gt=0,
-        description="a neighbour from which nothing comes for so long is left out of the round",
-    )
-    round_limit_s: float = Field(
-        3600, gt=0, description="the longest a round waits for a neighbour, whatever still comes"
-    )
-    catch_up_after: int = Field(
-        10, ge=1, description="rounds behind its neighbours after which a peer takes their state"
-    )
-    group_size: int | None = Field(
-        None,
-        ge=1,
-        description=(
-            "participants in one forward pass; null: as many as fit into memory, but 1 if the model"
-            " would mix their rows"
-        ),
-    )
-
-    @model_validator(mode="after")
-    def _who(self) -> PeersSection:
-        if self.members is not None and self.count is not None:
-            raise ValueError("members and count are two ways to say who takes part; keep one")
-        twice = sorted(
-            {name for name in self.members or () if (self.members or ()).count(name) > 1}
-        )
-        if twice:
-            raise ValueError(f"members names {twice[0]} twice; name each peer once")
-        if self.members is not None and not self.members:
-            raise ValueError("members names nobody; name those who take part, or remove it")
-        if wrong := why_unsafe(self.members or ()):
-            raise ValueError(f"members: {wrong}")
-        return self
 
 
 class SplitSection(Section):
@@ -275,6 +157,13 @@ class Config(Document):
         ),
     )
     lora: LoraSection = LoraSection()
+    peft: dict[Text, Any] | None = Field(
+        None,
+        description=(
+            "instead of lora: another adapter by PEFT's own words, such as {peft_type: IA3}, or"
+            " {bias: all}, the frozen model's biases; peers then train one at a time"
+        ),
+    )
     data: DataSection
     train: TrainSection = TrainSection()
     peers: PeersSection = PeersSection()
@@ -343,6 +232,8 @@ class Config(Document):
             raise ValueError(
                 "shard_model: weights of int8 cannot be divided; take quantization nf4 or none"
             )
+        if self.peft is not None or self.lora.modules_to_save is not None:
+            self._check_swapped()
         taken_out = self.lora.init_lora_weights in TAKEN_OUT
         for key in ("rank_pattern", "use_dora", *(["init_lora_weights"] if taken_out else [])):
             if getattr(self.lora, key) and (self.split is not None or self.schedule.kind != "all"):
@@ -360,10 +251,40 @@ class Config(Document):
             self._check_split()
         return self
 
+    def _check_swapped(self) -> None:
+        """What adapters of `lora.swapped` do not go with."""
+        if self.peft is not None:
+            kind = str(self.peft.get("peft_type", ""))
+            if not only_biases(self.peft) and (not kind or kind.upper() == "LORA"):
+                raise ValueError(
+                    "peft names another adapter than LoRA, such as {peft_type: IA3}, or the biases"
+                    " {bias: all}; for LoRA use lora"
+                )
+            if self.lora.model_copy(update={"train_head": True}) != LoraSection():
+                raise ValueError("peft and lora are two kinds of adapter; keep one")
+        what = "lora.modules_to_save" if self.peft is None else "peft"
+        for key, value, wanted in (
+            ("schedule.kind", self.schedule.kind, "all"),
+            ("split", self.split and self.split.cloud, None),
+            ("shard_model", self.shard_model, False),
+            ("device_map", self.device_map, None),
+            ("peers.rule", self.peers.rule, "factor"),
+        ):
+            if value != wanted:
+                raise ValueError(
+                    f"{key} {value} does not go with {what}, with which peers train more than pairs"
+                    " of A and B: remove one of them"
+                )
+
     def _hands_off(self) -> bool:
         return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"
 
     def _check_split(self) -> None:
+        if self.lora.bias != "none":
+            raise ValueError(
+                f"split: the biases of the frozen model are in the cloud, and lora.bias"
+                f" {self.lora.bias} trains them: remove one of them"
+            )
         for key in ("shard_model", "device_map"):
             if getattr(self, key):
                 raise ValueError(f"split: the frozen model is in the cloud: remove {key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -10,11 +11,7 @@ from dlora.config.names import why_unsafe
 from dlora.config.reading import Section, Text
 
 _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to do instead
-    "bias": "dlora trains no biases of the model, which is PEFT's bias: none; leave it out",
     "init": "it is called init_lora_weights",
-    "modules_to_save": (
-        "dlora trains a classifier's new head (train_head) and no other module; leave it out"
-    ),
     "target_parameters": "dlora adapts linears only; name them in target_modules",
     "layers_pattern": "the first number in a name is its layer; leave it out",
     "task_type": "dlora takes it from task; leave it out",
@@ -24,6 +21,11 @@ _NOT_YET = {  # PEFT's keys that dlora does not have -> the reason, and what to 
 _DRAWN = ("gaussian", "pissa", "olora")
 # the inits that take A and B out of the frozen weights
 TAKEN_OUT = ("pissa", "olora")
+
+
+def only_biases(peft: Mapping[str, Any]) -> bool:
+    """Whether a config block peft asks for trained biases and no adapter (BitFit)."""
+    return dict(peft) == {"bias": "all"}
 
 
 class LoraSection(Section):
@@ -71,6 +73,19 @@ class LoraSection(Section):
     use_dora: bool = Field(
         False,
         description="true: the length of each row of the weight trains too, and is mixed (DoRA)",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none",
+        description=(
+            "all: the biases of the frozen model train too; lora_only: those of the adapted linears"
+        ),
+    )
+    modules_to_save: tuple[Text, ...] | None = Field(
+        None,
+        description=(
+            "names of modules that train as a whole and are sent, such as embed_tokens, as in PEFT;"
+            " peers then train one at a time; null: none beside the head"
+        ),
     )
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = Field(
         True,
@@ -133,6 +148,8 @@ class LoraSection(Section):
                 ("rank_pattern", None),
                 ("init_lora_weights", True),
                 ("use_dora", False),
+                ("bias", "none"),
+                ("modules_to_save", None),
                 ("adapter", None),
             ):
                 if getattr(self, key) != as_it_is:
@@ -144,6 +161,16 @@ class LoraSection(Section):
             raise ValueError(
                 f"adapter gives A and B, and init_lora_weights {self.init_lora_weights} too; remove"
                 " one of them"
+            )
+        if self.bias != "none" and self.use_dora:
+            raise ValueError(
+                "bias: DoRA scales what a linear gives without its bias, so both cannot train;"
+                " remove bias or use_dora"
+            )
+        if self.modules_to_save is not None and self.init_lora_weights in TAKEN_OUT:
+            raise ValueError(
+                f"modules_to_save does not go with init_lora_weights {self.init_lora_weights},"
+                " which changes the frozen weights; remove one of them"
             )
         if self.layers_to_transform is not None and (
             isinstance(self.target_modules, str) and self.target_modules != "all-linear"

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from dlora.config.run import TopologySection
+from dlora.config.peers import TopologySection
 from dlora.decentralized.matrices import Ends, Vector
 from dlora.errors import TopologyError
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlora.config.run import PeersSection
+from dlora.config.peers import PeersSection
 from dlora.decentralized.matrices import Matrix
 from dlora.lora.factors import Factors
 

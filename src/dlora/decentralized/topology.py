@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import eye_array
 from scipy.sparse.csgraph import breadth_first_order
 
-from dlora.config.run import TopologySection
+from dlora.config.peers import TopologySection
 from dlora.decentralized.finite_time import base_k, hypercube
 from dlora.decentralized.graphs import joined
 from dlora.decentralized.matrices import (

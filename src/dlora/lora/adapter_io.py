@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dlora.errors import ModelError, RunError
 from dlora.files import write_atomically
 from dlora.lora.core import pairs
 from dlora.lora.stacked import StackedModel, whole
+from dlora.lora.swapped import SwappedModel
 from dlora.version import __version__
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
@@ -28,7 +29,15 @@ _TRAINED = "model.safetensors"
 _CORES = "core.safetensors"
 BEGUN_FROM = "begun-from"  # the folder of a run with the adapter from which it began
 # what a run and the adapter from which it begins must have in common
-_ALIKE = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_ALIKE = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+)
 
 
 def save_adapter(
@@ -43,10 +52,14 @@ def save_adapter(
     Raises RunError when the folder cannot be written.
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
-    weights = {
-        _to_peft(name): _given_back(name, tensor[0], model.taken_out).contiguous()
-        for name, tensor in pairs(own, model.directions).items()
-    }
+    weights = (
+        model.state(own)
+        if isinstance(model, SwappedModel)
+        else {
+            _to_peft(name): _given_back(name, tensor[0], model.taken_out).contiguous()
+            for name, tensor in pairs(own, model.directions).items()
+        }
+    )
     weights |= {_to_peft(name): tensor for name, tensor in model.head_rest.items()}
     cores = {
         name: tensor[0].contiguous() for name, tensor in own.items() if name.endswith(".lora_M")
@@ -131,6 +144,12 @@ def model_card(model: StackedModel) -> str:
         how = (
             f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
         )
+    if not isinstance(config, peft.LoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        return (
+            f"---\n{yaml.safe_dump({**facts, 'tags': ['dlora']}, sort_keys=False)}---\n\n"
+            f"# An adapter ({kind}) for {base}\n\nWritten by dlora {__version__}.\n\n{how}\n"
+        )
     serve = "" if classes else _served(max([config.r, *config.rank_pattern.values()]))
     linears = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
     return (
@@ -154,14 +173,19 @@ def _served(r: int) -> str:
 
 
 def load_adapter(
-    folder: Path, expected: Mapping[str, Tensor], taken_out: Collection[str] = ()
+    folder: Path, model: StackedModel, more: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Read one participant's factors as (1, ...) tensors.
 
-    ``expected`` has no participant dimension. ``taken_out``: names of factors that the file has
-    with twice the rank, see `StackedModel.taken_out`. Raises RunError when a file cannot be read,
-    or when the names or shapes in it differ from ``expected``.
+    ``more``: other tensors that the file must hold, of these shapes. Raises RunError when a file
+    cannot be read, or when the names or shapes in it differ from those of ``model``.
     """
+    if isinstance(model, SwappedModel):
+        try:
+            return model.factors_of(folder / _WEIGHTS)
+        except (OSError, safetensors.SafetensorError, ModelError) as error:
+            raise RunError(f"adapter {folder}: {_WEIGHTS} cannot be read ({error})") from error
+    expected, taken_out = {**model.initial, **(more or {})}, model.taken_out
     stored: dict[str, Tensor] = {}
     for file in (
         _WEIGHTS,
@@ -240,12 +264,12 @@ def begin_from(folder: Path, model: StackedModel) -> None:
                 " must be the same"
             )
     try:
-        found = load_adapter(folder, model.initial | model.head_rest)
+        found = load_adapter(folder, model, model.head_rest)
     except RunError as error:
         raise ModelError(f"lora.adapter: {error}") from error
     with safetensors.safe_open(folder / _WEIGHTS, "pt") as file:
         more = set(file.keys()) - {_to_peft(name) for name in found}
-    if more:
+    if more and not isinstance(model, SwappedModel):  # whose tensors were compared already
         raise ModelError(
             f"lora.adapter: {folder} also holds {min(more)}, which lora.target_modules here do not"
             " name; name the same"

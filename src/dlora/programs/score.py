@@ -16,7 +16,8 @@ from dlora.evaluate import Scores, evaluate
 from dlora.events.log import Listener
 from dlora.lora.adapter_io import BEGUN_FROM, begin_from, load_adapter
 from dlora.lora.core import DIRECTIONS_FILE, read_directions
-from dlora.lora.stacked import StackedModel, attach
+from dlora.lora.stacked import StackedModel
+from dlora.lora.swapped import adapt
 from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
 
@@ -42,7 +43,7 @@ def run_model(run: Path) -> tuple[Any, StackedModel]:
     tokenizer = load_tokenizer(config.model)
     directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
     network = load_model(config, tokenizer, labels)
-    model = attach(network, config.lora, config.task, config.seed, directions)
+    model = adapt(network, config, directions)
     if (run / BEGUN_FROM).is_dir():  # its head may have more than the trained tensors
         begin_from(run / BEGUN_FROM, model)
     return tokenizer, model
@@ -73,7 +74,7 @@ def score(
     }
 
     def score_one(name: str) -> Scores:
-        factors = load_adapter(folders[name], model.initial, model.taken_out)
+        factors = load_adapter(folders[name], model)
 
         def tell(done: int, total: int) -> None:
             for listener in listeners:

@@ -14,8 +14,10 @@ from dlora.data.batches import collate
 from dlora.data.formats import Example
 from dlora.errors import RunError
 from dlora.lora.factors import Factors, num_parameters, one, stack
+from dlora.lora.layers import StackedCore, StackedLora
 from dlora.lora.sharded import ShardedModel
-from dlora.lora.stacked import StackedCore, StackedLora, StackedModel
+from dlora.lora.stacked import StackedModel
+from dlora.lora.swapped import SwappedModel
 from dlora.model.layers import has_dropout
 from dlora.run.free_memory import free_memory
 from dlora.run.prepare import Prepared
@@ -93,6 +95,8 @@ def why_one_at_a_time(
     relative positions), tokens that are reordered, layers that see the padding or the whole batch.
     Afterwards the model is bound to the trial's factors (`StackedModel.use`).
     """
+    if isinstance(model, SwappedModel):
+        return model.reason
     network = model.network
     kind = type(network).__name__
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):

@@ -21,7 +21,8 @@ from dlora.lora.active import named_units
 from dlora.lora.adapter_io import BEGUN_FROM, begin_from
 from dlora.lora.factors import target_names
 from dlora.lora.sharded import ShardedModel
-from dlora.lora.stacked import StackedModel, attach
+from dlora.lora.stacked import StackedModel
+from dlora.lora.swapped import adapt
 from dlora.lora.units import Unit, adapted_units, core_units, find_units, renamed
 from dlora.model.fingerprints import fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer, resolve_device
@@ -120,7 +121,7 @@ def load_frozen(
     frozen = load_model(config, tokenizer, data.label_names, device=whole_on)
     weights_hash = fingerprint(frozen.network, but=frozen.head)
     directions = kept_directions(config, resume)
-    model = attach(frozen, config.lora, config.task, config.seed, directions)
+    model = adapt(frozen, config, directions)
     _begin(config, resume, model)
     if mesh is not None:
         model = ShardedModel.of(model, mesh, ranks.any)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dlora.config.run import PeersSection
+from dlora.config.peers import PeersSection
 from dlora.decentralized.peer.ledger import Ledger
 from dlora.decentralized.peer.messages import TensorMessages
 from dlora.decentralized.peer.word import Signatures

@@ -248,7 +248,9 @@ def prepare(
             "r": config.lora.r,
             "lora_alpha": config.lora.lora_alpha,
             "targets": target_names(model.initial),
-        },
+        }
+        if config.peft is None
+        else {"peft": config.peft},
         "train_head": config.lora.train_head and any(is_head(name) for name in model.initial),
         "initial_factors": digest(model.initial | model.head_rest),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),

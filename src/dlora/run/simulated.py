@@ -10,7 +10,7 @@ from scipy.sparse import eye_array
 from torch import Tensor
 
 from dlora.config.arms import ARMS
-from dlora.config.run import PeersSection, TopologySection
+from dlora.config.peers import PeersSection, TopologySection
 from dlora.decentralized.gossip import Gossip
 from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES

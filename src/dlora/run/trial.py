@@ -10,7 +10,8 @@ from dlora.data.batches import collate
 from dlora.data.formats import Example
 from dlora.errors import ModelError
 from dlora.lora.factors import stack
-from dlora.lora.stacked import StackedCore, StackedLora, StackedModel
+from dlora.lora.layers import StackedCore, StackedLora
+from dlora.lora.stacked import StackedModel
 from dlora.train import forward
 
 

@@ -16,7 +16,8 @@ from dlora.config.run import Config
 from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import target_names
-from dlora.lora.stacked import StackedLinear, attach
+from dlora.lora.layers import StackedLinear
+from dlora.lora.stacked import attach
 from dlora.lora.units import adapted_units, core_units, find_units
 from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint

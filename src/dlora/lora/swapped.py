@@ -1,0 +1,174 @@
+"""Adapters of PEFT that several participants cannot train at once: each participant in its turn is
+bound to the one model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# These come before peft: they silence the messages that peft's imports print.
+from dlora.lora.core import Directions
+from dlora.lora.stacked import StackedModel, attach, lora_config
+from dlora.model.load import FrozenModel
+from dlora.model.quiet import quietly, without_bitsandbytes
+
+# isort: split
+import torch
+
+with without_bitsandbytes():
+    import peft
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dlora.config.run import Config
+from dlora.config.training import only_biases
+from dlora.errors import ModelError
+from dlora.lora.factors import Factors
+from dlora.lora.targets import find_targets, short_names
+
+
+class _Bound(nn.Module):
+    """A model of PEFT whose trained parameters are those of one participant, without a copy."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.get_base_model().config
+        self.base_model_prefix = getattr(model.get_base_model(), "base_model_prefix", "")
+        self.bound: dict[str, Tensor] = {}
+
+    def forward(self, input_ids: Tensor, **arguments: Any) -> Any:
+        """As the model's; positions of virtual tokens, which come first, have no logits."""
+        result = torch.func.functional_call(
+            self.model, self.bound, kwargs={"input_ids": input_ids, **arguments}, strict=False
+        )
+        if result.logits.dim() == 3:
+            result.logits = result.logits[:, -input_ids.shape[1] :]
+        return result
+
+
+@dataclass
+class SwappedModel(StackedModel):
+    """A model with adapters that cannot be stacked; `use` takes one participant.
+
+    Names are those of PEFT's parameters. ``reason``: why they are not stacked.
+    """
+
+    reason: str = ""
+
+    @property
+    def peft_model(self) -> Any:
+        """PEFT's model; its own trained parameters hold no participant."""
+        return self.network.model
+
+    def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
+        """Bind the model to these (1, ...) tensors until the next call. Nothing is copied."""
+        self.network.bound = {name: tensor[0] for name, tensor in factors.items()}
+
+    def state(self, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of PEFT's file for one participant's ``factors``, (1, ...) each."""
+        own = dict(self.peft_model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in factors.items():
+                own[name].copy_(tensor[0])
+        state: dict[str, Tensor] = peft.get_peft_model_state_dict(self.peft_model)
+        return {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in state.items()
+            # with bias all, PEFT names the biases of its own copies of the head once more
+            if not {"original_module", "modules_to_save"} & set(name.split("."))
+        }
+
+    def factors_of(self, file: Path) -> Factors:
+        """One participant's factors out of PEFT's file. Raises OSError or SafetensorError when it
+        cannot be read, ModelError when it holds other tensors.
+        """
+        stored = load_file(file)
+        expected = self.state({name: tensor[None] for name, tensor in self.initial.items()})
+        shapes, as_expected = (
+            {name: tuple(tensor.shape) for name, tensor in of.items()} for of in (stored, expected)
+        )
+        if shapes != as_expected:
+            raise ModelError(f"adapter {file.parent}: its tensors are not those of this run")
+        peft.set_peft_model_state_dict(self.peft_model, stored)
+        own = dict(self.peft_model.named_parameters())
+        return {name: own[name].detach().clone()[None] for name in self.initial}
+
+
+def adapt(
+    frozen: FrozenModel, config: Config, directions: Directions | None = None
+) -> StackedModel:
+    """The model with the adapters that the config names. The choice: LoRA is stacked, so that
+    participants share a forward pass; what `_why_swapped` tells of is swapped. Raises ModelError
+    and ConfigError.
+    """
+    reason = _why_swapped(config)
+    if reason is None:
+        return attach(frozen, config.lora, config.task, config.seed, directions)
+    try:
+        section = _section(frozen, config)
+        if config.task == "classification" and config.pooling == "mean":
+            # PEFT knows the heads of transformers' classifiers, and this one is dlora's own
+            section.task_type = None
+            section.modules_to_save = [*(section.modules_to_save or ()), *frozen.head]
+        with torch.random.fork_rng(devices=[]), quietly(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
+            torch.manual_seed(config.seed)
+            model = peft.get_peft_model(frozen.network, section)
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = "lora" if config.peft is None else "peft"
+        raise ModelError(f"{what}: PEFT cannot make this adapter ({line[:300]})") from error
+    initial = {
+        name: parameter.detach().float().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".original_module." not in name
+    }
+    if config.peft is not None and only_biases(config.peft):
+        initial = {name: tensor for name, tensor in initial.items() if ".lora_" not in name}
+    if not initial:
+        raise ModelError("peft: nothing trains here; see target_modules")
+    heads = frozenset(
+        name for name in initial if any(f".{head}.modules_to_save." in name for head in frozen.head)
+    )
+    model.requires_grad_(False)
+    section = model.peft_config["default"]
+    section.base_model_name_or_path, section.inference_mode = frozen.source, True
+    return SwappedModel(
+        network=_Bound(model),
+        initial=initial,
+        frozen_head=frozenset() if config.lora.train_head else heads,
+        peft_config=section,
+        reason=reason,
+    )
+
+
+def _why_swapped(config: Config) -> str | None:
+    """Why participants cannot share a forward pass with these adapters; None: they can."""
+    if config.peft is not None:
+        kind = "trained biases" if only_biases(config.peft) else config.peft["peft_type"]
+        return f"only lora trains several at once, and the config asks for {kind}"
+    if config.lora.modules_to_save is not None:
+        return f"whole modules train ({', '.join(config.lora.modules_to_save)})"
+    return None
+
+
+def _section(frozen: FrozenModel, config: Config) -> peft.PeftConfig:
+    """PEFT's config of the adapters."""
+    if config.peft is None:
+        targets = find_targets(frozen.network, config.lora, frozen.head)
+        section = lora_config(frozen.network, config.lora, config.task, targets)
+        section.modules_to_save = list(config.lora.modules_to_save or ()) or None
+        section.target_modules = short_names(frozen.network, targets)
+        return section
+    task_type = "SEQ_CLS" if config.task == "classification" else "CAUSAL_LM"
+    given = {"task_type": task_type, **config.peft}
+    if only_biases(config.peft):
+        # PEFT loads biases with a LoRA only: here of rank 1, with a B that stays zero
+        first = find_targets(frozen.network, config.lora, frozen.head)[0]
+        given |= {"peft_type": "LORA", "r": 1, "target_modules": [first]}
+    return peft.get_peft_config(given)
