@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 
 from dlora.costs.scheduled import sent_names
 from dlora.decentralized.mixing import build_rule
@@ -63,6 +63,25 @@ def edge_bytes(prepared: Prepared) -> dict[tuple[int, int], int]:
         for message in REDUCTION:
             count[edge] += _bytes(transfer(message, messages.num_bytes(message)))
     return dict(count)
+
+
+def counted_bytes(prepared: Prepared) -> int:
+    """What a simulation counts (law 8): the messages of all rounds, both directions together.
+
+    A simulation has no links, so no other frames, and computes the average at the end without
+    messages. Where a schedule chooses by scores, the figure is an upper bound.
+    """
+    topology, messages = prepared.topology, prepared.messages
+    names = sent_names(prepared, partial(messages.num_bytes, round_message(0)))
+    num_bytes = cache(lambda round, held: messages.num_bytes(round_message(round), held))
+    total = 0
+    for round in range(prepared.config.train.rounds):
+        edges = topology.edges_among(prepared.drawn(round), round)
+        if len({of_peer[round] for of_peer in names}) == 1:
+            total += 2 * len(edges) * num_bytes(round, names[0][round])
+        else:
+            total += sum(num_bytes(round, names[end][round]) for edge in edges for end in edge)
+    return total
 
 
 def transfer(message: str, num_bytes: int) -> Iterator[Frame]:

@@ -15,7 +15,7 @@ CHOSEN = ("kr", "probe")  # by scores, which nobody knows before the run
 
 def sent_names(
     prepared: Prepared, num_bytes: Callable[[Collection[str]], int]
-) -> list[list[Collection[str]]]:
+) -> list[list[frozenset[str]]]:
     """The names of the tensors in the message of each peer and round; ``num_bytes`` gives a
     message's length by these names.
 
@@ -39,7 +39,7 @@ def sent_names(
     outside = everything.difference(*tensors)
     bare = num_bytes(outside)
     weight = [num_bytes(outside | names) - bare for names in tensors]
-    rounds: dict[int, list[Collection[str]]] = {}
+    rounds: dict[int, list[frozenset[str]]] = {}
     for steps in set(own_steps):
         [schedule] = schedule_units(
             config.schedule, prepared.units, config.lora, config.seed, ["any"]

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from dlora.config.run import Config
-from dlora.costs.between_peers import edge_bytes
+from dlora.costs.between_peers import counted_bytes, edge_bytes
 from dlora.costs.scheduled import CHOSEN
 from dlora.costs.sizing import sizing
 from dlora.costs.with_cloud import LINES_MBIT_S, split_costs
@@ -19,8 +19,8 @@ from dlora.run.prepare import prepare
 
 
 def plan(config: Config, own: str | None = None) -> dict[str, Any]:
-    """The costs of ``config``: those of real peers if it names members, else what their messages
-    would be.
+    """The costs of ``config`` for real peers and, where the data of all are here, what a simulation
+    of them would count.
 
     ``own``: the only participant whose data are here (`dlora peer`, `dlora device`); None: the data
     of all are here (`dlora simulate`). Where the frozen model is here too, some local steps are
@@ -47,6 +47,7 @@ def plan(config: Config, own: str | None = None) -> dict[str, Any]:
         },
         "bytes_a_round": sum(edges.values()) / rounds,
         "bytes_on_wire": sum(edges.values()),
+        **({"bytes_simulated": counted_bytes(prepared)} if own is None else {}),
         "bytes_of_busiest_peer": busiest,
         "seconds_on_the_line": {
             f"{line} Mbit/s": busiest * 8 / (line * 1e6) for line in LINES_MBIT_S

@@ -14,6 +14,8 @@ from pathlib import Path
 from dlora.config.arms import DEC_LORA
 from dlora.config.launchers import restarts
 from dlora.config.run import Config
+from dlora.costs.between_peers import counted_bytes
+from dlora.costs.scheduled import CHOSEN
 from dlora.events.log import Listener, loading
 from dlora.net.between_ranks import one_may_end
 from dlora.run.account import Summary, introduction
@@ -83,8 +85,15 @@ def dry_run(config: Config, *, listeners: Sequence[Listener] = ()) -> Summary:
     prepared = prepare(config, loading(listeners))
     waiting = find_waiting(prepared) is not None
     grouping = find_grouping(prepared, waiting=waiting)
+    topology, rounds = prepared.topology, config.train.rounds
+    edges = [len(topology.edges_among(prepared.drawn(round), round)) for round in range(rounds)]
     return introduction(prepared, _arms(config), grouping.size) | {
         "local_steps": prepared.local_steps,
+        "rounds": rounds,
+        "messages_a_round": 2 * sum(edges) / rounds,
+        # what the summary will say of dec-lora, or the most that it can
+        "bytes_on_wire": counted_bytes(prepared),
+        **({"at_most": True} if config.schedule.kind in CHOSEN else {}),
         **({"schedule": first_step(prepared)} if prepared.units else {}),
         **({"stands": stands} if stands else {}),
         "manifest": manifest_hash(prepared.manifest),

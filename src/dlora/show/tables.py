@@ -112,7 +112,7 @@ def dry_run_table(plan: dict[str, Any]) -> Group:
     for peer, steps in zip(plan["peers"], plan["local_steps"], strict=True):
         labels = ", ".join(f"{label} {count}" for label, count in (peer["labels"] or {}).items())
         table.add_row(peer["name"], str(peer["rows"]), str(steps), labels)
-    messages = 2 * sum(len(edges) for edges in plan["edges"]) / len(plan["edges"])
+    bound = "at most " if plan.get("at_most") else ""
     agreement = [
         (
             f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers"
@@ -120,7 +120,9 @@ def dry_run_table(plan: dict[str, Any]) -> Group:
         ),
         (
             f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round"
-            f" {count_text(messages)} messages; spectral gap {plan['spectral_gap']:.3f}"
+            f" {count_text(plan['messages_a_round'])} messages; {bound}"
+            f"{bytes_text(plan['bytes_on_wire'])} in {plan['rounds']} rounds; spectral gap"
+            f" {plan['spectral_gap']:.3f}"
         ),
     ]
     if len(plan["peers"]) == 1:
@@ -177,6 +179,15 @@ def plan_table(costs: dict[str, Any]) -> Group:
         (
             f"{bound}{bytes_text(costs['bytes_a_round'])} a round,"
             f" {bytes_text(costs['bytes_on_wire'])} in all, each byte counted once"
+        ),
+        *(
+            [
+                f"a simulation counts the messages of its rounds alone: {bound}"
+                f"{bytes_text(costs['bytes_simulated'])} (real peers also send frames, and"
+                " messages for the last average)"
+            ]
+            if "bytes_simulated" in costs
+            else []
         ),
         f"the busiest peer moves {bytes_text(costs['bytes_of_busiest_peer'])}: {lines}",
     ]
