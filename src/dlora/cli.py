@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dlora.commands import identities, looking, training
+from dlora.config.launchers import refuse_ranks
 from dlora.errors import DloraError, Interrupted
 from dlora.version import __version__
 
@@ -58,12 +60,15 @@ def _print_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="print the version", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     """What stands before a command."""
+    if context.invoked_subcommand not in ("simulate", "peer"):
+        refuse_ranks(os.environ)
 
 
 def _fail(message: str, exit_code: int) -> None:

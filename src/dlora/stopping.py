@@ -108,8 +108,8 @@ def resumable(screen: Screen) -> Iterator[Stop]:
 
 def _command(*more: str) -> str:
     """The command line of this process, with ``more`` at its end."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    start = ["dlora"] if ranks == "1" else ["torchrun", "...", "-m", "dlora"]
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # the launcher's own options are not known here
+        return " and ".join(["the same command", *(f"{word} at its end" for word in more)])
     return shlex.join(
-        [*start, *(argument for argument in sys.argv[1:] if argument not in more), *more]
+        ["dlora", *(argument for argument in sys.argv[1:] if argument not in more), *more]
     )

@@ -64,6 +64,22 @@ def test_torchrun_starts_a_simulation_and_no_peer() -> None:
     assert restarts({}) == 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_plans_nothing_and_says_so_once(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (TORCHRUN | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
+        monkeypatch.setenv(key, value)
+    for command in (["plan", "run.yaml"], ["topology", "ring"], ["config"]):
+        outcome = call(*command)
+        assert outcome.out == ""
+        if rank == 0:
+            assert outcome.exit_code == 2 and outcome.err.count("\n") == 1
+            assert outcome.err.startswith("error: torchrun started 2 processes (RANK=0")
+        else:  # a failure of this rank would end rank 0 before it has said why
+            assert (outcome.exit_code, outcome.err) == (0, "")
+
+
 def test_the_command_asks_before_it_reads(
     tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

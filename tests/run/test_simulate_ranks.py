@@ -238,7 +238,8 @@ def test_a_signal_to_torchrun_saves_the_round_and_is_told_once(
     waited_for("checkpoints/dec-lora/round-*", config, process)
     process.send_signal(signal.SIGUSR1)
     _, err = process.communicate(timeout=LIMIT_S)
-    assert err.count("finished and saved; go on with: torchrun ... -m dlora simulate") == 1, err
+    again = "go on with: the same command and --resume at its end"
+    assert err.count(f"finished and saved; {again}") == 1, err
     assert "error: another process" not in err
     rounds = newest(config).rounds_done
     assert 0 < rounds < 400

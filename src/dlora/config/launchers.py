@@ -48,8 +48,8 @@ def launched(environment: Mapping[str, str]) -> Launched | None:
             continue
         raise ConfigError(
             f"{launcher} started {size} processes ({name}={rank}, {count}={size}) that know nothing"
-            f" of each other: let it start torchrun ({launcher} ... torchrun ... -m dlora simulate,"
-            " see docs/cluster.md), start dlora once, or remove these variables"
+            " of each other: let it start torchrun, and torchrun dlora (docs/cluster.md has the"
+            " command), start dlora once, or remove these variables"
         )
     return None
 
@@ -62,7 +62,9 @@ def refuse_ranks(environment: Mapping[str, str]) -> None:
             f" WORLD_SIZE={several.size}), and only dlora simulate and dlora peer train in"
             " several: start this once, or remove these variables"
         )
-        refused.told = several.rank > 0
+        if several.rank > 0:
+            # torchrun ends all once one has failed, and rank 0 must have said why by then
+            refused.told, refused.exit_code = True, 0
         raise refused
 
 
