@@ -246,3 +246,15 @@ def test_a_signal_to_torchrun_saves_the_round_and_is_told_once(
     _, err = torchrun(2, command, options).communicate(timeout=LIMIT_S)
     assert err.count("holds this run; go on with --resume") == 2, err  # torchrun tried twice
     assert newest(config).rounds_done == rounds
+
+
+def test_a_divided_model_trains_without_a_warning(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    """FSDP2 warns of a model whose result is a view of another tensor."""
+    config = make_config(**COMMON, pooling="mean", shard_model=True)
+    (tmp_path / "run.yaml").write_text(config.dump())
+    command = ["-m", "dlora", "simulate", str(tmp_path / "run.yaml")]
+    process = torchrun(2, command, environment={"PYTHONWARNINGS": "default"})
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0 and "warning: " not in err, err

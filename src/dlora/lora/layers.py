@@ -164,4 +164,5 @@ class StackedLinear(nn.Module):
         y_PNO = torch.bmm(x_PNI, self.weight.transpose(1, 2))
         if self.bias is not None:
             y_PNO = y_PNO + self.bias.unsqueeze(1)
-        return y_PNO.view(*x.shape[:-1], y_PNO.shape[-1])
+        # a copy, because FSDP2 warns of a model whose result is a view
+        return y_PNO.view(*x.shape[:-1], y_PNO.shape[-1]).clone()
