@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -10,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 from dlora.config.run import Config
+from dlora.config.training import TAKEN_OUT
 
 ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "opt", "gpt2")
 SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [
@@ -17,10 +19,31 @@ SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [
 ]
 UPDATE_BOUND = {"adamw": 1e-4, "sgd": 1e-5}
 LOSS_BOUND = 1e-5
+# PEFT's kinds of adapter: what each changes in a config
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora": {"lora.use_rslora": True, "lora.r": 8},
+    "patterns": {"lora.rank_pattern": {"query": 2}, "lora.alpha_pattern": {"0.*.value": 2.0}},
+    "dora": {"lora.use_dora": True},
+    "dora-dropout": {"lora.use_dora": True, "lora.lora_dropout": 0.1},
+    "gaussian": {"lora.init_lora_weights": "gaussian", "lora.r": 16},
+    "biases": {"lora.bias": "all"},
+    "biases-lora-only": {"lora.bias": "lora_only", "lora.target_modules": ["c_attn"]},
+    "whole-modules": {"lora.modules_to_save": ["word_embeddings", "LayerNorm"]},
+    "layers": {"lora.layers_to_transform": [1], "lora.exclude_modules": ["attention.output.dense"]},
+    "ia3": {
+        "lora": {},
+        "peft": {
+            "peft_type": "IA3",
+            "target_modules": ["value", "output.dense"],
+            "feedforward_modules": ["output.dense"],
+        },
+    },
+    "pissa": {"lora.init_lora_weights": "pissa", "train.learning_rate": 1e-3},
+}
 
 
 def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The same model and the same LoRA by PEFT alone, and its initial adapter."""
+    """The same model and the same adapter by PEFT alone, and its initial tensors."""
     classification = config.task == "classification"
     factory = (
         transformers.AutoModelForSequenceClassification
@@ -38,7 +61,8 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
     torch.manual_seed(config.seed)
     head = {"num_labels": 2} if classification else {}
     base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
-    lora = peft.LoraConfig(
+    task_type = "SEQ_CLS" if classification else "CAUSAL_LM"
+    section = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,
         lora_dropout=config.lora.lora_dropout,
@@ -53,10 +77,12 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         modules_to_save=config.lora.modules_to_save and list(config.lora.modules_to_save),
         init_lora_weights=config.lora.init_lora_weights,
         fan_in_fan_out=base.config.model_type == "gpt2",
-        task_type="SEQ_CLS" if classification else "CAUSAL_LM",
+        task_type=task_type,
     )
+    if config.peft is not None:
+        section = peft.get_peft_config({"task_type": task_type, **config.peft})
     torch.manual_seed(config.seed)
-    model = peft.get_peft_model(base, lora)
+    model = peft.get_peft_model(base, section)
     return model, state_in_peft(model)
 
 
@@ -74,6 +100,10 @@ def update_of(config: Config, adapter: Path) -> dict[str, torch.Tensor]:
     _, initial = peft_oracle(config)
     final = load_file(adapter / "adapter_model.safetensors")
     assert final.keys() == initial.keys()
+    if config.lora.init_lora_weights in TAKEN_OUT:  # the other half is what was taken out
+        for name, tensor in initial.items():
+            if final[name].shape != tensor.shape:
+                final[name] = final[name][: tensor.shape[0], : tensor.shape[1]]
     return {name: final[name] - initial[name] for name in final}
 
 
@@ -101,7 +131,7 @@ def _without_bias_of_keys(update: dict[str, torch.Tensor]) -> dict[str, torch.Te
 def assert_same(
     update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], bound: float, task: str
 ) -> None:
-    parts = ["lora_A", "lora_B"]
+    parts = ["ia3_l"] if any("ia3_l" in name for name in update) else ["lora_A", "lora_B"]
     if any("magnitude" in name for name in update):
         parts.append("lora_magnitude_vector")
     parts += [

@@ -24,9 +24,10 @@ from dlora.identity import federation as federation_file
 from dlora.identity.federation import federation_text
 from dlora.identity.keys import new_identity
 from dlora.run.prepare import prepare
+from kit.as_simulated import assert_as_simulated
 from kit.call_cli import Outcome, call, contents
 from kit.processes import NAMES, Federation, running
-from kit.updates import UPDATE_BOUND, assert_same, relative_difference, update_of
+from kit.updates import KINDS, UPDATE_BOUND, assert_same, relative_difference, update_of
 
 TOPOLOGIES = {"ring": {"kind": "ring"}, "base-k": {"kind": "base-k"}}
 DIAL_ONLY = "west"
@@ -93,6 +94,22 @@ def test_peers_end_where_their_simulation_ends(finished: Finished) -> None:
     )
     with pytest.raises(AssertionError):  # peers differ by more than that, so it can fail
         assert_same(north, east, UPDATE_BOUND["adamw"], "classification")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", ["rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3"]
+)
+def test_peers_of_pefts_other_kinds_end_where_their_simulation_ends(
+    tmp_path: Path, model_folder: Callable[..., Path], kind: str
+) -> None:
+    """Law 5."""
+    peers = Federation(tmp_path, model_folder("bert"), KINDS[kind], names=("north", "south"))
+    with running(peers):
+        peers.start_all()
+        outcomes = peers.finish_all()
+    assert {outcome.exit_code for outcome in outcomes.values()} == {0}, outcomes
+    assert_as_simulated(peers)
 
 
 def test_all_peers_hold_one_consensus_adapter_and_one_story(finished: Finished) -> None:

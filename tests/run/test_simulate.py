@@ -23,8 +23,12 @@ from dlora.programs import simulate as program
 from dlora.run.grouping import find_grouping
 from dlora.run.prepare import prepare
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
+from kit.updates import KINDS
 
-pytestmark = pytest.mark.usefixtures("no_page")
+pytestmark = [
+    pytest.mark.usefixtures("no_page"),
+    pytest.mark.filterwarnings("ignore:peers train one at a time"),
+]
 
 MakeConfig = Callable[..., Config]
 
@@ -95,14 +99,21 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(
             },
             marks=pytest.mark.slow,
         ),
+        *(
+            pytest.param(KINDS[kind], marks=pytest.mark.slow)
+            for kind in ("rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3")
+        ),
     ],
-    ids=["adamw-base-k", "sgd-dropout", "alternate-bfloat16", "local-epochs-dirichlet", "groups"],
+    ids=[
+        *("adamw-base-k", "sgd-dropout", "alternate-bfloat16", "local-epochs-dirichlet", "groups"),
+        *("rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3"),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
     make_config: MakeConfig, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
-    """Interrupted twice, in Dec-LoRA and in a baseline: factors, moments, log and summary are those
-    of one go.
+    """Law 10. Interrupted twice, in Dec-LoRA and in a baseline: factors, moments, log and summary
+    are those of one go.
     """
     overrides = {
         "train.rounds": 7,
