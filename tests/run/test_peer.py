@@ -97,6 +97,7 @@ def test_peers_end_where_their_simulation_ends(finished: Finished) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:peers train one at a time")
 @pytest.mark.parametrize(
     "kind", ["rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3"]
 )
