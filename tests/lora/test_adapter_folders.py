@@ -269,7 +269,8 @@ def test_what_an_adapter_to_begin_with_must_be(make_config: MakeConfig, tmp_path
     folder = Path(config.output_dir, "consensus")
     for more, says in (
         ({"lora.adapter": str(tmp_path)}, "is no folder with a LoRA adapter"),
-        ({"lora.r": 2}, "has r 4, and lora.r here is 2"),
+        ({"lora.r": 2}, "has r 4, and the config has lora.r 2; make"),
+        ({"lora.r": 2, "lora.lora_alpha": 1}, "has r 4, lora_alpha 8, .* lora.r 2, lora.lora_alph"),
         ({"lora.use_rslora": True}, "has use_rslora False"),
         ({"lora.target_modules": ["query"]}, "also holds .*value"),
         ({"lora.target_modules": ["query", "key"]}, "holds no .*key"),

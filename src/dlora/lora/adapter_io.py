@@ -256,13 +256,13 @@ def begin_from(folder: Path, model: StackedModel) -> None:
             " which belongs to changed weights of the model; save it in PEFT with"
             " path_initial_model_for_weight_conversion"
         )
-    for key in _ALIKE:
-        before, now = getattr(stored, key), getattr(model.peft_config, key)
-        if before != now:
-            raise ModelError(
-                f"lora.adapter: {folder} has {key} {before}, and lora.{key} here is {now}; both"
-                " must be the same"
-            )
+    before, now = ({key: getattr(of, key) for key in _ALIKE} for of in (stored, model.peft_config))
+    if differing := [key for key in _ALIKE if before[key] != now[key]]:
+        there = ", ".join(f"{key} {before[key]}" for key in differing)
+        here = ", ".join(f"lora.{key} {now[key]}" for key in differing)
+        raise ModelError(
+            f"lora.adapter: {folder} has {there}, and the config has {here}; make them the same"
+        )
     try:
         found = load_adapter(folder, model, model.head_rest)
     except RunError as error:

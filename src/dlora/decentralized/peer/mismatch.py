@@ -13,7 +13,10 @@ _FOLLOW = {
         "an SVD differs from machine to machine: let one make the file that lora.frame names, and"
         " hand it round"
     ),
-    "initial_factors": "make them alike",
+    "initial_factors": (
+        "they follow from lora.adapter, lora.init_lora_weights and seed: make these alike (pissa and"
+        " olora also need alike machines)"
+    ),
     "adapter": "make the adapter from the same config at every site",
     "frozen": "load the same model at every site, and change none of its frozen weights",
     "start": "set the same seed at every site before the adapter is made",
