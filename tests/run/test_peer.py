@@ -125,6 +125,12 @@ def test_all_peers_hold_one_consensus_adapter_and_one_story(finished: Finished) 
         assert finished.peers.ledger(name) == dict.fromkeys(due, "committed")
 
 
+def test_a_neighbour_that_has_ended_well_has_finished(finished: Finished) -> None:
+    for name in NAMES:
+        reasons = [event["reason"] for event in finished.peers.events(name, "unlinked")]
+        assert reasons == ["it has finished"] * 2, name
+
+
 def test_the_adapters_load_with_peft_and_give_the_printed_score(finished: Finished) -> None:
     prepared = prepare(finished.peers.config)
     batch = collate(prepared.data.evaluation, prepared.pad_token_id)

@@ -4,6 +4,7 @@ import io
 import re
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from dlora.show.progress import STARTING, Progress
@@ -83,6 +84,21 @@ def test_a_real_peer_shows_who_is_here() -> None:
         assert "1.4 MB, north here, west here" in drawn(progress)
         progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})
         assert "north here, west away" in drawn(progress)
+        progress({"event": "unlinked", "neighbour": "north", "reason": "it has finished"})
+        assert "north finished, west away" in drawn(progress)
+
+
+def test_a_log_file_says_at_its_end_that_the_run_has_ended() -> None:
+    """A peer that had finished before and is resumed has no other line after its last phase."""
+    file = io.StringIO()
+    with Progress(Console(file=file)) as progress:
+        progress(STORY[2])
+        progress({"event": "phase", "text": "waiting for the neighbours"})
+    assert file.getvalue().endswith(" finished\n")
+    with pytest.raises(KeyError), Progress(Console(file=file)) as progress:
+        progress(STORY[2])
+        raise KeyError
+    assert not file.getvalue().endswith(" finished\n")
 
 
 def test_a_device_shows_what_goes_to_its_cloud_and_back() -> None:
@@ -149,6 +165,7 @@ def test_where_there_is_no_terminal_a_line_says_what_has_begun() -> None:
         "Dec-LoRA 0/2 rounds",
         "Dec-LoRA 1/2 rounds, loss 0.693, accuracy 84.3 %, 1.4 MB",
         "Alone 3 rounds",
+        "finished",
     ]
 
 
@@ -221,9 +238,6 @@ def test_a_score_of_an_earlier_round_says_so() -> None:
         assert "accuracy 17.8 %, 1.4 MB" in drawn(progress)
         progress(STORY[4] | {"round": 1})
         assert "accuracy 17.8 % after round 1" in drawn(progress)
-        # it has finished, as this peer has
-        progress({"event": "unlinked", "neighbour": "west", "reason": "the link broke"})
-        assert "west gone" in drawn(progress)
 
 
 def test_a_run_whose_first_event_is_its_scoring_has_a_line() -> None:

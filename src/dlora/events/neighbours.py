@@ -15,6 +15,9 @@ class Linked(Timed):
     round: int
 
 
+FINISHED = "it has finished"  # the reason of Unlinked when the neighbour has done its last round
+
+
 class Unlinked(Timed):
     """A link with a neighbour has ended."""
 

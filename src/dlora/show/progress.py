@@ -16,6 +16,7 @@ from rich.text import Text
 from dlora.config.arms import DEC_LORA, arm_of
 from dlora.events.activity import Activity
 from dlora.events.kinds import Event, RoundDone, RoundScored
+from dlora.events.neighbours import FINISHED
 from dlora.show.words import NBSP, bytes_text, score_text, seconds_text
 
 STARTING = "starting: torch and transformers take some seconds to load"
@@ -59,7 +60,7 @@ class Progress:
         self._done: dict[str, int] = {}  # rounds
         self._activities: dict[str, Activity] = {}  # of runs with a schedule
         self._local_steps: dict[str, list[int]] = {}
-        # of a real peer: here, away, gone (once this peer is done) or refused
+        # of a real peer: here, away, finished or refused
         self._neighbours: dict[str, str] = {}
         # the last score, and how many rounds were done then
         self._scored: dict[str, tuple[int, str]] = {}
@@ -148,14 +149,9 @@ class Progress:
                 total = next(task.total for task in self._bars.tasks if task.id == bar)
                 self._bars.update(bar, total=total or 1, completed=total or 1)
             case "linked" | "unlinked" | "refused" as what:
-                away = (
-                    "gone"
-                    if self._done.get(DEC_LORA.name, 0) >= self._rounds.get(DEC_LORA.name, 1)
-                    else "away"
-                )
                 self._neighbours[event["neighbour"]] = {
                     "linked": "here",
-                    "unlinked": away,
+                    "unlinked": "finished" if event.get("reason") == FINISHED else "away",
                     "refused": "refused",
                 }[what]
                 here = ", ".join(
@@ -179,6 +175,8 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        if kind is None and self._prints and self._runs:  # the last phase in a log is over too
+            self._print("finished")
 
     def _bar(self, run: str) -> bars.TaskID:
         """The run's bar, made when the run is first heard of (a resumed one may start in the

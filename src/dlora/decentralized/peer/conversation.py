@@ -19,9 +19,11 @@ from dlora.decentralized.peer.mismatch import difference
 from dlora.decentralized.peer.neighbour import Neighbour
 from dlora.decentralized.peer.patience import BEATS, Patience
 from dlora.errors import RunError
-from dlora.events.neighbours import Linked, NotBelieved, Refused, Unlinked
+from dlora.events.neighbours import FINISHED, Linked, NotBelieved, Refused, Unlinked
 from dlora.wire.frame import Link, Misbehaviour
 from dlora.wire.peer.frames import Chunk, Decided, Frame, Have, Hello, Offer, Shown, Status, Want
+
+BROKE = "the link broke"
 
 
 class Conversation:
@@ -95,7 +97,7 @@ class Conversation:
         writer = asyncio.ensure_future(
             other.write(link, edges.ledger, lambda: edges.round, self.patience.silence_s / BEATS)
         )
-        reason = "the link broke"
+        reason = BROKE
         try:
             edges.waits.heard(other)
             while True:
@@ -123,8 +125,15 @@ class Conversation:
             if other.link is link:
                 other.link = None
                 other.all_said.set()
+                if reason == BROKE and self._has_finished(other):
+                    reason = FINISHED
             self._unlinked(name, reason)
             edges.waits.pulse()
+
+    def _has_finished(self, other: Neighbour) -> bool:
+        """Whether it said that its last round and the average at the end are done."""
+        round = other.round or 0
+        return round > 1 and not self.messages.sizes(round_message(round - 1))
 
     def _unlinked(self, name: str, reason: str) -> None:
         self.edges.report(Unlinked(event="unlinked", neighbour=name, reason=reason))
