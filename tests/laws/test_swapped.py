@@ -193,6 +193,7 @@ def test_a_resumed_run_ends_with_the_same_bits(make_config: MakeConfig, tmp_path
         ({"peft": {"peft_type": "LORA"}}, "for LoRA use lora"),
         ({"peft": {}}, "peft names another adapter"),
         ({"lora": {"r": 2}}, "peft and lora are two kinds of adapter"),
+        ({"bottleneck": {"r": 2}}, "peft and bottleneck are two kinds of adapter"),
         ({"schedule": {"kind": "kr"}}, "schedule.kind kr does not go with peft"),
         ({"peers.rule": "ffa"}, "peers.rule ffa does not go with peft"),
         ({"split": {"cloud": "hub"}}, "split hub does not go with peft"),

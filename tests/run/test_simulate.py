@@ -22,6 +22,7 @@ from dlora.events.log import read_log
 from dlora.programs import simulate as program
 from dlora.run.grouping import find_grouping
 from dlora.run.prepare import prepare
+from kit.bottlenecks import BOTTLENECK
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 from kit.updates import KINDS
 
@@ -103,10 +104,11 @@ def test_the_adapters_load_with_peft_and_give_the_printed_score(
             pytest.param(KINDS[kind], marks=pytest.mark.slow)
             for kind in ("rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3")
         ),
+        pytest.param(BOTTLENECK, marks=pytest.mark.slow),
     ],
     ids=[
         *("adamw-base-k", "sgd-dropout", "alternate-bfloat16", "local-epochs-dirichlet", "groups"),
-        *("rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3"),
+        *("rslora", "patterns", "dora", "pissa", "biases", "whole-modules", "ia3", "bottleneck"),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(

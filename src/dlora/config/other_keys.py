@@ -78,6 +78,7 @@ OF_A_RUN = frozenset(
         "shard_model",
         "peft",
         "lora",
+        "bottleneck",
         "data",
         "train",
         "peers",

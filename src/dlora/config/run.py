@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dlora.config.arms import Baseline
+from dlora.config.bottleneck import BottleneckSection, check_bottleneck
 from dlora.config.peers import PeersSection
 from dlora.config.reading import Document, Section, Text
 from dlora.config.training import TAKEN_OUT, DataSection, LoraSection, TrainSection, only_biases
@@ -164,6 +165,7 @@ class Config(Document):
             " {bias: all}, the frozen model's biases; peers then train one at a time"
         ),
     )
+    bottleneck: BottleneckSection | None = Field(None, description="instead of lora; null: lora")
     data: DataSection
     train: TrainSection = TrainSection()
     peers: PeersSection = PeersSection()
@@ -210,6 +212,8 @@ class Config(Document):
                 f"eval_peers none switches off what eval_peers_every {self.eval_peers_every} asks"
                 " for; remove one of them"
             )
+        if self.bottleneck is not None:
+            check_bottleneck(self.lora, self.peers.rule, self.split, self.schedule.kind)
         if self.task == "causal-lm" and self.pooling is not None:
             raise ValueError("pooling belongs to task classification; remove it")
         if self.task == "causal-lm" and self.data.partition.kind in ("dirichlet", "label-shares"):
@@ -260,8 +264,12 @@ class Config(Document):
                     "peft names another adapter than LoRA, such as {peft_type: IA3}, or the biases"
                     " {bias: all}; for LoRA use lora"
                 )
-            if self.lora.model_copy(update={"train_head": True}) != LoraSection():
-                raise ValueError("peft and lora are two kinds of adapter; keep one")
+            if (
+                self.bottleneck
+                or self.lora.model_copy(update={"train_head": True}) != LoraSection()
+            ):
+                other = "bottleneck" if self.bottleneck else "lora"
+                raise ValueError(f"peft and {other} are two kinds of adapter; keep one block")
         what = "lora.modules_to_save" if self.peft is None else "peft"
         for key, value, wanted in (
             ("schedule.kind", self.schedule.kind, "all"),
@@ -275,6 +283,11 @@ class Config(Document):
                     f"{key} {value} does not go with {what}, with which peers train more than pairs"
                     " of A and B: remove one of them"
                 )
+
+    @property
+    def adapter_section(self) -> LoraSection | BottleneckSection:
+        """The block of the kind of adapter that trains."""
+        return self.lora if self.bottleneck is None else self.bottleneck
 
     def _hands_off(self) -> bool:
         return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"

@@ -1,10 +1,10 @@
-"""Writes an adapter to a PEFT folder and reads it again; no other file knows PEFT's file format."""
+"""Writes an adapter to a folder and reads it again; no other file knows PEFT's file format."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dlora.errors import ModelError, RunError
 from dlora.files import write_atomically
+from dlora.lora.bottleneck_io import FACTS, check_bottleneck_folder, write_bottleneck
+from dlora.lora.bottleneck_io import WEIGHTS as BOTTLENECK
 from dlora.lora.core import pairs
 from dlora.lora.stacked import StackedModel, whole
 from dlora.lora.swapped import SwappedModel
@@ -50,8 +52,25 @@ def save_adapter(
     second file, which `load_adapter` reads. A README.md says what the folder holds. When a
     ``tokenizer`` is given, its files are written too, because servers look for them in the folder.
     Raises RunError when the folder cannot be written.
+
+    PEFT has no bottleneck adapters: their folder has a form of its own.
     """
     own = {name: tensor.detach().float().cpu() for name, tensor in factors.items()}
+    try:
+        if model.bottleneck is not None:
+            write_bottleneck(folder, own, model, tokenizer)
+        else:
+            _write_peft(folder, own, model, tokenizer)
+    except OSError as error:
+        raise RunError(
+            f"adapter {folder} cannot be written ({error.strerror}); fix that, then go on with"
+            " --resume"
+        ) from error
+
+
+def _write_peft(
+    folder: Path, own: Mapping[str, Tensor], model: StackedModel, tokenizer: Any
+) -> None:
     weights = (
         model.state(own)
         if isinstance(model, SwappedModel)
@@ -64,20 +83,14 @@ def save_adapter(
     cores = {
         name: tensor[0].contiguous() for name, tensor in own.items() if name.endswith(".lora_M")
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
-        if cores:
-            write_atomically(folder / _CORES, save(cores))
-        _exported(model).save_pretrained(str(folder))
-        write_atomically(folder / "README.md", model_card(model))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
-    except OSError as error:
-        raise RunError(
-            f"adapter {folder} cannot be written ({error.strerror}); fix that, then go on with"
-            " --resume"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
+    if cores:
+        write_atomically(folder / _CORES, save(cores))
+    _exported(model).save_pretrained(str(folder))
+    write_atomically(folder / "README.md", model_card(model))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _given_back(name: str, tensor: Tensor, taken_out: Mapping[str, Tensor]) -> Tensor:
@@ -97,6 +110,7 @@ def _given_back(name: str, tensor: Tensor, taken_out: Mapping[str, Tensor]) -> T
 def _exported(model: StackedModel) -> peft.LoraConfig:
     """The PEFT config that a folder of this model has."""
     config = copy.deepcopy(model.peft_config)
+    assert config is not None  # the folder of a bottleneck adapter has another form
     if model.taken_out:  # twice the rank, the same scaling
         more = math.sqrt(2) if config.use_rslora else 2
         config.init_lora_weights = True
@@ -187,17 +201,15 @@ def load_adapter(
             raise RunError(f"adapter {folder}: {_WEIGHTS} cannot be read ({error})") from error
     expected, taken_out = {**model.initial, **(more or {})}, model.taken_out
     stored: dict[str, Tensor] = {}
-    for file in (
-        _WEIGHTS,
-        *([_CORES] if any(name.endswith(".lora_M") for name in expected) else []),
-    ):
+    own_form = any(name.endswith(".down_weight") for name in expected)  # a bottleneck's
+    cores = any(name.endswith(".lora_M") for name in expected)
+    for file in [BOTTLENECK] if own_form else [_WEIGHTS, *([_CORES] if cores else [])]:
         try:
             stored |= load_file(folder / file)
         except (OSError, safetensors.SafetensorError) as error:
             raise RunError(f"adapter {folder}: {file} cannot be read ({error})") from error
-    factors = {
-        name: stored[_to_peft(name)].unsqueeze(0) for name in expected if _to_peft(name) in stored
-    }
+    inside = {name: name if own_form else _to_peft(name) for name in expected}
+    factors = {name: stored[path].unsqueeze(0) for name, path in inside.items() if path in stored}
     for name in factors.keys() & set(taken_out):  # the first half is the participant's own
         if name.endswith(".lora_A"):
             factors[name] = factors[name].chunk(2, dim=1)[0]
@@ -228,7 +240,8 @@ def keep_begun(given: Path, run: Path) -> None:
     made = run / f".{BEGUN_FROM}.tmp"
     try:
         made.mkdir(exist_ok=True)
-        for name in (_WEIGHTS, "adapter_config.json"):
+        peft_folder = (given / _WEIGHTS).exists()
+        for name in (_WEIGHTS, "adapter_config.json") if peft_folder else (BOTTLENECK, FACTS):
             write_atomically(made / name, (given / name).read_bytes())
         made.rename(kept)
     except OSError as error:
@@ -236,11 +249,39 @@ def keep_begun(given: Path, run: Path) -> None:
 
 
 def begin_from(folder: Path, model: StackedModel) -> None:
-    """Let every participant begin with the adapter in a PEFT folder: ``model.initial`` and the rest
-    of the head become those of the folder.
+    """Let every participant begin with the adapter in a folder: ``model.initial`` and the rest of
+    the head become those of the folder.
 
     Raises ModelError when the folder holds no adapter, or one of another form.
     """
+    inside: Callable[[str], str] = _to_peft
+    block, file_name = "lora", _WEIGHTS
+    if model.bottleneck is not None:
+        block, file_name, inside = "bottleneck", BOTTLENECK, str
+        check_bottleneck_folder(folder, model.bottleneck)
+    else:
+        _check_alike(folder, model)
+    try:
+        found = load_adapter(folder, model, model.head_rest)
+    except RunError as error:
+        raise ModelError(f"{block}.adapter: {error}") from error
+    with safetensors.safe_open(folder / file_name, "pt") as file:
+        more = set(file.keys()) - {inside(name) for name in found}
+    if more and not isinstance(model, SwappedModel):  # whose tensors were compared already
+        raise ModelError(
+            f"{block}.adapter: {folder} also holds {min(more)}, which {block}.target_modules here"
+            " do not name; name the same"
+        )
+    for name, tensor in found.items():
+        if name in model.initial:
+            model.initial[name] = tensor[0].float()
+        else:
+            model.head_rest[name] = tensor[0].float()
+            model.network.get_parameter(name).data.copy_(tensor[0])
+
+
+def _check_alike(folder: Path, model: StackedModel) -> None:
+    """Raise ModelError if the folder holds no LoRA adapter, or one of another form."""
     try:
         stored = peft.PeftConfig.from_pretrained(str(folder)) if folder.is_dir() else None
     except (OSError, ValueError, TypeError, KeyError):
@@ -263,23 +304,6 @@ def begin_from(folder: Path, model: StackedModel) -> None:
         raise ModelError(
             f"lora.adapter: {folder} has {there}, and the config has {here}; make them the same"
         )
-    try:
-        found = load_adapter(folder, model, model.head_rest)
-    except RunError as error:
-        raise ModelError(f"lora.adapter: {error}") from error
-    with safetensors.safe_open(folder / _WEIGHTS, "pt") as file:
-        more = set(file.keys()) - {_to_peft(name) for name in found}
-    if more and not isinstance(model, SwappedModel):  # whose tensors were compared already
-        raise ModelError(
-            f"lora.adapter: {folder} also holds {min(more)}, which lora.target_modules here do not"
-            " name; name the same"
-        )
-    for name, tensor in found.items():
-        if name in model.initial:
-            model.initial[name] = tensor[0].float()
-        else:
-            model.head_rest[name] = tensor[0].float()
-            model.network.get_parameter(name).data.copy_(tensor[0])
 
 
 def _to_peft(name: str) -> str:

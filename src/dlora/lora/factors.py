@@ -3,8 +3,9 @@
 Shape letters: P participants, R rank, I in, O out. ``Factors`` maps a name to one tensor for all
 participants, and its first dimension is the participant: ``<module>.lora_A`` (P, R, I) and
 ``<module>.lora_B`` (P, O, R), with DoRA ``<module>.lora_magnitude_vector`` (P, O) too, or under
-placement core only ``<module>.lora_M`` (P, R, R). A trained head has ``<module>.weight`` (P, O, I)
-and ``<module>.bias`` (P, O).
+placement core only ``<module>.lora_M`` (P, R, R). A bottleneck adapter has ``<module>.down_weight``
+(P, R, O), ``down_bias`` (P, R), ``up_weight`` (P, O, R) and ``up_bias`` (P, O). A trained head has
+``<module>.weight`` (P, O, I) and ``<module>.bias`` (P, O).
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import torch
 from torch import Tensor
 
 Factors = dict[str, Tensor]
+BOTTLENECK = ("down_weight", "down_bias", "up_weight", "up_bias")
+_OF_ADAPTERS = ("lora_A", "lora_B", "lora_M", "lora_magnitude_vector", *BOTTLENECK)
+# one for each adapted module
+_ONE_A_MODULE = (".lora_A", ".lora_M", ".down_weight")
 Zeros = Callable[[Sequence[int]], Tensor]  # makes a tensor of this shape
 
 # numbers whose distance to the mean is computed at once: 64 MiB
@@ -93,11 +98,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def target_names(initial: Mapping[str, Tensor]) -> list[str]:
     """The dotted names of the adapted modules, sorted."""
-    return sorted(
-        name.rpartition(".")[0] for name in initial if name.endswith((".lora_A", ".lora_M"))
-    )
+    return sorted(name.rpartition(".")[0] for name in initial if name.endswith(_ONE_A_MODULE))
 
 
 def is_head(name: str) -> bool:
     """Whether the tensor of this name belongs to a head and not to an adapted module."""
-    return not name.endswith((".lora_A", ".lora_B", ".lora_M", ".lora_magnitude_vector"))
+    return name.rpartition(".")[2] not in _OF_ADAPTERS

@@ -7,6 +7,8 @@ trains P participants (P = 1 is plain LoRA).
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 # This comes before peft: it silences the messages that peft's imports print.
@@ -21,8 +23,10 @@ with without_bitsandbytes():
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dlora.lora.factors import BOTTLENECK, Factors
 
-class _Adapted(nn.Module):
+
+class Adapted(nn.Module):
     """A frozen linear with an update.
 
     ``bare``: the network has read its ``weight`` directly, which does not contain the update.
@@ -43,7 +47,7 @@ class _Adapted(nn.Module):
         return self.base_layer.bias
 
 
-class StackedLora(_Adapted):
+class StackedLora(Adapted):
     """y = base(x) + scaling * (x A_p^T) B_p^T, where row block p of x belongs to participant p.
 
     `StackedModel.use` binds ``lora_A`` (P, R, I) and ``lora_B`` (P, O, R). They are no
@@ -114,7 +118,7 @@ class StackedDora(StackedLora):
         return square_PO.clamp(min=0).sqrt()
 
 
-class StackedCore(_Adapted):
+class StackedCore(Adapted):
     """y = base(x) + scaling * (x A^T) M_p^T B^T.
 
     All participants share the core directions A and B, and each has its own core M_p.
@@ -148,6 +152,54 @@ class StackedCore(_Adapted):
         return y.view(result.shape).to(result.dtype)
 
 
+class StackedBottleneck(Adapted):
+    """y = h + act(h D_p^T + d_p) U_p^T + u_p, where h = base(x), and row block p of x belongs to
+    participant p.
+
+    `StackedModel.use` binds ``down_weight`` (P, R, O), which is D, ``down_bias`` (P, R),
+    ``up_weight`` (P, O, R), which is U, and ``up_bias`` (P, O).
+    """
+
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+
+    def __init__(self, base_layer: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(P x ..., I) -> (P x ..., O)."""
+        h: Tensor = self.base_layer(x)
+        # a device map may have put this layer on another device
+        factors = [getattr(self, name).to(h.device) for name in BOTTLENECK]
+        down_weight, down_bias, up_weight, up_bias = factors
+        h_PNO = h.to(down_weight.dtype).reshape(len(down_weight), -1, h.shape[-1])
+        z_PNR = torch.baddbmm(down_bias.unsqueeze(1), h_PNO, down_weight.transpose(1, 2))
+        a_PNR = activate(self.activation, z_PNR)
+        update_PNO = torch.baddbmm(up_bias.unsqueeze(1), a_PNR, up_weight.transpose(1, 2))
+        return h + update_PNO.view(h.shape).to(h.dtype)
+
+
+def activate(activation: str, z: Tensor) -> Tensor:
+    """gelu, relu or silu of each number of ``z``."""
+    a: Tensor = getattr(F, activation)(z)
+    return a
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What an adapter folder says of the bottleneck adapters in it."""
+
+    base_model: str
+    task: str
+    r: int
+    activation: str
+    modules: tuple[str, ...]  # full names of the linears after which they stand
+
+
 class StackedLinear(nn.Module):
     """A trained head: y = x W_p^T + b_p.
 
@@ -166,3 +218,36 @@ class StackedLinear(nn.Module):
             y_PNO = y_PNO + self.bias.unsqueeze(1)
         # a copy, because FSDP2 warns of a model whose result is a view
         return y_PNO.view(*x.shape[:-1], y_PNO.shape[-1]).clone()
+
+
+def stack_head(network: nn.Module, head: Collection[str]) -> tuple[Factors, Factors]:
+    """Replace the linears of the ``head`` by stacked ones; returns their values, and those of its
+    other tensors, which are never trained.
+    """
+    factors: Factors = {}
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, nn.Linear) and any(
+            name == top or name.startswith(f"{top}.") for top in head
+        ):
+            factors |= {
+                f"{name}.{attribute}": fresh(value) for attribute, value in layer.named_parameters()
+            }
+            replace(network, name, StackedLinear())
+    # for example a norm's weight: PEFT reads the whole head from the adapter folder
+    rest = {
+        name: fresh(value)
+        for name, value in network.state_dict().items()
+        if any(name.startswith(f"{top}.") for top in head) and name not in factors
+    }
+    return factors, rest
+
+
+def fresh(tensor: Tensor) -> Tensor:
+    """A float32 copy on the CPU."""
+    return tensor.detach().float().cpu().clone()
+
+
+def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` in the place of the module of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, layer)

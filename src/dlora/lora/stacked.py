@@ -24,8 +24,15 @@ from dlora.config.training import TAKEN_OUT, LoraSection
 from dlora.errors import ModelError
 from dlora.lora.biases import stack_biases, trained_biases
 from dlora.lora.core import Directions, compute_directions, directions_of
-from dlora.lora.factors import Factors
-from dlora.lora.layers import StackedCore, StackedDora, StackedLinear, StackedLora
+from dlora.lora.layers import (
+    Bottleneck,
+    StackedCore,
+    StackedDora,
+    StackedLora,
+    fresh,
+    replace,
+    stack_head,
+)
 from dlora.lora.targets import find_targets, short_names
 
 
@@ -38,6 +45,7 @@ class StackedModel:
     - ``frozen_head``: the names in ``initial`` that are never trained in this run (a new head under
       ``train_head: false``).
     - ``peft_config``: the PEFT config that is written to an adapter folder of this model.
+    - ``bottleneck``: the same for bottleneck adapters, which PEFT does not have; one of the two.
     - ``directions``: under placement core, A and B of each module; else empty.
     - ``taken_out``: the A and B that PiSSA or OLoRA have taken out of the frozen weights, where the
       participants begin; else empty. An adapter folder gives them back to the weights.
@@ -48,10 +56,11 @@ class StackedModel:
     network: Any
     initial: dict[str, Tensor]
     frozen_head: frozenset[str]
-    peft_config: peft.LoraConfig
+    peft_config: peft.PeftConfig | None
     directions: Directions = field(default_factory=dict)
     head_rest: dict[str, Tensor] = field(default_factory=dict)
     taken_out: dict[str, Tensor] = field(default_factory=dict)
+    bottleneck: Bottleneck | None = None
 
     def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
         """Bind every layer to these (P, ...) tensors until the next call. Nothing is copied.
@@ -126,32 +135,17 @@ def attach(
     else:
         initial = {}
         for name, layer in placed.items():
-            initial[f"{name}.lora_A"] = _fresh(layer.lora_A["default"].weight)
-            initial[f"{name}.lora_B"] = _fresh(layer.lora_B["default"].weight)
+            initial[f"{name}.lora_A"] = fresh(layer.lora_A["default"].weight)
+            initial[f"{name}.lora_B"] = fresh(layer.lora_B["default"].weight)
             if section.use_dora:
                 magnitude = layer.lora_magnitude_vector["default"].weight
-                initial[f"{name}.lora_magnitude_vector"] = _fresh(magnitude)
+                initial[f"{name}.lora_magnitude_vector"] = fresh(magnitude)
             stacked = StackedDora if section.use_dora else StackedLora
             base, scaling = layer.get_base_layer(), layer.scaling["default"]
-            _replace(network, name, stacked(base, scaling, section.lora_dropout))
+            replace(network, name, stacked(base, scaling, section.lora_dropout))
     adapted = {f"{name}.bias": f"{name}.base_layer.bias" for name in placed}
     bias_factors = stack_biases(network, [adapted.get(name, name) for name in biases])
-    head_factors: Factors = {}
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, nn.Linear) and any(
-            name == top or name.startswith(f"{top}.") for top in head
-        ):
-            head_factors |= {
-                f"{name}.{attribute}": _fresh(value)
-                for attribute, value in layer.named_parameters()
-            }
-            _replace(network, name, StackedLinear())
-    # for example a norm's weight: PEFT reads the whole head from the adapter folder
-    head_rest = {
-        name: _fresh(value)
-        for name, value in network.state_dict().items()
-        if any(name.startswith(f"{top}.") for top in head) and name not in head_factors
-    }
+    head_factors, head_rest = stack_head(network, head)
     peft_config.modules_to_save = list(head) or None
     peft_config.target_modules = written  # a list keeps its order, which a set does not
     peft_config.base_model_name_or_path = frozen.source
@@ -207,7 +201,7 @@ def _place_cores(
     for name, layer in placed.items():
         device = next(linears[name].parameters()).device
         lora_A, lora_B = (directions[f"{name}.{half}"].to(device) for half in ("lora_A", "lora_B"))
-        _replace(
+        replace(
             network,
             name,
             StackedCore(
@@ -242,12 +236,3 @@ def _refuse_taken_out(network: nn.Module, section: LoraSection, targets: Collect
 def whole(number: float) -> float:
     """16.0 becomes 16, because vLLM and SGLang read ``lora_alpha`` as a whole number."""
     return int(number) if number == int(number) else number
-
-
-def _fresh(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().clone()
-
-
-def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, layer)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # These come before peft: they silence the messages that peft's imports print.
-from dlora.lora.core import Directions
-from dlora.lora.stacked import StackedModel, attach, lora_config
+from dlora.lora.stacked import StackedModel, lora_config
 from dlora.model.load import FrozenModel
 from dlora.model.quiet import quietly, without_bitsandbytes
 
@@ -99,16 +98,11 @@ class SwappedModel(StackedModel):
         return {name: own[name].detach().clone()[None] for name in self.initial}
 
 
-def adapt(
-    frozen: FrozenModel, config: Config, directions: Directions | None = None
-) -> StackedModel:
-    """The model with the adapters that the config names. The choice: LoRA is stacked, so that
-    participants share a forward pass; what `_why_swapped` tells of is swapped. Raises ModelError
-    and ConfigError.
+def swap(frozen: FrozenModel, config: Config, reason: str) -> SwappedModel:
+    """The model with the adapters of the config's block peft, or of lora with modules_to_save.
+
+    Raises ModelError when PEFT cannot make them, or when a target matches nothing.
     """
-    reason = _why_swapped(config)
-    if reason is None:
-        return attach(frozen, config.lora, config.task, config.seed, directions)
     try:
         section = _section(frozen, config)
         if config.task == "classification" and config.pooling == "mean":
@@ -145,16 +139,6 @@ def adapt(
         peft_config=section,
         reason=reason,
     )
-
-
-def _why_swapped(config: Config) -> str | None:
-    """Why participants cannot share a forward pass with these adapters; None: they can."""
-    if config.peft is not None:
-        kind = "trained biases" if only_biases(config.peft) else config.peft["peft_type"]
-        return f"only lora trains several at once, and the config asks for {kind}"
-    if config.lora.modules_to_save is not None:
-        return f"whole modules train ({', '.join(config.lora.modules_to_save)})"
-    return None
 
 
 def _section(frozen: FrozenModel, config: Config) -> peft.PeftConfig:

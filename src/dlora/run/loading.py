@@ -18,11 +18,11 @@ from dlora.decentralized.drawn import drawn_peers
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import ConfigError
 from dlora.lora.active import named_units
+from dlora.lora.adapt import adapt
 from dlora.lora.adapter_io import BEGUN_FROM, begin_from
 from dlora.lora.factors import target_names
 from dlora.lora.sharded import ShardedModel
 from dlora.lora.stacked import StackedModel
-from dlora.lora.swapped import adapt
 from dlora.lora.units import Unit, adapted_units, core_units, find_units, renamed
 from dlora.model.fingerprints import fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer, resolve_device
@@ -130,10 +130,11 @@ def load_frozen(
 
 def _begin(config: Config, resume: bool, model: StackedModel) -> None:
     """Let all begin with the adapter that the config names; a resumed run has a copy of it."""
-    if config.lora.adapter is None:
+    given = config.adapter_section.adapter
+    if given is None:
         return
     kept = Path(config.output_dir, BEGUN_FROM)
-    begin_from(kept if resume and kept.is_dir() else Path(config.lora.adapter), model)
+    begin_from(kept if resume and kept.is_dir() else Path(given), model)
 
 
 def _doubt_participation(config: Config, topology: Topology) -> None:

@@ -167,8 +167,9 @@ class Prepared:
 
     def keep_adapter(self) -> None:
         """Copy the adapter from which all begin into the run folder, if it is not there yet."""
-        if self.config.lora.adapter is not None:
-            keep_begun(Path(self.config.lora.adapter), Path(self.config.output_dir))
+        given = self.config.adapter_section.adapter
+        if given is not None:
+            keep_begun(Path(given), Path(self.config.output_dir))
 
     def keep_directions(self) -> None:
         """Under placement core: write the file of the run folder, if it does not exist."""
@@ -209,6 +210,25 @@ def _try(
         raise ranks.told_once(error) from error
 
 
+def _adapter_facts(config: Config, targets: list[str]) -> dict[str, Any]:
+    """What the manifest says of the adapter."""
+    if config.peft is not None:
+        return {"peft": config.peft}
+    if (section := config.bottleneck) is not None:
+        bottleneck = {"r": section.r, "activation": section.activation, "targets": targets}
+        return {"bottleneck": bottleneck}
+    lora = config.lora
+    facts: dict[str, Any] = {"r": lora.r, "lora_alpha": lora.lora_alpha, "targets": targets}
+    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if value := getattr(lora, key):
+            facts[key] = value
+    if lora.bias != "none":
+        facts["bias"] = lora.bias
+    if lora.placement == "core":
+        facts["placement"] = "core"
+    return {"lora": facts}
+
+
 def prepare(
     config: Config,
     phase: Callable[[str], object] = lambda text: None,
@@ -244,14 +264,9 @@ def prepare(
         "quantization": config.quantization,
         "labels": data.label_names,
         "max_length": config.data.max_length,
-        "lora": {
-            "r": config.lora.r,
-            "lora_alpha": config.lora.lora_alpha,
-            "targets": target_names(model.initial),
-        }
-        if config.peft is None
-        else {"peft": config.peft},
-        "train_head": config.lora.train_head and any(is_head(name) for name in model.initial),
+        **_adapter_facts(config, target_names(model.initial)),
+        "train_head": config.adapter_section.train_head
+        and any(is_head(name) for name in model.initial),
         "initial_factors": digest(model.initial | model.head_rest),
         "topology": config.peers.topology.model_dump(mode="json", exclude_none=True),
         "weights": config.peers.weights,
@@ -260,15 +275,11 @@ def prepare(
         "period": config.peers.period if config.peers.rule == "alternate" else None,
         "wire": config.peers.wire,
     }
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if value := getattr(config.lora, key):
-            manifest["lora"][key] = value
     if config.peers.overlap:
         manifest["overlap"] = True
     if config.peers.participation < 1:
         manifest["participation"] = config.peers.participation
     if config.lora.placement == "core":
-        manifest["lora"]["placement"] = "core"
         manifest["frame"] = digest(model.directions)
     if config.schedule.kind != "all":
         manifest["schedule"] = config.schedule.model_dump(mode="json", exclude_none=True)

@@ -10,7 +10,7 @@ from dlora.data.batches import collate
 from dlora.data.formats import Example
 from dlora.errors import ModelError
 from dlora.lora.factors import stack
-from dlora.lora.layers import StackedCore, StackedLora
+from dlora.lora.layers import Adapted
 from dlora.lora.stacked import StackedModel
 from dlora.train import forward
 
@@ -21,9 +21,7 @@ def try_model(model: StackedModel, rows: Sequence[Example], pad_token_id: int, n
     effect.
     """
     layers = {
-        path: layer
-        for path, layer in model.network.named_modules()
-        if isinstance(layer, (StackedLora, StackedCore))
+        path: layer for path, layer in model.network.named_modules() if isinstance(layer, Adapted)
     }
     called: set[str] = set()
     versions = {path: parameter._version for path, parameter in model.network.named_parameters()}

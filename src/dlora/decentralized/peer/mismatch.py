@@ -14,8 +14,8 @@ _FOLLOW = {
         " hand it round"
     ),
     "initial_factors": (
-        "they follow from lora.adapter, lora.init_lora_weights and seed: make these alike (pissa and"
-        " olora also need alike machines)"
+        "they follow from lora.adapter, lora.init_lora_weights and seed: make these alike (pissa"
+        " and olora also need alike machines)"
     ),
     "adapter": "make the adapter from the same config at every site",
     "frozen": "load the same model at every site, and change none of its frozen weights",

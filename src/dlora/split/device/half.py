@@ -14,10 +14,10 @@ from transformers.initialization import no_init_weights
 
 from dlora.config.run import Config
 from dlora.errors import ModelError
+from dlora.lora.adapt import adapt
 from dlora.lora.core import Directions
 from dlora.lora.factors import target_names
 from dlora.lora.layers import StackedLinear
-from dlora.lora.stacked import attach
 from dlora.lora.units import adapted_units, core_units, find_units
 from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint
@@ -131,7 +131,7 @@ def load_half(
                 torch.zeros(1, 1).expand(layer.weight.shape), requires_grad=False
             )
     whole = FrozenModel(network, frozen.source, frozen.head)
-    stacked = attach(whole, config.lora, config.task, config.seed, directions, weights_here=False)
+    stacked = adapt(whole, config, directions, weights_here=False)
     predicts_tokens = config.task == "causal-lm"
     model = SplitModel(**vars(stacked), body=remote, predicts_tokens=predicts_tokens)
     _empty(body, embedding)
