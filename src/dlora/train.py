@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -18,6 +17,7 @@ from dlora.lora.active import ActiveUnits, Scheduled
 from dlora.lora.factors import Factors, Zeros, stack
 from dlora.lora.moments import Moments, leaf_rows
 from dlora.lora.stacked import StackedModel
+from dlora.tasks.losses import num_targets, summed_loss
 
 
 class Group:
@@ -254,7 +254,7 @@ def local_steps(
         model.use(group.parameters, group.units.killed if group.units else frozenset())
         targets_P = torch.zeros(num_participants, dtype=torch.int64)
         for batch in micro_batches:
-            targets_P += num_targets(batch.labels, num_participants)
+            targets_P += num_targets(model.task, batch.labels, num_participants)
         if add_up is not None:
             add_up([targets_P])
         targets_P.clamp_(min=1)  # a step without targets must not divide by zero
@@ -263,9 +263,8 @@ def local_steps(
             batch = batch.to(model.device)
             with autocast(model.device, autocast_dtype):
                 logits = forward(model, batch)
-            micro_loss_P = summed_loss(logits, batch.labels, num_participants) / targets_P.to(
-                model.device
-            )
+            micro_loss_P = summed_loss(model.task, logits, batch.labels, num_participants)
+            micro_loss_P = micro_loss_P / targets_P.to(model.device)
             micro_loss_P.sum().backward()
             loss_P += micro_loss_P.detach().cpu()
         if add_up is not None:
@@ -287,22 +286,6 @@ def forward(model: StackedModel, batch: Batch) -> Tensor:
     model.pass_begins()
     logits: Tensor = model.network(**arguments, **model.inputs_for(batch.labels)).logits
     return logits
-
-
-def summed_loss(logits: Tensor, labels: Tensor, num_participants: int) -> Tensor:
-    """Cross entropy summed over each participant's targets: (P,). Labels of -100 are no targets."""
-    if logits.dim() == 3:  # a language model: position l predicts token l + 1
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    losses = F.cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=-100
-    )
-    return losses.view(num_participants, -1).sum(dim=1)
-
-
-def num_targets(labels: Tensor, num_participants: int) -> Tensor:
-    """How many targets each participant has: (P,)."""
-    counted = labels if labels.dim() == 1 else labels[:, 1:]
-    return (counted.reshape(num_participants, -1) != -100).sum(dim=1)
 
 
 @torch.no_grad()

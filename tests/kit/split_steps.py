@@ -14,7 +14,8 @@ from dlora.lora.factors import Factors
 from dlora.lora.stacked import StackedModel
 from dlora.split.cloud.body import Body
 from dlora.split.device.half import Half
-from dlora.train import forward, num_targets, summed_loss
+from dlora.tasks.losses import num_targets, summed_loss
+from dlora.train import forward
 from kit.queue_cloud import QueueCloud, cloud_body
 
 BODIES: dict[Path, Body] = {}  # a body is read once; nothing of a device stays in it
@@ -30,8 +31,9 @@ def cloud_of(config: Config, **arguments: Any) -> QueueCloud:
 def step_of(model: StackedModel, values: Factors, own_batch: Batch) -> tuple[torch.Tensor, Factors]:
     """Loss and gradients of one backward."""
     model.use(values)
-    loss = summed_loss(forward(model, own_batch), own_batch.labels, 1) / num_targets(
-        own_batch.labels, 1
+    labels = own_batch.labels
+    loss = summed_loss(model.task, forward(model, own_batch), labels, 1) / num_targets(
+        model.task, labels, 1
     )
     loss.sum().backward()
     return loss.detach(), {

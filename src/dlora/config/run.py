@@ -10,6 +10,7 @@ from dlora.config.arms import Baseline
 from dlora.config.bottleneck import BottleneckSection, check_bottleneck
 from dlora.config.peers import PeersSection
 from dlora.config.reading import Document, Section, Text
+from dlora.config.tasks import TASKS
 from dlora.config.training import TAKEN_OUT, DataSection, LoraSection, TrainSection, only_biases
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -214,12 +215,14 @@ class Config(Document):
             )
         if self.bottleneck is not None:
             check_bottleneck(self.lora, self.peers.rule, self.split, self.schedule.kind)
-        if self.task == "causal-lm" and self.pooling is not None:
-            raise ValueError("pooling belongs to task classification; remove it")
-        if self.task == "causal-lm" and self.data.partition.kind in ("dirichlet", "label-shares"):
+        task = TASKS[self.task]
+        if self.pooling is not None and not task.can_pool:
+            fitting = " or ".join(name for name, task in TASKS.items() if task.can_pool)
+            raise ValueError(f"pooling belongs to task {fitting}; remove it")
+        if self.data.partition.kind in ("dirichlet", "label-shares") and task.label != "class":
             raise ValueError(
-                f"partition {self.data.partition.kind} needs labels; causal-lm has none: take iid,"
-                " by-column or files"
+                f"partition {self.data.partition.kind} needs labels; {self.task} has none: take"
+                " iid, by-column or files"
             )
         if self.lora.placement == "core" and self.peers.rule != "factor":
             raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from dlora.config.launchers import launched, refuse_ranks
 from dlora.config.run import Config
+from dlora.config.tasks import TASKS
 from dlora.config.training import DataSection, PartitionSection
 from dlora.data.rows import check_there
 from dlora.errors import ConfigError
@@ -83,7 +84,7 @@ def own_section(section: DataSection, task: str, name: str, alone: bool) -> Data
             f"data.partition {section.partition.kind} divides rows among peers; a real peer has its"
             " own: remove it"
         )
-    if task == "classification" and section.labels is None and not alone:
+    if TASKS[task].names_labels and section.labels is None and not alone:
         raise ConfigError(
             "data.labels is missing; a peer sees only its own labels, so the config must list all,"
             " in one order"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dlora.config.tasks import TASKS
 from dlora.config.training import DataSection
 from dlora.data.checks import cut_counts, leaks, seen_share
 from dlora.data.first_look import own_section
@@ -103,7 +104,7 @@ def _read_training(
     about them.
     """
     train = read_placed(section.train, section.columns, _required(section, task) + owner)
-    if task != "classification":
+    if not TASKS[task].names_labels:
         return train, None, []
     kept = leave_out(section, train)
     names = label_names(section, kept)
@@ -169,7 +170,7 @@ def encode_evaluation(
     is a DataError. Every other mistake in the file is one too.
     """
     placed = read_placed(section.eval, section.columns, _required(section, task))
-    placed = leave_out(section, placed) if task == "classification" else placed
+    placed = leave_out(section, placed) if TASKS[task].has_head else placed
     placed = draw_rows(placed, section.eval_limit, seed, "eval")
     return _encode(section, tokenizer, placed, label_names, with_choices=True)
 
@@ -193,7 +194,7 @@ def _required(section: DataSection, task: str) -> list[str]:
     texts = (section.text,) if isinstance(section.text, str) else section.text
     # else a row without one is left out
     label = [section.label] if section.no_label is None else []
-    return [*texts, *label] if task == "classification" else []
+    return [*texts, *label] if TASKS[task].has_head else []
 
 
 def _encode(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dlora.config.bottleneck import BottleneckSection
+from dlora.config.tasks import TASKS
 from dlora.config.training import LoraSection
 from dlora.errors import ModelError
 from dlora.lora.factors import Factors
@@ -62,6 +63,7 @@ def attach_bottleneck(
     head_factors, head_rest = stack_head(network, frozen.head)
     return StackedModel(
         network=network,
+        task=TASKS[task],
         initial=initial | head_factors,
         frozen_head=frozenset() if section.train_head else frozenset(head_factors),
         peft_config=None,

@@ -20,6 +20,7 @@ with without_bitsandbytes():
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dlora.config.tasks import TASKS, Task
 from dlora.config.training import TAKEN_OUT, LoraSection
 from dlora.errors import ModelError
 from dlora.lora.biases import stack_biases, trained_biases
@@ -40,6 +41,7 @@ from dlora.lora.targets import find_targets, short_names
 class StackedModel:
     """A frozen model to which the factors of any number of participants can be bound.
 
+    - ``task``: what it is trained for.
     - ``initial``: name -> the value from which every participant starts (on the CPU, without a
       participant dimension).
     - ``frozen_head``: the names in ``initial`` that are never trained in this run (a new head under
@@ -54,6 +56,7 @@ class StackedModel:
     """
 
     network: Any
+    task: Task
     initial: dict[str, Tensor]
     frozen_head: frozenset[str]
     peft_config: peft.PeftConfig | None
@@ -154,6 +157,7 @@ def attach(
     taken_out = dict(initial) if section.init_lora_weights in TAKEN_OUT else {}
     return StackedModel(
         network=network,
+        task=TASKS[task],
         initial=initial | bias_factors | head_factors,
         frozen_head=resting,
         peft_config=peft_config,
@@ -180,7 +184,7 @@ def lora_config(
         init_lora_weights=section.init_lora_weights,
         # GPT-2 stores weights transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
-        task_type=peft.TaskType.SEQ_CLS if task == "classification" else peft.TaskType.CAUSAL_LM,
+        task_type=TASKS[task].peft,
     )
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dlora.config.run import Config
+from dlora.config.tasks import TASKS
 from dlora.config.training import only_biases
 from dlora.errors import ModelError
 from dlora.lora.factors import Factors
@@ -105,7 +106,7 @@ def swap(frozen: FrozenModel, config: Config, reason: str) -> SwappedModel:
     """
     try:
         section = _section(frozen, config)
-        if config.task == "classification" and config.pooling == "mean":
+        if config.pooling == "mean":
             # PEFT knows the heads of transformers' classifiers, and this one is dlora's own
             section.task_type = None
             section.modules_to_save = [*(section.modules_to_save or ()), *frozen.head]
@@ -134,6 +135,7 @@ def swap(frozen: FrozenModel, config: Config, reason: str) -> SwappedModel:
     section.base_model_name_or_path, section.inference_mode = frozen.source, True
     return SwappedModel(
         network=_Bound(model),
+        task=TASKS[config.task],
         initial=initial,
         frozen_head=frozenset() if config.lora.train_head else heads,
         peft_config=section,
@@ -149,8 +151,7 @@ def _section(frozen: FrozenModel, config: Config) -> peft.PeftConfig:
         section.modules_to_save = list(config.lora.modules_to_save or ()) or None
         section.target_modules = short_names(frozen.network, targets)
         return section
-    task_type = "SEQ_CLS" if config.task == "classification" else "CAUSAL_LM"
-    given = {"task_type": task_type, **config.peft}
+    given = {"task_type": TASKS[config.task].peft, **config.peft}
     if only_biases(config.peft):
         # PEFT loads biases with a LoRA only: here of rank 1, with a B that stays zero
         first = find_targets(frozen.network, config.lora, frozen.head)[0]

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dlora.config.cloud import CloudConfig
 from dlora.config.run import Config
+from dlora.config.tasks import TASKS
 from dlora.errors import ModelError
 from dlora.model.files import FORMS, NO_CODE, SAFE_WEIGHTS, find_model, read_config
 from dlora.model.layers import LINEAR, block_linears, dropout_keys, max_tokens
@@ -130,12 +131,9 @@ def load_model(
     }
     # a head for another task is replaced by ours; _new_modules refuses mismatches in the body
     arguments["ignore_mismatched_sizes"] = True
-    factory: Any = transformers.AutoModelForCausalLM
+    task, mean = TASKS[config.task], config.pooling == "mean"
+    factory: Any = transformers.AutoModel if mean else getattr(transformers, task.model)
     if label_names is not None:
-        mean = config.pooling == "mean"
-        factory = (
-            transformers.AutoModel if mean else transformers.AutoModelForSequenceClassification
-        )
         arguments |= {
             "num_labels": len(label_names),
             "id2label": dict(enumerate(label_names)),
@@ -170,7 +168,7 @@ def load_model(
                 if config.train.gradient_checkpointing:
                     network.gradient_checkpointing_enable({"use_reentrant": False})
                     network.config.use_cache = False
-                if label_names is not None and config.pooling == "mean":
+                if mean:
                     network = MeanPooledClassifier(network)
                     # the pooler is not used
                     missing = {f"body.{key}" for key in missing if not key.startswith("pooler.")}
@@ -216,7 +214,7 @@ def _refuse_architecture(config: Config, model_config: Any, factory: Any) -> Non
     if type(model_config) in factory._model_mapping:
         return
     kind = model_config.model_type
-    if config.task == "classification":
+    if TASKS[config.task].has_head:
         raise ModelError(
             f"model {config.model}: transformers has no classifier of the architecture {kind}; take"
             " another model, or pooling: mean where it is an encoder"
@@ -332,9 +330,8 @@ def _new_modules(network: Any, missing: set[str], config: Config) -> tuple[str, 
     They are the modules with weights beside the body, and linears in the body for which the
     checkpoint has no weights. Raises ModelError when weights of another body module are missing.
     """
-    if config.task == "causal-lm":
-        outside: list[str] = []
-    else:
+    outside: list[str] = []
+    if TASKS[config.task].has_head:
         body = network.base_model_prefix
         outside = [
             name

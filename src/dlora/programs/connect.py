@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config.run import Config
+from dlora.config.tasks import TASKS
 from dlora.errors import ConfigError
 from dlora.identity.federation import Federation, FederationFile
 from dlora.identity.keys import Identity
@@ -36,7 +37,7 @@ def connect(
     config, listed = Config.given(config), Federation.load(federation)
     identity = Identity.load(name, key, listed)
     check_halves(config, name, listed)
-    if config.task == "classification" and config.data.labels is None:
+    if TASKS[config.task].names_labels and config.data.labels is None:
         raise ConfigError(
             "data.labels is missing; the head has an output for each, so name them all, in order"
         )

@@ -12,7 +12,7 @@ import torch
 from dlora.config.run import Config
 from dlora.data.load import encode_evaluation
 from dlora.errors import RunError
-from dlora.evaluate import Scores, evaluate
+from dlora.evaluate import evaluate
 from dlora.events.log import Listener
 from dlora.lora.adapt import adapt
 from dlora.lora.adapter_io import BEGUN_FROM, begin_from, load_adapter
@@ -20,6 +20,7 @@ from dlora.lora.core import DIRECTIONS_FILE, read_directions
 from dlora.lora.stacked import StackedModel
 from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
+from dlora.tasks.scores import Scores
 
 
 def load_base(run: Path | str) -> tuple[Any, Any]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dlora.decentralized.topology import spectral_gap
-from dlora.evaluate import primary_metric
 from dlora.events.kinds import Start
 from dlora.events.log import to_json
 from dlora.files import write_atomically
@@ -36,7 +35,7 @@ def introduction(
         version=__version__,
         model=prepared.config.model,
         task=prepared.config.task,
-        metric="accuracy" if prepared.config.task == "classification" or data.choices else "loss",
+        metric=prepared.metric,
         runs=list(runs),
         data=data.facts,
         warnings=list(data.warnings),
@@ -75,7 +74,7 @@ def summary(
         **{key: said[key] for key in ("version", "model")},
         "manifest": manifest_hash(manifest),
         "task": prepared.config.task,
-        "metric": primary_metric(next(iter(results.values()))["consensus"]),
+        "metric": said["metric"],
         **{key: said[key] for key in ("own", "split", "participation", "ranks") if key in said},
         "seconds": seconds,
         **{

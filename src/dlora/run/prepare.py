@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dlora.config.run import Config
+from dlora.config.tasks import TASKS
 from dlora.data.batches import BatchStream
 from dlora.data.load import FederatedData
 from dlora.decentralized.drawn import drawn_peers
@@ -18,7 +19,7 @@ from dlora.decentralized.mixing import build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES, TensorMessages
 from dlora.decentralized.topology import Topology
 from dlora.errors import ModelError
-from dlora.evaluate import Scored, evaluate
+from dlora.evaluate import evaluate
 from dlora.lora.adapter_io import keep_begun
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_names
@@ -29,6 +30,7 @@ from dlora.run.loading import load_frozen, read_all, scheduled_units, shared_mes
 from dlora.run.ranks import ALONE, Ranks
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half
+from dlora.tasks.scores import Scored
 from dlora.wire.tensors import message_num_bytes
 
 
@@ -73,6 +75,11 @@ class Prepared:
     def names(self) -> tuple[str, ...]:
         """The peers of this run, in order: all peers of a simulation, or one real peer."""
         return tuple(self.data.peers)
+
+    @property
+    def metric(self) -> str:
+        """The score that decides which adapter is best."""
+        return TASKS[self.config.task].metric(bool(self.data.choices))
 
     @property
     def pad_token_id(self) -> int:

@@ -13,7 +13,6 @@ import torch
 from dlora.decentralized.peer.belief import Belief
 from dlora.decentralized.peer.life import Progress
 from dlora.errors import Interrupted, RunError
-from dlora.evaluate import Scores
 from dlora.events.kinds import Phase, RoundDone
 from dlora.events.log import read_log
 from dlora.lora.adapter_io import save_adapter
@@ -28,6 +27,7 @@ from dlora.run.place import Place
 from dlora.run.scoring import Scoring
 from dlora.run.site import RUN, Site
 from dlora.run.tally import Tally
+from dlora.tasks.scores import Scores
 
 
 class PeerRun:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dlora.config.run import Config
 from dlora.errors import Interrupted
-from dlora.evaluate import Scored, Scores
 from dlora.events.kinds import Evaluating
 from dlora.events.log import RunLog
 from dlora.lora.active import Scheduled
@@ -17,6 +16,7 @@ from dlora.lora.factors import digest
 from dlora.run.prepare import Prepared
 from dlora.run.spent import Spent
 from dlora.seeds import derive_seed
+from dlora.tasks.scores import Scored, Scores
 
 
 class Scoring:

@@ -16,7 +16,6 @@ from dlora.decentralized.mixing import Rule, build_rule
 from dlora.decentralized.peer.messages import WIRE_DTYPES
 from dlora.decentralized.topology import Topology, build_topology
 from dlora.errors import Interrupted, RunError
-from dlora.evaluate import Scored, Scores
 from dlora.events.kinds import Active
 from dlora.lora.adapter_io import save_adapter
 from dlora.lora.all_adapters import part_files, part_name, save_all
@@ -30,6 +29,7 @@ from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
 from dlora.run.scoring import Scoring
 from dlora.run.tally import Tally
+from dlora.tasks.scores import Scored, Scores
 
 # with more peers their adapters are in one file: a folder for each takes 10 ms, and `dlora export`
 # makes it

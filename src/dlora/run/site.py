@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dlora.config.arms import DEC_LORA
-from dlora.evaluate import Scored
 from dlora.lora.factors import Factors
 from dlora.run.local_round import Training
 from dlora.run.opening import OpenRun
 from dlora.run.schedules import Schedules
+from dlora.tasks.scores import Scored
 
 RUN = DEC_LORA.name
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dlora.evaluate import Scored, Scores, better, mean_scores, standard_errors
+from dlora.evaluate import better, mean_scores, standard_errors
 from dlora.events.kinds import (
     ArmBegins,
     ArmDone,
@@ -23,6 +23,7 @@ from dlora.run.folder import environment, warn_of_another
 from dlora.run.local_round import Training
 from dlora.run.schedules import Schedules
 from dlora.run.spent import Spent
+from dlora.tasks.scores import Scored, Scores
 
 
 class Tally:
@@ -169,7 +170,7 @@ class Tally:
         if (
             consensus is not None
             and rounds_done
-            and (not self.best or better(consensus, self.best))
+            and (not self.best or better(consensus, self.best, self.training.prepared.metric))
         ):
             self.best = {"rounds_done": rounds_done, **consensus}
         self.log.emit(

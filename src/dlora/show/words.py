@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from dlora.config.tasks import score_of
+
 BYTE_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 NBSP = "\u00a0"  # keeps a number and its unit on one line
 
 
 def score_text(value: float | None, key: str) -> str:
-    """A score as people write it: accuracy and f1 in per cent, loss and perplexity as they are, a
+    """A score as people write it: fractions such as accuracy in per cent, others as they are, a
     dash for none.
     """
     if value is None:
         return "–"
-    if key in ("accuracy", "f1"):
+    if score_of(key).is_fraction:
         return percent_text(value)
-    return f"{value:.3f}" if key == "loss" else f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+    if key != "perplexity":
+        return f"{value:.3f}"
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def error_text(error: float | None, key: str) -> str:
-    """The standard error behind the mean score of a sample: (s.e. 0.4), in points for accuracy and
-    f1. Empty where all peers were scored.
+    """The standard error behind the mean score of a sample: (s.e. 0.4), in points for fractions.
+    Empty where all peers were scored.
     """
     if error is None:
         return ""
     return (
         f" (s.e.{NBSP}{100 * error:.1f})"
-        if key in ("accuracy", "f1")
+        if score_of(key).is_fraction
         else f" (s.e.{NBSP}{error:.2g})"
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dlora.config.arms import DEC_LORA, DLORA, FEDAVG, LOCAL, POOLED
+from dlora.config.tasks import score_of
 from dlora.events.log import LogLine
 from dlora.events.record import RunRecord
 from dlora.show.words import NBSP, bytes_text, percent_text, score_text
@@ -63,7 +64,7 @@ class Page:
         # Perplexity is the loss in words a reader knows; a task with options is judged by accuracy.
         told = start["metric"] == "loss" and any("perplexity" in scores for scores in every)
         self.key: str = "perplexity" if told else start["metric"]
-        self.higher_is_better = self.key == "accuracy"
+        self.reading = score_of(self.key)
 
     @property
     def title(self) -> str:
@@ -107,9 +108,9 @@ class Page:
             else ""
         )
         figure = (
-            f"{self.score(reached)} accuracy"
-            if self.key == "accuracy"
-            else f"a {self.key} of {self.score(reached)}"
+            f"{self.score(reached)} {self.reading.word}"
+            if self.reading.is_fraction
+            else f"a {self.reading.word} of {self.score(reached)}"
         )
         who = (
             self.title.replace("One participant", "one participant")
@@ -123,7 +124,7 @@ class Page:
         for run in sorted(self.others, key=lambda run: run.arm is LOCAL):
             if (final := self.final(run)) is not None:
                 parts.append(run.arm.result.format(self.score(final)))
-        return "; ".join(parts) + ("." if self.higher_is_better else " (lower is better).")
+        return "; ".join(parts) + ("." if self.reading.higher_is_better else " (lower is better).")
 
     @property
     def cards(self) -> list[tuple[str, str]]:
@@ -131,18 +132,18 @@ class Page:
         together = self.final(self.main)
         whose = "the adapter" if self.one else "the averaged adapter"
         cards = (
-            [(self.score(together), f"{self.key} of {whose}{self.judged}")]
+            [(self.score(together), f"{self.reading.word} of {whose}{self.judged}")]
             if together is not None
             else []
         )
         for arm in (LOCAL, POOLED):
             other = next((self.final(run) for run in self.others if run.arm is arm), None)
             if together is not None and other is not None:
-                change = 100 * (together - other) if self.key == "accuracy" else together - other
-                digits, unit = (1, f"{NBSP}points") if self.key == "accuracy" else (2, "")
+                change = 100 * (together - other) if self.reading.is_fraction else together - other
+                digits, unit = (1, f"{NBSP}points") if self.reading.is_fraction else (2, "")
                 change = round(change, digits)
                 sign = "+" if change > 0 else "−" if change < 0 else "±"
-                better = "" if self.higher_is_better else "; lower is better"
+                better = "" if self.reading.higher_is_better else "; lower is better"
                 cards.append((f"{sign}{abs(change):.{digits}f}{unit}", arm.against + better))
         moved = [(self.main.last(wire.of), wire.card) for wire in self.traffic]
         cards += [(bytes_text(count), words) for count, words in moved if count is not None]

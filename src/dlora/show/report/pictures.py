@@ -35,7 +35,7 @@ class Pictures:
         ):
             return []
         page, through = self.page, self.page.device is not None
-        better = "higher" if page.higher_is_better else "lower"
+        better = "higher" if page.reading.higher_is_better else "lower"
         diamonds = (
             ""
             if page.alone
@@ -205,7 +205,7 @@ class Pictures:
         return [(heat_map(rows, edges, "local step", label=caption), caption)]
 
     def _scores(self, over: str, x_label: str, factor: float, label: str) -> str:
-        percent = 100 if self.page.key == "accuracy" else 1
+        percent = 100 if self.page.reading.is_fraction else 1
         series, lines, values = [], [], []
         for run in self.page.runs:
             colour, dash = look(run)
@@ -268,7 +268,7 @@ class Pictures:
         return curves(
             series,
             x_label,
-            f"{self.page.key} (%)" if percent == 100 else self.page.key,
+            f"{self.page.reading.word} (%)" if percent == 100 else self.page.reading.word,
             label=label,
             log_y=wide,
             reference_lines=lines,

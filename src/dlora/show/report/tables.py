@@ -65,7 +65,7 @@ class Tables:
         ]
         if run.arm.counts != "consensus" or not scored:
             return "–"
-        best = (max if self.page.higher_is_better else min)(
+        best = (max if self.page.reading.higher_is_better else min)(
             scored, key=lambda scores: scores[self.key]
         )
         return f"{self.page.score(best[self.key])} after{NBSP}{best['rounds_done']}{NBSP}rounds"
@@ -150,7 +150,7 @@ class Tables:
     @property
     def table_notes(self) -> list[tuple[str, str]]:
         """(word, what it means) for the runs there are and the columns."""
-        better = "higher" if self.page.higher_is_better else "lower"
+        better = "higher" if self.page.reading.higher_is_better else "lower"
         known = (
             []
             if self.page.one and self.page.device is None
@@ -160,7 +160,7 @@ class Tables:
         return [
             *notes,
             (
-                self.key.capitalize(),
+                self.page.reading.word.capitalize(),
                 f"{better} is better"
                 + ("." if self.page.one else "; the bold figure is the result."),
             ),

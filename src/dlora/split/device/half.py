@@ -13,6 +13,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from dlora.config.run import Config
+from dlora.config.tasks import TASKS
 from dlora.errors import ModelError
 from dlora.lora.adapt import adapt
 from dlora.lora.core import Directions
@@ -122,7 +123,7 @@ def load_half(
     remote.counts_ids = counts_ids
     for module in _stubs(body, embedding):
         stand_in(module, remote.forward)
-    if config.task == "classification" and not mean:
+    if TASKS[config.task].has_head and not mean:
         remote.reads = head_reads(network, _stubs(body, embedding))
     # PEFT puts factors on the device of the weight, and would draw none on the meta device
     for layer in body.modules():
@@ -132,8 +133,7 @@ def load_half(
             )
     whole = FrozenModel(network, frozen.source, frozen.head)
     stacked = adapt(whole, config, directions, weights_here=False)
-    predicts_tokens = config.task == "causal-lm"
-    model = SplitModel(**vars(stacked), body=remote, predicts_tokens=predicts_tokens)
+    model = SplitModel(**vars(stacked), body=remote)
     _empty(body, embedding)
     targets = target_names(model.initial)
     outside = [name for name in targets if not name.startswith(prefix)]

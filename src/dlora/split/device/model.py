@@ -14,13 +14,9 @@ from dlora.split.device.inputs import target_positions
 
 @dataclass(kw_only=True)
 class SplitModel(StackedModel):
-    """A stacked model with one participant, whose ``body`` runs in the cloud.
-
-    ``predicts_tokens``: whether it is a language model, whose loss reads few hidden states.
-    """
+    """A stacked model with one participant, whose ``body`` runs in the cloud."""
 
     body: RemoteBody
-    predicts_tokens: bool
 
     def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
         """Bind the factors; the cloud computes no gradients for the killed units."""
@@ -32,6 +28,6 @@ class SplitModel(StackedModel):
 
         The cloud sends no others.
         """
-        if not self.predicts_tokens or labels.dim() != 2:
+        if self.task.has_head or labels.dim() != 2:
             return {}
         return {"loss_positions": target_positions(labels)}

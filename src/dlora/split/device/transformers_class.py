@@ -62,7 +62,7 @@ def as_remote(network: Any, model: SplitModel) -> None:
             given = by_name(original.forward, args, kwargs)
             check_names(given, self.config)
             looks, body.unread = given.pop("loss_positions", None), 0.0
-            if looks is None and model.predicts_tokens:
+            if looks is None and not model.task.has_head:
                 looks = loss_positions(given)
                 if looks is not None:
                     # NaN shows a program that it reads logits which the cloud did not send

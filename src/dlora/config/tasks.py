@@ -1,0 +1,85 @@
+"""The tasks and the scores, as tables: what a row is labelled with, which model and loss, and which
+scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is different from one task to another."""
+
+    model: str  # the class of transformers
+    peft: str  # PEFT's TaskType
+    # what a row has: the name of one class, or a text to write
+    label: Literal["class", "text"]
+    loss: Literal["cross-entropy"]
+    shifted: bool = False  # position l of the model predicts the token l + 1
+    # scores that a run can have; the first of those that it has decides which adapter is best
+    scores: tuple[str, ...]
+
+    def metric(self, has_options: bool) -> str:
+        """The score that decides which adapter is best. ``has_options``: rows have options, of
+        which the likeliest is the answer.
+        """
+        missing = () if has_options or self.has_head else ("accuracy",)
+        return next(name for name in self.scores if name not in missing)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model gets a new head, with an output for each label."""
+        return self.label != "text"
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether one linear on the mean over the tokens can be the head."""
+        return self.model == "AutoModelForSequenceClassification"
+
+    @property
+    def names_labels(self) -> bool:
+        """Whether rows have labels with names, which `data.labels` can list."""
+        return self.label == "class"
+
+
+TASKS: dict[str, Task] = {
+    "classification": Task(
+        model="AutoModelForSequenceClassification",
+        peft="SEQ_CLS",
+        label="class",
+        loss="cross-entropy",
+        scores=("accuracy", "f1", "loss"),
+    ),
+    "causal-lm": Task(
+        model="AutoModelForCausalLM",
+        peft="CAUSAL_LM",
+        label="text",
+        loss="cross-entropy",
+        shifted=True,
+        scores=("accuracy", "loss", "perplexity"),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How a score is read."""
+
+    word: str
+    higher_is_better: bool = True
+    is_fraction: bool = False  # people read it in per cent
+
+
+SCORES = {
+    "accuracy": Score(word="accuracy", is_fraction=True),
+    "f1": Score(word="f1", is_fraction=True),
+    "loss": Score(word="loss", higher_is_better=False),
+    "perplexity": Score(word="perplexity", higher_is_better=False),
+}
+
+
+def score_of(name: str) -> Score:
+    """How the score of that name is read; one that only another version knows is a plain number."""
+    return SCORES.get(name) or Score(word=name)

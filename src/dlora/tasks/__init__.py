@@ -1,0 +1,1 @@
+"""What is computed in another way for each task: losses, scores, texts that a model writes."""
