@@ -251,3 +251,9 @@ def test_biases_alone_are_what_a_plain_loop_makes_of_them(make_config: MakeConfi
     assert loss_on_evaluation(prepared, loaded) == pytest.approx(
         summary["runs"]["dec-lora"]["consensus"]["loss"], abs=1e-5
     )
+
+
+def test_virtual_tokens_do_not_go_with_a_mean(make_config: MakeConfig) -> None:
+    prompt = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
+    with pytest.raises(ModelError, match="PROMPT_TUNING puts virtual tokens .* remove pooling"):
+        prepare(make_config(lora={}, peft=prompt, pooling="mean"))

@@ -106,6 +106,11 @@ def swap(frozen: FrozenModel, config: Config, reason: str) -> SwappedModel:
     """
     try:
         section = _section(frozen, config)
+        if config.pooling == "mean" and section.is_prompt_learning:
+            raise ModelError(
+                f"peft: {config.peft and config.peft['peft_type']} puts virtual tokens before the"
+                " text, and pooling mean has no place for them; remove pooling"
+            )
         if config.pooling == "mean":
             # PEFT knows the heads of transformers' classifiers, and this one is dlora's own
             section.task_type = None
