@@ -85,6 +85,8 @@ def test_a_member_plans_with_its_own_data_alone(members: Federation) -> None:
         members, "--name", "south", "--set", f"data.train.north={members.folder / 'not-here.jsonl'}"
     )
     of_all = planned(members)
+    told = call("plan", members.config_path, "--name", "south").out
+    assert "a local step" in told and "rank" not in told
     # seconds are measured, and only who has all data may simulate other numbers of peers
     assert [*own.pop("sizing")["for_peers"]] == ["1"]
     assert len(of_all.pop("sizing")["for_peers"]) == 5

@@ -164,8 +164,10 @@ def test_servers_find_what_they_read(
     assert load_tokenizer_of(folder).get_vocab() == load_tokenizer(config.model).get_vocab()
     card = (folder / "README.md").read_text()
     # the next rank above 4 that vLLM has room for
-    assert card.startswith("---\nbase_model: ") and "--max-lora-rank 8" in card
-    assert str(Path(config.model).parent) not in card
+    assert "--max-lora-rank 8" in card and str(Path(config.model).parent) not in card
+    # a folder is no model of the hub, and its own name alone often says nothing
+    assert card.startswith("---\nlibrary_name: peft")
+    assert f"# A LoRA adapter for {'/'.join(Path(config.model).parts[-2:])}\n" in card
     for peer in Path(config.output_dir, "peers").iterdir():
         assert json.loads((peer / "adapter_config.json").read_text())["target_modules"] == written
 

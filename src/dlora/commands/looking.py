@@ -13,6 +13,7 @@ from dlora.events.log import to_json
 from dlora.files import write_atomically
 from dlora.show.progress import Progress
 from dlora.show.tables import plan_table, scores_table
+from dlora.show.words import several_text
 from dlora.stopping import Stop
 
 # What takes time to import is imported by the command that needs it, after it has said that it is
@@ -170,7 +171,13 @@ def topology(
 
         edges = [built.edges(round) for round in range(built.period)]
         write_atomically(
-            output, graph(edges, built.names, label=f"{kind} of {peers} peers", standalone=True)
+            output,
+            graph(
+                edges,
+                built.names,
+                label=f"{kind} of {several_text(peers, 'peer')}",
+                standalone=True,
+            ),
         )
     if as_json:
         typer.echo(to_json({"kind": kind, "peers": peers, **as_figures(built)}))

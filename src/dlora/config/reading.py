@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
@@ -183,7 +184,12 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
     while depth < len(path) - 1 and (inner := section_of(section, path[depth])):
         section, depth = inner, depth + 1
     form = next(
-        (at for at in range(depth + 1, len(path)) if isinstance(mistake["loc"][at], str)), None
+        (
+            at
+            for at in range(depth + 1, len(path))
+            if isinstance(mistake["loc"][at], str) and not _is_in(tree, mistake["loc"][: at + 1])
+        ),
+        None,
     )
     # For a key with several forms pydantic reports a mistake for each form. One line for the key is
     # enough.
@@ -196,6 +202,9 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
         )
     if mistake["type"] == "extra_forbidden":
         return f"{key} is not a key; {_advice(path[-1], section, root)}"
+    if mistake["type"] == "dict_type":
+        described = section.model_fields[path[depth]].description
+        return f"{key}: expected {described}; got {_short(repr(mistake['input']))}"
     if mistake["type"] == "missing":
         return (
             f"{key} is missing:"
@@ -211,6 +220,15 @@ def _explain(mistake: Any, root: type[Section], tree: Any) -> str:
         return f"{key}: {message}".removeprefix(": ")
     message = message if message.startswith("YAML") else f"{message[0].lower()}{message[1:]}"
     return f"{key}: {message}, got {_short(repr(mistake['input']))}"
+
+
+def _is_in(tree: Any, path: Sequence[Any]) -> bool:
+    """Whether the user has written a key of this path."""
+    for part in path:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _of_another_kind(root: type[Section]) -> frozenset[str]:

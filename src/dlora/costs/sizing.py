@@ -30,9 +30,10 @@ def sizing(prepared: Prepared, others: bool = True) -> dict[str, Any]:
     """Measure a local step on the run's own rows, and estimate a round for the peers whose data are
     here and, if ``others``, for other numbers of peers.
 
-    Seconds are those of one process on this machine. ``ranks``: how many processes fit into its
-    memory and have a GPU, or a core, each. Memory of one rank: this process with the frozen model
-    (on a GPU: the model alone), what trains, and the activations of one participant.
+    Seconds are those of one process on this machine. ``ranks`` (with ``others``): how many
+    processes fit into its memory and have a GPU, or a core, each. Memory of one rank: this process
+    with the frozen model (on a GPU: the model alone), what trains, and the activations of one
+    participant.
     """
     parameters = num_parameters(stack(prepared.trained, 1))
     step_s = seconds_a_step(prepared)
@@ -70,7 +71,7 @@ def sizing(prepared: Prepared, others: bool = True) -> dict[str, Any]:
                     drawn_count(prepared.config.peers.participation, peers)
                     * (_steps_a_round(prepared, peers) * step_s + MIXING * add_s)
                 ),
-                "ranks": fitting(peers),
+                **({"ranks": fitting(peers)} if others else {}),
             }
             for peers in sorted({len(prepared.names), *(PEERS if others else ())})
         },

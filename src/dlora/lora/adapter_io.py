@@ -140,12 +140,15 @@ def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
 def model_card(model: StackedModel) -> str:
     """The text of README.md: what the folder holds and how to load it, with the header of the hub.
 
-    When the base model is a local folder, the text has only the folder's name, not its path.
+    When the base model is a local folder, the text has the end of its path and not all of it, and
+    the header does not name it, because the hub takes that for one of its own models.
     """
     config = _exported(model)
-    source = str(config.base_model_name_or_path)
-    base = Path(source).name if Path(source).is_dir() else source
-    facts = {"base_model": base, "library_name": "peft", "tags": ["lora", "dlora"]}
+    base = str(config.base_model_name_or_path)
+    on_hub = {} if Path(base).is_dir() else {"base_model": base}
+    facts = {**on_hub, "library_name": "peft", "tags": ["lora", "dlora"]}
+    if not on_hub:
+        base = "/".join(Path(base).resolve().parts[-2:])  # the last part alone is often "model"
     classes = config.task_type == peft.TaskType.SEQ_CLS
     factory = (
         "AutoModelForSequenceClassification.from_pretrained(base,"

@@ -50,10 +50,13 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
             )
     kept = _kept(found, section)
     if not kept:
+        given = " and ".join(
+            f"lora.{key}"
+            for key in ("exclude_modules", "layers_to_transform")
+            if getattr(section, key) is not None
+        )
         raise ModelError(
-            f"lora.exclude_modules {section.exclude_modules} and lora.layers_to_transform"
-            f" {section.layers_to_transform} leave nothing of what lora.target_modules names, such"
-            f" as {found[0]}"
+            f"{given}: nothing is left of what lora.target_modules names, such as {found[0]}"
         )
     for key, named in (
         ("rank_pattern", section.rank_pattern),
@@ -77,9 +80,9 @@ def _kept(found: Sequence[str], section: LoraSection) -> list[str]:
         layers_to_transform=layers if isinstance(layers, int) or layers is None else list(layers),
     )
     kept = [name for name in found if check_target_module_exists(trial, name) is True]
-    numbers = [int(match[1]) for name in kept if (match := _LAYER.match(name))]
+    numbers = [int(match[1]) for name in found if (match := _LAYER.match(name))]
     for layer in [layers] if isinstance(layers, int) else layers or ():
-        if kept and layer not in numbers:
+        if layer not in numbers:
             raise ModelError(
                 f"lora.layers_to_transform: layer {layer} has no adapted linear; the first number"
                 f" in a name such as {found[0]} is its layer"

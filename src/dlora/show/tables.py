@@ -14,6 +14,7 @@ from dlora.show.words import (
     percent_text,
     score_text,
     seconds_text,
+    several_text,
 )
 
 MOST_EDGES = 20  # in a table; --json has all
@@ -115,23 +116,23 @@ def dry_run_table(plan: dict[str, Any]) -> Group:
     bound = "at most " if plan.get("at_most") else ""
     agreement = [
         (
-            f"{plan['trainable_parameters']:,} trained numbers a peer, {plan['group_size']} peers"
-            " at once"
+            f"{plan['trainable_parameters']:,} trained numbers a peer,"
+            f" {several_text(plan['group_size'], 'peer')} at once"
         ),
         (
             f"a message with all that trains is {bytes_text(plan['message_bytes'])}, a round"
             f" {count_text(plan['messages_a_round'])} messages; {bound}"
-            f"{bytes_text(plan['bytes_on_wire'])} in {plan['rounds']} rounds; spectral gap"
-            f" {plan['spectral_gap']:.3f}"
+            f"{bytes_text(plan['bytes_on_wire'])} in {several_text(plan['rounds'], 'round')};"
+            f" spectral gap {plan['spectral_gap']:.3f}"
         ),
     ]
     if len(plan["peers"]) == 1:
         agreement = [f"{plan['trainable_parameters']:,} trained numbers, one participant"]
     if first := plan.get("schedule"):
         agreement.append(
-            f"schedule {first['kind']}: {first['units']} units; {first['active']} of them active in"
-            f" the first step, with {percent_text(first['adapter_fraction'])} of the adapter's"
-            " traffic"
+            f"schedule {first['kind']}: {several_text(first['units'], 'unit')}; {first['active']}"
+            " of them active in the first step, with"
+            f" {percent_text(first['adapter_fraction'])} of the adapter's traffic"
         )
     if "stands" in plan:
         agreement.append(plan["stands"])
@@ -172,8 +173,8 @@ def plan_table(costs: dict[str, Any]) -> Group:
     bound = "at most " if costs.get("at_most") else ""  # of the edges too
     between: list[Any] = [
         (
-            f"{costs['peers']} peers, {costs['rounds']} rounds; a message with all that trains is"
-            f" {bytes_text(costs['message_bytes'])}"
+            f"{several_text(costs['peers'], 'peer')}, {several_text(costs['rounds'], 'round')}; a"
+            f" message with all that trains is {bytes_text(costs['message_bytes'])}"
         ),
         edges,
         (
@@ -202,15 +203,18 @@ def plan_table(costs: dict[str, Any]) -> Group:
 
 def _sizing(sizes: dict[str, Any], rounds: int) -> list[Any]:
     """A simulation on this machine, with the run's number of peers and with others."""
-    table = Table("peers", "memory", "a round", f"{rounds} rounds", "ranks", box=None)
+    whole = several_text(rounds, "round")
+    # of a real peer only itself, which needs no ranks
+    many = all("ranks" in size for size in sizes["for_peers"].values())
+    table = Table(*["peers"] * many, "memory", "a round", whole, *["ranks"] * many, box=None)
     for peers, size in sizes["for_peers"].items():
-        table.add_row(
-            f"{int(peers):,}",
-            bytes_text(size["rank_bytes"]),
-            seconds_text(size["round_s"]),
-            seconds_text(rounds * size["round_s"]),
-            f"1 to {size['ranks']}" if size["ranks"] > 1 else str(size["ranks"] or "none fits"),
-        )
+        seconds = seconds_text(size["round_s"]), seconds_text(rounds * size["round_s"])
+        cells = [bytes_text(size["rank_bytes"]), *seconds]
+        if many:
+            most = size["ranks"]
+            ranks = f"1 to {most}" if most > 1 else str(most or "none fits")
+            cells = [f"{int(peers):,}", *cells, ranks]
+        table.add_row(*cells)
     return [
         (
             "\nestimate for this machine: a local step of one peer took"
@@ -219,8 +223,8 @@ def _sizing(sizes: dict[str, Any], rounds: int) -> list[Any]:
         ),
         table,
         (
-            "memory and seconds are those of one process; ranks: the --nproc-per-node that fits"
-            " (docs/cluster.md)"
+            "memory and seconds are those of one process"
+            + ("; ranks: the --nproc-per-node that fits (docs/cluster.md)" if many else "")
         ),
     ]
 
@@ -234,8 +238,8 @@ def _with_cloud(costs: dict[str, Any]) -> list[str]:
     )
     return [
         (
-            f"with the cloud, {costs['wire']}: {costs['steps']:,} steps of {costs['groups']} units,"
-            f" {costs['tokens']:,} tokens"
+            f"with the cloud, {costs['wire']}: {several_text(costs['steps'], 'step')} of"
+            f" {several_text(costs['groups'], 'unit')}, {costs['tokens']:,} tokens"
         ),
         (
             f"a step moves {about}{bytes_text(costs['bytes_a_step'])} in"

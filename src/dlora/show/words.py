@@ -46,6 +46,11 @@ def count_text(count: float) -> str:
     return f"{count:,.0f}" if count >= 100 or count == round(count) else f"{count:.3g}"
 
 
+def several_text(count: int, thing: str) -> str:
+    """How many things there are: 1 peer, 2,000 peers."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def bytes_text(count: float | None) -> str:
     """A number of bytes in units of 1000: 12 B, 3.4 kB, 5.6 MB."""
     if count is None:
