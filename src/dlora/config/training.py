@@ -266,10 +266,18 @@ class DataSection(Section):
             " role system"
         ),
     )
-    max_length: int = Field(128, ge=2, description="tokens; longer examples are cut")
-    limit: int | None = Field(None, ge=1, description="training rows, drawn by the seed; null: all")
+    max_length: int = Field(
+        128,
+        ge=2,
+        description="tokens; longer examples are cut, and a longer plain text becomes several",
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="training rows, that is whole texts, drawn by the seed; null: all",
+    )
     eval_limit: int | None = Field(
-        None, ge=1, description="evaluation rows, drawn by the seed; null: all"
+        None, ge=1, description="evaluation rows, counted as those of limit; null: all"
     )
     partition: PartitionSection = PartitionSection()
 
