@@ -97,9 +97,9 @@ class Work:
             self.tokens.clear()
 
     def _formula(self, step: int) -> int:
-        lora, every = self.config.lora, range(len(self.units))
+        placement, every = self.config.lora.placement, range(len(self.units))
         told = [flops for since, flops in self.sets if since <= step]
-        return told[-1] if told else device_flops(self.units, every, lora.r, lora.placement)
+        return told[-1] if told else device_flops(self.units, every, placement)
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Dec-LoRA's comparison: LoRA of several ranks beside other adapters, in one decentralised setting.
 
-    DLORA_ASSETS=... python benchmarks/methods.py [--work runs/methods] [--jobs 2] [--table] [--rates]
+    DLORA_ASSETS=... python benchmarks/methods.py [--work runs/methods] [--jobs 2] [--rates]
+    [--table]
 
 Every run is a run folder of `dlora simulate` with a config of examples/paper; what is finished is
 not run again, what was interrupted goes on. ``--rates``: the trials that chose the learning rates.

@@ -103,8 +103,8 @@ def flops(prepared: Prepared, settings: list[str], num_tokens: int) -> Flops:
         return Flops(schedule.meter.device_flops / steps, head)
     assert prepared.half is not None
     units = prepared.half.agreement.units
-    lora = prepared.config.lora
-    return Flops(device_flops(units, range(len(units)), lora.r, lora.placement), head)
+    placement = prepared.config.lora.placement
+    return Flops(device_flops(units, range(len(units)), placement), head)
 
 
 def _schedule(prepared: Prepared) -> Schedule:

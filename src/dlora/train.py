@@ -130,11 +130,11 @@ class Participants:
         self.factors = stack(initial, groups[-1].stop - self.first, device, zeros)
         self._moments: dict[tuple[str, str], Tensor] = {}  # those that `rest` keeps, (P, ...) each
         kept: Factors = {}
-        if zeros is not None and scheduled is not None and scheduled.section.on_kill == "drop":
+        if zeros is not None and scheduled is not None:
             kept = {
                 name: zeros(tensor.shape)
                 for name, tensor in self.factors.items()
-                if name.endswith((".lora_B", ".lora_M"))
+                if scheduled.leaves_out(name)
             }
         self.groups = [
             Group(
@@ -171,21 +171,25 @@ class Participants:
                     state[key] = kept.copy_(value)
 
     def standing(self, factors: Mapping[str, Tensor] | None = None) -> Factors:
-        """The factors, (P, ...) each, as they are scored and exported: dropped units are zero.
+        """The factors, (P, ...) each, as they are scored and exported: dropped units do nothing.
 
         ``factors``: copies of them; None: the factors themselves.
         """
         factors = self.factors if factors is None else factors
         standing = dict(factors)
         for group in self.groups:
-            for name, participant in group.units.left_out() if group.units else ():
+            if group.units is None:
+                continue
+            for name, participant in group.units.left_out():
                 if standing[name] is factors[name]:
                     standing[name] = (
                         self.zeros(factors[name].shape).copy_(factors[name])
                         if self.zeros
                         else factors[name].clone()
                     )
-                standing[name][group.first - self.first + participant] = 0.0
+                standing[name][group.first - self.first + participant] = (
+                    group.units.scheduled.dropped(name)
+                )
         return standing
 
     def took_part(self) -> list[frozenset[str]]:

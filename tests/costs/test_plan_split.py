@@ -20,6 +20,17 @@ pytestmark = pytest.mark.usefixtures("no_page")
 slow = pytest.mark.slow
 CASES = [
     pytest.param("bert", "classification", {"pooling": "mean"}, {"wire": "float32"}, marks=slow),
+    # what is handed off is long or short by the ranks
+    (
+        "bert",
+        "classification",
+        {
+            "lora.r": 2,
+            "lora.rank_pattern": {"0.*.query": 64, "intermediate.dense": 32},
+            "schedule": {"kind": "random", "period": 1, "active_fraction": 0.3},
+        },
+        {"wire": "int8"},
+    ),
     ("bert", "classification", {"eval_peers_every": 2}, {"wire": "int8", "pipeline": 3}),
     pytest.param(
         "roberta", "classification", {"lora.lora_dropout": 0.1}, {"wire": "bfloat16"}, marks=slow

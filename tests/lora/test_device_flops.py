@@ -30,12 +30,17 @@ sys.path.pop()
 # of a block of MiniLM, which has six
 WIDTHS = [(384, (384, 384, 384)), (384, (384,)), (384, (1536,)), (1536, (384,))]
 MINILM = [
-    Unit(tuple(f"{block}.{number}.{module}" for module in range(len(outs))), ins, outs)
+    Unit(
+        tuple(f"{block}.{number}.{module}" for module in range(len(outs))),
+        ins,
+        outs,
+        (8,) * len(outs),
+    )
     for block in range(6)
     for number, (ins, outs) in enumerate(WIDTHS)
 ]
 COSTS = [unit.cost for unit in MINILM]
-LITERAL = partial(device_flops, MINILM, r=8, placement="literal")
+LITERAL = partial(device_flops, MINILM, placement="literal")
 EVERY = frozenset(range(len(MINILM)))
 
 
@@ -43,10 +48,11 @@ EVERY = frozenset(range(len(MINILM)))
     "overrides",
     [
         {"lora.target_modules": ["layer.1.attention.self.query", "value", "layer.1.output.dense"]},
+        {"lora.rank_pattern": {"0.*.query": 2, "1.*.output.dense": 6}},
         {"lora.placement": "core"},
         {"schedule": {"kind": "random", "period": 1, "active_fraction": 0.4}},
     ],
-    ids=["literal", "core", "scheduled"],
+    ids=["literal", "ranks", "core", "scheduled"],
 )
 def test_the_formula_is_what_a_split_device_computes(
     make_config: Callable[..., Config], overrides: dict[str, Any]

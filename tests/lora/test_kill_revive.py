@@ -23,26 +23,36 @@ from dlora.run.prepare import prepare
 from dlora.train import Group as Training
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after, story
 from kit.scheduled_runs import active_events, scheduled
+from kit.updates import KINDS
 
 pytestmark = pytest.mark.usefixtures("no_page")
 MakeConfig = Callable[..., Config]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("optimizer", "lora"),
+    [
+        ("adamw", {}),
+        pytest.param("sgd", {}, marks=pytest.mark.slow),
+        *(
+            pytest.param("adamw", KINDS[kind], marks=pytest.mark.slow)
+            for kind in ("patterns", "dora", "pissa")
+        ),
+    ],
+)
 def test_everything_active_is_no_schedule_bit_for_bit(
-    make_config: MakeConfig, tmp_path: Path, optimizer: str
+    make_config: MakeConfig, tmp_path: Path, optimizer: str, lora: dict[str, Any]
 ) -> None:
     """Law 7, through all of the schedule's machinery and not round it."""
-    plain = make_config(
-        **{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, "train.optimizer": optimizer}
-    )
+    keys = {"train.optimizer": optimizer, **lora}
+    plain = make_config(**{"peers.count": 1, "train.local_steps": 4, "eval_every": 0, **keys})
     dlora.simulate(plain)
     for kind in ("all", "kr"):
         whole = scheduled(
             make_config,
             kind,
             output_dir=str(tmp_path / kind),
-            **{"schedule.active_fraction": 1.0, "train.optimizer": optimizer},
+            **{"schedule.active_fraction": 1.0, **keys},
         )
         result = dlora.simulate(whole)["runs"]["dec-lora"]
         assert_identical(factors_of(whole), factors_of(plain))
@@ -86,26 +96,47 @@ def test_killed_units_rest_and_the_log_tells_who_was_active(make_config: MakeCon
 
 
 @pytest.mark.parametrize(
-    ("on_kill", "placement"), [("hand-off", "literal"), ("drop", "literal"), ("drop", "core")]
+    ("on_kill", "lora"),
+    [
+        ("hand-off", {}),
+        ("drop", {}),
+        ("drop", {"lora.placement": "core"}),
+        ("drop", KINDS["dora"]),
+        ("drop", KINDS["pissa"]),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [
+                ("drop", KINDS["dora"] | KINDS["pissa"]),
+                ("drop", KINDS["patterns"]),
+                ("hand-off", KINDS["dora"]),
+                ("hand-off", KINDS["pissa"]),
+            ]
+        ),
+    ],
 )
 def test_what_is_exported_is_what_was_evaluated(
-    make_config: MakeConfig, on_kill: str, placement: str
+    make_config: MakeConfig, on_kill: str, lora: dict[str, Any]
 ) -> None:
-    """PEFT with the adapter on disk gives the last evaluation's loss; dropped units are zero in it,
-    handed-off ones stay.
+    """PEFT with the adapter on disk gives the last evaluation's loss; dropped units change nothing
+    in it, handed-off ones stay.
     """
     config = scheduled(
-        make_config,
-        **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2, "lora.placement": placement},
+        make_config, **{"schedule.on_kill": on_kill, "train.learning_rate": 5e-2, **lora}
     )
     result = dlora.simulate(config)["runs"]["dec-lora"]
     last = active_events(config)[-1]
-    units = prepare(config).units
+    units, nothing = prepare(config).units, prepare(config).model.nothing
     saved = load_file(Path(config.output_dir, "consensus/adapter_model.safetensors"))
     for number, unit in enumerate(units):
         for module in unit.modules:
-            is_zero = not saved[f"base_model.model.{module}.lora_B.weight"].any()
-            assert is_zero == (on_kill == "drop" and number not in last["units"]), module
+            lora_A, lora_B, lengths = (
+                saved.get(f"base_model.model.{module}.lora_{end}", torch.empty(0))
+                for end in ("A.weight", "B.weight", "magnitude_vector")
+            )
+            changes_nothing = bool((lora_B @ lora_A).abs().max() < 1e-6)
+            if lengths.numel():
+                changes_nothing &= torch.equal(lengths, nothing[f"{module}.lora_magnitude_vector"])
+            assert changes_nothing == (on_kill == "drop" and number not in last["units"]), module
     torch.manual_seed(config.seed)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=2, pad_token_id=0
@@ -247,15 +278,25 @@ def one_layer_each(
     for unit in range(num_units):
         factors[f"u{unit}.lora_A"] = torch.randn(num_participants, 1, 3)
         factors[f"u{unit}.lora_B"] = torch.randn(num_participants, 2, 1)
-    return factors, [Unit((f"u{unit}",), 3, (2,)) for unit in range(num_units)]
+    return factors, [Unit((f"u{unit}",), 3, (2,), (1,)) for unit in range(num_units)]
 
 
 @pytest.mark.slow  # with neighbours it is in test_scheduled_peers.py
-@pytest.mark.parametrize(("kind", "on_kill"), [("kr", "drop"), ("random", "hand-off")])
+@pytest.mark.parametrize(
+    ("kind", "on_kill", "lora"),
+    [
+        ("kr", "drop", {}),
+        ("random", "hand-off", {}),
+        ("kr", "hand-off", KINDS["patterns"]),
+        ("kr", "drop", KINDS["dora"]),
+        ("kr", "drop", KINDS["pissa"]),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(
-    make_config: MakeConfig, tmp_path: Path, kind: str, on_kill: str
+    make_config: MakeConfig, tmp_path: Path, kind: str, on_kill: str, lora: dict[str, Any]
 ) -> None:
     settings = {
+        **lora,
         "save_every": 1,
         "schedule.on_kill": on_kill,
         "schedule.period": 3,

@@ -35,10 +35,11 @@ DEVICES: dict[str, dict[str, Any]] = {
     "tablet": {
         "split.wire": "bfloat16", "seed": 1, "lora.target_modules": ["query", "value"],
         "train.local_steps": 3,
-        "lora.lora_dropout": 0.1, "train.model_dropout": 0.1,
+        "lora.lora_dropout": 0.1, "train.model_dropout": 0.1, "lora.use_rslora": True,
     },
     "watch": {
         "split.wire": "int8", "seed": 2, "lora.r": 2, "lora.train_head": False, "split.pipeline": 2,
+        "lora.rank_pattern": {"query": 3}, "lora.alpha_pattern": {"0.*.value": 1.0},
         "schedule": {"kind": "kr", "active_fraction": 0.4, "period": 2, "warmup_steps": 3},
     },
     "ring": {"lora.placement": "core", "split.wire": "bfloat16", "seed": 3},

@@ -34,8 +34,10 @@ from kit.scheduled_peers import (
     Peers,
     federation,
 )
+from kit.updates import KINDS
 
 pytestmark = pytest.mark.usefixtures("no_page")
+PATTERNS = {**KINDS["patterns"], "lora.target_modules": ["query", "value", "dense"]}
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -51,6 +53,9 @@ WEIGHTS = "adapter_model.safetensors"
                 (RANDOM, {}),
                 (KR, {"peers.rule": "ffa"}),
                 (RANDOM, {"peers.rule": "alternate"}),
+                ({**KR, "on_kill": "hand-off"}, PATTERNS),
+                ({**KR, "on_kill": "drop"}, KINDS["dora"]),
+                ({**RANDOM, "on_kill": "drop"}, KINDS["pissa"]),
             ]
         ),
     ],
@@ -67,7 +72,7 @@ def test_peers_are_their_simulation_and_send_what_it_counts(
     together = factors_of(config)
     for index, name in enumerate(NAMES):
         own = factors_of(peers.configs[name])
-        for part in ("lora_A", "lora_B", "lora_M", "classifier"):
+        for part in ("lora_A", "lora_B", "lora_M", "magnitude", "classifier"):
             tensors = [key for key in own if part in key]
             moved = [
                 (together[key][index] - prepared.model.initial[key]).flatten() for key in tensors

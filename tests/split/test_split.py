@@ -33,6 +33,8 @@ CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
         2,
         {"lora.target_modules": ["query", "dense"]},
     ),
+    "bert-patterns-adamw": ("bert", "classification", "adamw", 2, updates.KINDS["patterns"]),
+    "bert-rslora-adamw": ("bert", "classification", "adamw", 1, updates.KINDS["rslora"]),
     "roberta-adamw": (
         "roberta",
         "classification",
@@ -52,7 +54,14 @@ CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
     "gpt2-classes-sgd": ("gpt2", "classification", "sgd", 1, {"lora.train_head": False}),
     "gpt2-adamw": ("gpt2", "causal-lm", "adamw", 1, {}),
 }
-QUICK = ("bert-pooled-adamw", "roberta-adamw", "llama-sgd", "opt-adamw", "gpt2-classes-sgd")
+QUICK = (
+    "bert-pooled-adamw",
+    "bert-patterns-adamw",
+    "roberta-adamw",
+    "llama-sgd",
+    "opt-adamw",
+    "gpt2-classes-sgd",
+)
 
 
 @pytest.mark.parametrize(

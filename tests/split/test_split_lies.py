@@ -245,8 +245,13 @@ def test_a_cloud_that_lies_ends_in_an_error(half: Half, truth: str, lie: Any, me
         ("vocabulary", 99, "vocabulary: the device has 99, the cloud 20"),
         ("embedding", "0" * 64, f"embedding: the device has {'0' * 64}, the cloud [0-9a-f]{{64}}"),
         ("model", "llama", "model: the device has llama, the cloud bert"),
-        ("protocol", 99, "protocol: the device speaks 99, the cloud 2"),
-        ("groups", [[["encoder.nothing"], 64, [64]]], "encoder.nothing is not in the body"),
+        ("protocol", 99, "protocol: the device speaks 99, the cloud 3"),
+        ("groups", [[["encoder.nothing"], 64, [64], [4]]], "encoder.nothing is not in the body"),
+        ("groups", [[["encoder.nothing"], 64, [64], [4, 4]]], "the device's manifest is none"),
+        *(
+            ("groups", [[["encoder.nothing"], 64, [64], [r]]], f"ranks .*{r}.*: not known here")
+            for r in (0, 1 << 13, 0.5, "4")
+        ),
         ("wire", "float8", "wire float8"),
         ("dropout", 1.5, "dropout 1.5"),
     ],
@@ -264,7 +269,7 @@ def test_halves_that_do_not_fit_are_told_why(
 
 @pytest.mark.parametrize(
     "manifest",
-    ["", "[]", "{}", "null", '{"protocol": 1, "wire": [], "dropout": null, "groups": 7}'],
+    ["", "[]", "{}", "null", '{"protocol": 3, "wire": [], "dropout": null, "groups": 7}'],
 )
 def test_a_manifest_that_is_none_is_refused(half: Half, manifest: str) -> None:
     cloud = cloud_for(half)

@@ -19,6 +19,7 @@ from dlora.wire.split.codec import split_num_bytes
 from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, HandOff, SplitFrame, Values
 from kit.both_halves import CORE, SCHEDULES, Both, assert_same, some_steps, train
 from kit.queue_cloud import config, link
+from kit.updates import KINDS
 
 pytestmark = pytest.mark.usefixtures("no_page")
 Folder = Callable[[str, str], Path]
@@ -32,6 +33,8 @@ Folder = Callable[[str, str], Path]
         ("kr-drop", {}, "adamw"),
         ("static", {}, "adamw"),
         (None, CORE, "adamw"),
+        ("kr", KINDS["patterns"], "adamw"),
+        pytest.param("random", KINDS["rslora"], "adamw", marks=pytest.mark.slow),
         pytest.param("random", {}, "adamw", marks=pytest.mark.slow),
         pytest.param("probe", {}, "adamw", marks=pytest.mark.slow),
     ],

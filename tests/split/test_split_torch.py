@@ -165,7 +165,7 @@ def test_targets_outside_the_body_are_refused(model_folder: Folder) -> None:
     with pytest.raises(
         ModelError, match="no_proj is not in the body; there are down_proj, gate_proj"
     ):
-        adapted_units(units, ["no_proj"])
+        adapted_units(units, {"no_proj": 4})
 
 
 @pytest.mark.slow

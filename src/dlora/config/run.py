@@ -241,15 +241,7 @@ class Config(Document):
             )
         if self.peft is not None or self.lora.modules_to_save is not None:
             self._check_swapped()
-        taken_out = self.lora.init_lora_weights in TAKEN_OUT
-        for key in ("rank_pattern", "use_dora", *(["init_lora_weights"] if taken_out else [])):
-            if getattr(self.lora, key) and (self.split is not None or self.schedule.kind != "all"):
-                what = "split" if self.split is not None else f"schedule.kind {self.schedule.kind}"
-                raise ValueError(
-                    f"lora.{key} does not go with {what} yet, whose units are pairs A and B of one"
-                    " rank that begin at zero: remove one of them"
-                )
-        if taken_out and self.quantization != "none":
+        if self.lora.init_lora_weights in TAKEN_OUT and self.quantization != "none":
             raise ValueError(
                 f"lora.init_lora_weights {self.lora.init_lora_weights} changes the frozen weights,"
                 " and quantised ones cannot be changed: remove quantization, or take true"
@@ -304,6 +296,17 @@ class Config(Document):
         for key in ("shard_model", "device_map"):
             if getattr(self, key):
                 raise ValueError(f"split: the frozen model is in the cloud: remove {key}")
+        if self.lora.use_dora:
+            raise ValueError(
+                "split: lora.use_dora divides by the lengths of the rows of W + BA, and W is in the"
+                " cloud only: remove use_dora"
+            )
+        if self.lora.init_lora_weights in TAKEN_OUT:
+            raise ValueError(
+                f"split: lora.init_lora_weights {self.lora.init_lora_weights} takes A and B out of"
+                " the weights, which are in the cloud only: take true, or lora.placement core,"
+                " whose A and B are the weights' own directions too"
+            )
         if self.train.gradient_checkpointing:
             raise ValueError(
                 "split: the cloud runs the body, nothing is checkpointed here: remove"

@@ -57,7 +57,10 @@ def frames_of(
 def hand_off_of(agreement: Agreement, number: int) -> HandOff:
     """The hand-off of one unit: its frame is as long as that of any version near the first."""
     unit, core = agreement.units[number], agreement.directions is not None
-    sizes = (agreement.r * (out if core else unit.in_features + out) for out in unit.out_features)
+    sizes = (
+        r * (out if core else unit.in_features + out)
+        for r, out in zip(unit.ranks, unit.out_features, strict=True)
+    )
     return HandOff(number, FIRST_VERSION, _numberless(1, sum(sizes)))
 
 

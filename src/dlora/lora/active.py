@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dlora.config.run import ScheduleSection
 from dlora.config.training import LoraSection
@@ -26,13 +27,26 @@ class Scheduled:
     """The units of a model and one schedule for each participant.
 
     ``modules[u]``: the dotted names of the modules of unit u. ``on_change(participant, schedule)``
-    is called after each change of an active set.
+    is called after each change of an active set. ``nothing``: as in `StackedModel`.
     """
 
     section: ScheduleSection
     modules: tuple[tuple[str, ...], ...]
     schedules: tuple[Schedule, ...]
     on_change: Callable[[int, Schedule], None]
+    nothing: Mapping[str, Tensor]
+
+    def leaves_out(self, name: str) -> bool:
+        """Whether the model has other values for the tensor ``name`` while its unit is dropped."""
+        return self.section.on_kill == "drop" and (
+            name.endswith((".lora_B", ".lora_M")) or name in self.nothing
+        )
+
+    def dropped(self, name: str) -> Tensor | float:
+        """What the model has for the tensor ``name`` of a dropped unit, so that its modules are
+        those of the frozen model. PiSSA's weights are not: they need what was taken out of them.
+        """
+        return self.nothing.get(name, 0.0)
 
     def killed(self, participants: Iterable[int]) -> frozenset[int]:
         """The units that none of these ``participants`` trains now."""
@@ -48,8 +62,9 @@ def schedule_units(
     seed: int,
     participants: Sequence[str],
     on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
+    nothing: Mapping[str, Tensor] | None = None,
 ) -> Scheduled:
-    """Make one schedule for each participant.
+    """Make one schedule for each participant. ``nothing``: as in `StackedModel`.
 
     All participants draw from the same seed (the sets of ``random``, the order of kr's first
     rotation). Neighbours then have the same units active and can mix them. Scores, and the choices
@@ -59,11 +74,11 @@ def schedule_units(
     modules = tuple(unit.modules for unit in units)
     named = named_units(section.units or (), units)
     costs = [unit.cost for unit in units]
-    flops = partial(device_flops, units, r=lora.r, placement=lora.placement)
+    flops = partial(device_flops, units, placement=lora.placement)
     schedules = tuple(
         Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants
     )
-    return Scheduled(section, modules, schedules, on_change)
+    return Scheduled(section, modules, schedules, on_change, nothing or {})
 
 
 class ActiveUnits:
@@ -77,11 +92,12 @@ class ActiveUnits:
 
     ``on_kill: hand_off``: the factors of a killed unit keep their values and stay in the model.
     ``on_kill: drop``: while local steps are taken (from `leave_out` to `put_back`), the unit's B
-    (or core) is kept in ``resting``, and ``parameters`` holds zeros in its place. At all other
-    times ``parameters`` holds the values that are mixed and saved. To evaluate or export, set the
-    tensors that `left_out` names to zero first. ``kept``: zeros that become ``resting``; None: it
-    makes them. When a unit is revived, its first moment starts at zero, its second moment is kept,
-    and its learning rate rises to the common one within ``rewarm_steps``.
+    (or core) is kept in ``resting``, and ``parameters`` holds `Scheduled.dropped` in its place; so
+    it is with all that `Scheduled.leaves_out` names. At all other times ``parameters`` holds the
+    values that are mixed and saved. To evaluate or export, put `Scheduled.dropped` into the tensors
+    that `left_out` names first. ``kept``: zeros that become ``resting``; None: it makes them. When
+    a unit is revived, its first moment starts at zero, its second moment is kept, and its learning
+    rate rises to the common one within ``rewarm_steps``.
 
     It is one class because each change of a unit touches its factors, its moments and its schedule.
     """
@@ -101,7 +117,7 @@ class ActiveUnits:
             [
                 name
                 for module in held
-                for factor in "ABM"
+                for factor in ("A", "B", "M", "magnitude_vector")
                 if (name := f"{module}.lora_{factor}") in parameters
             ]
             for held in scheduled.modules
@@ -113,13 +129,10 @@ class ActiveUnits:
             for name, tensor in parameters.items()
             for participant in range(len(participants))
         }
-        dropped = self.section.on_kill == "drop"
-        factors = [
-            name for name in self.unit_of if dropped and name.endswith((".lora_B", ".lora_M"))
-        ]
         self.resting = {
             name: torch.zeros_like(parameters[name]) if kept is None else kept[name]
-            for name in factors
+            for name in self.unit_of
+            if scheduled.leaves_out(name)
         }
         self._took_part = [set[int]() for _ in self.schedules]
 
@@ -157,7 +170,7 @@ class ActiveUnits:
         ]
 
     def leave_out(self) -> None:
-        """Put zeros in the place of dropped units. Call it before the local steps of a round."""
+        """Take dropped units out of the model. Call it before the local steps of a round."""
         for participant in range(len(self.schedules)):
             self._took_part[participant] = set()
             self._set_aside(participant, self._killed(participant))
@@ -171,7 +184,7 @@ class ActiveUnits:
     def left_out(self) -> Iterator[tuple[str, int]]:
         """Yield (tensor name, participant) for each tensor that is dropped now.
 
-        The model that is evaluated or exported has zeros there.
+        The model that is evaluated or exported has `Scheduled.dropped` there.
         """
         for participant in range(len(self.schedules)):
             for unit in self._killed(participant):
@@ -223,8 +236,9 @@ class ActiveUnits:
         The score is the sum of |g| over the unit's B (or core), where g is the gradient after the
         backward pass. A step of Adam moves every number by about the same amount, so to first order
         this sum is proportional to the fall of the loss. A is not counted: its gradient is zero
-        while B is zero, so units that have trained little would get too low a score. A round that
-        trains only A gives no scores.
+        while B is zero, so units that have trained little would get too low a score. Nor are
+        DoRA's lengths, so that every round counts the same tensors. A round that trains only A
+        gives no scores.
         """
         scored: list[dict[int, float]] = []
         for participant, schedule in enumerate(self.schedules):
@@ -233,7 +247,7 @@ class ActiveUnits:
                 gradients = [
                     self.parameters[name].grad
                     for name in self.names[unit]
-                    if not name.endswith(".lora_A")
+                    if name.endswith((".lora_B", ".lora_M"))
                 ]
                 if sums := [
                     gradient[participant].abs().sum()
@@ -320,12 +334,12 @@ class ActiveUnits:
 
     @torch.no_grad()
     def _set_aside(self, participant: int, killed: Iterable[int]) -> None:
-        """Keep the B (or core) of these dropped units in ``resting`` and put zeros in its place."""
+        """Keep in ``resting`` what `Scheduled.leaves_out` names of these units, and take it out."""
         for unit in killed:
             for name in self.names[unit]:
                 if name in self.resting:
                     self.resting[name][participant] = self.parameters[name][participant]
-                    self.parameters[name][participant] = 0.0
+                    self.parameters[name][participant] = self.scheduled.dropped(name)
 
 
 def named_units(wanted: Sequence[str], units: Sequence[Unit]) -> frozenset[int]:

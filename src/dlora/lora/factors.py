@@ -96,9 +96,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def target_names(initial: Mapping[str, Tensor]) -> list[str]:
-    """The dotted names of the adapted modules, sorted."""
-    return sorted(name.rpartition(".")[0] for name in initial if name.endswith(_ONE_A_MODULE))
+def target_ranks(initial: Mapping[str, Tensor]) -> dict[str, int]:
+    """The rank of each adapted module by its dotted name, sorted by name."""
+    return {
+        name.rpartition(".")[0]: len(tensor)
+        for name, tensor in sorted(initial.items())
+        if name.endswith(_ONE_A_MODULE)
+    }
 
 
 def is_head(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 with without_bitsandbytes():
     import peft
     from peft.tuners.lora import LoraLayer
-    from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -49,8 +48,9 @@ class StackedModel:
     - ``peft_config``: the PEFT config that is written to an adapter folder of this model.
     - ``bottleneck``: the same for bottleneck adapters, which PEFT does not have; one of the two.
     - ``directions``: under placement core, A and B of each module; else empty.
-    - ``taken_out``: the A and B that PiSSA or OLoRA have taken out of the frozen weights, where the
-      participants begin; else empty. An adapter folder gives them back to the weights.
+    - ``nothing``: the values with which a module's tensors change nothing, where these are not
+      simply zeros in B or M: A and B that PiSSA or OLoRA have taken out of the frozen weight, and
+      DoRA's lengths of the frozen weight's rows.
     - ``head_rest``: the head's tensors that belong to no linear. They are never trained, but an
       adapter folder holds them too.
     """
@@ -62,8 +62,20 @@ class StackedModel:
     peft_config: peft.PeftConfig | None
     directions: Directions = field(default_factory=dict)
     head_rest: dict[str, Tensor] = field(default_factory=dict)
-    taken_out: dict[str, Tensor] = field(default_factory=dict)
+    nothing: dict[str, Tensor] = field(default_factory=dict)
     bottleneck: Bottleneck | None = None
+
+    @property
+    def taken_out(self) -> dict[str, Tensor]:
+        """The A and B that PiSSA or OLoRA have taken out of the frozen weights; else empty.
+
+        The participants begin with them. An adapter folder gives them back to the weights.
+        """
+        return {
+            name: tensor
+            for name, tensor in self.nothing.items()
+            if name.endswith((".lora_A", ".lora_B"))
+        }
 
     def use(self, factors: Mapping[str, Tensor], killed: frozenset[int] = frozenset()) -> None:
         """Bind every layer to these (P, ...) tensors until the next call. Nothing is copied.
@@ -117,7 +129,6 @@ def attach(
     biases = trained_biases(network, section.bias, targets, head)
     written = short_names(network, targets)
     peft_config = lora_config(network, section, task, targets)
-    _refuse_taken_out(network, section, targets)
     try:
         with torch.random.fork_rng(devices=[]), without_bitsandbytes():
             torch.manual_seed(seed)
@@ -154,7 +165,12 @@ def attach(
     peft_config.base_model_name_or_path = frozen.source
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
-    taken_out = dict(initial) if section.init_lora_weights in TAKEN_OUT else {}
+    taken_out = section.init_lora_weights in TAKEN_OUT
+    nothing = {
+        name: tensor
+        for name, tensor in initial.items()
+        if taken_out or name.endswith(".lora_magnitude_vector")
+    }
     return StackedModel(
         network=network,
         task=TASKS[task],
@@ -163,12 +179,12 @@ def attach(
         peft_config=peft_config,
         directions=directions or {},
         head_rest=head_rest,
-        taken_out=taken_out,
+        nothing=nothing,
     )
 
 
 def lora_config(
-    network: nn.Module, section: LoraSection, task: str, targets: Collection[str]
+    network: nn.Module, section: LoraSection, task: str, targets: Sequence[str]
 ) -> peft.LoraConfig:
     """PEFT's config of LoRA on the linears ``targets``."""
     return peft.LoraConfig(
@@ -213,28 +229,6 @@ def _place_cores(
             ),
         )
     return directions
-
-
-def _refuse_taken_out(network: nn.Module, section: LoraSection, targets: Collection[str]) -> None:
-    """Raise ModelError where PiSSA or OLoRA cannot take A and B out of a weight."""
-    if section.init_lora_weights not in TAKEN_OUT:
-        return
-    for name in targets:
-        linear: Any = network.get_submodule(name)
-        if isinstance(linear, Conv1D) and section.init_lora_weights == "olora":
-            raise ModelError(
-                f"lora.init_lora_weights olora: {name} stores its weight transposed, which PEFT's"
-                " OLoRA does not know; take pissa"
-            )
-        r = section.r
-        for pattern, other in (section.rank_pattern or {}).items():
-            r = other if get_pattern_key([pattern], name) == pattern else r
-        most = min(linear.weight.shape)
-        if r > most:
-            raise ModelError(
-                f"lora.init_lora_weights {section.init_lora_weights}: rank {r}, but {name} has only"
-                f" {most} rows or columns; lower lora.r"
-            )
 
 
 def whole(number: float) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,7 @@ class Unit:
     modules: tuple[str, ...]  # dotted names inside the body
     in_features: int
     out_features: tuple[int, ...]  # one number for each module
+    ranks: tuple[int, ...] = ()  # one number for each module; empty: no module is adapted
 
     @property
     def width(self) -> int:
@@ -37,7 +38,7 @@ class Unit:
         """
         return 2 * (self.in_features + self.width)
 
-    def device_flops(self, r: int, placement: Literal["literal", "core"], lowest: bool) -> int:
+    def device_flops(self, placement: Literal["literal", "core"], lowest: bool) -> int:
         """FLOPs per token of one local step on the device of a split, while this unit is active.
 
         The function `device_flops` says what is counted.
@@ -48,26 +49,28 @@ class Unit:
         - core, for each module (the device has only M): forward z M^T; backward the gradients of M,
           and of z unless this is the lowest active unit (r r each).
         """
+        through = 2 if lowest else 3
         if placement == "core":
-            return 2 * len(self.modules) * r * r * (2 if lowest else 3)
-        return (
-            2 * r * (3 * self.width + (2 if lowest else 3) * len(self.modules) * self.in_features)
+            return 2 * through * sum(r * r for r in self.ranks)
+        return 2 * sum(
+            r * (3 * out + through * self.in_features)
+            for r, out in zip(self.ranks, self.out_features, strict=True)
         )
 
 
 def device_flops(
-    units: Sequence[Unit], active: Collection[int], r: int, placement: Literal["literal", "core"]
+    units: Sequence[Unit], active: Collection[int], placement: Literal["literal", "core"]
 ) -> int:
     """FLOPs per token that the adapter costs the device of a split in one local step.
 
     ``active``: the units that train in this step; killed units cost nothing. A multiply-add counts
     as two FLOPs, as in torch's FlopCounterMode. Operations on single numbers (scaling, dropout,
-    sums, the optimiser), the token embedding and the head are not counted. Nothing trains below the
-    lowest active unit, so the gradient of its input is not computed. Where two units read the same
-    input in parallel (GPT-NeoX), neither gradient is computed, but the second is counted here. In a
-    run without a cloud the number says what a split would cost.
+    sums, the optimiser), DoRA's norms, the token embedding and the head are not counted. Nothing
+    trains below the lowest active unit, so the gradient of its input is not computed. Where two
+    units read the same input in parallel (GPT-NeoX), neither gradient is computed, but the second
+    is counted here. In a run without a cloud the number says what a split would cost.
     """
-    return sum(units[unit].device_flops(r, placement, unit == min(active)) for unit in active)
+    return sum(units[unit].device_flops(placement, unit == min(active)) for unit in active)
 
 
 def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
@@ -111,13 +114,14 @@ def find_units(make: Callable[[], Any]) -> tuple[Unit, ...]:
     return tuple(_unit(members, linears) for members in together.values())
 
 
-def adapted_units(units: Sequence[Unit], targets: Collection[str]) -> tuple[Unit, ...]:
+def adapted_units(units: Sequence[Unit], ranks: Mapping[str, int]) -> tuple[Unit, ...]:
     """The units with only their adapted modules; units without any are left out.
 
-    Raises ModelError when a target is in no unit.
+    ``ranks``: the rank of each adapted module, by its name. Raises ModelError when a module is in
+    no unit.
     """
     known = {name for unit in units for name in unit.modules}
-    for target in sorted(set(targets) - known):
+    for target in sorted(set(ranks) - known):
         raise ModelError(
             f"lora.target_modules: {target} is not in the body; there are {_ends(known)}"
         )
@@ -126,7 +130,7 @@ def adapted_units(units: Sequence[Unit], targets: Collection[str]) -> tuple[Unit
         kept = [
             (name, out)
             for name, out in zip(unit.modules, unit.out_features, strict=True)
-            if name in targets
+            if name in ranks
         ]
         if kept:
             reduced.append(
@@ -134,12 +138,13 @@ def adapted_units(units: Sequence[Unit], targets: Collection[str]) -> tuple[Unit
                     tuple(name for name, _ in kept),
                     unit.in_features,
                     tuple(out for _, out in kept),
+                    tuple(ranks[name] for name, _ in kept),
                 )
             )
     return tuple(reduced)
 
 
-def core_units(units: Sequence[Unit], r: int) -> tuple[Unit, ...]:
+def core_units(units: Sequence[Unit]) -> tuple[Unit, ...]:
     """These units as they are sent under placement core: r numbers per token and module each way.
 
     Forward, the cloud computes x A^T for every module of a unit (each module has its own A) and
@@ -147,9 +152,7 @@ def core_units(units: Sequence[Unit], r: int) -> tuple[Unit, ...]:
     them back, and the cloud multiplies them by the module's B^T. Backward, the gradients go the
     same way in reverse order.
     """
-    return tuple(
-        Unit(unit.modules, r * len(unit.modules), (r,) * len(unit.modules)) for unit in units
-    )
+    return tuple(Unit(unit.modules, sum(unit.ranks), unit.ranks, unit.ranks) for unit in units)
 
 
 def renamed(unit: Unit, prefix: str) -> Unit:
@@ -157,7 +160,7 @@ def renamed(unit: Unit, prefix: str) -> Unit:
 
     The prefix is the name of the body within a whole model.
     """
-    return Unit(tuple(prefix + name for name in unit.modules), unit.in_features, unit.out_features)
+    return replace(unit, modules=tuple(prefix + name for name in unit.modules))
 
 
 def refuse_ids(body: Any) -> None:

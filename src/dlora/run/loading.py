@@ -20,7 +20,7 @@ from dlora.errors import ConfigError
 from dlora.lora.active import named_units
 from dlora.lora.adapt import adapt
 from dlora.lora.adapter_io import BEGUN_FROM, begin_from
-from dlora.lora.factors import target_names
+from dlora.lora.factors import target_ranks
 from dlora.lora.sharded import ShardedModel
 from dlora.lora.stacked import StackedModel
 from dlora.lora.units import Unit, adapted_units, core_units, find_units, renamed
@@ -189,5 +189,5 @@ def _found_units(config: Config, model: StackedModel, half: Half | None) -> tupl
     if half is not None:
         return tuple(renamed(unit, prefix) for unit in half.agreement.units)
     units = [renamed(unit, prefix) for unit in find_units(body_maker(model.network))]
-    adapted = adapted_units(units, target_names(model.initial))
-    return core_units(adapted, config.lora.r) if config.lora.placement == "core" else adapted
+    adapted = adapted_units(units, target_ranks(model.initial))
+    return core_units(adapted) if config.lora.placement == "core" else adapted

@@ -22,7 +22,7 @@ from dlora.errors import ModelError
 from dlora.evaluate import evaluate
 from dlora.lora.adapter_io import keep_begun
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
-from dlora.lora.factors import digest, is_head, target_names
+from dlora.lora.factors import digest, is_head, target_ranks
 from dlora.lora.stacked import StackedModel
 from dlora.lora.units import Unit
 from dlora.model.fingerprints import tokenizer_fingerprint
@@ -271,7 +271,7 @@ def prepare(
         "quantization": config.quantization,
         "labels": data.label_names,
         "max_length": config.data.max_length,
-        **_adapter_facts(config, target_names(model.initial)),
+        **_adapter_facts(config, sorted(target_ranks(model.initial))),
         "train_head": config.adapter_section.train_head
         and any(is_head(name) for name in model.initial),
         "initial_factors": digest(model.initial | model.head_rest),

@@ -36,9 +36,9 @@ class Schedules:
     def tell(self, tell: Callable[[Units | Active], object]) -> None:
         """Report the units and the first active sets: events "units" and "active" for ``tell``."""
         if self.scheduled is not None:
-            lora = self.prepared.config.lora
+            placement = self.prepared.config.lora.placement
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
-            every = device_flops(self.prepared.units, range(len(units)), lora.r, lora.placement)
+            every = device_flops(self.prepared.units, range(len(units)), placement)
             tell(Units(event="units", run=self.run, units=units, device_flops=every))
             for participant, schedule in enumerate(self.each):
                 tell(self._who_is_active(participant, schedule))
@@ -135,7 +135,13 @@ def _made(
     """
     config = prepared.config
     made = schedule_units(
-        config.schedule, prepared.units, config.lora, config.seed, participants, on_change
+        config.schedule,
+        prepared.units,
+        config.lora,
+        config.seed,
+        participants,
+        on_change,
+        prepared.model.nothing,
     )
     warmup_steps, steps = (
         made.schedules[0].warmup_steps,

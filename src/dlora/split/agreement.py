@@ -29,7 +29,6 @@ class Agreement:
     wire: Wire
     # dropout rate of the body in training; None: the body keeps its own rates
     dropout: float | None
-    r: int
     # SHA-256 of the core directions of all modules; None: placement literal
     directions: str | None
 
@@ -59,7 +58,6 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
         "groups": units,
         "wire": agreement.wire,
         "dropout": agreement.dropout,
-        "r": agreement.r,
         "frame": agreement.directions,
     }
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
@@ -75,28 +73,27 @@ def agree(
     """
     try:
         manifest = json.loads(text)
-        protocol, wire, dropout, r, core, proposed = (
-            manifest[key] for key in ("protocol", "wire", "dropout", "r", "frame", "groups")
+        if (protocol := manifest["protocol"]) != PROTOCOL:
+            return (
+                f"protocol: the device speaks {_short(protocol)}, the cloud {PROTOCOL}; install"
+                " the same dlora on both"
+            )
+        wire, dropout, core, proposed = (
+            manifest[key] for key in ("wire", "dropout", "frame", "groups")
         )
-        targets = [str(name) for modules, _, _ in proposed for name in modules]
-        known = dropout is None or (isinstance(dropout, float | int) and 0 <= dropout < 1)
-        known = (
-            known
-            and isinstance(r, int)
-            and 1 <= r <= MAX_R
-            and (core is None or isinstance(core, str))
-        )
+        ranks = {
+            str(name): r
+            for modules, _, _, own in proposed
+            for name, r in zip(modules, own, strict=True)
+        }
     except (ValueError, KeyError, TypeError, RecursionError):
         return "the device's manifest is none; install the same dlora on both"
-    if protocol != PROTOCOL:
+    strange = [r for r in ranks.values() if type(r) is not int or not 1 <= r <= MAX_R]
+    known = dropout is None or (isinstance(dropout, float | int) and 0 <= dropout < 1)
+    if wire not in WIRES or not known or strange or not (core is None or isinstance(core, str)):
         return (
-            f"protocol: the device speaks {_short(protocol)}, the cloud {PROTOCOL}; install the"
-            " same dlora on both"
-        )
-    if wire not in WIRES or not known:
-        return (
-            f"wire {_short(wire)}, dropout {_short(dropout)}, r {_short(r)}: not known here;"
-            " install the same dlora on both"
+            f"wire {_short(wire)}, dropout {_short(dropout)}, ranks {_short(strange)}: not known"
+            " here; install the same dlora on both"
         )
     for key, here in facts.items():
         if manifest.get(key) != here:
@@ -105,20 +102,20 @@ def agree(
                 " need the same model"
             )
     try:
-        active = adapted_units(units, targets)
+        active = adapted_units(units, ranks)
     except ModelError as error:
         return ascii(str(error)[:300])[1:-1]
     if core is not None:
-        refusal = _other_directions(core, targets, directions, r)
+        refusal = _other_directions(core, ranks, directions)
         if refusal is not None:
             return refusal
-        active = core_units(active, r)
+        active = core_units(active)
     if proposed != [_listed(unit) for unit in active]:
         return (
             "units: the halves order the model's modules differently; install the same"
             " transformers on both"
         )
-    return Agreement(active, wire, None if dropout is None else float(dropout), r, core)
+    return Agreement(active, wire, None if dropout is None else float(dropout), core)
 
 
 def directions_digest(directions: Directions, modules: Sequence[str]) -> str:
@@ -133,7 +130,7 @@ def directions_digest(directions: Directions, modules: Sequence[str]) -> str:
 
 
 def _other_directions(
-    proposed: str, targets: Sequence[str], directions: Directions, r: int
+    proposed: str, ranks: Mapping[str, int], directions: Directions
 ) -> str | None:
     """One line that says how the core directions of device and cloud differ; None: they are the
     same.
@@ -143,19 +140,19 @@ def _other_directions(
             "lora.placement core: this cloud has no frame; give it one (core: {r: ..., frame:"
             " FILE})"
         )
-    missing = next((name for name in targets if f"{name}.lora_A" not in directions), None)
+    missing = next((name for name in ranks if f"{name}.lora_A" not in directions), None)
     if missing is not None:
         return f"lora.frame: the cloud's has no {missing}; make it anew there for all linears"
-    here = len(directions[f"{targets[0]}.lora_A"]) if targets else r
-    if here != r:
-        return f"lora.r: the device has {r}, the cloud's frame {here}; both need the same"
-    if directions_digest(directions, targets) != proposed:
+    for name, r in ranks.items():
+        if (here := len(directions[f"{name}.lora_A"])) != r:
+            return f"lora.r: the device has {r}, the cloud's frame {here}; both need the same"
+    if directions_digest(directions, [*ranks]) != proposed:
         return "lora.frame: the device's is not the cloud's; copy the cloud's file to the device"
     return None
 
 
 def _listed(unit: Unit) -> list[Any]:
-    return [list(unit.modules), unit.in_features, list(unit.out_features)]
+    return [list(unit.modules), unit.in_features, list(unit.out_features), list(unit.ranks)]
 
 
 def _short(value: object) -> str:

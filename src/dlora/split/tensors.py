@@ -1,6 +1,6 @@
 """What both halves do with tensors: split a unit's input, apply factors, unpack bits.
 
-A unit is the modules that share one input. r is the LoRA rank.
+A unit is the modules that share one input. r is the rank of a module.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
     return x
 
 
-def as_factors(handed_off: Tensor, unit: Unit, r: int, core: bool) -> list[list[Tensor]] | None:
+def as_factors(handed_off: Tensor, unit: Unit, core: bool) -> list[list[Tensor]] | None:
     """Undo `Adapter.handed_off`: the flat numbers as factors, one list for each module of the
     unit.
 
     A list holds A (r, in_features) and B (out_features, r), or M (r, r) under ``core``. Returns
     None if ``handed_off`` has another number of values.
     """
-    shapes = [[(r, r)] if core else [(r, unit.in_features), (out, r)] for out in unit.out_features]
+    shapes = [
+        [(r, r)] if core else [(r, unit.in_features), (out, r)]
+        for r, out in zip(unit.ranks, unit.out_features, strict=True)
+    ]
     sizes = [rows * columns for own in shapes for rows, columns in own]
     if handed_off.numel() != sum(sizes):
         return None

@@ -167,9 +167,8 @@ class Session:
         if frame.unit >= len(agreement.units):
             raise Misbehaviour(f"a hand-off of unit {frame.unit} of {len(agreement.units)}")
         unit = agreement.units[frame.unit]
-        factors = as_factors(
-            frame.tensor.to(self.body.device), unit, agreement.r, agreement.directions is not None
-        )
+        core = agreement.directions is not None
+        factors = as_factors(frame.tensor.to(self.body.device), unit, core)
         if factors is None:
             raise Misbehaviour(
                 f"a hand-off of {frame.tensor.numel()} numbers for unit {frame.unit}"

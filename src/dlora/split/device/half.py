@@ -17,7 +17,7 @@ from dlora.config.tasks import TASKS
 from dlora.errors import ModelError
 from dlora.lora.adapt import adapt
 from dlora.lora.core import Directions
-from dlora.lora.factors import target_names
+from dlora.lora.factors import target_ranks
 from dlora.lora.layers import StackedLinear
 from dlora.lora.units import adapted_units, core_units, find_units
 from dlora.model.files import read_config
@@ -135,7 +135,7 @@ def load_half(
     stacked = adapt(whole, config, directions, weights_here=False)
     model = SplitModel(**vars(stacked), body=remote)
     _empty(body, embedding)
-    targets = target_names(model.initial)
+    targets = target_ranks(model.initial)
     outside = [name for name in targets if not name.startswith(prefix)]
     if outside:
         raise ModelError(
@@ -143,18 +143,19 @@ def load_half(
             " adapted"
         )
     assert config.split is not None
-    active = adapted_units(units, [name.removeprefix(prefix) for name in targets])
+    ranks = {name.removeprefix(prefix): r for name, r in targets.items()}
+    active = adapted_units(units, ranks)
     of_frame = None
     if config.lora.placement == "core":
         within = {name.removeprefix(prefix): tensor for name, tensor in model.directions.items()}
-        of_frame = directions_digest(within, [name.removeprefix(prefix) for name in targets])
-        active = core_units(active, config.lora.r)
+        of_frame = directions_digest(within, [*ranks])
+        active = core_units(active)
     remote.dropouts = [
         (layer, layer.p) for layer in body.modules() if isinstance(layer, nn.Dropout)
     ]
     as_remote(network, model)
     facts = body_facts(model_config, embedding)
-    agreement = Agreement(active, config.split.wire, dropout, config.lora.r, of_frame)
+    agreement = Agreement(active, config.split.wire, dropout, of_frame)
     return Half(model, agreement, facts, weights_hash)
 
 

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-PROTOCOL = 2  # version 2 added `Begin.packed`
+PROTOCOL = 3  # version 2 added `Begin.packed`, version 3 a rank for each module
 
 # int8: each token has its own float32 scale
 Wire: TypeAlias = Literal["float32", "bfloat16", "int8"]
