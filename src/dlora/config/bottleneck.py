@@ -42,7 +42,7 @@ class BottleneckSection(Section):
     )
 
 
-def check_bottleneck(lora: LoraSection, rule: str, split: object, schedule: str) -> None:
+def check_bottleneck(lora: LoraSection, rule: str, split: object) -> None:
     """Raise ValueError if a config with a bottleneck says something that belongs to LoRA."""
     if lora != LoraSection():
         raise ValueError("lora and bottleneck are two kinds of adapter; keep one block")
@@ -51,6 +51,7 @@ def check_bottleneck(lora: LoraSection, rule: str, split: object, schedule: str)
             f"peers.rule {rule} chooses between LoRA's A and B, which a bottleneck does not have;"
             " take rule factor"
         )
-    for key, used in (("split", split), (f"schedule.kind {schedule}", schedule != "all")):
-        if used:
-            raise ValueError(f"bottleneck does not go with {key} yet; remove one of them")
+    if split is not None:
+        raise ValueError(
+            "bottleneck does not go with split yet: remove split, or take lora instead"
+        )

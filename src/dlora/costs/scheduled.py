@@ -42,7 +42,7 @@ def sent_names(
     rounds: dict[int, list[frozenset[str]]] = {}
     for steps in set(own_steps):
         [schedule] = schedule_units(
-            config.schedule, prepared.units, config.lora, config.seed, ["any"]
+            config.schedule, prepared.units, config.adapter_section, config.seed, ["any"]
         ).schedules
         units = [_of_round(schedule, steps, weight) for _ in range(config.train.rounds)]
         rounds[steps] = [outside.union(*(tensors[unit] for unit in chosen)) for chosen in units]

@@ -75,7 +75,7 @@ def split_costs(
         section = config.schedule
         schedules = (
             schedule_units(
-                section, prepared.units, config.lora, config.seed, prepared.names
+                section, prepared.units, config.adapter_section, config.seed, prepared.names
             ).schedules
             if prepared.units
             else ()

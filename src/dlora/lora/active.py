@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlora.config.bottleneck import BottleneckSection
 from dlora.config.run import ScheduleSection
 from dlora.config.training import LoraSection
 from dlora.errors import ConfigError
-from dlora.lora.factors import Factors
+from dlora.lora.factors import Factors, adds, of_module
 from dlora.lora.kill_revive import Schedule
 from dlora.lora.units import Unit, device_flops
 from dlora.seeds import derive_seed
@@ -38,9 +39,7 @@ class Scheduled:
 
     def leaves_out(self, name: str) -> bool:
         """Whether the model has other values for the tensor ``name`` while its unit is dropped."""
-        return self.section.on_kill == "drop" and (
-            name.endswith((".lora_B", ".lora_M")) or name in self.nothing
-        )
+        return self.section.on_kill == "drop" and (adds(name) or name in self.nothing)
 
     def dropped(self, name: str) -> Tensor | float:
         """What the model has for the tensor ``name`` of a dropped unit, so that its modules are
@@ -58,7 +57,7 @@ class Scheduled:
 def schedule_units(
     section: ScheduleSection,
     units: Sequence[Unit],
-    lora: LoraSection,
+    adapter: LoraSection | BottleneckSection,
     seed: int,
     participants: Sequence[str],
     on_change: Callable[[int, Schedule], None] = lambda participant, schedule: None,
@@ -74,7 +73,7 @@ def schedule_units(
     modules = tuple(unit.modules for unit in units)
     named = named_units(section.units or (), units)
     costs = [unit.cost for unit in units]
-    flops = partial(device_flops, units, placement=lora.placement)
+    flops = partial(device_flops, units, placement=adapter.placement)
     schedules = tuple(
         Schedule(section, costs, flops, derive_seed(seed, "schedule"), named) for _ in participants
     )
@@ -92,14 +91,12 @@ class ActiveUnits:
 
     ``on_kill: hand_off``: the factors of a killed unit keep their values and stay in the model.
     ``on_kill: drop``: while local steps are taken (from `leave_out` to `put_back`), the unit's B
-    (or core) is kept in ``resting``, and ``parameters`` holds `Scheduled.dropped` in its place; so
-    it is with all that `Scheduled.leaves_out` names. At all other times ``parameters`` holds the
-    values that are mixed and saved. To evaluate or export, put `Scheduled.dropped` into the tensors
-    that `left_out` names first. ``kept``: zeros that become ``resting``; None: it makes them. When
-    a unit is revived, its first moment starts at zero, its second moment is kept, and its learning
-    rate rises to the common one within ``rewarm_steps``.
-
-    It is one class because each change of a unit touches its factors, its moments and its schedule.
+    (or core, or up) is kept in ``resting``, and ``parameters`` holds `Scheduled.dropped` in its
+    place; so it is with all that `Scheduled.leaves_out` names. At all other times ``parameters``
+    holds the values that are mixed and saved. To evaluate or export, put `Scheduled.dropped` into
+    the tensors that `left_out` names first. ``kept``: zeros that become ``resting``; None: it makes
+    them. When a unit is revived, its first moment starts at zero, its second moment is kept, and
+    its learning rate rises to the common one within ``rewarm_steps``.
     """
 
     def __init__(
@@ -114,12 +111,7 @@ class ActiveUnits:
         self.schedules = [scheduled.schedules[participant] for participant in participants]
         self.on_change = [partial(scheduled.on_change, participant) for participant in participants]
         self.names = [
-            [
-                name
-                for module in held
-                for factor in ("A", "B", "M", "magnitude_vector")
-                if (name := f"{module}.lora_{factor}") in parameters
-            ]
+            [name for module in held for name in of_module(module) if name in parameters]
             for held in scheduled.modules
         ]
         self.unit_of = {name: unit for unit, names in enumerate(self.names) for name in names}
@@ -233,22 +225,18 @@ class ActiveUnits:
     def scores(self) -> list[dict[int, float]]:
         """The score of each active unit: one dict {unit: score} for each participant.
 
-        The score is the sum of |g| over the unit's B (or core), where g is the gradient after the
-        backward pass. A step of Adam moves every number by about the same amount, so to first order
-        this sum is proportional to the fall of the loss. A is not counted: its gradient is zero
-        while B is zero, so units that have trained little would get too low a score. Nor are
-        DoRA's lengths, so that every round counts the same tensors. A round that trains only A
-        gives no scores.
+        The score is the sum of |g| over the unit's B (or core, or up), where g is the gradient
+        after the backward pass. A step of Adam moves every number by about the same amount, so to
+        first order this sum is proportional to the fall of the loss. A (or down) is not counted:
+        its gradient is zero while B is zero, so units that have trained little would get too low a
+        score. Nor are DoRA's lengths, so that every round counts the same tensors. A round that
+        trains only A gives no scores.
         """
         scored: list[dict[int, float]] = []
         for participant, schedule in enumerate(self.schedules):
             worth = {}
             for unit in sorted(schedule.active):
-                gradients = [
-                    self.parameters[name].grad
-                    for name in self.names[unit]
-                    if name.endswith((".lora_B", ".lora_M"))
-                ]
+                gradients = [self.parameters[name].grad for name in self.names[unit] if adds(name)]
                 if sums := [
                     gradient[participant].abs().sum()
                     for gradient in gradients

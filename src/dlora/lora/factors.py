@@ -19,6 +19,8 @@ from torch import Tensor
 Factors = dict[str, Tensor]
 BOTTLENECK = ("down_weight", "down_bias", "up_weight", "up_bias")
 _OF_ADAPTERS = ("lora_A", "lora_B", "lora_M", "lora_magnitude_vector", *BOTTLENECK)
+# While these are zero, the adapter of a module adds nothing.
+_ADDING = (".lora_B", ".lora_M", ".up_weight", ".up_bias")
 # one for each adapted module
 _ONE_A_MODULE = (".lora_A", ".lora_M", ".down_weight")
 Zeros = Callable[[Sequence[int]], Tensor]  # makes a tensor of this shape
@@ -103,6 +105,18 @@ def target_ranks(initial: Mapping[str, Tensor]) -> dict[str, int]:
         for name, tensor in sorted(initial.items())
         if name.endswith(_ONE_A_MODULE)
     }
+
+
+def adds(name: str) -> bool:
+    """Whether the tensor of this name is one that makes its adapter add nothing while it is zero:
+    B, a core M, or the up of a bottleneck.
+    """
+    return name.endswith(_ADDING)
+
+
+def of_module(module: str) -> list[str]:
+    """The names that the tensors of a module's adapter can have, from its input to its output."""
+    return [f"{module}.{kind}" for kind in _OF_ADAPTERS]
 
 
 def is_head(name: str) -> bool:

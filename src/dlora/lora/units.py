@@ -17,7 +17,10 @@ from dlora.model.layers import LINEAR
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit: modules that read the same input, for example query, key and value."""
+    """A unit: modules that read the same input, for example query, key and value.
+
+    A bottleneck adapter is a unit by itself, whose input is the output of its linear.
+    """
 
     modules: tuple[str, ...]  # dotted names inside the body
     in_features: int
@@ -46,6 +49,7 @@ class Unit:
         - literal, for each module: forward z = x A^T and z B^T; backward the gradients of B and z
           (r d_out multiply-adds each), of A, and of x unless this is the ``lowest`` active unit
           (r d_in each).
+        - literal bottleneck: down and up in the place of A and B.
         - core, for each module (the device has only M): forward z M^T; backward the gradients of M,
           and of z unless this is the lowest active unit (r r each).
         """
@@ -142,6 +146,19 @@ def adapted_units(units: Sequence[Unit], ranks: Mapping[str, int]) -> tuple[Unit
                 )
             )
     return tuple(reduced)
+
+
+def bottleneck_units(units: Sequence[Unit], ranks: Mapping[str, int]) -> tuple[Unit, ...]:
+    """The bottleneck adapters after these linears, each a unit by itself.
+
+    It reads the linear's output and adds an update of the same width. ``ranks``: the width of each
+    bottleneck, by its linear. Raises ModelError when a linear is in no unit.
+    """
+    return tuple(
+        Unit((name,), out, (out,), (ranks[name],))
+        for unit in adapted_units(units, ranks)
+        for name, out in zip(unit.modules, unit.out_features, strict=True)
+    )
 
 
 def core_units(units: Sequence[Unit]) -> tuple[Unit, ...]:

@@ -23,7 +23,7 @@ from dlora.lora.adapter_io import BEGUN_FROM, begin_from
 from dlora.lora.factors import target_ranks
 from dlora.lora.sharded import ShardedModel
 from dlora.lora.stacked import StackedModel
-from dlora.lora.units import Unit, adapted_units, core_units, find_units, renamed
+from dlora.lora.units import Unit, adapted_units, bottleneck_units, core_units, find_units, renamed
 from dlora.model.fingerprints import fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer, resolve_device
 from dlora.model.shards import mesh_of_all
@@ -189,5 +189,8 @@ def _found_units(config: Config, model: StackedModel, half: Half | None) -> tupl
     if half is not None:
         return tuple(renamed(unit, prefix) for unit in half.agreement.units)
     units = [renamed(unit, prefix) for unit in find_units(body_maker(model.network))]
-    adapted = adapted_units(units, target_ranks(model.initial))
+    ranks = target_ranks(model.initial)
+    if config.bottleneck is not None:
+        return bottleneck_units(units, ranks)
+    adapted = adapted_units(units, ranks)
     return core_units(adapted) if config.lora.placement == "core" else adapted

@@ -36,7 +36,7 @@ class Schedules:
     def tell(self, tell: Callable[[Units | Active], object]) -> None:
         """Report the units and the first active sets: events "units" and "active" for ``tell``."""
         if self.scheduled is not None:
-            placement = self.prepared.config.lora.placement
+            placement = self.prepared.config.adapter_section.placement
             units = [{"modules": unit.modules, "cost": unit.cost} for unit in self.prepared.units]
             every = device_flops(self.prepared.units, range(len(units)), placement)
             tell(Units(event="units", run=self.run, units=units, device_flops=every))
@@ -137,7 +137,7 @@ def _made(
     made = schedule_units(
         config.schedule,
         prepared.units,
-        config.lora,
+        config.adapter_section,
         config.seed,
         participants,
         on_change,
