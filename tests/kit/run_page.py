@@ -66,6 +66,7 @@ def make_run(
     stop_at: int | None = None,
     model: str = "pkg://some_package/model",
     split: dict[str, Any] | None = None,
+    participation: float | None = None,
 ) -> Path:
     """A run folder of 6 rounds; with `stop_at` the first run ends there and there is no summary.
 
@@ -95,6 +96,8 @@ def make_run(
     ]
     summary: dict[str, Any] = {"seconds": 75.0, "runs": {}}
     more: dict[str, Any] = {"split": split} if split else {}
+    if participation is not None:
+        more["participation"] = participation
     if "dlora" in runs:
         more["own"] = names[0]
 

@@ -79,6 +79,7 @@ def test_sites_of_several_processes_end_where_their_simulation_ends(
         assert outcome.out.endswith(f"report: {peers.run(name)}/report.html\n")
     peers.assert_agreed()
     assert_simulated(peers)
+    assert "ranks" not in peers.summary("west") and peers.summary("south")["ranks"] == 3
     alone, shared = (peers.summary(name)["runs"]["dec-lora"] for name in ("west", "south"))
     assert alone["consensus"] == pytest.approx(shared["consensus"], rel=1e-4)
 

@@ -145,3 +145,18 @@ def test_one_participant_is_said_to_be_one_and_on_no_graph(tmp_path: Path) -> No
         "One participant with its frozen model in a cloud reached 84.3 % accuracy."
         in cloud.text("p")
     )
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_of_many_peers_the_page_shows_some(tmp_path: Path) -> None:
+    """The best, the worst and others, and a line that says where all are. Peer 0 scored worst."""
+    names = [f"peer-{number:03d}" for number in range(300)]
+    folder = make_run(tmp_path, runs=("dec-lora",), names=names, participation=0.1)
+    write_report(folder)
+    page = Page(folder / "report.html")
+    shown = [data for tag, data in page.words if tag == "th" and data.startswith("peer-")]
+    assert len(shown) == 50 and shown == sorted(shown)
+    assert set(names[:10] + names[-10:]) <= set(shown)
+    assert "50 of 300 peers, the 10 best and the 10 worst" in page.text("p")
+    assert "summary.json has all." in page.text("p")
+    assert "Each round draws 30 peers anew; the others rest." in page.text("p")

@@ -53,8 +53,8 @@ def introduction(
         said["own"] = own
     if prepared.config.peers.participation < 1:
         said["participation"] = prepared.config.peers.participation
-    if prepared.ranks.are_several:
-        said["ranks"] = prepared.ranks.size
+    if prepared.processes.are_several:
+        said["ranks"] = prepared.processes.size
     if prepared.config.split is not None:
         said["split"] = prepared.config.split.model_dump(mode="json")
     return said

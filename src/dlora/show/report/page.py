@@ -9,9 +9,10 @@ from typing import Any
 
 from dlora.config.arms import DEC_LORA, DLORA, FEDAVG, LOCAL, POOLED
 from dlora.config.tasks import score_of
+from dlora.decentralized.drawn import drawn_count
 from dlora.events.log import LogLine
 from dlora.events.record import RunRecord
-from dlora.show.words import NBSP, bytes_text, percent_text, score_text
+from dlora.show.words import NBSP, bytes_text, percent_text, score_text, several_text
 
 # colour and dashes
 _LOOKS = {DEC_LORA: (0, 0), DLORA: (0, 0), POOLED: (1, 1), LOCAL: (7, 2), FEDAVG: (2, 3)}
@@ -100,7 +101,7 @@ class Page:
         """The result in words."""
         reached = self.final(self.main)
         if reached is None:
-            return f"{self.title} started; nothing is scored yet."
+            return f"{self.title} started; nothing is scored yet.{_drawn(self.start)}"
         under_way = not self.finished and self.main.rounds_done < self.main.rounds
         so_far = (
             f"So far, after {self.main.rounds_done} of {self.main.rounds} rounds: "
@@ -124,7 +125,8 @@ class Page:
         for run in sorted(self.others, key=lambda run: run.arm is LOCAL):
             if (final := self.final(run)) is not None:
                 parts.append(run.arm.result.format(self.score(final)))
-        return "; ".join(parts) + ("." if self.reading.higher_is_better else " (lower is better).")
+        ended = "." if self.reading.higher_is_better else " (lower is better)."
+        return "; ".join(parts) + ended + _drawn(self.start)
 
     @property
     def cards(self) -> list[tuple[str, str]]:
@@ -287,3 +289,11 @@ class Page:
 def look(run: RunRecord) -> tuple[int, int]:
     """The colour and the dashes of a run; they are the same on the whole page."""
     return _LOOKS.get(run.arm, (5, 3))
+
+
+def _drawn(start: LogLine) -> str:
+    """A sentence that says how many peers take part in a round; empty where all do."""
+    if (part := start.get("participation")) is None:
+        return ""
+    count = several_text(drawn_count(part, len(start["peers"])), "peer")
+    return f" Each round draws {count} anew; the others rest."

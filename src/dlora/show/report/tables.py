@@ -11,6 +11,8 @@ from dlora.show.report.page import MOST_LABELS, Page
 from dlora.show.words import NBSP, bytes_text, error_text, percent_text, seconds_text
 
 MOST_CONFUSED = 30  # labels of a table that people still read
+MOST_PEERS = 50  # in the table; of more the best, the worst and some
+MOST_BEST = 10  # and as many of the worst
 
 
 class Tables:
@@ -195,6 +197,7 @@ class Tables:
         def score(of: Mapping[str, Any], name: str) -> str:
             return self.page.score((of.get(name) or {}).get(self.key))
 
+        shown = self._shown(own or alone)
         return [
             (
                 name,
@@ -204,7 +207,27 @@ class Tables:
                 score(alone, name),
             )
             for name, peer in zip(self.page.names, self.page.start["peers"], strict=True)
+            if name in shown
         ]
+
+    def _shown(self, scores: Mapping[str, Any]) -> set[str]:
+        """The peers in the table: all, or the best, the worst and the first of the others."""
+        if len(self.page.names) <= MOST_PEERS:
+            return set(self.page.names)
+        judged = [name for name in scores if scores[name].get(self.key) is not None]
+        judged.sort(key=lambda name: scores[name][self.key], reverse=self.page.higher_is_better)
+        chosen = list(dict.fromkeys([*judged[:MOST_BEST], *judged[-MOST_BEST:]]))
+        others = [name for name in (*judged, *self.page.names) if name not in set(chosen)]
+        return {*chosen, *[*dict.fromkeys(others)][: MOST_PEERS - len(chosen)]}
+
+    @property
+    def peers_left_out(self) -> str:
+        """Where the peers are that the table does not show; empty where it shows all."""
+        count = len(self.page.names)
+        if count <= MOST_PEERS:
+            return ""
+        best = f"the {MOST_BEST} best and the {MOST_BEST} worst of those with a score among them"
+        return f"{MOST_PEERS} of {count:,} peers, {best}; summary.json has all."
 
     @property
     def edge_rows(self) -> list[tuple[str, ...]]:
