@@ -119,6 +119,7 @@ ROOMS: dict[str, set[str]] = {
     "cryptography": {"identity/certificates", "identity/signatures"},
     "prometheus_client": {"show/cloud/metrics"},
     "typer": {"cli", *COMMANDS, "show/progress"},
+    "torchmetrics": {"tasks/scores"},
     "rich": {"cli", *COMMANDS, "show/progress", "show/tables", "show/cloud/table"},
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }

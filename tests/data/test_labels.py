@@ -44,15 +44,15 @@ def refused(said: str, train: Any, evaluation: Any = None, **keys: Any) -> None:
 
 
 def test_scores_are_no_classes(tmp_path: Path) -> None:
-    """Field case 7: refused in tsv and jsonl alike, with the row, and the message says that there
-    is no regression.
+    """Field case 7: refused in tsv and jsonl alike, with the row, and the message names the task
+    that takes them.
     """
     for source in (
         table(tmp_path / "a.tsv", "5.0", "3.250", "1.110"),
         write(tmp_path / "a.jsonl", rows(5.0, 3.25, 1.11)),
     ):
         refused(f"{source} row 2: label is 3.25", source)
-        refused("Scores would need a regression task, which dlora does not have", source)
+        refused("Scores want task: regression", source)
         refused("have to be listed in data.labels", source)
 
 
@@ -138,11 +138,11 @@ def test_one_number_written_in_two_ways(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [[0, 1], ["a", "b"], {"a": 1}, "[0, 1]", "['a', 'b']"])
 def test_several_labels_a_row(tmp_path: Path, label: Any) -> None:
-    """Field case 20: the message says that the task is not there; so in a csv, where a list is
+    """Field case 20: the message names the task that takes them; so in a csv, where a list is
     written as text.
     """
     refused(
-        "a.jsonl row 1: label is a list; several labels a row (multi-label)",
+        "a.jsonl row 1: label is a list; several labels a row want task: multi-label",
         write(tmp_path / "a.jsonl", rows(label, label)),
     )
 

@@ -147,7 +147,8 @@ def whole_model(config: Config) -> StackedModel:
 
 
 def labels(config: Config) -> list[str] | None:
-    return ["no", "yes"] if config.task == "classification" else None
+    names = {"classification": ["no", "yes"], "multi-label": ["kind", "film", "very"]}
+    return names.get(config.task)
 
 
 def link(half: Half, cloud: QueueCloud, pipeline: int = 1, **dial: Any) -> Calls:
@@ -163,10 +164,17 @@ def batch(
     def words(count: int) -> list[int]:
         return torch.randint(4, 20, (count,), generator=generator).tolist()
 
-    rows = [
-        Example(words(length), index % 2 if task == "classification" else words(length), None)
-        for index, length in enumerate(lengths)
-    ]
+    def label(index: int, length: int) -> int | float | tuple[float, ...] | list[int]:
+        match task:
+            case "classification":
+                return index % 2
+            case "regression":
+                return index / 2
+            case "multi-label":
+                return float(index % 2), float(index > 1), 1.0
+        return words(length)
+
+    rows = [Example(words(length), label(index, length)) for index, length in enumerate(lengths)]
     return collate(rows, 0)
 
 

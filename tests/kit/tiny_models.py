@@ -4,6 +4,7 @@ loads.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, family: str, task: str = "classification") -> Path:
-    """A whole checkpoint: body for classification (its head is new, as in life), everything for
-    causal-lm.
-    """
-    factory = (
-        transformers.AutoModel if task == "classification" else transformers.AutoModelForCausalLM
-    )
+    """A whole checkpoint: everything for causal-lm, else the body (its head is new, as in life)."""
+    factory = transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModel
     with torch.random.fork_rng():
         torch.manual_seed(7)
         factory.from_config(config(family)).save_pretrained(folder)
@@ -101,15 +98,19 @@ def write_rows(path: Path, count: int, task: str = "classification", start: int 
     """``count`` rows as jsonl; from 64 on they are for scoring, and none of them is among those
     before.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in range(start, start + count):
-        text, label = sentence(index)
+        text, kind = sentence(index)
         text = text.replace(" was ", " is ") if start >= 64 else text
-        classification = task == "classification"
-        rows.append(
-            f'{{"text": "{text}", "label": {label}}}'
-            if classification
-            else f'{{"text": "{text} {text}"}}'
-        )
-    path.write_text("\n".join(rows) + "\n")
+        match task:
+            case "classification":
+                rows.append({"text": text, "label": kind})
+            case "regression":  # how kind, and a little how long
+                rows.append({"text": text, "label": 2 * kind + len(text.split()) / 8})
+            case "multi-label":
+                said = {"kind": kind, "film": "film" in text, "very": "very" in text}
+                rows.append({"text": text, "label": [name for name in said if said[name]]})
+            case _:
+                rows.append({"text": f"{text} {text}"})
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path

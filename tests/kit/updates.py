@@ -17,6 +17,7 @@ ENCODERS, DECODERS = ("bert", "roberta"), ("llama", "opt", "gpt2")
 SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [
     (family, "causal-lm") for family in DECODERS
 ]
+SERVED += [(family, task) for task in ("regression", "multi-label") for family in ("bert", "gpt2")]
 UPDATE_BOUND = {"adamw": 1e-4, "sgd": 1e-5}
 LOSS_BOUND = 1e-5
 # PEFT's kinds of adapter: what each changes in a config
@@ -41,15 +42,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa": {"lora.init_lora_weights": "pissa", "train.learning_rate": 1e-3},
 }
 
+_OF_TEXTS = transformers.AutoModelForSequenceClassification
+_ORACLES: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "classification": (_OF_TEXTS, "SEQ_CLS", {"num_labels": 2}),
+    "regression": (_OF_TEXTS, "SEQ_CLS", {"num_labels": 1, "problem_type": "regression"}),
+    "multi-label": (
+        _OF_TEXTS,
+        "SEQ_CLS",
+        {"num_labels": 3, "problem_type": "multi_label_classification"},
+    ),
+    "causal-lm": (transformers.AutoModelForCausalLM, "CAUSAL_LM", {}),
+}
+
 
 def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The same model and the same adapter by PEFT alone, and its initial tensors."""
-    classification = config.task == "classification"
-    factory = (
-        transformers.AutoModelForSequenceClassification
-        if classification
-        else transformers.AutoModelForCausalLM
-    )
+    factory, kind, head = _ORACLES[config.task]
     dropout = {}
     if config.train.model_dropout is not None:
         known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
@@ -59,9 +67,7 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
             if "dropout" in key or key.endswith("pdrop")
         }
     torch.manual_seed(config.seed)
-    head = {"num_labels": 2} if classification else {}
     base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
-    task_type = "SEQ_CLS" if classification else "CAUSAL_LM"
     section = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,
@@ -77,10 +83,10 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         modules_to_save=config.lora.modules_to_save and list(config.lora.modules_to_save),
         init_lora_weights=config.lora.init_lora_weights,
         fan_in_fan_out=base.config.model_type == "gpt2",
-        task_type=task_type,
+        task_type=kind,
     )
     if config.peft is not None:
-        section = peft.get_peft_config({"task_type": task_type, **config.peft})
+        section = peft.get_peft_config({"task_type": kind, **config.peft})
     torch.manual_seed(config.seed)
     model = peft.get_peft_model(base, section)
     return model, state_in_peft(model)
@@ -140,7 +146,7 @@ def assert_same(
         if any(part in name for name in update)
     ]
     update, reference = (_without_bias_of_keys(one) for one in (update, reference))
-    if task == "classification":
+    if task != "causal-lm":
         parts.append("classifier" if any("classifier" in name for name in update) else "score")
     for part in parts:
         found = relative_difference(update, reference, part)

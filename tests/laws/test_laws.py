@@ -254,6 +254,8 @@ def test_one_participant_is_plain_peft_with_dropout(
         *(
             pytest.param(*slow, marks=pytest.mark.slow)
             for slow in [
+                ("bert", "regression", "sgd"),
+                ("bert", "multi-label", "adamw"),
                 ("llama", "causal-lm", "sgd"),
                 ("bert", "classification", "sgd"),
                 ("llama", "causal-lm", "adamw"),

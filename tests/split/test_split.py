@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
     "opt-adamw": ("opt", "causal-lm", "adamw", 3, {}),
     "gpt2-classes-sgd": ("gpt2", "classification", "sgd", 1, {"lora.train_head": False}),
     "gpt2-adamw": ("gpt2", "causal-lm", "adamw", 1, {}),
+    "bert-regression": ("bert", "regression", "adamw", 1, {"pooling": "mean"}),
+    "gpt2-labels": ("gpt2", "multi-label", "sgd", 2, {}),
 }
 QUICK = (
     "bert-pooled-adamw",

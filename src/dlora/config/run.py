@@ -126,15 +126,18 @@ class Config(Document):
     model: Text = Field(
         description="a hub name, a folder, or pkg://package/folder inside an installed package"
     )
-    task: Literal["classification", "causal-lm"] = Field(
+    task: Literal["classification", "regression", "multi-label", "causal-lm"] = Field(
         "classification",
-        description="classification: one label for a text; causal-lm: a model that writes text",
+        description=(
+            "what a text gets; classification: one label; regression: a number; multi-label: any"
+            " number of labels; causal-lm: a text that the model writes"
+        ),
     )
     pooling: Literal["mean"] | None = Field(
         None,
         description=(
-            "classification; null: the model's own head; mean: one linear on the mean over tokens"
-            " (for sentence encoders)"
+            "one label, number or labels for a text; null: the model's own head; mean: one linear"
+            " on the mean over tokens (for sentence encoders)"
         ),
     )
     quantization: Quantization = Field(
@@ -221,8 +224,8 @@ class Config(Document):
             raise ValueError(f"pooling belongs to task {fitting}; remove it")
         if self.data.partition.kind in ("dirichlet", "label-shares") and task.label != "class":
             raise ValueError(
-                f"partition {self.data.partition.kind} needs labels; {self.task} has none: take"
-                " iid, by-column or files"
+                f"partition {self.data.partition.kind} needs one label a row; {self.task} has"
+                " none: take iid, by-column or files"
             )
         if self.lora.placement == "core" and self.peers.rule != "factor":
             raise ValueError(

@@ -14,9 +14,11 @@ class Task:
 
     model: str  # the class of transformers
     peft: str  # PEFT's TaskType
-    # what a row has: the name of one class, or a text to write
-    label: Literal["class", "text"]
-    loss: Literal["cross-entropy"]
+    # what a row has: the name of one class, a number, the names of several classes, or a text
+    label: Literal["class", "number", "classes", "text"]
+    loss: Literal["cross-entropy", "squared-error", "binary-cross-entropy"]
+    # for transformers, which would guess the loss from the labels' dtype
+    problem_type: str | None = None
     shifted: bool = False  # position l of the model predicts the token l + 1
     # scores that a run can have; the first of those that it has decides which adapter is best
     scores: tuple[str, ...]
@@ -41,7 +43,7 @@ class Task:
     @property
     def names_labels(self) -> bool:
         """Whether rows have labels with names, which `data.labels` can list."""
-        return self.label == "class"
+        return self.label in ("class", "classes")
 
 
 TASKS: dict[str, Task] = {
@@ -51,6 +53,22 @@ TASKS: dict[str, Task] = {
         label="class",
         loss="cross-entropy",
         scores=("accuracy", "f1", "loss"),
+    ),
+    "regression": Task(
+        model="AutoModelForSequenceClassification",
+        peft="SEQ_CLS",
+        label="number",
+        loss="squared-error",
+        problem_type="regression",
+        scores=("pearson", "spearman", "loss"),
+    ),
+    "multi-label": Task(
+        model="AutoModelForSequenceClassification",
+        peft="SEQ_CLS",
+        label="classes",
+        loss="binary-cross-entropy",
+        problem_type="multi_label_classification",
+        scores=("micro_f1", "macro_f1", "loss"),
     ),
     "causal-lm": Task(
         model="AutoModelForCausalLM",
@@ -75,6 +93,10 @@ class Score:
 SCORES = {
     "accuracy": Score(word="accuracy", is_fraction=True),
     "f1": Score(word="f1", is_fraction=True),
+    "micro_f1": Score(word="micro f1", is_fraction=True),
+    "macro_f1": Score(word="macro f1", is_fraction=True),
+    "pearson": Score(word="Pearson correlation"),
+    "spearman": Score(word="Spearman correlation"),
     "loss": Score(word="loss", higher_is_better=False),
     "perplexity": Score(word="perplexity", higher_is_better=False),
 }

@@ -246,17 +246,17 @@ class DataSection(Section):
         None, description="names of the columns of a csv or tsv without a header"
     )
     text: Text | tuple[Text, Text] = Field(
-        "text", description="classification: one column, or two for pairs"
+        "text", description="the column of the text, or two for pairs; causal-lm has its own"
     )
-    label: Text = Field("label", description="classification: the column of the label")
+    label: Text = Field("label", description="the column of the label; causal-lm has none")
     labels: tuple[Text, ...] | None = Field(
         None, description="the labels in order; null: the labels of the training data, sorted"
     )
     no_label: tuple[Text, ...] | None = Field(
         None,
         description=(
-            "classification: labels that mean none, such as ['-1', '-']; rows with one of them, or"
-            " with no value, are left out; null: every row needs a label"
+            "classification and regression: labels that mean none, such as ['-1', '-']; rows with"
+            " one of them, or with no value, are left out; null: every row needs a label"
         ),
     )
     fold_system: bool = Field(

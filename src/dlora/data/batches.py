@@ -16,7 +16,7 @@ from dlora.seeds import derive_seed
 @dataclass(frozen=True)
 class Batch:
     """Examples padded on the right: ids, mask, type ids (examples, tokens) int64; labels alike, or
-    (examples,).
+    (examples,) int64 or float32, or (examples, classes) float32.
     """
 
     input_ids: Tensor
@@ -42,9 +42,12 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> Batch:
         )
 
     ids = [example.input_ids for example in examples]
-    classes = [example.labels for example in examples if isinstance(example.labels, int)]
     tokens = [example.labels for example in examples if isinstance(example.labels, list)]
-    labels = torch.tensor(classes, dtype=torch.int64) if classes else padded(tokens, IGNORED)
+    labels = (
+        padded(tokens, IGNORED)
+        if tokens
+        else torch.tensor([example.labels for example in examples])
+    )
     types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
     mask = padded([[1] * len(row) for row in ids], 0)
     return Batch(padded(ids, pad_token_id), mask, labels, padded(types, 0) if types else None)

@@ -19,8 +19,7 @@ def cut_counts(examples: Iterable[Example]) -> dict[str, Any]:
     """How many rows max_length cut: rows, cut_rows, and the share of what is learned that is gone,
     0 to 1.
 
-    What is learned are the tokens in the loss (causal-lm), or those that a class is learned from
-    (classification).
+    What is learned are the tokens in the loss, or those from which the label of a text is learned.
     """
     rows = cut_rows = learned = learned_cut = 0
     for example in examples:
@@ -29,7 +28,7 @@ def cut_counts(examples: Iterable[Example]) -> dict[str, Any]:
         learned_cut += example.num_learned_cut
         kept = example.labels
         learned += (
-            len(example.input_ids) if isinstance(kept, int) else len(kept) - kept.count(IGNORED)
+            len(kept) - kept.count(IGNORED) if isinstance(kept, list) else len(example.input_ids)
         )
     total = learned + learned_cut
     return {"rows": rows, "cut_rows": cut_rows, "cut_share": learned_cut / total if total else 0.0}

@@ -51,15 +51,15 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row; labels: the class index, or one id a token with -100 where the loss does
-    not look.
+    """One tokenised row; labels: the class index, a number, a 0.0 or 1.0 for each class, or one id
+    a token with -100 where the loss does not look.
 
     num_cut: tokens that max_length took; num_learned_cut: those of them that would have been
     learned.
     """
 
     input_ids: list[int]
-    labels: int | list[int]
+    labels: int | float | tuple[float, ...] | list[int]
     token_type_ids: list[int] | None = None
     num_cut: int = 0
     num_learned_cut: int = 0

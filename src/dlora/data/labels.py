@@ -1,12 +1,16 @@
-"""Which class each row has: names, numbers, rows without a label, and values that are no class."""
+"""Which label each row has: a class, a number or several classes; rows without one, and values that
+are none.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from dlora.config.tasks import Task
 from dlora.config.training import DataSection
 from dlora.data.rows import PlacedRow, as_text, is_missing, require_column
 from dlora.errors import ConfigError, DataError
@@ -43,7 +47,7 @@ def _is_none(value: Any, no_label: Sequence[str]) -> bool:
     return is_missing(value) or value == "" or str(int(value) if whole else value) in no_label
 
 
-def label_names(section: DataSection, train: list[PlacedRow]) -> tuple[str, ...]:
+def label_names(section: DataSection, task: Task, train: list[PlacedRow]) -> tuple[str, ...]:
     """The classes in order: `data.labels`, or those of the rows, as numbers if all are. Raises
     DataError or ConfigError.
     """
@@ -54,7 +58,8 @@ def label_names(section: DataSection, train: list[PlacedRow]) -> tuple[str, ...]
         return section.labels
     places: dict[str, str] = {}
     for placed in train:
-        places.setdefault(label_name(section, placed), placed.place)
+        for name in row_labels(section, task, placed):
+            places.setdefault(name, placed.place)
     numbers: dict[float, str] = {}
     for name in places:
         if (number := _number(name)) is not None and (
@@ -97,15 +102,17 @@ def doubts(section: DataSection, train: list[PlacedRow], names: Sequence[str]) -
     return said
 
 
-def label_indices(section: DataSection, placed: list[PlacedRow], names: Sequence[str]) -> list[int]:
-    """The class of each row as its index in ``names``. Raises DataError naming the row whose label
-    is none of them.
+def label_indices(
+    section: DataSection, task: Task, placed: list[PlacedRow], names: Sequence[str]
+) -> list[list[int]]:
+    """The labels of each row as indices in ``names``. Raises DataError naming the row that has a
+    label which is none of them.
     """
     index = {name: number for number, name in enumerate(names)}
-    labels = []
+    indices = []
     for row in placed:
-        name = label_name(section, row)
-        if name not in index:
+        named = row_labels(section, task, row)
+        if name := next((name for name in named if name not in index), None):
             same = next(
                 (other for other in names if _number(other) == _number(name) is not None), None
             )
@@ -119,8 +126,50 @@ def label_indices(section: DataSection, placed: list[PlacedRow], names: Sequence
                 f"{row.place}: the label {name!r} is not among those of training or data.labels:"
                 f" {known}; {hint}"
             )
-        labels.append(index[name])
-    return labels
+        indices.append([index[name] for name in named])
+    return indices
+
+
+def encoded_labels(
+    section: DataSection, task: Task, placed: list[PlacedRow], names: Sequence[str] | None
+) -> Sequence[int | float | tuple[float, ...]]:
+    """The label of each row as an `Example` has it. Raises as `label_indices`, and where a row has
+    no number although the task wants one.
+    """
+    if task.label == "number":
+        return [_score(section, row) for row in placed]
+    assert names is not None
+    indices = label_indices(section, task, placed, names)
+    if task.label == "class":
+        return [index for [index] in indices]
+    return [tuple(float(number in own) for number in range(len(names))) for own in indices]
+
+
+def _score(section: DataSection, placed: PlacedRow) -> float:
+    value = placed.row[section.label]
+    number = _number(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or math.isinf(number):
+        raise DataError(
+            f"{placed.place}: {section.label} is {value!r}; expected a number. Names of classes"
+            " want task: classification"
+        )
+    return float(number)
+
+
+def row_labels(section: DataSection, task: Task, placed: PlacedRow) -> list[str]:
+    """The labels of one row as text. Multi-label takes a list, or one text with commas between, and
+    no label at all is an empty one. Raises DataError where a value can be no label.
+    """
+    if task.label == "class":
+        return [label_name(section, placed)]
+    value, column, place = placed.row[section.label], section.label, placed.place
+    if isinstance(value, str) and not _LIST.fullmatch(value):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if not isinstance(value, list):
+        raise DataError(
+            f"{place}: {column} is {value!r}; expected a list of labels, such as ['red', 'green']"
+        )
+    return [label_name(section, placed._replace(row=placed.row | {column: name})) for name in value]
 
 
 def label_name(section: DataSection, placed: PlacedRow) -> str:
@@ -134,17 +183,16 @@ def label_name(section: DataSection, placed: PlacedRow) -> str:
     written = isinstance(value, str) and value not in given and _LIST.fullmatch(value)
     if written or isinstance(value, list | dict):
         raise DataError(
-            f"{place}: {column} is a list; several labels a row (multi-label) and one a token"
-            " (tags) are no task of dlora: give each row one label"
+            f"{place}: {column} is a list; several labels a row want task: multi-label, and one a"
+            " token (tags) is no task of dlora: give each row one label"
         )
     number = (
         value if isinstance(value, float) else _number(value) if isinstance(value, str) else None
     )
     if number is not None and not float(number).is_integer() and str(value) not in given:
         raise DataError(
-            f"{place}: {column} is {value}; expected the name or number of a class. Scores would"
-            " need a regression task, which dlora does not have; classes of such names have to be"
-            " listed in data.labels"
+            f"{place}: {column} is {value}; expected the name or number of a class. Scores want"
+            " task: regression; classes of such names have to be listed in data.labels"
         )
     return str(value) if isinstance(value, float) else as_text(value, column, place)
 

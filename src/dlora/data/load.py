@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dlora.config.tasks import TASKS
+from dlora.config.tasks import TASKS, Task
 from dlora.config.training import DataSection
 from dlora.data.checks import cut_counts, leaks, seen_share
 from dlora.data.first_look import own_section
 from dlora.data.formats import Choice, Example, encode_causal, ends_by_token
-from dlora.data.labels import doubts, label_indices, label_names, leave_out
+from dlora.data.labels import doubts, encoded_labels, label_indices, label_names, leave_out
 from dlora.data.partition import by_owner, partition
 from dlora.data.rows import PlacedRow, as_text, read_placed
 from dlora.errors import ConfigError, DataError
@@ -25,10 +25,10 @@ from dlora.seeds import derive_seed
 class FederatedData:
     """Everyone's examples: peer -> what it trains on, and what all are scored on.
 
-    choices is for causal-lm with options, else empty; label_names and label_counts (peer -> label
-    name -> rows) are for classification, else None. facts is what the log says of the data: rows
-    that were cut or left out, the share of evaluation rows in training; warnings are sentences for
-    the user.
+    choices is for causal-lm with options, else empty; label_names are for tasks whose labels have
+    names, label_counts (peer -> label name -> rows) for classification, else None. facts is what
+    the log says of the data: rows that were cut or left out, the share of evaluation rows in
+    training; warnings are sentences for the user.
     """
 
     peers: dict[str, list[Example]]
@@ -53,7 +53,7 @@ def load_data(
     owner = [section.partition.column] if section.partition.column else []
     train, names, said = _read_training(section, task, owner)
     train = draw_rows(train, section.limit, seed, "train")
-    labels = label_indices(section, train, names) if names else None
+    labels = _classes(section, TASKS[task], train, names)
     if names and labels and len(set(labels)) == 1:
         only = f"every training row has the label {names[labels[0]]!r}"
         raise DataError(
@@ -91,7 +91,7 @@ def load_own_data(
     section = own_section(section, task, name, alone)
     train, names, said = _read_training(section, task, [])
     train = draw_rows(train, section.limit, seed, "train")
-    labels = label_indices(section, train, names) if names else None
+    labels = _classes(section, TASKS[task], train, names)
     return _federated(
         section, task, tokenizer, seed, train, {name: list(range(len(train)))}, labels, names, said
     )
@@ -104,16 +104,27 @@ def _read_training(
     about them.
     """
     train = read_placed(section.train, section.columns, _required(section, task) + owner)
-    if not TASKS[task].names_labels:
+    if not TASKS[task].has_head:
         return train, None, []
     kept = leave_out(section, train)
-    names = label_names(section, kept)
+    names = label_names(section, TASKS[task], kept) if TASKS[task].names_labels else None
     said = (
         []
         if len(kept) == len(train)
         else [_left_out(section, len(train) - len(kept), len(train), "training")]
     )
-    return kept, names, said + doubts(section, kept, names)
+    if names and TASKS[task].label == "class":
+        said += doubts(section, kept, names)
+    return kept, names, said
+
+
+def _classes(
+    section: DataSection, task: Task, train: list[PlacedRow], names: Sequence[str] | None
+) -> list[int] | None:
+    """The class of each row, by which rows can be divided; None where a row has not one class."""
+    if task.label != "class" or names is None:
+        return None
+    return [index for [index] in label_indices(section, task, train, names)]
 
 
 def _left_out(section: DataSection, count: int, total: int, what: str) -> str:
@@ -139,7 +150,7 @@ def _federated(
             for peer, own in held.items()
         }
     peers = {
-        peer: _encode(section, tokenizer, [train[i] for i in hand], names)[0]
+        peer: _encode(section, TASKS[task], tokenizer, [train[i] for i in hand], names)[0]
         for peer, hand in hands.items()
     }
     evaluation, choices = encode_evaluation(section, task, tokenizer, names, seed)
@@ -151,7 +162,7 @@ def _federated(
         "eval_in_train": seen,
     }
     said = said + leaks(section, seen)
-    if names is None:
+    if TASKS[task].label == "text":
         facts["end_token"] = tokenizer.eos_token
         if tokenizer.eos_token_id is None and any(ends_by_token(row) for row in train):
             said.append(
@@ -166,13 +177,13 @@ def encode_evaluation(
 ) -> tuple[list[Example], list[Choice]]:
     """The examples of `section.eval`, and its choices where rows have options (causal-lm).
 
-    `label_names` are those of training (classification, else None): a label that is not among them
-    is a DataError. Every other mistake in the file is one too.
+    `label_names` are those of training, or None where labels have no names: a label that is not
+    among them is a DataError. Every other mistake in the file is one too.
     """
     placed = read_placed(section.eval, section.columns, _required(section, task))
     placed = leave_out(section, placed) if TASKS[task].has_head else placed
     placed = draw_rows(placed, section.eval_limit, seed, "eval")
-    return _encode(section, tokenizer, placed, label_names, with_choices=True)
+    return _encode(section, TASKS[task], tokenizer, placed, label_names, with_choices=True)
 
 
 def draw_rows(
@@ -199,12 +210,13 @@ def _required(section: DataSection, task: str) -> list[str]:
 
 def _encode(
     section: DataSection,
+    task: Task,
     tokenizer: Any,
     placed: list[PlacedRow],
     names: Sequence[str] | None,
     with_choices: bool = False,
 ) -> tuple[list[Example], list[Choice]]:
-    if names is None:
+    if task.label == "text":
         return encode_causal(placed, tokenizer, section, with_choices)
     columns = [section.text] if isinstance(section.text, str) else list(section.text)
     specials = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
@@ -225,7 +237,7 @@ def _encode(
     truncated = tokenizer(*shortened, truncation=True, max_length=section.max_length)
     encoded = truncated if any(cut) else encoded
     types = encoded.get("token_type_ids") or [None] * len(placed)
-    labels = label_indices(section, placed, names)
+    labels = encoded_labels(section, task, placed, names)
     return [
         Example(*fields)
         for fields in zip(encoded["input_ids"], labels, types, cut, cut, strict=True)

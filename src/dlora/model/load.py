@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dlora.config.cloud import CloudConfig
@@ -50,7 +51,7 @@ class MeanPooledClassifier(nn.Module):
         labels: Tensor | None = None,
         **ignored: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (batch, classes), and the mean loss if ``labels`` (batch,) are given.
+        """Logits (batch, classes), and transformers' loss if ``labels`` are given.
 
         ``input_ids`` and ``attention_mask`` are (batch, length). PEFT passes other keywords, which
         are ignored.
@@ -61,7 +62,9 @@ class MeanPooledClassifier(nn.Module):
         ).last_hidden_state
         real_BL1 = attention_mask.unsqueeze(-1).to(hidden_BLH.dtype)
         logits = self.classifier((hidden_BLH * real_BL1).sum(1) / real_BL1.sum(1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None
+        if labels is not None:
+            loss = ForSequenceClassificationLoss(labels, logits.float(), self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
@@ -133,6 +136,8 @@ def load_model(
     arguments["ignore_mismatched_sizes"] = True
     task, mean = TASKS[config.task], config.pooling == "mean"
     factory: Any = transformers.AutoModel if mean else getattr(transformers, task.model)
+    if task.has_head:
+        arguments |= {"num_labels": 1, "problem_type": task.problem_type}
     if label_names is not None:
         arguments |= {
             "num_labels": len(label_names),

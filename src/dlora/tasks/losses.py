@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,8 +14,14 @@ def summed_loss(task: Task, logits: Tensor, labels: Tensor, num_participants: in
     """The loss summed over each participant's targets: (P,). Labels of -100 are no targets.
 
     ``logits``: (P x B, classes), or (P x B, L, vocabulary) for a language model; ``labels``:
-    (P x B,), or (P x B, L).
+    (P x B,), (P x B, classes) of zeros and ones for multi-label, or (P x B, L). Each loss is that
+    of transformers; multi-label has a target for each class.
     """
+    if task.loss == "squared-error":
+        return (logits.float().squeeze(-1) - labels).square().view(num_participants, -1).sum(dim=1)
+    if task.loss == "binary-cross-entropy":
+        each = F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+        return each.view(num_participants, -1).sum(dim=1)
     if task.shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = F.cross_entropy(
@@ -25,5 +32,7 @@ def summed_loss(task: Task, logits: Tensor, labels: Tensor, num_participants: in
 
 def num_targets(task: Task, labels: Tensor, num_participants: int) -> Tensor:
     """How many targets each participant has: (P,). ``labels`` as for `summed_loss`."""
+    if task.loss != "cross-entropy":
+        return torch.full((num_participants,), labels.numel() // num_participants)
     counted = labels[:, 1:] if task.shifted else labels
     return (counted.reshape(num_participants, -1) != IGNORED).sum(dim=1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -26,7 +29,13 @@ class Scored:
 
 
 def predictions(task: Task, logits: Tensor) -> Tensor:
-    """What a model with a head predicts for N rows: the most likely class (N,)."""
+    """What a model with a head predicts for N rows: the most likely class (N,), the number (N,), or
+    whether each class is among the row's (N, C).
+    """
+    if task.label == "number":
+        return logits.float().squeeze(-1)
+    if task.label == "classes":
+        return logits > 0
     return logits.argmax(dim=-1)
 
 
@@ -36,9 +45,14 @@ def scored(
     """The scores of ``predicted`` (N, ...), which are `predictions` for N examples.
 
     ``names``: of the labels, in their order. Classification: accuracy, and f1 of the second class
-    when there are two, else the mean over classes.
+    when there are two, else the mean over classes. Regression: Pearson's and Spearman's
+    correlation. Multi-label: the f1 of all decisions together, and the mean of each class's f1.
     """
     labels = torch.tensor([example.labels for example in examples])
+    if task.label == "number":
+        return Scored(_correlations(predicted, labels))
+    if task.label == "classes":
+        return Scored(_f1_of_several(predicted, labels))
     confusion = _confusion(predicted, labels, len(names))
     return Scored(_classification(confusion), confusion.tolist())
 
@@ -60,4 +74,34 @@ def _classification(confusion: Tensor) -> Scores:
     return {
         "accuracy": hits.sum().item() / confusion.sum().item(),
         "f1": f1[1] if len(f1) == 2 else sum(f1) / len(f1),
+    }
+
+
+def _correlations(predicted: Tensor, labels: Tensor) -> Scores:
+    """Pearson's and Spearman's correlation of two (N,), by scipy. They are 0 where they are not
+    defined: for less than two rows, and where all are alike.
+    """
+    if len(labels) < 2:
+        return {"pearson": 0.0, "spearman": 0.0}
+    pair = predicted.double().numpy(), labels.double().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rows that are alike
+        found = {
+            "pearson": scipy.stats.pearsonr(*pair).statistic,
+            "spearman": scipy.stats.spearmanr(*pair).statistic,
+        }
+    return {name: float(one) if math.isfinite(one) else 0.0 for name, one in found.items()}
+
+
+def _f1_of_several(predicted: Tensor, labels: Tensor) -> Scores:
+    """Micro and macro F1 of decisions (N, C), by torchmetrics."""
+    # here, because importing it takes a second
+    from torchmetrics.functional.classification import multilabel_f1_score
+
+    num_classes = labels.shape[1]
+    return {
+        f"{average}_f1": multilabel_f1_score(
+            predicted.long(), labels.long(), num_labels=num_classes, average=average
+        ).item()
+        for average in ("micro", "macro")
     }

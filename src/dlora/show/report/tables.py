@@ -215,7 +215,9 @@ class Tables:
         if len(self.page.names) <= MOST_PEERS:
             return set(self.page.names)
         judged = [name for name in scores if scores[name].get(self.key) is not None]
-        judged.sort(key=lambda name: scores[name][self.key], reverse=self.page.higher_is_better)
+        judged.sort(
+            key=lambda name: scores[name][self.key], reverse=self.page.reading.higher_is_better
+        )
         chosen = list(dict.fromkeys([*judged[:MOST_BEST], *judged[-MOST_BEST:]]))
         others = [name for name in (*judged, *self.page.names) if name not in set(chosen)]
         return {*chosen, *[*dict.fromkeys(others)][: MOST_PEERS - len(chosen)]}
