@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/sharded",
         "lora/stacked",
         "lora/swapped",
+        "lora/taken_out",
         "lora/targets",
         "lora/units",
     ),
@@ -101,17 +102,14 @@ COMMANDS = {
 ROOMS: dict[str, set[str]] = {
     "transformers": {
         "programs/trainer_callback",
-        "model/files",
-        "model/layers",
-        "model/load",
-        "model/quiet",
-        *(f"lora/{name}" for name in ("adapter_io", "biases", "layers", "stacked")),
+        *(f"model/{name}" for name in ("files", "layers", "load", "quiet")),
+        *(f"lora/{name}" for name in ("adapter_io", "biases", "layers", "stacked", "taken_out")),
         *(f"split/{name}" for name in ("device/half", "device/body", "device/head", "cloud/body")),
     },
     "peft": {
         "model/quiet",
         *(f"lora/{name}" for name in ("adapter_io", "core", "layers")),
-        *(f"lora/{name}" for name in ("stacked", "swapped", "targets")),
+        *(f"lora/{name}" for name in ("stacked", "swapped", "taken_out", "targets")),
     },
     "grpc": {"net/dialling", "net/grpc_link", "net/listener"},
     "grpc_health": {"net/listener"},

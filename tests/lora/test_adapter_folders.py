@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import dlora
 from dlora.config.run import Config
-from dlora.errors import Interrupted, ModelError
+from dlora.errors import Interrupted, ModelError, RunError
 from dlora.model.load import load_tokenizer
 from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded
-from kit.run_folders import stop_after
+from kit.run_folders import assert_identical, factors_of, stop_after
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -244,6 +245,35 @@ def test_a_run_keeps_the_adapter_from_which_it_began(
     assert dlora.score(config.output_dir)["consensus"]["loss"] == pytest.approx(printed, abs=1e-5)
     ended = load_file(tmp_path / "second" / "consensus" / "adapter_model.safetensors")
     assert torch.equal(ended[norm], weights[norm] + 1)
+
+
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
+def test_a_run_keeps_what_was_taken_out_of_the_weights(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, init: str
+) -> None:
+    """Law 10 on a machine whose SVD has other last bits: what resumes or scores asks for none."""
+    keys = {"lora.init_lora_weights": init, "peers.count": 2, "eval_every": 0}
+    whole, config = (make_config(**keys, output_dir=str(tmp_path / name)) for name in "ab")
+    dlora.simulate(whole)
+    with pytest.raises(Interrupted):
+        dlora.simulate(config, stop=stop_after(1))
+
+    def another(*_: Any) -> None:
+        raise AssertionError("computed anew")
+
+    for name in ("pissa_init", "olora_init"):
+        monkeypatch.setattr(LoraLayer, name, another)
+    with pytest.raises(AssertionError, match="computed anew"):
+        prepare(config)
+    summary = dlora.simulate(config, resume=True)
+    assert_identical(factors_of(config), factors_of(whole))
+    for file in ("taken-out.safetensors", "consensus/adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    printed = summary["runs"]["dec-lora"]["consensus"]["loss"]
+    assert dlora.score(config.output_dir)["consensus"]["loss"] == pytest.approx(printed, abs=1e-5)
+    (tmp_path / "b" / "taken-out.safetensors").write_bytes(b"damaged")
+    with pytest.raises(RunError, match=r"taken-out.safetensors cannot be read"):
+        dlora.score(config.output_dir)
 
 
 def test_an_adapter_of_changed_weights_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from dlora.config.run import Config
 from dlora.config.training import only_biases
 from dlora.lora.bottleneck import attach_bottleneck
@@ -16,6 +20,7 @@ def adapt(
     config: Config,
     directions: Directions | None = None,
     weights_here: bool = True,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> StackedModel:
     """The model with the adapters that the config names. LoRA and bottlenecks are stacked, so that
     participants share a forward pass; what `_why_swapped` tells of is swapped. The other arguments
@@ -26,7 +31,7 @@ def adapt(
     reason = _why_swapped(config)
     if reason is not None:
         return swap(frozen, config, reason)
-    return attach(frozen, config.lora, config.task, config.seed, directions, weights_here)
+    return attach(frozen, config.lora, config.task, config.seed, directions, weights_here, kept)
 
 
 def _why_swapped(config: Config) -> str | None:

@@ -113,7 +113,6 @@ def _exported(model: StackedModel) -> peft.LoraConfig:
     assert config is not None  # the folder of a bottleneck adapter has another form
     if model.taken_out:  # twice the rank, the same scaling
         more = math.sqrt(2) if config.use_rslora else 2
-        config.init_lora_weights = True
         config.r, config.lora_alpha = 2 * config.r, whole(more * config.lora_alpha)
         config.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
         config.alpha_pattern = {

@@ -33,6 +33,7 @@ from dlora.lora.layers import (
     replace,
     stack_head,
 )
+from dlora.lora.taken_out import refuse_taken_out, take_out
 from dlora.lora.targets import find_targets, short_names
 
 
@@ -114,21 +115,25 @@ def attach(
     seed: int,
     directions: Directions | None = None,
     weights_here: bool = True,
+    kept: Mapping[str, Tensor] | None = None,
 ) -> StackedModel:
     """Let PEFT place and initialise the modules, then replace PEFT's layers with stacked layers.
 
     A is drawn on the CPU from ``seed``, and B is zero. Under placement core, A and B are the
-    ``directions`` (computed here when they are not given), and the core is zero. The network is
-    changed in place. ``weights_here`` is false when the adapted linears have no weights, so that
-    the directions cannot be compared with them. Raises ModelError when a target matches nothing or
-    no linear, or when the directions belong to another model; raises ConfigError when a weight has
-    fewer than ``lora.r`` directions.
+    ``directions`` (computed here when they are not given), and the core is zero. ``kept``: the A
+    and B that PiSSA or OLoRA took out of the weights in an earlier process of the run; None: they
+    are computed. The network is changed in place. ``weights_here`` is false when the adapted
+    linears have no weights, so that the directions cannot be compared with them. Raises ModelError
+    when a target matches nothing or no linear, or when the directions belong to another model;
+    raises ConfigError when a weight has fewer than ``lora.r`` directions.
     """
     network, head = frozen.network, frozen.head
     targets = find_targets(network, section, head)
+    takes_out = section.init_lora_weights in TAKEN_OUT
     biases = trained_biases(network, section.bias, targets, head)
     written = short_names(network, targets)
     peft_config = lora_config(network, section, task, targets)
+    refuse_taken_out(network, section, targets)
     try:
         with torch.random.fork_rng(devices=[]), without_bitsandbytes():
             torch.manual_seed(seed)
@@ -149,8 +154,12 @@ def attach(
     else:
         initial = {}
         for name, layer in placed.items():
-            initial[f"{name}.lora_A"] = fresh(layer.lora_A["default"].weight)
-            initial[f"{name}.lora_B"] = fresh(layer.lora_B["default"].weight)
+            halves = (
+                take_out(name, layer, section.init_lora_weights, kept)
+                if takes_out
+                else (fresh(half["default"].weight) for half in (layer.lora_A, layer.lora_B))
+            )
+            initial[f"{name}.lora_A"], initial[f"{name}.lora_B"] = halves
             if section.use_dora:
                 magnitude = layer.lora_magnitude_vector["default"].weight
                 initial[f"{name}.lora_magnitude_vector"] = fresh(magnitude)
@@ -165,11 +174,10 @@ def attach(
     peft_config.base_model_name_or_path = frozen.source
     peft_config.inference_mode = True
     resting = frozenset() if section.train_head else frozenset(head_factors)
-    taken_out = section.init_lora_weights in TAKEN_OUT
     nothing = {
         name: tensor
         for name, tensor in initial.items()
-        if taken_out or name.endswith(".lora_magnitude_vector")
+        if takes_out or name.endswith(".lora_magnitude_vector")
     }
     return StackedModel(
         network=network,
@@ -197,7 +205,10 @@ def lora_config(
         use_rslora=section.use_rslora,
         use_dora=section.use_dora,
         bias=section.bias,
-        init_lora_weights=section.init_lora_weights,
+        # what is taken out is taken by `take_out`
+        init_lora_weights=True
+        if section.init_lora_weights in TAKEN_OUT
+        else section.init_lora_weights,
         # GPT-2 stores weights transposed
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in network.modules()),
         task_type=TASKS[task].peft,

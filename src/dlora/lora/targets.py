@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Sequence
-from typing import Any
 
 # These come before peft: they silence the messages that peft's imports print.
 from dlora.model.layers import LINEAR, block_linears, block_lists, is_linear
@@ -19,7 +18,7 @@ with without_bitsandbytes():
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from dlora.config.training import TAKEN_OUT, LoraSection
+from dlora.config.training import LoraSection
 from dlora.errors import ModelError
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")  # as PEFT finds the number of a layer
@@ -68,8 +67,6 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
             _pattern(one, True, key)  # raises an error if it is no regex
             if not any(get_pattern_key([one], name) == one for name in kept):
                 raise ModelError(f"lora.{key}: {one} matches no adapted linear, such as {kept[0]}")
-    if section.init_lora_weights in TAKEN_OUT:
-        _refuse_taken_out(network, section, kept)
     return kept
 
 
@@ -161,24 +158,6 @@ def linear_names(network: nn.Module) -> str:
             }
         )
     )
-
-
-def _refuse_taken_out(network: nn.Module, section: LoraSection, targets: Sequence[str]) -> None:
-    """Raise ModelError where PiSSA or OLoRA cannot take A and B out of a weight."""
-    for name in targets:
-        linear: Any = network.get_submodule(name)
-        if not isinstance(linear, nn.Linear) and section.init_lora_weights == "olora":
-            raise ModelError(
-                f"lora.init_lora_weights olora: {name} stores its weight transposed, which PEFT's"
-                " OLoRA does not know; take pissa"
-            )
-        ranks = section.rank_pattern or {}
-        r, most = ranks.get(get_pattern_key([*ranks], name), section.r), min(linear.weight.shape)
-        if r > most:
-            raise ModelError(
-                f"lora.init_lora_weights {section.init_lora_weights}: rank {r}, but {name} has only"
-                f" {most} rows or columns; lower lora.r"
-            )
 
 
 def _within(name: str, head: Sequence[str]) -> bool:

@@ -18,6 +18,7 @@ from dlora.lora.adapt import adapt
 from dlora.lora.adapter_io import BEGUN_FROM, begin_from, load_adapter
 from dlora.lora.core import DIRECTIONS_FILE, read_directions
 from dlora.lora.stacked import StackedModel
+from dlora.lora.taken_out import kept_taken_out
 from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
 from dlora.tasks.scores import Scores
@@ -44,7 +45,7 @@ def run_model(run: Path) -> tuple[Any, StackedModel]:
     tokenizer = load_tokenizer(config.model)
     directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
     network = load_model(config, tokenizer, labels)
-    model = adapt(network, config, directions)
+    model = adapt(network, config, directions, kept=kept_taken_out(run))
     if (run / BEGUN_FROM).is_dir():  # its head may have more than the trained tensors
         begin_from(run / BEGUN_FROM, model)
     return tokenizer, model

@@ -23,6 +23,7 @@ from dlora.lora.adapter_io import BEGUN_FROM, begin_from
 from dlora.lora.factors import target_ranks
 from dlora.lora.sharded import ShardedModel
 from dlora.lora.stacked import StackedModel
+from dlora.lora.taken_out import kept_taken_out
 from dlora.lora.units import Unit, adapted_units, bottleneck_units, core_units, find_units, renamed
 from dlora.model.fingerprints import fingerprint
 from dlora.model.load import body_maker, load_model, load_tokenizer, resolve_device
@@ -121,7 +122,8 @@ def load_frozen(
     frozen = load_model(config, tokenizer, data.label_names, device=whole_on)
     weights_hash = fingerprint(frozen.network, but=frozen.head)
     directions = kept_directions(config, resume)
-    model = adapt(frozen, config, directions)
+    kept = kept_taken_out(Path(config.output_dir)) if resume else None
+    model = adapt(frozen, config, directions, kept=kept)
     _begin(config, resume, model)
     if mesh is not None:
         model = ShardedModel.of(model, mesh, ranks.any)

@@ -140,6 +140,7 @@ def opened(
                 RunFolder.create(config, own)
             prepared.keep_directions()
             prepared.keep_adapter()
+            prepared.keep_taken_out()
             if ranks.are_several:
                 write_atomically(Path(config.output_dir, LAUNCH_FILE), launch_name(os.environ))
 

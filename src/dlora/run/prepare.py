@@ -24,6 +24,7 @@ from dlora.lora.adapter_io import keep_begun
 from dlora.lora.core import DIRECTIONS_FILE, write_directions
 from dlora.lora.factors import digest, is_head, target_ranks
 from dlora.lora.stacked import StackedModel
+from dlora.lora.taken_out import keep_taken_out
 from dlora.lora.units import Unit
 from dlora.model.fingerprints import tokenizer_fingerprint
 from dlora.run.loading import load_frozen, read_all, scheduled_units, shared_mesh
@@ -178,6 +179,12 @@ class Prepared:
         if given is not None:
             keep_begun(Path(given), Path(self.config.output_dir))
 
+    def keep_taken_out(self) -> None:
+        """Write what PiSSA or OLoRA took out of the weights into the run folder, if it is not there
+        yet.
+        """
+        keep_taken_out(Path(self.config.output_dir), self.model.taken_out)
+
     def keep_directions(self) -> None:
         """Under placement core: write the file of the run folder, if it does not exist."""
         path = Path(self.config.output_dir, DIRECTIONS_FILE)
@@ -246,7 +253,8 @@ def prepare(
     """Read the data, build the topology, load the model.
 
     ``own``: the name of a real peer, which has only its own data; None: all peers of a simulation.
-    ``resume``: core directions are read from the run folder. ``phase`` hears what is being loaded.
+    ``resume``: core directions, and what PiSSA or OLoRA took out of the weights, are read from the
+    run folder. ``phase`` hears what is being loaded.
     ``ranks``: the processes that call this together: those over which the participants are dealt,
     each with all rows, or those that train the real peer ``own`` together. Raises a UserError that
     names the mistake.
