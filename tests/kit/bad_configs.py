@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a-baseline-twice": ({"compare": ["local", "local"]}, ["compare names a baseline twice"]),
     "a-baseline-without-list": ({"compare": "local"}, ["compare", "list", "'local'"]),
     "three-texts": ({"data.text": ["a", "b", "c"]},
-        ["data.text", "one column, or two for pairs", "['a', 'b', 'c']"]),
+        ["data.text", "or two for pairs", "['a', 'b', 'c']"]),
     "a-word-for-a-block": ({"peers.topology": "ring"},
         ["peers.topology", "a block of keys", "'ring'"]),
     "a-key-of-another-tool": ({"train.max_steps": 9},
@@ -192,7 +192,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "labels-of-causal-lm": (
         {"task": "causal-lm", "data.partition": {"kind": "dirichlet", "concentration": 1}},
-        ["dirichlet needs labels", "causal-lm has none"],
+        ["dirichlet needs one label a row", "causal-lm has none"],
     ),
     # topologies
     "disconnected": (
