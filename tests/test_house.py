@@ -50,6 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "lora/core",
         "lora/layers",
         "lora/mapped",
+        "lora/model_card",
         "lora/moments",
         "lora/sharded",
         "lora/stacked",

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import dlora
 from dlora.config.run import Config
 from dlora.errors import Interrupted, ModelError, RunError
+from dlora.lora.adapter_io import save_adapter
+from dlora.lora.factors import stack
 from dlora.model.load import load_tokenizer
 from dlora.run.prepare import prepare
 from kit import families, tiny_models
@@ -171,6 +173,70 @@ def test_servers_find_what_they_read(
     assert f"# A LoRA adapter for {'/'.join(Path(config.model).parts[-2:])}\n" in card
     for peer in Path(config.output_dir, "peers").iterdir():
         assert json.loads((peer / "adapter_config.json").read_text())["target_modules"] == written
+
+
+DORA, PATTERN = "it refuses DoRA (`use_dora`)", "does not read `rank_pattern` and `alpha_pattern`"
+MERGE = "`dlora export RUN --merge` writes the whole model"
+# kind -> family, task, what of the config, what the card says of vLLM
+IN_VLLM: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
+    "lora": ("llama", "causal-lm", {}, ["vLLM: `--enable-lora --max-lora-rank 8`."]),
+    "rank-16": ("llama", "causal-lm", {"lora.r": 16}, ["--max-lora-rank 16`."]),
+    "rank-17": ("llama", "causal-lm", {"lora.r": 17}, ["--max-lora-rank 32`."]),
+    "rank-513": ("llama", "causal-lm", {"lora.r": 513},
+        ["does not load", "a rank of 512 at most, this one is 513.", MERGE]),
+    "rslora": ("llama", "causal-lm", {"lora.use_rslora": True}, ["--max-lora-rank 8`."]),
+    "core": ("llama", "causal-lm", {"lora.placement": "core"}, ["--max-lora-rank 8`."]),
+    "gaussian": ("llama", "causal-lm", {"lora.init_lora_weights": "gaussian"},
+        ["--max-lora-rank 8`."]),
+    "pissa": ("llama", "causal-lm", {"lora.init_lora_weights": "pissa", "lora.r": 5},
+        ["--max-lora-rank 16`."]),
+    "pissa-rslora": ("llama", "causal-lm",
+        {"lora.init_lora_weights": "pissa", "lora.r": 5, "lora.use_rslora": True},
+        ["--max-lora-rank 16`."]),
+    "dora": ("llama", "causal-lm", {"lora.use_dora": True}, ["does not load", DORA, MERGE]),
+    "rank-pattern": ("llama", "causal-lm", {"lora.rank_pattern": {"q_proj": 2}},
+        ["does not load", PATTERN, MERGE]),
+    "alpha-pattern": ("llama", "causal-lm", {"lora.alpha_pattern": {"0.*.q_proj": 2.0}},
+        ["does not load", PATTERN, MERGE]),
+    # alpha / r is 2 everywhere: what vLLM does not read changes nothing
+    "patterns-in-step": ("llama", "causal-lm",
+        {"lora.rank_pattern": {"q_proj": 20}, "lora.alpha_pattern": {"q_proj": 40}},
+        ["--max-lora-rank 32`."]),
+    "classifier": ("llama", "classification", {},
+        ["does not load", "it refuses `modules_to_save`, here score.", MERGE]),
+    "classifier-at-rest": ("bert", "classification", {"lora.train_head": False},
+        ["does not load", "here classifier.", MERGE]),
+    "classifier-dora": ("bert", "classification", {"lora.use_dora": True},
+        ["does not load", f"here classifier; {DORA}.", MERGE]),
+    "mean": ("bert", "classification", {"pooling": "mean"},
+        ["does not load this folder: it has no classifier that reads the mean."]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:lora.r 513")
+@pytest.mark.parametrize("kind", IN_VLLM)
+def test_the_card_says_whether_vllm_loads_the_folder(
+    make_config: MakeConfig, tmp_path: Path, kind: str
+) -> None:
+    """By vLLM's own checks, read in its source; what the folder holds is what they read."""
+    family, task, overrides, words = IN_VLLM[kind]
+    prepared = prepare(make_config(family, task, **overrides))
+    model = prepared.model
+    save_adapter(tmp_path / "adapter", stack(model.initial, 1), model)
+    card = " ".join((tmp_path / "adapter" / "README.md").read_text().split())
+    for word in words:
+        assert word in card, card
+    loads = "does not load" not in words[0]
+    assert ("--max-lora-rank" in card) == loads
+    assert ("--merge" in card) == (MERGE in words)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    if loads:  # PEFTHelper.validate_legal, and the names that parse_fine_tuned_lora_name takes
+        assert not said["modules_to_save"] and not said["use_dora"] and said["bias"] == "none"
+        assert type(said["lora_alpha"]) is int or said["use_rslora"]
+        assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in names)
+        room = int(card.partition("--max-lora-rank ")[2].partition("`")[0])
+        assert max(min(tensor.shape) for tensor in names.values()) <= room
 
 
 def load_tokenizer_of(folder: Path) -> Any:

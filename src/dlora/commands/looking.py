@@ -72,21 +72,36 @@ def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="the folder of a finished run", show_default=False)
     ],
-    peer: Annotated[str, typer.Option(help="whose adapter", show_default=False)],
+    peer: Annotated[
+        str | None,
+        typer.Option(help="whose adapter; --merge: by default the average", show_default=False),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="the whole model, with the adapter in its weights")
+    ] = False,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="default: RUN/peers/PEER"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="default: RUN/peers/PEER; --merge: RUN/merged/PEER or RUN/merged/consensus",
+        ),
     ] = None,
 ) -> None:
-    """Write the adapter of one peer of a simulation of many peers as a PEFT folder.
+    """Write one adapter of a run as a PEFT folder, or merged into the model.
 
-    Example: dlora export runs/many --peer peer-007
+    Without --merge it is the adapter of one peer of a simulation of many peers. With --merge it is
+    a model that transformers and servers load without PEFT.
+
+    Example: dlora export runs/mine --merge
     """
     progress = Progress()
     with Stop("stopping", progress), progress:
         from dlora.programs.export import export as program
+        from dlora.programs.export import export_merged
 
-        folder = program(run, peer, output)
+        folder = export_merged(run, peer, output) if merge else program(run, peer, output)
     typer.echo(folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import peft
 import safetensors
 import torch
-import yaml
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -20,9 +20,9 @@ from dlora.files import write_atomically
 from dlora.lora.bottleneck_io import FACTS, check_bottleneck_folder, write_bottleneck
 from dlora.lora.bottleneck_io import WEIGHTS as BOTTLENECK
 from dlora.lora.core import pairs
+from dlora.lora.model_card import model_card
 from dlora.lora.stacked import StackedModel, whole
 from dlora.lora.swapped import SwappedModel
-from dlora.version import __version__
 
 _PREFIX = "base_model.model."  # the name PeftModel gives the network it wraps
 _WEIGHTS = "adapter_model.safetensors"
@@ -87,8 +87,9 @@ def _write_peft(
     write_atomically(folder / _WEIGHTS, save(weights, metadata={"format": "pt"}))
     if cores:
         write_atomically(folder / _CORES, save(cores))
-    _exported(model).save_pretrained(str(folder))
-    write_atomically(folder / "README.md", model_card(model))
+    config = _exported(model)
+    config.save_pretrained(str(folder))
+    write_atomically(folder / "README.md", model_card(model, config))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
@@ -136,58 +137,6 @@ def save_trained(folder: Path, factors: Mapping[str, Tensor]) -> None:
         ) from error
 
 
-def model_card(model: StackedModel) -> str:
-    """The text of README.md: what the folder holds and how to load it, with the header of the hub.
-
-    When the base model is a local folder, the text has the end of its path and not all of it, and
-    the header does not name it, because the hub takes that for one of its own models.
-    """
-    config = _exported(model)
-    base = str(config.base_model_name_or_path)
-    on_hub = {} if Path(base).is_dir() else {"base_model": base}
-    facts = {**on_hub, "library_name": "peft", "tags": ["lora", "dlora"]}
-    if not on_hub:
-        base = "/".join(Path(base).resolve().parts[-2:])  # the last part alone is often "model"
-    classes = config.task_type == peft.TaskType.SEQ_CLS
-    factory = (
-        "AutoModelForSequenceClassification.from_pretrained(base,"
-        f" num_labels={model.network.config.num_labels})"
-    )
-    if getattr(model.network, "base_model_prefix", "") == "body":  # MeanPooledClassifier
-        how = "The classifier reads the mean over the tokens: load it with `dlora eval`."
-    else:
-        load = factory if classes else "AutoModelForCausalLM.from_pretrained(base)"
-        how = (
-            f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
-        )
-    if not isinstance(config, peft.LoraConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        return (
-            f"---\n{yaml.safe_dump({**facts, 'tags': ['dlora']}, sort_keys=False)}---\n\n"
-            f"# An adapter ({kind}) for {base}\n\nWritten by dlora {__version__}.\n\n{how}\n"
-        )
-    serve = "" if classes else _served(max([config.r, *config.rank_pattern.values()]))
-    linears = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
-    return (
-        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# A LoRA adapter for {base}\n\nRank"
-        f" {config.r}, `lora_alpha` {config.lora_alpha}, on {linears}. Written by dlora"
-        f" {__version__}.\n\n{how}\n{serve}"
-    )
-
-
-def _served(r: int) -> str:
-    """The line for vLLM, which accepts only fixed values of --max-lora-rank
-    (vllm.config.lora.MaxLoRARanks).
-    """
-    room = next((rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= r), None)
-    if room is None:
-        return (
-            f"\nvLLM takes a rank of 512 at most, this one is {r}: merge it into the model to serve"
-            " it.\n"
-        )
-    return f"\nvLLM: `--enable-lora --max-lora-rank {room}`.\n"
-
-
 def load_adapter(
     folder: Path, model: StackedModel, more: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
@@ -229,6 +178,21 @@ def load_adapter(
                 f" {tuple(tensor.shape)}"
             )
     return factors
+
+
+def merge_into(network: Any, folder: Path) -> Any:
+    """Add the adapter in ``folder`` to the weights of ``network``, and its head; returns the
+    network. Raises RunError when the adapter is virtual tokens, which no weight can hold.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of transformers 6
+        loaded: Any = peft.PeftModel.from_pretrained(network, str(folder))
+        if loaded.active_peft_config.is_prompt_learning:
+            raise RunError(
+                f"{folder}: virtual tokens stand before the text, and no weight can hold them; load"
+                " the folder with PEFT"
+            )
+        return loaded.merge_and_unload()
 
 
 def keep_begun(given: Path, run: Path) -> None:

@@ -31,7 +31,7 @@ def load_base(run: Path | str) -> tuple[Any, Any]:
     It has the head with which the run began; the adapter folder brings the trained head. Raises
     UserError if ``run`` is no run.
     """
-    config, labels = _read_run(Path(run))
+    config, labels = read_run(Path(run))
     tokenizer = load_tokenizer(config.model)
     return load_model(config, tokenizer, labels).network.eval(), tokenizer
 
@@ -41,7 +41,7 @@ def run_model(run: Path) -> tuple[Any, StackedModel]:
 
     Raises UserError if ``run`` is no run.
     """
-    config, labels = _read_run(run)
+    config, labels = read_run(run)
     tokenizer = load_tokenizer(config.model)
     directions = read_directions(run / DIRECTIONS_FILE) if config.lora.placement == "core" else None
     network = load_model(config, tokenizer, labels)
@@ -60,7 +60,7 @@ def score(
     Raises UserError if the folder is no finished run or ``data`` does not have the run's form.
     """
     run = Path(run)
-    config, labels = _read_run(run)
+    config, labels = read_run(run)
     if not (run / "consensus").is_dir():
         raise RunError(f"{run} has no adapters yet; finish it with: {resume_command(run)}")
     section = (
@@ -105,7 +105,7 @@ def score(
     return {name: score_one(name) for name in folders}
 
 
-def _read_run(run: Path) -> tuple[Config, list[str] | None]:
+def read_run(run: Path) -> tuple[Config, list[str] | None]:
     """The run's config, and the label names in order. Raises RunError if they cannot be read."""
     config = read_config(run)
     try:
