@@ -348,6 +348,9 @@ def test_peers_whose_frames_differ_are_told_what_to_do() -> None:
         f'frame is "{"a" * 64}" at north' in said
         and "the file that lora.frame names, and hand it round" in said
     )
+    begun = {"initial_factors": "1"} | {"frame": "a" * 64, "rounds": 3}
+    said = difference("north", json.dumps(ours), "south", json.dumps(begun))
+    assert 'initial_factors is "0" at north and "1" at south; they follow from lora.adapter' in said
     # what it may follow from
     said = difference("north", json.dumps(ours), "south", json.dumps(theirs | {"rounds": 4}))
     assert "rounds is 3 at north and 4 at south; make them alike" in said
