@@ -97,7 +97,7 @@ class Work:
             self.tokens.clear()
 
     def _formula(self, step: int) -> int:
-        placement, every = self.config.lora.placement, range(len(self.units))
+        placement, every = self.config.adapter_section.placement, range(len(self.units))
         told = [flops for since, flops in self.sets if since <= step]
         return told[-1] if told else device_flops(self.units, every, placement)
 

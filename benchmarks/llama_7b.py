@@ -1,5 +1,5 @@
 """What `dlora plan` says of a device of a cloud that runs LLaMA-7B: what literal LoRA, Kill and
-Revive and the core move.
+Revive, bottleneck adapters and the core move.
 
     DLORA_ASSETS=... python benchmarks/llama_7b.py [--steps 200]         # about a minute, 4 GB of
     memory and 1 GB of disk
@@ -37,6 +37,8 @@ CORE_R = 16
 ROWS: dict[str, dict[str, dict[str, object]]] = {
     "literal r 8, all": {"lora": {"r": 8}},
     "literal r 8, kr 1/8": {"lora": {"r": 8}, "schedule": {"kind": "kr"}},
+    "bottleneck r 8, all": {"bottleneck": {"r": 8}},
+    "bottleneck r 8, kr 1/8": {"bottleneck": {"r": 8}, "schedule": {"kind": "kr"}},
     f"core r {CORE_R}, all": {"lora": {"r": CORE_R, "placement": "core"}},
     f"core r {CORE_R}, kr 1/8": {
         "lora": {"r": CORE_R, "placement": "core"},
@@ -79,7 +81,7 @@ def make_frame(path: Path) -> None:
 
 def config(folder: Path, row: dict[str, dict[str, object]], wire: str, steps: int) -> Config:
     """A device's."""
-    lora = dict(row["lora"])
+    lora = dict(row.get("lora", {}))
     if lora.get("placement") == "core":
         lora["frame"] = str(folder / "frame")
     data = Config.load(Path(__file__).with_name("savings.yaml")).data
@@ -88,6 +90,7 @@ def config(folder: Path, row: dict[str, dict[str, object]], wire: str, steps: in
             "model": str(folder / "model"),
             "device": "cpu",
             "lora": lora,
+            "bottleneck": row.get("bottleneck"),
             "data": data.model_dump() | {"max_length": 128, "eval_limit": 8},
             "train": {"rounds": 1, "local_steps": steps, "per_device_train_batch_size": 8},
             "split": {"cloud": "hub", "wire": wire},
@@ -107,19 +110,21 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     print(
-        "| | wire | adapter bytes a token | saved of literal r 8, all | round trips a step"
+        "| | wire | adapter bytes a token | saved of all active, r 8 | round trips a step"
         " |\n|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model")
         make_frame(folder / "frame")
-        whole: dict[str, float] = {}
+        whole: dict[str, float] = {}  # bytes of the first row of a kind
         for row, settings in ROWS.items():
             for wire in ("bfloat16", "int8"):
                 costs = plan(config(folder, settings, wire, arguments.steps), "phone")["cloud"]
                 of_token = costs["adapter_bytes_a_token"]
-                saved = 1 - of_token / whole.setdefault(wire, of_token)
+                # a bottleneck under kr is compared with all bottlenecks
+                base = f"{'bottleneck' if 'bottleneck' in settings else 'LoRA'} {wire}"
+                saved = 1 - of_token / whole.setdefault(base, of_token)
                 cells = [
                     row,
                     wire,

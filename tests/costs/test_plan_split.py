@@ -14,6 +14,7 @@ import dlora
 from dlora.config.run import Config
 from dlora.programs.plan import plan
 from dlora.show.tables import plan_table
+from kit.bottlenecks import BOTTLENECK
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -49,6 +50,8 @@ CASES = [
         {"wire": "int8"},
         marks=slow,
     ),
+    ("bert", "classification", BOTTLENECK, {"wire": "bfloat16", "pipeline": 2}),
+    pytest.param("gpt2", "causal-lm", BOTTLENECK, {"wire": "int8"}, marks=slow),
 ]
 
 

@@ -15,6 +15,7 @@ from dlora.lora.stacked import StackedModel
 from dlora.lora.units import renamed
 from dlora.train import Group, local_steps
 from kit import updates
+from kit.bottlenecks import PARTS
 from kit.queue_cloud import QueueCloud, batch, cloud_body, config, device_half, factors, whole_model
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -47,7 +48,9 @@ class Both:
         if self.config.schedule.kind == "all":
             return None
         units = [renamed(unit, self.half.model.body.prefix) for unit in self.half.agreement.units]
-        return schedule_units(self.config.schedule, units, self.config.lora, 0, ["phone"])
+        return schedule_units(
+            self.config.schedule, units, self.config.adapter_section, 0, ["phone"]
+        )
 
 
 def train(
@@ -78,7 +81,7 @@ def assert_same(
 ) -> None:
     assert (split[0] - whole[0]).abs().max() < updates.LOSS_BOUND
     assert (whole[0][-1] - whole[0][0]).abs() > 1e-3  # it moved
-    for part in ("lora_A", "lora_B", "lora_M", "classifier"):
+    for part in ("lora_A", "lora_B", "lora_M", *PARTS, "classifier"):
         if any(part in name for name in whole[1]):
             assert (
                 updates.relative_difference(split[1], whole[1], part)

@@ -55,6 +55,7 @@ class Hooked:
         self.model.requires_grad_(False)
         self.trained: dict[str, Tensor] = {}
         act = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU()}
+        self.model.bottlenecks = nn.ModuleList()  # so that its parameters are the model's
         torch.manual_seed(config.seed)
         for name in names:
             layer = self.model.get_submodule(name)
@@ -66,6 +67,7 @@ class Hooked:
                 nn.init.zeros_(zero)
             values = (down.weight, down.bias, up.weight, up.bias)
             self.trained |= {f"{name}.{part}": v for part, v in zip(PARTS, values, strict=True)}
+            self.model.bottlenecks.extend([down, up])
             layer.register_forward_hook(_adds(down, act[config.bottleneck.activation], up))
         for name, parameter in self.model.named_parameters():
             if classes and name.startswith(("classifier.", "score.")):

@@ -16,9 +16,10 @@ from dlora.config.run import Config
 from dlora.data.batches import Batch, collate
 from dlora.data.formats import Example
 from dlora.events.serving import DeviceEvent
+from dlora.lora.adapt import adapt
 from dlora.lora.core import Directions
-from dlora.lora.factors import Factors, stack
-from dlora.lora.stacked import StackedModel, attach
+from dlora.lora.factors import Factors, adds, stack
+from dlora.lora.stacked import StackedModel
 from dlora.model.load import load_model, load_tokenizer
 from dlora.split.cloud.body import Body, load_body
 from dlora.split.cloud.limits import Budget, Limits
@@ -143,7 +144,7 @@ def device_half(config: Config, frame: Directions | None = None) -> Half:
 def whole_model(config: Config) -> StackedModel:
     """The same model and factors with the body here: the oracle, itself equal to PEFT by law 1."""
     frozen = load_model(config, load_tokenizer(config.model), labels(config))
-    return attach(frozen, config.lora, config.task, config.seed)
+    return adapt(frozen, config)
 
 
 def labels(config: Config) -> list[str] | None:
@@ -179,11 +180,11 @@ def batch(
 
 
 def factors(model: StackedModel, seed: int = 0) -> Factors:
-    """One participant's, with B or M not zero, ready to train."""
+    """One participant's, with B, M or up not zero, ready to train."""
     generator = torch.Generator().manual_seed(seed)
     made = stack(model.initial, 1)
     for name, tensor in made.items():
-        if name.endswith(("lora_B", "lora_M")):
+        if adds(name):
             tensor.normal_(std=0.1, generator=generator)
         tensor.requires_grad_()
     return made

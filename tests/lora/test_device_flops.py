@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from dlora.config.run import Config, ScheduleSection
 from dlora.lora.kill_revive import Schedule
 from dlora.lora.units import Unit, device_flops
+from kit.bottlenecks import BOTTLENECK
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -51,8 +52,9 @@ EVERY = frozenset(range(len(MINILM)))
         {"lora.rank_pattern": {"0.*.query": 2, "1.*.output.dense": 6}},
         {"lora.placement": "core"},
         {"schedule": {"kind": "random", "period": 1, "active_fraction": 0.4}},
+        pytest.param(BOTTLENECK, marks=pytest.mark.slow),
     ],
-    ids=["literal", "ranks", "core", "scheduled"],
+    ids=["literal", "ranks", "core", "scheduled", "bottleneck"],
 )
 def test_the_formula_is_what_a_split_device_computes(
     make_config: Callable[..., Config], overrides: dict[str, Any]

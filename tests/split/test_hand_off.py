@@ -182,15 +182,15 @@ def test_what_is_handed_off_is_what_was_trained(model_folder: Folder) -> None:
     both = Both(model_folder("bert", "classification"))
     adapter = link(both.half, both.cloud).adapter
     both.half.model.use(values := factors(both.half.model))
-    [unit, *_] = adapter.units
-    handed = as_factors(adapter.handed_off(adapter.factors(), 0), unit, core=False)
+    [unit, *_], agreement = adapter.units, both.half.agreement
+    handed = as_factors(adapter.handed_off(adapter.factors(), 0), unit, agreement)
     assert handed is not None
     for name, (lora_A, lora_B) in zip(unit.modules, handed, strict=True):
         named = both.half.model.body.prefix + name
         torch.testing.assert_close(lora_A, values[f"{named}.lora_A"][0], rtol=0, atol=0)
         # alpha / r
         torch.testing.assert_close(lora_B, 2 * values[f"{named}.lora_B"][0], rtol=0, atol=0)
-    assert as_factors(torch.zeros(1, 5), unit, core=False) is None
+    assert as_factors(torch.zeros(1, 5), unit, agreement) is None
 
 
 def test_factors_without_room_are_not_kept_and_the_cloud_goes_on() -> None:

@@ -15,6 +15,7 @@ from dlora.events.log import read_log
 from dlora.programs.plan import plan
 from dlora.run.prepare import prepare
 from kit.both_halves import CORE, SCHEDULES
+from kit.bottlenecks import BOTTLENECK
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -51,6 +52,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "drop": {"schedule": SCHEDULES["kr-drop"], "split": {"cloud": "cloud", "wire": "int8"}},
     "random": {"schedule": SCHEDULES["random"], "split": {"cloud": "cloud", "wire": "int8"}},
     "static": {"schedule": SCHEDULES["static"], "split": {"cloud": "cloud", "wire": "float32"}},
+    "bottleneck": {
+        **BOTTLENECK,
+        "schedule": SCHEDULES["kr"],
+        "split": {"cloud": "cloud", "wire": "bfloat16"},
+    },
     "core": {**CORE, "split": {"cloud": "cloud", "wire": "int8"}},
 }
 
@@ -62,6 +68,7 @@ RUNS: dict[str, dict[str, Any]] = {
         ("core", 1),
         *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("drop", "random", "static")),
         *(pytest.param(name, 3, marks=pytest.mark.slow) for name in ("kr", "drop", "random")),
+        *(pytest.param("bottleneck", count, marks=pytest.mark.slow) for count in (1, 3)),
     ],
 )
 def test_the_plan_is_what_is_counted(
@@ -79,7 +86,7 @@ def test_the_plan_is_what_is_counted(
             prepared, None, [Replayed(log, peer) for peer in prepared.names]
         )
         assert counted == pytest.approx(costs["cloud_bytes"], rel=0.002)
-    if name not in ("kr", "drop"):
+    if name not in ("kr", "drop", "bottleneck"):
         assert counted == pytest.approx(before["cloud_bytes"], rel=0.02)
 
 

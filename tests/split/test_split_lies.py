@@ -254,6 +254,7 @@ def test_a_cloud_that_lies_ends_in_an_error(half: Half, truth: str, lie: Any, me
         ),
         ("wire", "float8", "wire float8"),
         ("dropout", 1.5, "dropout 1.5"),
+        ("activation", "tanh", "activation tanh: not known here"),
     ],
 )
 def test_halves_that_do_not_fit_are_told_why(

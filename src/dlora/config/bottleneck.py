@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field
 
 from dlora.config.reading import Section, Text
 from dlora.config.training import LoraSection
+
+Activation: TypeAlias = Literal["gelu", "relu", "silu"]
+ACTIVATIONS = get_args(Activation)
 
 
 class BottleneckSection(Section):
@@ -26,9 +29,7 @@ class BottleneckSection(Section):
             " feed-forward: only the second; else names or one regex, as for lora"
         ),
     )
-    activation: Literal["gelu", "relu", "silu"] = Field(
-        "gelu", description="the nonlinearity between down and up"
-    )
+    activation: Activation = Field("gelu", description="the nonlinearity between down and up")
     adapter: Text | None = Field(
         None,
         min_length=1,
@@ -42,7 +43,7 @@ class BottleneckSection(Section):
     )
 
 
-def check_bottleneck(lora: LoraSection, rule: str, split: object) -> None:
+def check_bottleneck(lora: LoraSection, rule: str) -> None:
     """Raise ValueError if a config with a bottleneck says something that belongs to LoRA."""
     if lora != LoraSection():
         raise ValueError("lora and bottleneck are two kinds of adapter; keep one block")
@@ -50,8 +51,4 @@ def check_bottleneck(lora: LoraSection, rule: str, split: object) -> None:
         raise ValueError(
             f"peers.rule {rule} chooses between LoRA's A and B, which a bottleneck does not have;"
             " take rule factor"
-        )
-    if split is not None:
-        raise ValueError(
-            "bottleneck does not go with split yet: remove split, or take lora instead"
         )

@@ -217,7 +217,7 @@ class Config(Document):
                 " for; remove one of them"
             )
         if self.bottleneck is not None:
-            check_bottleneck(self.lora, self.peers.rule, self.split)
+            check_bottleneck(self.lora, self.peers.rule)
         task = TASKS[self.task]
         if self.pooling is not None and not task.can_pool:
             fitting = " or ".join(name for name, task in TASKS.items() if task.can_pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dlora.split.agreement import Agreement
 from dlora.split.device.parts import Request, begin_of, row_ranges
-from dlora.split.tensors import bits
+from dlora.split.tensors import bits, factor_shapes
 from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, Done, HandOff, SplitFrame, Values
 
 # a call's number as it is long into a run: a frame grows by a byte for every 7 bits of it
@@ -56,12 +57,9 @@ def frames_of(
 
 def hand_off_of(agreement: Agreement, number: int) -> HandOff:
     """The hand-off of one unit: its frame is as long as that of any version near the first."""
-    unit, core = agreement.units[number], agreement.directions is not None
-    sizes = (
-        r * (out if core else unit.in_features + out)
-        for r, out in zip(unit.ranks, unit.out_features, strict=True)
-    )
-    return HandOff(number, FIRST_VERSION, _numberless(1, sum(sizes)))
+    shapes = factor_shapes(agreement.units[number], agreement)
+    numbers = sum(math.prod(shape) for own in shapes for shape in own)
+    return HandOff(number, FIRST_VERSION, _numberless(1, numbers))
 
 
 def _numberless(rows: int, width: int) -> Tensor:

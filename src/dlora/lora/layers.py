@@ -160,6 +160,9 @@ class StackedBottleneck(Adapted):
     ``up_weight`` (P, O, R), which is U, and ``up_bias`` (P, O).
     """
 
+    # as of LoRA's layers: an update is neither scaled nor dropped
+    scaling, dropout = 1.0, 0.0
+
     down_weight: Tensor
     down_bias: Tensor
     up_weight: Tensor

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from dlora.config.bottleneck import ACTIVATIONS, Activation
 from dlora.errors import ModelError
 from dlora.lora.core import Directions
 from dlora.lora.factors import digest
-from dlora.lora.units import Unit, adapted_units, core_units
+from dlora.lora.units import Unit, adapted_units, bottleneck_units, core_units
 from dlora.wire.split.frames import PROTOCOL, WIRES, Wire
 
 MAX_R = 1 << 12
@@ -31,6 +32,7 @@ class Agreement:
     dropout: float | None
     # SHA-256 of the core directions of all modules; None: placement literal
     directions: str | None
+    activation: Activation | None = None  # of bottleneck adapters; None: the adapter is LoRA
 
 
 def body_facts(config: Any, embedding: Any) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def proposal_text(facts: Mapping[str, Any], agreement: Agreement) -> str:
         "wire": agreement.wire,
         "dropout": agreement.dropout,
         "frame": agreement.directions,
+        "activation": agreement.activation,
     }
     return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
@@ -78,8 +81,8 @@ def agree(
                 f"protocol: the device speaks {_short(protocol)}, the cloud {PROTOCOL}; install"
                 " the same dlora on both"
             )
-        wire, dropout, core, proposed = (
-            manifest[key] for key in ("wire", "dropout", "frame", "groups")
+        wire, dropout, core, activation, proposed = (
+            manifest[key] for key in ("wire", "dropout", "frame", "activation", "groups")
         )
         ranks = {
             str(name): r
@@ -90,10 +93,15 @@ def agree(
         return "the device's manifest is none; install the same dlora on both"
     strange = [r for r in ranks.values() if type(r) is not int or not 1 <= r <= MAX_R]
     known = dropout is None or (isinstance(dropout, float | int) and 0 <= dropout < 1)
-    if wire not in WIRES or not known or strange or not (core is None or isinstance(core, str)):
+    known = (
+        known
+        and (core is None or isinstance(core, str))
+        and (activation is None or (activation in ACTIVATIONS and core is None))
+    )
+    if wire not in WIRES or not known or strange:
         return (
-            f"wire {_short(wire)}, dropout {_short(dropout)}, ranks {_short(strange)}: not known"
-            " here; install the same dlora on both"
+            f"wire {_short(wire)}, dropout {_short(dropout)}, ranks {_short(strange)}, activation"
+            f" {_short(activation)}: not known here; install the same dlora on both"
         )
     for key, here in facts.items():
         if manifest.get(key) != here:
@@ -102,7 +110,8 @@ def agree(
                 " need the same model"
             )
     try:
-        active = adapted_units(units, ranks)
+        bottleneck = activation is not None
+        active = (bottleneck_units if bottleneck else adapted_units)(units, ranks)
     except ModelError as error:
         return ascii(str(error)[:300])[1:-1]
     if core is not None:
@@ -115,7 +124,8 @@ def agree(
             "units: the halves order the model's modules differently; install the same"
             " transformers on both"
         )
-    return Agreement(active, wire, None if dropout is None else float(dropout), core)
+    rate = None if dropout is None else float(dropout)
+    return Agreement(active, wire, rate, core, activation)
 
 
 def directions_digest(directions: Directions, modules: Sequence[str]) -> str:

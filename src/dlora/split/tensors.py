@@ -1,10 +1,12 @@
 """What both halves do with tensors: split a unit's input, apply factors, unpack bits.
 
-A unit is the modules that share one input. r is the rank of a module.
+A unit is the modules that share one input. r is the rank of a module, or the width of its
+bottleneck.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dlora.lora.layers import activate
 from dlora.lora.units import Unit
+from dlora.split.agreement import Agreement
 
 
 def shares(x: Tensor, unit: Unit, core: bool) -> Sequence[Tensor]:
@@ -25,25 +29,40 @@ def shares(x: Tensor, unit: Unit, core: bool) -> Sequence[Tensor]:
     return torch.split(x, list(unit.out_features), dim=-1) if core else [x] * len(unit.modules)
 
 
-def through(factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Apply the factors to ``x`` one after the other: x A^T B^T, or x M^T under placement core."""
+def through(factors: Sequence[Tensor], x: Tensor, activation: str | None) -> Tensor:
+    """Apply the factors to ``x`` one after the other: x A^T B^T, or x M^T under placement core, or
+    act(x D^T + d) U^T + u with the ``activation`` of a bottleneck.
+    """
+    if activation is not None:
+        down_weight, down_bias, up_weight, up_bias = factors
+        z = F.linear(x, down_weight) + down_bias
+        return F.linear(activate(activation, z), up_weight) + up_bias
     for factor in factors:
         x = F.linear(x, factor)
     return x
 
 
-def as_factors(handed_off: Tensor, unit: Unit, core: bool) -> list[list[Tensor]] | None:
-    """Undo `Adapter.handed_off`: the flat numbers as factors, one list for each module of the
-    unit.
+def factor_shapes(unit: Unit, agreement: Agreement) -> list[list[tuple[int, ...]]]:
+    """The shapes of the factors of each module of the unit, one list for each.
 
-    A list holds A (r, in_features) and B (out_features, r), or M (r, r) under ``core``. Returns
-    None if ``handed_off`` has another number of values.
+    A list has A (r, in_features) and B (out_features, r), or M (r, r) under placement core, or the
+    down and up of a bottleneck, each with its bias.
     """
-    shapes = [
-        [(r, r)] if core else [(r, unit.in_features), (out, r)]
-        for r, out in zip(unit.ranks, unit.out_features, strict=True)
-    ]
-    sizes = [rows * columns for own in shapes for rows, columns in own]
+    width = unit.in_features
+    each = list(zip(unit.ranks, unit.out_features, strict=True))
+    if agreement.directions is not None:
+        return [[(r, r)] for r, _ in each]
+    if agreement.activation is not None:
+        return [[(r, width), (r,), (out, r), (out,)] for r, out in each]
+    return [[(r, width), (out, r)] for r, out in each]
+
+
+def as_factors(handed_off: Tensor, unit: Unit, agreement: Agreement) -> list[list[Tensor]] | None:
+    """Undo `Adapter.handed_off`: the flat numbers as factors, one list for each module of the
+    unit. Returns None if ``handed_off`` has another number of values than `factor_shapes`.
+    """
+    shapes = factor_shapes(unit, agreement)
+    sizes = [math.prod(shape) for own in shapes for shape in own]
     if handed_off.numel() != sum(sizes):
         return None
     flat = iter(torch.split(handed_off.flatten(), sizes))

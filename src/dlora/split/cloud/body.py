@@ -160,7 +160,7 @@ class Body:
         self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
         part: CloudPart | None = getattr(self._here, "part", None)
-        update = part.update(name, inputs[0]) if part is not None else None
+        update = part.update(name, inputs[0], output) if part is not None else None
         return None if update is None else output + update.to(output.dtype)
 
     def _table_sizes(self) -> tuple[int, int]:

@@ -48,6 +48,7 @@ class CloudPart:
             directions,
             handed_off,
         )
+        self._activation = agreement.activation
         self._say, self.hear = say, hear
         self._places = {
             name: (number, place)
@@ -64,12 +65,13 @@ class CloudPart:
         # (N,) of the real tokens in the flattened part
         self.index = torch.from_numpy(mask.nonzero()[0]).to(device)
 
-    def update(self, module: str, x: Tensor) -> Tensor | None:
-        """What the device's factors add to the output of ``module`` for its input ``x`` (...,
-        in_features).
+    def update(self, module: str, x: Tensor, output: Tensor) -> Tensor | None:
+        """What the device's factors add to the ``output`` (..., out_features) of ``module`` for its
+        input ``x`` (..., in_features). A bottleneck reads the output, and LoRA the input.
 
         Returns (..., out_features), or None if they add nothing.
         """
+        x = x if self._activation is None else output
         number, place = self._places.get(module, (0, None))
         if place is None or self._unit(number) == LEFT_OUT:
             return None
@@ -103,7 +105,7 @@ class CloudPart:
         else:
             own = zip(self._handed_off[number], shares(x.float(), unit, self._core), strict=True)
             updates = [
-                through([factor.to(x.device) for factor in factors], share)
+                through([factor.to(x.device) for factor in factors], share, self._activation)
                 for factors, share in own
             ]
         if self._core:

@@ -167,8 +167,7 @@ class Session:
         if frame.unit >= len(agreement.units):
             raise Misbehaviour(f"a hand-off of unit {frame.unit} of {len(agreement.units)}")
         unit = agreement.units[frame.unit]
-        core = agreement.directions is not None
-        factors = as_factors(frame.tensor.to(self.body.device), unit, core)
+        factors = as_factors(frame.tensor.to(self.body.device), unit, agreement)
         if factors is None:
             raise Misbehaviour(
                 f"a hand-off of {frame.tensor.numel()} numbers for unit {frame.unit}"

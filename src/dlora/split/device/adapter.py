@@ -9,14 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dlora.lora.units import Unit
+from dlora.lora.factors import BOTTLENECK, adds
 from dlora.seeds import derive_seed
-from dlora.split.tensors import shares, through
+from dlora.split.agreement import Agreement
+from dlora.split.tensors import factor_shapes, shares, through
 from dlora.wire.split.frames import ACTIVE, FIRST_VERSION, LEFT_OUT, Begin, HandOff
 
 
 class Layer(Protocol):
-    """One adapted module, with its factors as attributes (lora_A, lora_B or lora_M).
+    """One adapted module, with its factors as attributes: lora_A and lora_B, or lora_M, or the
+    four of a bottleneck.
 
     A factor may have a first dimension of 1, for the one participant.
     """
@@ -49,17 +51,19 @@ class Call:
 class Adapter:
     """The factors on the device, by unit: it computes updates forward and gradients backward.
 
-    ``units``: in the order of the agreement. ``layers``: module name -> layer. ``core``: placement
-    core.
+    ``layers``: module name -> layer.
     """
 
-    def __init__(self, units: Sequence[Unit], layers: Mapping[str, Layer], core: bool) -> None:
-        self.units, self.core = tuple(units), core
-        self.layers = layers
-        self._factor_names = ("lora_M",) if core else ("lora_A", "lora_B")
+    def __init__(self, agreement: Agreement, layers: Mapping[str, Layer]) -> None:
+        self.agreement, self.units, self.layers = agreement, agreement.units, layers
+        self._factor_names: tuple[str, ...] = ("lora_A", "lora_B")
+        if agreement.directions is not None:
+            self._factor_names = ("lora_M",)
+        elif agreement.activation is not None:
+            self._factor_names = BOTTLENECK
         self.tensors = [
             (name, factor)
-            for unit in units
+            for unit in self.units
             for name in unit.modules
             for factor in self._factor_names
         ]
@@ -67,7 +71,7 @@ class Adapter:
 
     @property
     def num_factors(self) -> int:
-        """The number of factors of a module: 2 (A and B), or 1 (M)."""
+        """The number of factors of a module: 2 (A and B), or 1 (M), or 4 (a bottleneck)."""
         return len(self._factor_names)
 
     def factors(self) -> list[Tensor]:
@@ -79,23 +83,27 @@ class Adapter:
         out_features).
 
         An update is s (x A^T) B^T, with s the scaling. Under placement core it is s z M^T, where z
-        is the module's own r columns of x.
+        is the module's own r columns of x, and of a bottleneck act(x D^T + d) U^T + u.
         """
         begin, kept, unit = call.begins[part], list[Tensor](), self.units[number]
         with torch.set_grad_enabled(begin.keep):
             x = x.detach().to(call.factors[0].device).requires_grad_(begin.keep)
             updates = []
-            for name, own in zip(unit.modules, shares(x, unit, self.core), strict=True):
+            core, activation = self.agreement.directions is not None, self.agreement.activation
+            shapes = factor_shapes(unit, self.agreement)
+            for name, own, shaped in zip(unit.modules, shares(x, unit, core), shapes, strict=True):
                 layer = self.layers[name]
                 factors = [
                     tensor.detach()
-                    .flatten(0, -2)
+                    .reshape(shape)
                     .requires_grad_(begin.keep and tensor.requires_grad)
-                    for tensor in self._of_module(call.factors, name)
+                    for tensor, shape in zip(
+                        self._of_module(call.factors, name), shaped, strict=True
+                    )
                 ]
                 if begin.seed is not None:
                     own = _dropped(own, layer.dropout, f"{begin.seed}/{name}")
-                updates.append(through(factors, own) * layer.scaling)
+                updates.append(through(factors, own, activation) * layer.scaling)
                 kept += factors
             update = torch.cat(updates, dim=1)
         if begin.keep:
@@ -136,12 +144,16 @@ class Adapter:
         return torch.cat([tensor.detach().reshape(1, -1).float() for tensor in flat], dim=1).cpu()
 
     def is_zero(self, factors: Sequence[Tensor], number: int) -> bool:
-        """Whether a unit adds nothing: the last factor of each of its modules is zero.
+        """Whether a unit adds nothing: B, M or the up of each of its modules is zero.
 
-        The factors are zero at the start, and again when a schedule has dropped the unit.
+        They are zero at the start, and again when a schedule has dropped the unit.
         """
-        last = [self._of_module(factors, name)[-1] for name in self.units[number].modules]
-        return not any(tensor.any() for tensor in last)
+        return not any(
+            factors[self._places[name, factor]].any()
+            for name in self.units[number].modules
+            for factor in self._factor_names
+            if adds(f"{name}.{factor}")
+        )
 
     def _of_module(self, factors: Sequence[Tensor], name: str) -> list[Tensor]:
         return [factors[self._places[name, factor]] for factor in self._factor_names]

@@ -19,7 +19,7 @@ from dlora.lora.adapt import adapt
 from dlora.lora.core import Directions
 from dlora.lora.factors import target_ranks
 from dlora.lora.layers import StackedLinear
-from dlora.lora.units import adapted_units, core_units, find_units
+from dlora.lora.units import adapted_units, bottleneck_units, core_units, find_units
 from dlora.model.files import read_config
 from dlora.model.fingerprints import fingerprint
 from dlora.model.layers import LINEAR
@@ -62,7 +62,7 @@ class Half:
             for name in unit.modules
         }
         manifest = proposal_text(self.facts, self.agreement)
-        adapter = Adapter(self.agreement.units, layers, self.agreement.directions is not None)
+        adapter = Adapter(self.agreement, layers)
         self.model.body.calls = Calls(
             dial, manifest, adapter, hidden_width(self.model.body.config), pipeline, wait
         )
@@ -139,12 +139,14 @@ def load_half(
     outside = [name for name in targets if not name.startswith(prefix)]
     if outside:
         raise ModelError(
-            f"lora.target_modules: {outside[0]} is not in the body; only what runs in the cloud is"
-            " adapted"
+            f"{'lora' if config.bottleneck is None else 'bottleneck'}.target_modules:"
+            f" {outside[0]} is not in the body; only what runs in the cloud is adapted"
         )
     assert config.split is not None
+    activation = None if config.bottleneck is None else config.bottleneck.activation
+    of_units = adapted_units if activation is None else bottleneck_units
     ranks = {name.removeprefix(prefix): r for name, r in targets.items()}
-    active = adapted_units(units, ranks)
+    active = of_units(units, ranks)
     of_frame = None
     if config.lora.placement == "core":
         within = {name.removeprefix(prefix): tensor for name, tensor in model.directions.items()}
@@ -155,7 +157,7 @@ def load_half(
     ]
     as_remote(network, model)
     facts = body_facts(model_config, embedding)
-    agreement = Agreement(active, config.split.wire, dropout, of_frame)
+    agreement = Agreement(active, config.split.wire, dropout, of_frame, activation)
     return Half(model, agreement, facts, weights_hash)
 
 

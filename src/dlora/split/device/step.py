@@ -16,6 +16,9 @@ not ask for the input-gradient of the lowest unit, because nothing below that un
 forward and backward a unit moves 2 (I + sum of O) numbers a token (DLoRA, arXiv 2404.05182, as
 PrivSplit, section 2.1, describes it).
 
+Under a bottleneck the linear's output h stands in the place of x, and U act(D h) in that of the
+update; I and O are both the width of h.
+
 Under placement core (PrivateLoRA, arXiv 2311.14030) the cloud multiplies x by each module's A
 before it asks, and the answer by the module's B. A module then moves r numbers a token instead of I
 and O. For a killed unit the cloud does not ask: it adds nothing, or it computes with the factors

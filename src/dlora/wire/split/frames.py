@@ -11,7 +11,8 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import Tensor
 
-PROTOCOL = 3  # version 2 added `Begin.packed`, version 3 a rank for each module
+# version 2 added `Begin.packed`, version 3 a rank for each module and bottleneck adapters
+PROTOCOL = 3
 
 # int8: each token has its own float32 scale
 Wire: TypeAlias = Literal["float32", "bfloat16", "int8"]
@@ -81,8 +82,9 @@ class Begin:
 class Values:
     """From either side: one tensor of a part's forward or backward pass.
 
-    The cloud sends ``input`` (the input of a unit's modules), ``hidden`` (the body's output) and
-    ``update-gradient`` (the gradient of the loss with respect to an update). The device sends
+    The cloud sends ``input`` (the input of a unit's modules; the output of a linear under a
+    bottleneck), ``hidden`` (the body's output) and ``update-gradient`` (the gradient of the loss
+    with respect to an update). The device sends
     ``update`` (the updates of a unit's modules, side by side), ``hidden-gradient``, and
     ``input-gradient`` (the part of the input's gradient that comes through the update).
     """
