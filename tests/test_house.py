@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "data/formats",
         "data/labels",
         "data/partition",
+        "data/texts",
     ),
     ("data/chats", "data/rows"),
     ("data/row_files",),

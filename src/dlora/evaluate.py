@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,10 @@ def standard_errors(peers: Mapping[str, Scores], num_peers: int) -> Scores | Non
 def _joined(found: Sequence[_Batch], num_examples: int) -> Tensor:
     """The predictions of all batches, (P, examples, ...), in the order of the examples."""
     first = found[0][1]
-    joined = first.new_zeros(len(first), num_examples, *first.shape[2:])
+    # of tokens, each batch has as many as its longest row
+    widest = [max(sizes) for sizes in zip(*(one.shape[2:] for _, one, _ in found), strict=True)]
+    joined = first.new_zeros(len(first), num_examples, *widest)
     for _, guessed, chosen in found:
-        joined[:, chosen] = guessed
+        place: tuple[Any, ...] = (slice(None), chosen, *map(slice, guessed.shape[2:]))
+        joined[place] = guessed
     return joined

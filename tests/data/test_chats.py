@@ -282,7 +282,7 @@ def test_marked_templates_learn_the_completion_only(tmp_path: Path) -> None:
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "stepwise supervision"),
         (
             {"tokens": ["a"], "ner_tags": [0]},
-            "a label for each token (NER, tagging) is no task of dlora",
+            "a label for each word (NER, tagging) wants task: token-classification",
         ),
         ({"question": "a", "context": "b", "answers": {}}, "extractive question answering"),
     ],

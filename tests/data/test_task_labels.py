@@ -1,4 +1,6 @@
-"""Labels that are numbers, and several labels a row: what is read, and what is refused."""
+"""Labels that are numbers, several labels a row, labels of words: what is read, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,11 @@ def test_several_labels_are_a_list_or_have_commas(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "said"),
     [
-        (3, "row 2: label is 3; expected a list of labels"),
-        ("['red', 'blue']", "expected a list of labels, such as ['red', 'green']"),
+        (3, "row 2: label is 3; expected a list such as"),
+        (
+            "['red', 'blue']",
+            "such as ['red', 'green'], or a text with commas between",
+        ),
         (["red", 0.5], "row 2: label is 0.5; expected the name or number of a class"),
         (["red", ""], "row 2: label is empty"),
     ],
@@ -83,3 +88,52 @@ def test_a_real_peer_lists_the_labels_of_all(tmp_path: Path) -> None:
     assert [row.labels for row in data.evaluation] == [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
     numbers = section(rows(tmp_path / "b.jsonl", 1.5, 2))
     assert load_own_data(numbers, "regression", "north", BERT, 0).label_names is None
+
+
+def words(path: Path, *pairs: tuple[Any, Any]) -> str:
+    return write(path, [{"tokens": text, "tags": label} for text, label in pairs])
+
+
+WORDS = {"text": "tokens", "label": "tags", "max_length": 12}
+
+
+def test_the_first_token_of_a_word_has_its_label(tmp_path: Path) -> None:
+    """The tokenizer has a token for each character, blanks among them."""
+    source = words(tmp_path / "a.jsonl", (["ab", "c", "de"], ["B-X", "O", "I-X"]), ("a b", "O O"))
+    data = load("token-classification", source, **WORDS)
+    assert data.label_names == ("B-X", "I-X", "O")
+    long, short = data.evaluation
+    tokens = BERT.convert_ids_to_tokens(long.input_ids)
+    labels = {place: label for place, label in enumerate(long.labels) if label != -100}  # type: ignore[arg-type]
+    assert [tokens[place].strip("#") for place in labels] == ["a", "c", "d"]
+    assert [*labels.values()] == [0, 2, 1]
+    assert [label for label in short.labels if label != -100] == [2, 2]  # type: ignore[union-attr]
+    batch = collate(data.evaluation, 0)
+    assert batch.labels.shape == batch.input_ids.shape and batch.labels[0, 0] == -100
+
+
+def test_words_that_max_length_takes_are_counted(tmp_path: Path) -> None:
+    source = words(tmp_path / "a.jsonl", (["ab", "c", "de"], ["B-X", "O", "I-X"]))
+    data = load("token-classification", source, **{**WORDS, "max_length": 5})
+    assert data.facts["train"] == {"rows": 1, "cut_rows": 1, "cut_share": pytest.approx(2 / 3)}
+
+
+def test_numbers_of_listed_labels(tmp_path: Path) -> None:
+    """As data sets of the hub have them."""
+    source = words(tmp_path / "a.jsonl", (["a", "b"], [0, 2]))
+    data = load("token-classification", source, **WORDS, labels=["O", "B-X", "I-X"])
+    assert [label for label in data.evaluation[0].labels if label != -100] == [0, 2]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ((["a", "b"], ["O"]), "row 1: tokens has 2 words and tags 1 labels; each word needs one"),
+        (([], []), "row 1: tokens has 0 words"),
+        (({"a": 1}, ["O"]), "row 1: tokens is {'a': 1}; expected a list such as"),
+        ((["a"], [["O"]]), "row 1: tags is a list"),
+    ],
+)
+def test_words_that_do_not_fit_their_labels(tmp_path: Path, pair: Any, said: str) -> None:
+    source = section(words(tmp_path / "a.jsonl", pair), **WORDS)
+    refusal(said, source, "token-classification", 1, BERT, 0)

@@ -67,7 +67,7 @@ def test_every_form_of_rows_that_the_page_shows_is_read(folder: Path) -> None:
         .partition("## ")[0]
     )
     shown = re.findall(r"(?m)^\| ([\w-]+).* \| `(\{.*\})` \|$", table)
-    assert len(shown) == 10
+    assert len(shown) == 11
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = (
         "{% for turn in messages %}{{ turn.role }} {{ turn.content }} {% endfor %}"
@@ -80,6 +80,8 @@ def test_every_form_of_rows_that_the_page_shows_is_read(folder: Path) -> None:
         columns = (
             {"text": ["first", "second"] if "first" in row else "sentence"}
             if "label" in row
+            else {"text": "tokens", "label": "tags"}
+            if "tags" in row
             else {}
         )
         labels = {"labels": [row["label"], "other"]} if named else {}

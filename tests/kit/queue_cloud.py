@@ -148,7 +148,11 @@ def whole_model(config: Config) -> StackedModel:
 
 
 def labels(config: Config) -> list[str] | None:
-    names = {"classification": ["no", "yes"], "multi-label": ["kind", "film", "very"]}
+    names = {
+        "classification": ["no", "yes"],
+        "multi-label": ["kind", "film", "very"],
+        "token-classification": ["B-HOW", "B-THING", "I-HOW", "O"],
+    }
     return names.get(config.task)
 
 
@@ -173,6 +177,8 @@ def batch(
                 return index / 2
             case "multi-label":
                 return float(index % 2), float(index > 1), 1.0
+            case "token-classification":
+                return [-100, *(place % 4 for place in range(length - 1))]
         return words(length)
 
     rows = [Example(words(length), label(index, length)) for index, length in enumerate(lengths)]

@@ -110,6 +110,11 @@ def write_rows(path: Path, count: int, task: str = "classification", start: int 
             case "multi-label":
                 said = {"kind": kind, "film": "film" in text, "very": "very" in text}
                 rows.append({"text": text, "label": [name for name in said if said[name]]})
+            case "token-classification":  # what is judged, and how
+                marks = dict.fromkeys(("film", "play", "book"), "B-THING")
+                marks |= {"very": "B-HOW"} | dict.fromkeys(("good", "bad", "awful"), "I-HOW")
+                tags = [marks.get(word, "O") for word in text.split()]
+                rows.append({"text": text.split(), "label": tags})
             case _:
                 rows.append({"text": f"{text} {text}"})
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")

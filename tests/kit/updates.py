@@ -18,6 +18,7 @@ SERVED = [(family, "classification") for family in ENCODERS + DECODERS] + [
     (family, "causal-lm") for family in DECODERS
 ]
 SERVED += [(family, task) for task in ("regression", "multi-label") for family in ("bert", "gpt2")]
+SERVED += [("bert", "token-classification"), ("llama", "token-classification")]
 UPDATE_BOUND = {"adamw": 1e-4, "sgd": 1e-5}
 LOSS_BOUND = 1e-5
 # PEFT's kinds of adapter: what each changes in a config
@@ -51,6 +52,11 @@ _ORACLES: dict[str, tuple[Any, str, dict[str, Any]]] = {
         "SEQ_CLS",
         {"num_labels": 3, "problem_type": "multi_label_classification"},
     ),
+    "token-classification": (
+        transformers.AutoModelForTokenClassification,
+        "TOKEN_CLS",
+        {"num_labels": 4},
+    ),
     "causal-lm": (transformers.AutoModelForCausalLM, "CAUSAL_LM", {}),
 }
 
@@ -68,6 +74,9 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         }
     torch.manual_seed(config.seed)
     base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
+    for child in base.children():
+        if isinstance(child, torch.nn.Dropout) and config.train.model_dropout is not None:
+            child.p = config.train.model_dropout
     section = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,

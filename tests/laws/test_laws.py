@@ -256,6 +256,7 @@ def test_one_participant_is_plain_peft_with_dropout(
             for slow in [
                 ("bert", "regression", "sgd"),
                 ("bert", "multi-label", "adamw"),
+                ("bert", "token-classification", "adamw"),
                 ("llama", "causal-lm", "sgd"),
                 ("bert", "classification", "sgd"),
                 ("llama", "causal-lm", "adamw"),

@@ -21,7 +21,7 @@ from dlora.data.formats import Example
 from dlora.errors import ConfigError
 from dlora.events.log import read_log
 from dlora.run.prepare import prepare
-from dlora.tasks.scores import scored
+from dlora.tasks.scores import scored, spans_of
 
 MakeConfig = Callable[..., Config]
 
@@ -80,6 +80,51 @@ def test_multi_label(make_config: MakeConfig, pooling: str | None) -> None:
     assert scores["micro_f1"] == pytest.approx(f1(said, true), abs=1e-6)
     each = [f1(said[:, number], true[:, number]) for number in range(3)]
     assert scores["macro_f1"] == pytest.approx(sum(each) / 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
+def test_token_classification(make_config: MakeConfig, family: str) -> None:
+    config = make_config(family, "token-classification", **{"train.rounds": 8})
+    dlora.simulate(config)
+    scores = check_story(config, "f1")
+    logits, labels = logits_in_peft(config)
+    names = prepare(config).data.label_names or ()
+    said, true = logits.argmax(-1), labels
+    kept = true != -100
+    accuracy = (said == true)[kept].double().mean().item()
+    assert scores["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    rows = zip(said, true, strict=True)
+    pairs = [([names[k] for k in s[t != -100]], [names[k] for k in t[t != -100]]) for s, t in rows]
+    hits = sum(len(spans_of(s) & spans_of(t)) for s, t in pairs)
+    found, due = (sum(len(spans_of(pair[side])) for pair in pairs) for side in (0, 1))
+    assert scores["f1"] == pytest.approx(2 * hits / (found + due)) and due > 16
+
+
+# (labels, their spans as seqeval 1.2.2's get_entities prints them, the end one further)
+SPANS = [
+    ("O B-A I-A O", {("A", 1, 3)}),
+    ("I-A I-A O I-B", {("A", 0, 2), ("B", 3, 4)}),
+    ("B-A B-A I-B I-B", {("A", 0, 1), ("A", 1, 2), ("B", 2, 4)}),
+    ("B-A O I-A", {("A", 0, 1), ("A", 2, 3)}),
+    ("S-A B-A I-A E-A I-A", {("A", 0, 1), ("A", 1, 4), ("A", 4, 5)}),
+    ("S-A S-A E-A E-B O E-A", {("A", 0, 1), ("A", 1, 2), ("A", 2, 3), ("B", 3, 4), ("A", 5, 6)}),
+    ("B-a-b I-a-b B-a-c", {("a-b", 0, 2), ("a-c", 2, 3)}),
+    ("O O", set()),
+]
+
+
+@pytest.mark.parametrize(("labels", "spans"), SPANS)
+def test_spans_are_those_of_seqeval(labels: str, spans: set[tuple[str, int, int]]) -> None:
+    assert spans_of(labels.split()) == spans
+
+
+def test_labels_that_mark_no_spans_have_an_accuracy_only() -> None:
+    task, rows = TASKS["token-classification"], [Example([1, 2, 3], [-100, 0, 1])]
+    predicted = torch.tensor([[0, 0, 0]])
+    assert scored(task, predicted, rows, ("NOUN", "VERB")).scores == {"accuracy": 0.5}
+    assert task.metric(False, ("NOUN", "VERB")) == "accuracy"
+    marked = scored(task, predicted, rows, ("O", "B-X")).scores
+    assert marked == {"accuracy": 0.5, "f1": 0.0, "precision": 0.0, "recall": 0.0}
 
 
 def test_predictions_that_are_all_alike_have_no_correlation() -> None:

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, str, str, int, dict[str, Any]]] = {
     "gpt2-classes-sgd": ("gpt2", "classification", "sgd", 1, {"lora.train_head": False}),
     "gpt2-adamw": ("gpt2", "causal-lm", "adamw", 1, {}),
     "bert-regression": ("bert", "regression", "adamw", 1, {"pooling": "mean"}),
+    "bert-words": ("bert", "token-classification", "adamw", 2, {}),
     "gpt2-labels": ("gpt2", "multi-label", "sgd", 2, {}),
 }
 QUICK = (

@@ -1,4 +1,4 @@
-"""The config of a run: participants, schedule and cloud, and the document that joins all keys."""
+"""The config of a run: schedule and cloud, and the document that joins all keys."""
 
 from __future__ import annotations
 
@@ -126,11 +126,14 @@ class Config(Document):
     model: Text = Field(
         description="a hub name, a folder, or pkg://package/folder inside an installed package"
     )
-    task: Literal["classification", "regression", "multi-label", "causal-lm"] = Field(
+    task: Literal[
+        "classification", "regression", "multi-label", "token-classification", "causal-lm"
+    ] = Field(
         "classification",
         description=(
             "what a text gets; classification: one label; regression: a number; multi-label: any"
-            " number of labels; causal-lm: a text that the model writes"
+            " number of labels; token-classification: a label for each word; causal-lm: a text that"
+            " the model writes"
         ),
     )
     pooling: Literal["mean"] | None = Field(
@@ -219,6 +222,10 @@ class Config(Document):
         if self.bottleneck is not None:
             check_bottleneck(self.lora, self.peers.rule)
         task = TASKS[self.task]
+        if task.label == "words" and not isinstance(self.data.text, str):
+            raise ValueError(
+                "token-classification reads words from one column; data.text names two"
+            )
         if self.pooling is not None and not task.can_pool:
             fitting = " or ".join(name for name, task in TASKS.items() if task.can_pool)
             raise ValueError(f"pooling belongs to task {fitting}; remove it")

@@ -4,6 +4,7 @@ scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,8 +15,9 @@ class Task:
 
     model: str  # the class of transformers
     peft: str  # PEFT's TaskType
-    # what a row has: the name of one class, a number, the names of several classes, or a text
-    label: Literal["class", "number", "classes", "text"]
+    # what a row has: the name of one class, a number, the names of several classes, the name of a
+    # class for each word, or a text
+    label: Literal["class", "number", "classes", "words", "text"]
     loss: Literal["cross-entropy", "squared-error", "binary-cross-entropy"]
     # for transformers, which would guess the loss from the labels' dtype
     problem_type: str | None = None
@@ -23,11 +25,15 @@ class Task:
     # scores that a run can have; the first of those that it has decides which adapter is best
     scores: tuple[str, ...]
 
-    def metric(self, has_options: bool) -> str:
+    def metric(self, has_options: bool, names: Sequence[str] | None) -> str:
         """The score that decides which adapter is best. ``has_options``: rows have options, of
-        which the likeliest is the answer.
+        which the likeliest is the answer. ``names``: of the labels.
         """
-        missing = () if has_options or self.has_head else ("accuracy",)
+        missing: tuple[str, ...] = ()
+        if self.label == "text" and not has_options:
+            missing = ("accuracy",)
+        if self.label == "words" and not mark_spans(names or ()):
+            missing = ("f1", "precision", "recall")
         return next(name for name in self.scores if name not in missing)
 
     @property
@@ -43,7 +49,12 @@ class Task:
     @property
     def names_labels(self) -> bool:
         """Whether rows have labels with names, which `data.labels` can list."""
-        return self.label in ("class", "classes")
+        return self.label in ("class", "classes", "words")
+
+
+def mark_spans(names: Sequence[str]) -> bool:
+    """Whether labels of words say where a span begins and goes on: B-PER, I-PER, O."""
+    return all(name == "O" or name[:2] in ("B-", "I-", "E-", "S-") for name in names)
 
 
 TASKS: dict[str, Task] = {
@@ -70,6 +81,13 @@ TASKS: dict[str, Task] = {
         problem_type="multi_label_classification",
         scores=("micro_f1", "macro_f1", "loss"),
     ),
+    "token-classification": Task(
+        model="AutoModelForTokenClassification",
+        peft="TOKEN_CLS",
+        label="words",
+        loss="cross-entropy",
+        scores=("f1", "accuracy", "precision", "recall", "loss"),
+    ),
     "causal-lm": Task(
         model="AutoModelForCausalLM",
         peft="CAUSAL_LM",
@@ -93,6 +111,8 @@ class Score:
 SCORES = {
     "accuracy": Score(word="accuracy", is_fraction=True),
     "f1": Score(word="f1", is_fraction=True),
+    "precision": Score(word="precision", is_fraction=True),
+    "recall": Score(word="recall", is_fraction=True),
     "micro_f1": Score(word="micro f1", is_fraction=True),
     "macro_f1": Score(word="macro f1", is_fraction=True),
     "pearson": Score(word="Pearson correlation"),

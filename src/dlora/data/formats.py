@@ -40,7 +40,7 @@ _OTHERS = {
         "completions",
         "labels",
     ): "these are rows of stepwise supervision, for which dlora has no task",
-    ("tokens",): "a label for each token (NER, tagging) is no task of dlora",
+    ("tokens",): "a label for each word (NER, tagging) wants task: token-classification",
     (
         "question",
         "context",

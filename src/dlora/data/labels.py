@@ -157,19 +157,35 @@ def _score(section: DataSection, placed: PlacedRow) -> float:
 
 
 def row_labels(section: DataSection, task: Task, placed: PlacedRow) -> list[str]:
-    """The labels of one row as text. Multi-label takes a list, or one text with commas between, and
-    no label at all is an empty one. Raises DataError where a value can be no label.
+    """The labels of one row as text. Several labels are a list, or one text with commas between;
+    the labels of words a list, or one text with blanks. Raises DataError where a value can be no
+    label.
     """
     if task.label == "class":
         return [label_name(section, placed)]
     value, column, place = placed.row[section.label], section.label, placed.place
+    listed = section.labels or ()
+    return [
+        listed[name]
+        # a data set of the hub has numbers, and data.labels says what they mean
+        if type(name) is int and name < len(listed) and str(name) not in listed and name >= 0
+        else label_name(section, placed._replace(row=placed.row | {column: name}))
+        for name in texts_in(value, column, place, "," if task.label == "classes" else None)
+    ]
+
+
+def texts_in(value: Any, column: str, place: str, between: str | None = None) -> list[Any]:
+    """A list as it is, and a text as the list of its parts; ``between`` stands between the parts,
+    None: blanks. Raises DataError for all else.
+    """
     if isinstance(value, str) and not _LIST.fullmatch(value):
-        value = [name.strip() for name in value.split(",") if name.strip()]
+        return [part.strip() for part in value.split(between) if part.strip()]
     if not isinstance(value, list):
         raise DataError(
-            f"{place}: {column} is {value!r}; expected a list of labels, such as ['red', 'green']"
+            f"{place}: {column} is {value!r}; expected a list such as ['red', 'green'], or a text"
+            f" with {'blanks' if between is None else 'commas'} between"
         )
-    return [label_name(section, placed._replace(row=placed.row | {column: name})) for name in value]
+    return value
 
 
 def label_name(section: DataSection, placed: PlacedRow) -> str:
@@ -184,7 +200,7 @@ def label_name(section: DataSection, placed: PlacedRow) -> str:
     if written or isinstance(value, list | dict):
         raise DataError(
             f"{place}: {column} is a list; several labels a row want task: multi-label, and one a"
-            " token (tags) is no task of dlora: give each row one label"
+            " word task: token-classification"
         )
     number = (
         value if isinstance(value, float) else _number(value) if isinstance(value, str) else None

@@ -14,9 +14,10 @@ from dlora.config.training import DataSection
 from dlora.data.checks import cut_counts, leaks, seen_share
 from dlora.data.first_look import own_section
 from dlora.data.formats import Choice, Example, encode_causal, ends_by_token
-from dlora.data.labels import doubts, encoded_labels, label_indices, label_names, leave_out
+from dlora.data.labels import doubts, label_indices, label_names, leave_out
 from dlora.data.partition import by_owner, partition
-from dlora.data.rows import PlacedRow, as_text, read_placed
+from dlora.data.rows import PlacedRow, read_placed
+from dlora.data.texts import encode_texts, encode_words
 from dlora.errors import ConfigError, DataError
 from dlora.seeds import derive_seed
 
@@ -218,27 +219,7 @@ def _encode(
 ) -> tuple[list[Example], list[Choice]]:
     if task.label == "text":
         return encode_causal(placed, tokenizer, section, with_choices)
-    columns = [section.text] if isinstance(section.text, str) else list(section.text)
-    specials = tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
-    if section.max_length <= specials:
-        raise ConfigError(
-            f"data.max_length {section.max_length}: the tokenizer adds {specials} tokens; make it"
-            " larger"
-        )
-    texts = [
-        [as_text(row[column], column, place) for row, _, place, _ in placed] for column in columns
-    ]
-    # verbose: no warning about long texts, which are cut here
-    encoded = tokenizer(*texts, verbose=False)
-    cut = [max(0, len(ids) - section.max_length) for ids in encoded["input_ids"]]
-    # always, if only for one row: the tokenizer keeps the setting, and so it is in the manifest's
-    # hash of it
-    shortened = texts if any(cut) else [column[:1] for column in texts]
-    truncated = tokenizer(*shortened, truncation=True, max_length=section.max_length)
-    encoded = truncated if any(cut) else encoded
-    types = encoded.get("token_type_ids") or [None] * len(placed)
-    labels = encoded_labels(section, task, placed, names)
-    return [
-        Example(*fields)
-        for fields in zip(encoded["input_ids"], labels, types, cut, cut, strict=True)
-    ], []
+    if task.label == "words":
+        assert names is not None
+        return encode_words(section, task, tokenizer, placed, names), []
+    return encode_texts(section, task, tokenizer, placed, names), []

@@ -167,6 +167,9 @@ def load_model(
                 network, report = factory.from_pretrained(
                     source, output_loading_info=True, **arguments
                 )
+                for child in network.children():  # of a head whose rate is in no config
+                    if isinstance(child, nn.Dropout) and config.train.model_dropout is not None:
+                        child.p = config.train.model_dropout
                 missing = set(report["missing_keys"]) | {
                     key for key, *_shapes in report["mismatched_keys"]
                 }

@@ -80,7 +80,7 @@ class Prepared:
     @property
     def metric(self) -> str:
         """The score that decides which adapter is best."""
-        return TASKS[self.config.task].metric(bool(self.data.choices))
+        return TASKS[self.config.task].metric(bool(self.data.choices), self.data.label_names)
 
     @property
     def pad_token_id(self) -> int:

@@ -13,7 +13,7 @@ from dlora.data.formats import IGNORED
 def summed_loss(task: Task, logits: Tensor, labels: Tensor, num_participants: int) -> Tensor:
     """The loss summed over each participant's targets: (P,). Labels of -100 are no targets.
 
-    ``logits``: (P x B, classes), or (P x B, L, vocabulary) for a language model; ``labels``:
+    ``logits``: (P x B, classes), or (P x B, L, classes or vocabulary) for tokens; ``labels``:
     (P x B,), (P x B, classes) of zeros and ones for multi-label, or (P x B, L). Each loss is that
     of transformers; multi-label has a target for each class.
     """

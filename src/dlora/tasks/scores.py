@@ -11,8 +11,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from dlora.config.tasks import Task
-from dlora.data.formats import Example
+from dlora.config.tasks import Task, mark_spans
+from dlora.data.formats import IGNORED, Example
 
 Scores = dict[str, float]
 
@@ -30,7 +30,7 @@ class Scored:
 
 def predictions(task: Task, logits: Tensor) -> Tensor:
     """What a model with a head predicts for N rows: the most likely class (N,), the number (N,), or
-    whether each class is among the row's (N, C).
+    whether each class is among the row's (N, C), or the most likely class of each token (N, L).
     """
     if task.label == "number":
         return logits.float().squeeze(-1)
@@ -47,7 +47,11 @@ def scored(
     ``names``: of the labels, in their order. Classification: accuracy, and f1 of the second class
     when there are two, else the mean over classes. Regression: Pearson's and Spearman's
     correlation. Multi-label: the f1 of all decisions together, and the mean of each class's f1.
+    Token classification: accuracy of words, and where the labels mark spans the precision, recall
+    and f1 of whole spans, with kind and bounds.
     """
+    if task.label == "words":
+        return Scored(_of_words(predicted, examples, names))
     labels = torch.tensor([example.labels for example in examples])
     if task.label == "number":
         return Scored(_correlations(predicted, labels))
@@ -105,3 +109,47 @@ def _f1_of_several(predicted: Tensor, labels: Tensor) -> Scores:
         ).item()
         for average in ("micro", "macro")
     }
+
+
+def _of_words(predicted: Tensor, examples: Sequence[Example], names: Sequence[str]) -> Scores:
+    """Accuracy of the words, and precision, recall and f1 of the spans if labels mark spans."""
+    right = words = hits = found = due = 0
+    for guessed, example in zip(predicted.tolist(), examples, strict=True):
+        assert isinstance(example.labels, list)
+        places = [place for place, label in enumerate(example.labels) if label != IGNORED]
+        true, said = ([names[of[place]] for place in places] for of in (example.labels, guessed))
+        right += sum(a == b for a, b in zip(true, said, strict=True))
+        words += len(places)
+        spans, spans_said = spans_of(true), spans_of(said)
+        hits, found, due = (
+            hits + len(spans & spans_said),
+            found + len(spans_said),
+            due + len(spans),
+        )
+    scores = {"accuracy": right / max(1, words)}
+    if mark_spans(names):
+        scores |= {
+            "f1": 2 * hits / max(1, found + due),
+            "precision": hits / max(1, found),
+            "recall": hits / max(1, due),
+        }
+    return scores
+
+
+def spans_of(labels: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(kind, first word, word after the last) of each span that B-, I-, E-, S- and O mark, as
+    seqeval reads them (its default mode, which is that of CoNLL's conlleval): an I- that continues
+    nothing begins a span.
+    """
+    spans, open_kind, start = set(), None, 0
+    for place, label in enumerate([*labels, "O"]):
+        mark, _, kind = label.partition("-")
+        if open_kind is not None and (mark not in ("I", "E") or kind != open_kind):
+            spans.add((open_kind, start, place))
+            open_kind = None
+        if open_kind is None and mark != "O":
+            open_kind, start = kind, place
+        if mark in ("E", "S"):
+            spans.add((kind, start, place + 1))
+            open_kind = None
+    return spans
