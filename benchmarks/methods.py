@@ -36,7 +36,7 @@ class Method(NamedTuple):
     rate: float
 
 
-RATES = (2e-3, 5e-3, 2e-2, 5e-2)
+RATES = (5e-3, 2e-2)
 METHODS = {
     **{
         f"LoRA r {r}": Method("ranks", [f"lora.r={r}", f"lora.lora_alpha={2 * r}"], 5e-3)
