@@ -43,6 +43,7 @@ METHODS = {
         for r in (2, 4, 8, 16)
     },
     "LoRA r 8 on nf4": Method("nf4", [], 5e-3),
+    "LoRA r 8 on int8": Method("nf4", ["quantization=int8"], 5e-3),
     "FFA-LoRA r 8": Method("ffa", [], 5e-3),
     "bottleneck r 8": Method("bottleneck", [], 5e-3),
     "IA3": Method("ia3", [], 5e-3),

@@ -53,9 +53,9 @@ class Small:
             self.patch.setattr(module, constant, value)
         return module
 
-    def config(self, name: str, **train: Any) -> Path:
+    def config(self, name: str, within: Path = BENCHMARKS, **train: Any) -> Path:
         """The benchmark's YAML, two rounds of two steps over rows made here."""
-        tree = yaml.safe_load((BENCHMARKS / f"{name}.yaml").read_text())
+        tree = yaml.safe_load((within / f"{name}.yaml").read_text())
         for part, count in (("train", 256), ("eval", 16)):
             rows = [
                 # no evaluation row stands in training
@@ -138,6 +138,23 @@ def quality(small: Small) -> None:
     arguments = ["--work", str(small.folder), "--seeds", "1", "--jobs", "1", "--studies", *studies]
     out = small.run("quality", *arguments, CONFIG=small.config("quality"), STUDIES=studies)
     assert "pooled" in out and "| ring-core | 70 % |" in out
+
+
+def methods(small: Small) -> None:
+    module = small.module("methods")
+    configs = [
+        small.config(name, within=module.CONFIGS, local_steps=None) for name in ("ranks", "ia3")
+    ]
+    arguments = ["--work", str(small.folder / "runs"), "--jobs", "1"]
+    out = small.run(
+        "methods",
+        *arguments,
+        CONFIGS=configs[0].parent,
+        METHODS={name: module.METHODS[name] for name in ("LoRA r 2", "IA3")},
+        SETTINGS={"ring": ["train.rounds=2", "train.local_epochs=1", "peers.count=3"]},
+        PAIRS={},
+    )
+    assert "| IA3 |" in out and "| - |" not in out
 
 
 def wires(small: Small) -> None:
@@ -274,7 +291,7 @@ def throughput(small: Small) -> None:
 RUNS: dict[str, Callable[[Small], None]] = {
     made.__name__: made
     for made in (
-        stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
+        stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, methods, wires, savings,
         table, split_step, privacy,
         stalled_device, mix, many_peers, between_ranks,
         divided_model, throughput, waiting, rate,
