@@ -39,16 +39,16 @@ class Method(NamedTuple):
 RATES = (5e-3, 2e-2)
 METHODS = {
     **{
-        f"LoRA r {r}": Method("ranks", [f"lora.r={r}", f"lora.lora_alpha={2 * r}"], 5e-3)
+        f"LoRA r {r}": Method("ranks", [f"lora.r={r}", f"lora.lora_alpha={2 * r}"], 2e-2)
         for r in (2, 4, 8, 16)
     },
-    "LoRA r 8 on nf4": Method("nf4", [], 5e-3),
-    "LoRA r 8 on int8": Method("nf4", ["quantization=int8"], 5e-3),
-    "FFA-LoRA r 8": Method("ffa", [], 5e-3),
+    "LoRA r 8 on nf4": Method("nf4", [], 2e-2),
+    "LoRA r 8 on int8": Method("nf4", ["quantization=int8"], 2e-2),
+    "FFA-LoRA r 8": Method("ffa", [], 2e-2),
     "bottleneck r 8": Method("bottleneck", [], 5e-3),
-    "IA3": Method("ia3", [], 5e-3),
+    "IA3": Method("ia3", [], 2e-2),
     "BitFit": Method("bitfit", [], 5e-3),
-    "prompt of 8": Method("prompt", [], 5e-3),
+    "prompt of 8": Method("prompt", [], 2e-2),
 }
 TUNED = ("LoRA r 8", "FFA-LoRA r 8", "bottleneck r 8", "IA3", "BitFit", "prompt of 8")
 RING, ERDOS = (

@@ -291,7 +291,8 @@ def throughput(small: Small) -> None:
 RUNS: dict[str, Callable[[Small], None]] = {
     made.__name__: made
     for made in (
-        stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, methods, wires, savings,
+        stacked_step, memory, exchange, neighbours, device_flops, llama_7b, quality, wires, savings,
+        methods,
         table, split_step, privacy,
         stalled_device, mix, many_peers, between_ranks,
         divided_model, throughput, waiting, rate,
