@@ -97,9 +97,8 @@ STRANGERS = (
     ("wire/peer/", "wire/split/"),
 )
 
-COMMANDS = {
-    f"commands/{name}" for name in ("documents", "identities", "looking", "options", "training")
-}
+_COMMANDS = ("documents", "identities", "looking", "options", "training")
+COMMANDS = {f"commands/{name}" for name in _COMMANDS}
 # Third parties and the only files that import them; an empty set is nobody.
 ROOMS: dict[str, set[str]] = {
     "transformers": {
@@ -107,19 +106,20 @@ ROOMS: dict[str, set[str]] = {
         *(f"model/{name}" for name in ("files", "layers", "load", "quiet")),
         *(f"lora/{name}" for name in ("adapter_io", "biases", "layers", "stacked", "taken_out")),
         *(f"split/{name}" for name in ("device/half", "device/body", "device/head", "cloud/body")),
+        "tasks/generation",
     },
     "peft": {
         "model/quiet",
-        *(f"lora/{name}" for name in ("adapter_io", "core", "layers")),
-        *(f"lora/{name}" for name in ("stacked", "swapped", "taken_out", "targets")),
+        *(f"lora/{name}" for name in ("adapter_io", "core", "layers", "stacked", "swapped")),
+        *(f"lora/{name}" for name in ("taken_out", "targets")),
     },
-    "grpc": {"net/dialling", "net/grpc_link", "net/listener"},
+    "grpc": {f"net/{name}" for name in ("dialling", "grpc_link", "listener")},
     "grpc_health": {"net/listener"},
     "google": {"wire/frame", "wire/peer/peer_pb2", "wire/split/codec", "wire/split/split_pb2"},
     "cryptography": {"identity/certificates", "identity/signatures"},
     "prometheus_client": {"show/cloud/metrics"},
     "typer": {"cli", *COMMANDS, "show/progress"},
-    "torchmetrics": {"tasks/scores"},
+    "torchmetrics": {"tasks/generation", "tasks/scores"},
     "rich": {"cli", *COMMANDS, "show/progress", "show/tables", "show/cloud/table"},
     **{name: set() for name in ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")},
 }

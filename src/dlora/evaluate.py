@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from dlora.config.tasks import score_of
 from dlora.data.batches import collate
 from dlora.data.formats import Choice, Example
 from dlora.lora.stacked import StackedModel
+from dlora.tasks.generation import Asked, Writing, compared, written
 from dlora.tasks.losses import num_targets, summed_loss
 from dlora.tasks.scores import Scored, Scores, predictions, scored
 from dlora.train import autocast, forward
 
 _Batch = tuple[Tensor, Tensor, list[int]]
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -35,13 +37,14 @@ def evaluate(
     killed: frozenset[int] = frozenset(),
     rank: int = 0,
     ranks: int = 1,
-    gathered: Callable[[list[_Batch]], list[list[_Batch]]] = lambda own: [own],
+    gathered: Callable[[list[Any]], list[list[Any]]] = lambda own: [own],
+    writing: Writing | None = None,
 ) -> list[Scored]:
     """Score the P participants of ``factors`` ((P, ...) each) on ``examples``, all P together.
 
-    Returns one `Scored` for each participant. Classification: accuracy, f1 (of the second class
-    when there are two, else the mean over classes) and mean loss. Causal-lm: loss and perplexity
-    per target token; with ``choices`` also accuracy, where the most likely option is the answer.
+    Returns one `Scored` for each participant: the mean loss over the targets, and the scores of
+    `tasks.scores.scored`. A language model has loss and perplexity; with ``choices`` also accuracy,
+    where the most likely option is the answer, and with ``writing`` the scores of what it writes.
     ``batch_size``: examples of one participant in a forward pass, which has P times as many rows.
     ``on_batch(done, total)`` is called with numbers of examples, before the first batch and after
     each. ``killed``: numbers of the units that are not trained, as for `StackedModel.use`.
@@ -51,15 +54,26 @@ def evaluate(
     model.network.eval()
     num_participants = len(next(iter(factors.values())))
     options = [option for choice in choices for option in choice.options]
-    total = len(examples) + len(options)
+    total = len(examples) + len(options) + (len(writing.asked) if writing else 0)
     on_batch(0, total)
 
-    def batches(rows: Sequence[Example], already: int) -> list[_Batch]:
-        """For each batch of N rows: losses (P, N), predictions (P, N) and N indices of ``rows``."""
+    def dealt(
+        rows: Sequence[Example | Asked], already: int, of_one: Callable[[list[int]], T]
+    ) -> list[T]:
+        """What ``of_one`` finds for each batch of these rows, which it gets as their indices."""
         model.use(factors, killed)
-        found: list[_Batch] = []
-        done, dealt = already, batches_of(rows, batch_size)
-        for chosen in dealt[rank::ranks]:
+        done, batches, own = already, batches_of(rows, batch_size), list[T]()
+        for chosen in batches[rank::ranks]:
+            own.append(of_one(chosen))
+            done += len(chosen)
+            on_batch(done, total)
+        of_each = gathered(own)
+        return [of_each[number % ranks][number // ranks] for number in range(len(batches))]
+
+    def passed(rows: Sequence[Example], already: int) -> list[_Batch]:
+        """For each batch of N rows: losses (P, N), predictions (P, N, ...), N indices of rows."""
+
+        def of_one(chosen: list[int]) -> _Batch:
             batch = collate([rows[index] for index in chosen] * num_participants, pad_token_id).to(
                 model.device
             )
@@ -68,19 +82,15 @@ def evaluate(
             losses = summed_loss(model.task, logits, batch.labels, len(batch.labels)).cpu()
             # of a language model, whose logits are many, the losses are enough
             guessed = predictions(model.task, logits).cpu() if model.task.has_head else losses
-            found.append(
-                (
-                    losses.view(num_participants, -1),
-                    guessed.view(num_participants, len(chosen), *guessed.shape[1:]),
-                    chosen,
-                )
+            return (
+                losses.view(num_participants, -1),
+                guessed.view(num_participants, len(chosen), *guessed.shape[1:]),
+                chosen,
             )
-            done += len(chosen)
-            on_batch(done, total)
-        of_each = gathered(found)
-        return [of_each[number % ranks][number // ranks] for number in range(len(dealt))]
 
-    found = batches(examples, 0)
+        return dealt(rows, already, of_one)
+
+    found = passed(examples, 0)
     targets = sum(
         num_targets(model.task, torch.tensor([example.labels]), 1).item() for example in examples
     )
@@ -100,7 +110,7 @@ def evaluate(
     scores = [{"loss": loss, "perplexity": math.exp(min(loss, 700.0))} for loss in losses]
     if choices:
         log_likelihood = torch.empty(num_participants, len(options))
-        for of, _, chosen in batches(options, len(examples)):
+        for of, _, chosen in passed(options, len(examples)):
             log_likelihood[:, chosen] = -of
         starts = torch.tensor([0, *(len(choice.options) for choice in choices)]).cumsum(0).tolist()
         for participant, own in enumerate(log_likelihood):
@@ -109,10 +119,23 @@ def evaluate(
                 for start, choice in zip(starts, choices, strict=False)
             )
             scores[participant]["accuracy"] = right / len(choices)
+    if writing is not None:
+
+        def write(chosen: list[int]) -> tuple[list[int], list[list[str]]]:
+            with autocast(model.device, autocast_dtype):
+                return chosen, written(model, writing, chosen, num_participants)
+
+        texts = [[""] * len(writing.asked) for _ in range(num_participants)]
+        for chosen, of_these in dealt(writing.asked, len(examples) + len(options), write):
+            for participant, own_texts in enumerate(of_these):
+                for index, text in zip(chosen, own_texts, strict=True):
+                    texts[participant][index] = text
+        for participant, own_texts in enumerate(texts):
+            scores[participant] |= compared(writing, own_texts)
     return [Scored(each) for each in scores]
 
 
-def batches_of(rows: Sequence[Example], batch_size: int) -> list[list[int]]:
+def batches_of(rows: Sequence[Example | Asked], batch_size: int) -> list[list[int]]:
     """The indices of ``rows`` in batches; rows of similar length are together to save padding."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids))
     return [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -100,7 +100,8 @@ LEFT_OUT = {
         "apiVersion: v1": "Kubernetes; tests/examples/test_cluster_page.py reads it as YAML",
     },
     "docs/runs.md": {
-        "LD_PRELOAD=": "the library is not on every machine; benchmarks/memory.py has it"
+        "generation: {scores": "tests/run/test_generation.py runs these keys",
+        "LD_PRELOAD=": "the library is not on every machine; benchmarks/memory.py has it",
     },
     "docs/architecture.md": {"x_i += sum_j": "a formula", "y = W x": "a formula"},
 }

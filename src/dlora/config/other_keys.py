@@ -84,6 +84,7 @@ OF_A_RUN = frozenset(
         "peers",
         "schedule",
         "split",
+        "generation",
         "eval_every",
         "eval_peers",
         "eval_peers_every",

@@ -11,7 +11,14 @@ from dlora.config.bottleneck import BottleneckSection, check_bottleneck
 from dlora.config.peers import PeersSection
 from dlora.config.reading import Document, Section, Text
 from dlora.config.tasks import TASKS
-from dlora.config.training import TAKEN_OUT, DataSection, LoraSection, TrainSection, only_biases
+from dlora.config.training import (
+    TAKEN_OUT,
+    DataSection,
+    GenerationSection,
+    LoraSection,
+    TrainSection,
+    only_biases,
+)
 
 Quantization = Literal["none", "int8", "nf4"]
 DeviceMap = Text | dict[Text, int | Text]
@@ -180,6 +187,9 @@ class Config(Document):
     split: SplitSection | None = Field(
         None, description="the cloud that runs the frozen model; null: it runs here"
     )
+    generation: GenerationSection | None = Field(
+        None, description="scores of texts that the model writes; null: none are written"
+    )
     eval_every: int = Field(
         5, ge=0, description="rounds between scores of the average adapter; 0: only at the end"
     )
@@ -234,6 +244,8 @@ class Config(Document):
                 f"partition {self.data.partition.kind} needs one label a row; {self.task} has"
                 " none: take iid, by-column or files"
             )
+        if self.generation is not None:
+            self._check_generation(self.generation)
         if self.lora.placement == "core" and self.peers.rule != "factor":
             raise ValueError(
                 f"peers.rule {self.peers.rule} chooses between A and B, which placement core"
@@ -293,6 +305,24 @@ class Config(Document):
     def adapter_section(self) -> LoraSection | BottleneckSection:
         """The block of the kind of adapter that trains."""
         return self.lora if self.bottleneck is None else self.bottleneck
+
+    def _check_generation(self, section: GenerationSection) -> None:
+        if missing := set(section.scores) - set(TASKS[self.task].scores):
+            raise ValueError(
+                f"generation: task {self.task} has no score {min(missing)}, because its model"
+                " writes no texts; remove generation"
+            )
+        for key, used in (
+            ("split", self.split),
+            ("shard_model", self.shard_model),
+            ("peft", self.peft),
+            ("lora.modules_to_save", self.lora.modules_to_save),
+        ):
+            if used:
+                raise ValueError(
+                    f"generation does not go with {key} yet: remove generation, and score the"
+                    " texts with PEFT and transformers where the whole model is"
+                )
 
     def _hands_off(self) -> bool:
         return self.schedule.kind != "all" and self.schedule.on_kill == "hand-off"

@@ -25,13 +25,17 @@ class Task:
     # scores that a run can have; the first of those that it has decides which adapter is best
     scores: tuple[str, ...]
 
-    def metric(self, has_options: bool, names: Sequence[str] | None) -> str:
+    def metric(
+        self, has_options: bool, names: Sequence[str] | None, asked: Sequence[str] = ()
+    ) -> str:
         """The score that decides which adapter is best. ``has_options``: rows have options, of
-        which the likeliest is the answer. ``names``: of the labels.
+        which the likeliest is the answer. ``names``: of the labels. ``asked``: the scores of texts
+        that the model writes.
         """
         missing: tuple[str, ...] = ()
-        if self.label == "text" and not has_options:
-            missing = ("accuracy",)
+        if self.label == "text":
+            missing = tuple({"exact_match", "rouge_l"} - set(asked))
+            missing += () if has_options else ("accuracy",)
         if self.label == "words" and not mark_spans(names or ()):
             missing = ("f1", "precision", "recall")
         return next(name for name in self.scores if name not in missing)
@@ -94,7 +98,7 @@ TASKS: dict[str, Task] = {
         label="text",
         loss="cross-entropy",
         shifted=True,
-        scores=("accuracy", "loss", "perplexity"),
+        scores=("exact_match", "rouge_l", "accuracy", "loss", "perplexity"),
     ),
 }
 
@@ -111,6 +115,8 @@ class Score:
 SCORES = {
     "accuracy": Score(word="accuracy", is_fraction=True),
     "f1": Score(word="f1", is_fraction=True),
+    "exact_match": Score(word="exact match", is_fraction=True),
+    "rouge_l": Score(word="ROUGE-L", is_fraction=True),
     "precision": Score(word="precision", is_fraction=True),
     "recall": Score(word="recall", is_fraction=True),
     "micro_f1": Score(word="micro f1", is_fraction=True),

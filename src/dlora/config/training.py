@@ -298,6 +298,22 @@ class DataSection(Section):
         return self
 
 
+class GenerationSection(Section):
+    """Scores of texts: the model writes one after the prompt of each row of `data.eval`, always the
+    likeliest token, and it is compared with the row's answer.
+    """
+
+    scores: tuple[Literal["exact_match", "rouge_l"], ...] = Field(
+        ("exact_match",),
+        min_length=1,
+        description=(
+            "exact_match: the last number is that of the answer (GSM8K), or the text is the answer"
+            " where that has no number; rouge_l: the F-measure of the longest common subsequence"
+        ),
+    )
+    max_new_tokens: int = Field(256, ge=1, description="the most tokens of a text")
+
+
 class TrainSection(Section):
     """Local training between two exchanges. Keys have the names of transformers'
     TrainingArguments.

@@ -21,6 +21,7 @@ from dlora.lora.stacked import StackedModel
 from dlora.lora.taken_out import kept_taken_out
 from dlora.model.load import load_model, load_tokenizer
 from dlora.run.folder import read_config, resume_command
+from dlora.tasks.generation import writing_of
 from dlora.tasks.scores import Scores
 
 
@@ -70,6 +71,7 @@ def score(
     )
     tokenizer, model = run_model(run)
     examples, choices = encode_evaluation(section, config.task, tokenizer, labels, config.seed)
+    writing = writing_of(config.generation, examples, tokenizer)
     folders = {
         "consensus": run / "consensus",
         **{folder.name: folder for folder in sorted((run / "peers").glob("*"))},
@@ -99,6 +101,7 @@ def score(
             batch_size=config.per_device_eval_batch_size,
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             on_batch=tell,
+            writing=writing,
         )
         return scored.scores
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dlora.run.loading import load_frozen, read_all, scheduled_units, shared_mes
 from dlora.run.ranks import ALONE, Ranks
 from dlora.run.trial import try_model
 from dlora.split.device.half import Half
+from dlora.tasks.generation import Writing, writing_of
 from dlora.tasks.scores import Scored
 from dlora.wire.tensors import message_num_bytes
 
@@ -77,10 +79,17 @@ class Prepared:
         """The peers of this run, in order: all peers of a simulation, or one real peer."""
         return tuple(self.data.peers)
 
+    @cached_property
+    def writing(self) -> Writing | None:
+        """What the model is asked to write to be scored; None: nothing."""
+        return writing_of(self.config.generation, self.data.evaluation, self.tokenizer)
+
     @property
     def metric(self) -> str:
         """The score that decides which adapter is best."""
-        return TASKS[self.config.task].metric(bool(self.data.choices), self.data.label_names)
+        asked = self.writing.section.scores if self.writing else ()
+        task = TASKS[self.config.task]
+        return task.metric(bool(self.data.choices), self.data.label_names, asked)
 
     @property
     def pad_token_id(self) -> int:
@@ -131,6 +140,7 @@ class Prepared:
             rank=self.processes.rank if dealt else 0,
             ranks=self.processes.size if dealt else 1,
             gathered=self._gathered if dealt else lambda own: [own],
+            writing=self.writing,
         )
 
     def _gathered(self, found: Any) -> list[Any]:
@@ -270,6 +280,7 @@ def prepare(
     )
     if half is None:
         _try(config, model, data, tokenizer, everyone, weights_hash if sharded else None)
+    writing_of(config.generation, data.evaluation, tokenizer)  # refuses rows without a prompt
     units = everyone.together(lambda: scheduled_units(config, model, half))
     manifest: dict[str, Any] = {
         "model": weights_hash,
