@@ -12,6 +12,7 @@ import dlora
 from dlora.config.run import Config
 from dlora.run.checkpoint_files import Checkpoint, read_checkpoint
 from dlora.run.prepare import prepare
+from kit.bottlenecks import PARTS
 from kit.simulate_ranks import simulated
 from kit.updates import UPDATE_BOUND, assert_same, relative_difference
 
@@ -112,7 +113,10 @@ def assert_alike(one: Config, other: Config, summaries: tuple[Any, Any]) -> None
             {name: tensor - start[name] for name, tensor in ended.factors.items()}
             for ended in (ours, theirs)
         )
-        if one.lora.placement == "core":
+        if one.bottleneck is not None:
+            for part in (*PARTS, "classifier"):
+                assert relative_difference(as_moved, moved, part) < bound
+        elif one.lora.placement == "core":
             assert relative_difference(as_moved, moved, "lora_M") < bound
         else:
             assert_same(as_moved, moved, bound, one.task)
@@ -126,6 +130,15 @@ def test_ranks_change_nothing(
     together = simulated(ranks, several, tmp_path / "files")
     for name in SCENARIOS:
         assert_alike(one[name], several[name], (dlora.simulate(one[name]), together[name]))
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_bottlenecks_too(divided: bool, tmp_path: Path, make_config: Callable[..., Config]) -> None:
+    scenario = {"it": {"lora": {}, "bottleneck": {"r": 4, "activation": "silu"}}}
+    one = configs(make_config, tmp_path / "one", scenario)
+    several = configs(make_config, tmp_path / "several", scenario, shard_model=divided)
+    together = simulated(2, several, tmp_path / "files")
+    assert_alike(one["it"], several["it"], (dlora.simulate(one["it"]), together["it"]))
 
 
 def test_a_divided_model_changes_nothing(
