@@ -100,7 +100,7 @@ def test_token_classification(make_config: MakeConfig, family: str) -> None:
     assert scores["f1"] == pytest.approx(2 * hits / (found + due)) and due > 16
 
 
-# (labels, their spans as seqeval 1.2.2's get_entities prints them, the end one further)
+# (labels, their spans as seqeval 0.0.10's get_entities prints them, the end one further)
 SPANS = [
     ("O B-A I-A O", {("A", 1, 3)}),
     ("I-A I-A O I-B", {("A", 0, 2), ("B", 3, 4)}),
