@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dlora.data.batches import collate
+from dlora.data.formats import Example
 from dlora.data.load import FederatedData, load_data, load_own_data
 from dlora.errors import ConfigError
 from kit.character_tokenizer import BERT, refusal, section, write
@@ -97,6 +98,11 @@ def words(path: Path, *pairs: tuple[Any, Any]) -> str:
 WORDS = {"text": "tokens", "label": "tags", "max_length": 12}
 
 
+def of_tokens(example: Example) -> list[int]:
+    assert isinstance(example.labels, list)
+    return example.labels
+
+
 def test_the_first_token_of_a_word_has_its_label(tmp_path: Path) -> None:
     """The tokenizer has a token for each character, blanks among them."""
     source = words(tmp_path / "a.jsonl", (["ab", "c", "de"], ["B-X", "O", "I-X"]), ("a b", "O O"))
@@ -104,10 +110,10 @@ def test_the_first_token_of_a_word_has_its_label(tmp_path: Path) -> None:
     assert data.label_names == ("B-X", "I-X", "O")
     long, short = data.evaluation
     tokens = BERT.convert_ids_to_tokens(long.input_ids)
-    labels = {place: label for place, label in enumerate(long.labels) if label != -100}  # type: ignore[arg-type]
+    labels = {place: label for place, label in enumerate(of_tokens(long)) if label != -100}
     assert [tokens[place].strip("#") for place in labels] == ["a", "c", "d"]
     assert [*labels.values()] == [0, 2, 1]
-    assert [label for label in short.labels if label != -100] == [2, 2]  # type: ignore[union-attr]
+    assert [label for label in of_tokens(short) if label != -100] == [2, 2]
     batch = collate(data.evaluation, 0)
     assert batch.labels.shape == batch.input_ids.shape and batch.labels[0, 0] == -100
 
@@ -122,7 +128,7 @@ def test_numbers_of_listed_labels(tmp_path: Path) -> None:
     """As data sets of the hub have them."""
     source = words(tmp_path / "a.jsonl", (["a", "b"], [0, 2]))
     data = load("token-classification", source, **WORDS, labels=["O", "B-X", "I-X"])
-    assert [label for label in data.evaluation[0].labels if label != -100] == [0, 2]  # type: ignore[union-attr]
+    assert [label for label in of_tokens(data.evaluation[0]) if label != -100] == [0, 2]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,20 @@ from dlora.lora.factors import Factors
 from dlora.lora.stacked import StackedModel
 from dlora.lora.units import renamed
 from dlora.train import Group, local_steps
+from dlora.wire.split.codec import split_num_bytes
+from dlora.wire.split.frames import Begin, SplitFrame
 from kit import updates
 from kit.bottlenecks import PARTS
-from kit.queue_cloud import QueueCloud, batch, cloud_body, config, device_half, factors, whole_model
+from kit.queue_cloud import (
+    QueueCloud,
+    batch,
+    cloud_body,
+    config,
+    device_half,
+    factors,
+    link,
+    whole_model,
+)
 
 SCHEDULES: dict[str, dict[str, Any]] = {
     "kr": {"kind": "kr", "active_fraction": 0.4, "period": 5, "warmup_steps": 6},
@@ -51,6 +62,23 @@ class Both:
         return schedule_units(
             self.config.schedule, units, self.config.adapter_section, 0, ["phone"]
         )
+
+
+class Watched:
+    """The frames of a training, with the units of each call."""
+
+    def __init__(self, both: Both) -> None:
+        self.frames: list[SplitFrame] = []
+        self.units: dict[int, tuple[int, ...]] = {}
+        link(both.half, both.cloud, 2, seen=self._seen)
+
+    def _seen(self, up: bool, frame: SplitFrame) -> None:
+        self.frames.append(frame)
+        if isinstance(frame, Begin):
+            self.units[frame.call] = frame.units
+
+    def num_bytes(self) -> int:
+        return sum(split_num_bytes(frame, "float32") for frame in self.frames)
 
 
 def train(

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dlora.config.run import Config
-from dlora.data.batches import collate
 from dlora.run.prepare import Prepared
-from dlora.seeds import derive_seed
-from kit.updates import relative_difference
+from kit.plain_loop import plain_loop
+from kit.updates import plain_model, relative_difference
 
 # what `output-projections` means, by hand: (two blocks, the names in each)
 OUTPUTS = {
@@ -41,17 +39,7 @@ class Hooked:
 
     def __init__(self, config: Config, names: list[str]) -> None:
         assert config.bottleneck is not None
-        classes = config.task == "classification"
-        factory = (
-            transformers.AutoModelForSequenceClassification
-            if classes
-            else transformers.AutoModelForCausalLM
-        )
-        known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
-        off = {key: 0.0 for key in known if "dropout" in key or key.endswith("pdrop")}
-        torch.manual_seed(config.seed)
-        head = {"num_labels": 2} if classes else {}
-        self.model = factory.from_pretrained(config.model, pad_token_id=0, **head, **off)
+        self.model = plain_model(config)
         self.model.requires_grad_(False)
         self.trained: dict[str, Tensor] = {}
         act = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU()}
@@ -70,7 +58,7 @@ class Hooked:
             self.model.bottlenecks.extend([down, up])
             layer.register_forward_hook(_adds(down, act[config.bottleneck.activation], up))
         for name, parameter in self.model.named_parameters():
-            if classes and name.startswith(("classifier.", "score.")):
+            if name.startswith(("classifier.", "score.")):
                 self.trained[name] = parameter.requires_grad_()
         self.initial = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
 
@@ -80,41 +68,13 @@ class Hooked:
 
     def train(self, config: Config, prepared: Prepared, peer: int) -> list[float]:
         """One optimiser step a round on the rows of ``peer``; the losses."""
-        train, rows = config.train, config.train.per_device_train_batch_size
-        kinds: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        parameters = list(self.trained.values())
-        optimizer = kinds[train.optimizer](
-            parameters, lr=train.learning_rate, weight_decay=train.weight_decay
-        )
-        schedule = transformers.get_scheduler(
-            train.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=train.warmup_steps,
-            num_training_steps=train.rounds,
-        )
-        losses = []
-        self.model.train()
-        for step in range(train.rounds):
-            taken = prepared.streams[peer].take(step * rows, rows)
-            examples = [prepared.data.peers[prepared.names[peer]][row] for row in taken]
-            batch = collate(examples, prepared.pad_token_id)
-            torch.manual_seed(derive_seed(config.seed, "dropout", step, "peer-0"))
-            loss = self.model(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-            ).loss
-            loss.backward()
-            assert train.max_grad_norm is not None
-            torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
+        return plain_loop(config, prepared, [peer], self.model, list(self.trained.values()))
 
 
 def _adds(down: nn.Module, act: nn.Module, up: nn.Module) -> Callable[..., Tensor]:
     def hook(layer: Any, inputs: Any, h: Tensor) -> Tensor:
-        return h + up(act(down(h)))  # type: ignore[no-any-return]
+        changed: Tensor = h + up(act(down(h)))
+        return changed
 
     return hook
 

@@ -61,9 +61,9 @@ _ORACLES: dict[str, tuple[Any, str, dict[str, Any]]] = {
 }
 
 
-def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    """The same model and the same adapter by PEFT alone, and its initial tensors."""
-    factory, kind, head = _ORACLES[config.task]
+def plain_model(config: Config) -> Any:
+    """The run's model with its new head, by transformers alone."""
+    factory, _, head = _ORACLES[config.task]
     dropout = {}
     if config.train.model_dropout is not None:
         known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
@@ -73,10 +73,16 @@ def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor
             if "dropout" in key or key.endswith("pdrop")
         }
     torch.manual_seed(config.seed)
-    base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
+    base: Any = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
     for child in base.children():
         if isinstance(child, torch.nn.Dropout) and config.train.model_dropout is not None:
             child.p = config.train.model_dropout
+    return base
+
+
+def peft_oracle(config: Config) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The same model and the same adapter by PEFT alone, and its initial tensors."""
+    base, kind = plain_model(config), _ORACLES[config.task][1]
     section = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.lora_alpha,
@@ -108,6 +114,18 @@ def state_in_peft(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, value in peft.get_peft_model_state_dict(model).items()
         if not name.endswith(("original_module.bias", "modules_to_save.bias"))
     }
+
+
+# with these, a run over some rounds and one that begins with its average are one run
+GOES_ON: dict[str, Any] = {
+    "peers.topology": {"kind": "complete"},
+    "train.optimizer": "sgd",
+    "train.learning_rate": 0.1,
+    "train.lr_scheduler_type": "constant",
+    "train.local_steps": 1,
+    "train.per_device_train_batch_size": 16,
+    "eval_every": 0,
+}
 
 
 def update_of(config: Config, adapter: Path) -> dict[str, torch.Tensor]:

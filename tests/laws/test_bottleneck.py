@@ -20,7 +20,8 @@ from dlora.errors import ConfigError, ModelError
 from dlora.events.log import read_log
 from dlora.run.prepare import prepare
 from kit.bottlenecks import BOTTLENECK, Hooked, assert_same, outputs, update_in
-from kit.updates import LOSS_BOUND, UPDATE_BOUND
+from kit.cards import loaded_by_card
+from kit.updates import GOES_ON, LOSS_BOUND, UPDATE_BOUND
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -78,10 +79,7 @@ def test_one_participant_is_the_written_out_adapter(
 
 def loss_by_card(config: Config, folder: Path) -> float:
     """The loss of an adapter that the code of its README.md has loaded."""
-    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
-    names: dict[str, Any] = {"base": config.model, "folder": str(folder)}
-    exec(code, names)
-    model, prepared = names["model"].eval(), prepare(config)
+    model, prepared = loaded_by_card(config, folder), prepare(config)
     model.config.pad_token_id = prepared.pad_token_id
     rows = prepared.data.evaluation
     batch = collate(rows, prepared.pad_token_id)
@@ -126,13 +124,7 @@ def test_stacked_participants_are_separate_runs(
 def test_a_run_goes_on_from_an_adapter(make_config: MakeConfig, tmp_path: Path) -> None:
     """Two runs of two rounds each, the second from the first one's average, are one run of four."""
     keys = {
-        "peers.topology": {"kind": "complete"},
-        "train.optimizer": "sgd",
-        "train.learning_rate": 0.1,
-        "train.lr_scheduler_type": "constant",
-        "train.local_steps": 1,
-        "train.per_device_train_batch_size": 16,
-        "eval_every": 0,
+        **GOES_ON,
         **BOTTLENECK,
     }
 
@@ -173,7 +165,8 @@ def test_an_adapter_of_another_form_is_refused(make_config: MakeConfig, tmp_path
 def test_targets(make_config: MakeConfig) -> None:
     def found(family: str, wanted: Any) -> list[str]:
         keys = {"lora": {}, "bottleneck": {"r": 2, "target_modules": wanted}}
-        return prepare(make_config(family, **keys)).manifest["bottleneck"]["targets"]  # type: ignore[no-any-return]
+        targets: list[str] = prepare(make_config(family, **keys)).manifest["bottleneck"]["targets"]
+        return targets
 
     assert found("bert", "feed-forward") == outputs("bert")[1::2]
     assert found("opt", "feed-forward") == outputs("opt")[1::2]

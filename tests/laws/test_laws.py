@@ -13,7 +13,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 import dlora
@@ -21,7 +20,7 @@ from dlora.config.run import Config
 from dlora.data.batches import collate
 from dlora.events.log import read_log
 from dlora.run.prepare import Prepared, prepare
-from dlora.seeds import derive_seed
+from kit.plain_loop import plain_loop
 from kit.updates import (
     KINDS,
     LOSS_BOUND,
@@ -43,38 +42,8 @@ def train_with_peft(
     and the update.
     """
     model, initial = peft_oracle(config)
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    train = config.train
-    kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    optimizer = kinds[train.optimizer](
-        parameters, lr=train.learning_rate, weight_decay=train.weight_decay
-    )
-    schedule = transformers.get_scheduler(
-        train.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=train.warmup_steps,
-        num_training_steps=train.rounds,
-    )
-    rows, losses = train.per_device_train_batch_size, []
-    for step in range(train.rounds):
-        examples = [
-            prepared.data.peers[prepared.names[peer]][row]
-            for peer in peers
-            for row in prepared.streams[peer].take(step * rows, rows)
-        ]
-        batch = collate(examples, prepared.pad_token_id)
-        torch.manual_seed(derive_seed(config.seed, "dropout", step, "peer-0"))
-        loss = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
-        ).loss
-        loss.backward()
-        if train.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = plain_loop(config, prepared, peers, model, trained)
     final = peft.get_peft_model_state_dict(model)
     return losses, {name: final[name] - initial[name] for name in initial}
 

@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file
 
@@ -20,8 +19,9 @@ from dlora.errors import ConfigError, Interrupted, ModelError
 from dlora.events.log import read_log
 from dlora.run.prepare import Prepared, prepare
 from kit.page_blocks import blocks
+from kit.plain_loop import plain_loop
 from kit.run_folders import assert_identical, factors_of, optimizer_of, stop_after
-from kit.updates import LOSS_BOUND, UPDATE_BOUND
+from kit.updates import LOSS_BOUND, UPDATE_BOUND, peft_oracle, plain_model
 
 pytestmark = [
     pytest.mark.usefixtures("no_page"),
@@ -45,62 +45,12 @@ def swapped(make_config: MakeConfig, kind: str, **more: Any) -> Config:
     return make_config(family, task, **keys | more)
 
 
-def oracle(config: Config) -> Any:
-    """The same model and adapter by PEFT alone."""
-    causal = config.task == "causal-lm"
-    factory = (
-        transformers.AutoModelForCausalLM
-        if causal
-        else transformers.AutoModelForSequenceClassification
-    )
-    known = transformers.AutoConfig.from_pretrained(config.model).to_dict()
-    dropout = {key: 0.0 for key in known if "dropout" in key}
-    torch.manual_seed(config.seed)
-    head = {} if causal else {"num_labels": 2}
-    base = factory.from_pretrained(config.model, pad_token_id=0, **head, **dropout)
-    task = "CAUSAL_LM" if causal else "SEQ_CLS"
-    assert config.peft is not None
-    section = peft.get_peft_config({"task_type": task, **config.peft})
-    torch.manual_seed(config.seed)
-    return peft.get_peft_model(base, section)
-
-
-def without_the_first(labels: torch.Tensor) -> torch.Tensor:
-    """The first token of a row is no target, also where virtual tokens stand before it."""
-    if labels.dim() == 2:
-        labels[:, 0] = -100
-    return labels
-
-
 def trained_by_peft(config: Config, prepared: Prepared, peer: int) -> tuple[Any, list[float]]:
     """What PEFT alone makes of one peer's rows."""
-    model = oracle(config)
+    model, _ = peft_oracle(config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, plain_loop(config, prepared, peer, model, trained)
-
-
-def plain_loop(
-    config: Config, prepared: Prepared, peer: int, model: Any, trained: list[torch.nn.Parameter]
-) -> list[float]:
-    """One optimiser step a round over one peer's rows; the loss of each."""
-    model.train()
-    optimizer = torch.optim.AdamW(trained, lr=config.train.learning_rate, weight_decay=0.0)
-    rows, losses = config.train.per_device_train_batch_size, []
-    for step in range(config.train.rounds):
-        chosen = prepared.streams[peer].take(step * rows, rows)
-        examples = [prepared.data.peers[prepared.names[peer]][row] for row in chosen]
-        batch = collate(examples, prepared.pad_token_id)
-        loss = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            labels=without_the_first(batch.labels),
-        ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, config.train.max_grad_norm or 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    causal = config.task == "causal-lm"
+    return model, plain_loop(config, prepared, [peer], model, trained, skip_first=causal)
 
 
 @torch.no_grad()
@@ -109,10 +59,10 @@ def loss_on_evaluation(prepared: Prepared, model: Any) -> float:
     total, targets = 0.0, 0
     for row in prepared.data.evaluation:
         batch = collate([row], prepared.pad_token_id)
+        if batch.labels.dim() == 2:  # the first token is no target, also after virtual tokens
+            batch.labels[:, 0] = -100
         found = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            labels=without_the_first(batch.labels),
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
         )
         count = 1 if batch.labels.dim() == 1 else int((batch.labels[:, 1:] != -100).sum())
         total, targets = total + found.loss.item() * count, targets + count
@@ -194,9 +144,9 @@ def test_a_resumed_run_ends_with_the_same_bits(make_config: MakeConfig, tmp_path
         ({"peft": {}}, "peft names another adapter"),
         ({"lora": {"r": 2}}, "peft and lora are two kinds of adapter"),
         ({"bottleneck": {"r": 2}}, "peft and bottleneck are two kinds of adapter"),
-        ({"schedule": {"kind": "kr"}}, "schedule.kind kr does not go with peft"),
-        ({"peers.rule": "ffa"}, "peers.rule ffa does not go with peft"),
-        ({"split": {"cloud": "hub"}}, "split hub does not go with peft"),
+        ({"schedule": {"kind": "kr"}}, "schedule.kind kr is for the pairs A and B .* has peft"),
+        ({"peers.rule": "ffa"}, "peers.rule ffa is for the pairs A and B"),
+        ({"split": {"cloud": "hub"}}, "split hub is for the pairs A and B"),
     ],
 )
 def test_what_does_not_go_with_it(make_config: MakeConfig, more: dict[str, Any], says: str) -> None:
@@ -207,8 +157,9 @@ def test_what_does_not_go_with_it(make_config: MakeConfig, more: dict[str, Any],
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"peft_type": "NONSENSE"}, "PEFT cannot make this adapter .*NONSENSE"),
-        ({"peft_type": "IA3", "colour": "red"}, "colour"),
+        ({"peft_type": "IA33"}, "IA33 is no peft_type .*; did you mean IA3.*BOFT"),
+        ({"peft_type": "IA3", "target_module": ["value"]}, "no key of IA3; did you mean target_m"),
+        ({"peft_type": "IA3", "target_modules": 3}, "PEFT cannot make this adapter"),
         ({"peft_type": "LOHA", "target_modules": ["quary"]}, "No modules were targeted"),
     ],
 )
@@ -229,15 +180,12 @@ def test_biases_alone_are_what_a_plain_loop_makes_of_them(make_config: MakeConfi
     )  # fmt: skip
     summary = dlora.simulate(config)
     prepared = prepare(config)
-    torch.manual_seed(config.seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        config.model, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
+    model = plain_model(config)
     trained = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "bias" in name or name.startswith("classifier.")
         trained += [parameter] if parameter.requires_grad else []
-    losses = plain_loop(config, prepared, 0, model, trained)
+    losses = plain_loop(config, prepared, [0], model, trained)
     ours = [
         event["loss"]
         for event in read_log(Path(config.output_dir, "log.jsonl"))
@@ -257,3 +205,34 @@ def test_virtual_tokens_do_not_go_with_a_mean(make_config: MakeConfig) -> None:
     prompt = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}
     with pytest.raises(ModelError, match="PROMPT_TUNING puts virtual tokens .* remove pooling"):
         prepare(make_config(lora={}, peft=prompt, pooling="mean"))
+
+
+def test_a_module_that_holds_others_of_its_ending(make_config: MakeConfig) -> None:
+    """BERT's embeddings hold word_embeddings, whose name ends alike, and PEFT looks at ends."""
+    config = make_config(**{"lora.modules_to_save": ["embeddings"], "train.rounds": 2})
+    printed = dlora.simulate(config)["runs"]["dec-lora"]["consensus"]["loss"]
+    assert dlora.score(config.output_dir)["consensus"]["loss"] == pytest.approx(printed, abs=1e-5)
+    base, _ = dlora.load_base(config.output_dir)
+    loaded = peft.PeftModel.from_pretrained(base, Path(config.output_dir, "consensus")).eval()
+    prepared = prepare(config)
+    assert loss_on_evaluation(prepared, loaded) == pytest.approx(printed, abs=1e-5)
+    saved = [one for name, one in prepared.model.initial.items() if "embeddings" in name]
+    whole = prepared.model.network.model.get_submodule("base_model.model.bert.embeddings")
+    own = whole.modules_to_save["default"].parameters()
+    assert sum(one.numel() for one in saved) == sum(one.numel() for one in own)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            ["embed_tokens"],
+            "embed_tokens matches no module; those with weights are .*word_embeddings",
+        ),
+        (["layer.0"], "layer.0 holds .*query, which trains by itself"),
+        (["embeddings", "word_embeddings"], "embeddings holds .*word_embeddings"),
+    ],
+)
+def test_modules_that_cannot_be_saved(make_config: MakeConfig, names: list[str], says: str) -> None:
+    with pytest.raises(ModelError, match=f"^lora.modules_to_save: .*{says}"):
+        prepare(make_config(**{"lora.modules_to_save": names}))

@@ -26,6 +26,7 @@ from dlora.run.prepare import prepare
 from kit import families, tiny_models
 from kit.adapter_folders import printed_and_loaded
 from kit.run_folders import assert_identical, factors_of, stop_after
+from kit.updates import GOES_ON
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -252,14 +253,8 @@ def test_a_run_that_begins_with_an_adapter_goes_on(
     """
     keys = {
         "lora.use_dora": dora,
-        "peers.topology": {"kind": "complete"},
-        "train.optimizer": "sgd",
-        "train.learning_rate": 0.1,
-        "train.lr_scheduler_type": "constant",
-        "train.local_steps": 1,
-        "train.per_device_train_batch_size": 16,
+        **GOES_ON,
         "data.limit": 64,
-        "eval_every": 0,
     }
 
     def ended(name: str, rounds: int, **more: Any) -> tuple[Config, dict[str, torch.Tensor]]:

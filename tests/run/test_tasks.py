@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -22,6 +23,9 @@ from dlora.errors import ConfigError
 from dlora.events.log import read_log
 from dlora.run.prepare import prepare
 from dlora.tasks.scores import scored, spans_of
+from kit.bottlenecks import BOTTLENECK
+from kit.cards import loaded_by_card
+from kit.updates import KINDS
 
 MakeConfig = Callable[..., Config]
 
@@ -98,6 +102,39 @@ def test_token_classification(make_config: MakeConfig, family: str) -> None:
     hits = sum(len(spans_of(s) & spans_of(t)) for s, t in pairs)
     found, due = (sum(len(spans_of(pair[side])) for pair in pairs) for side in (0, 1))
     assert scores["f1"] == pytest.approx(2 * hits / (found + due)) and due > 16
+
+
+@pytest.mark.parametrize(
+    ("task", "adapter"),
+    [
+        ("token-classification", BOTTLENECK),
+        *(
+            pytest.param(*slow, marks=pytest.mark.slow)
+            for slow in [
+                ("token-classification", {}),
+                ("regression", BOTTLENECK),
+                ("multi-label", {}),
+                ("multi-label", KINDS["ia3"]),
+                ("regression", {"lora": {}, "peft": {"bias": "all"}}),
+            ]
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:peers train one at a time")
+def test_the_code_of_a_card_gives_the_printed_loss(
+    make_config: MakeConfig, task: str, adapter: dict[str, Any]
+) -> None:
+    config = make_config("bert", task, **{"train.rounds": 3, "eval_every": 0}, **adapter)
+    printed = dlora.simulate(config)["runs"]["dec-lora"]["consensus"]["loss"]
+    model, prepared = loaded_by_card(config, Path(config.output_dir, "consensus")), prepare(config)
+    batch = collate(prepared.data.evaluation, prepared.pad_token_id)
+    with torch.no_grad():
+        found = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        )
+    assert found.loss.item() == pytest.approx(printed, abs=1e-5)
+    page = Path(config.output_dir, "report.html").read_text()
+    assert ("PeftModel" in page) == (adapter != BOTTLENECK)
 
 
 # (labels, their spans as seqeval 0.0.10's get_entities prints them, the end one further)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 import dlora
 from dlora.split.tensors import as_factors
 from dlora.wire.split.codec import split_num_bytes
-from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, HandOff, SplitFrame, Values
+from dlora.wire.split.frames import ACTIVE, LEFT_OUT, HandOff, Values
 from kit import queue_cloud
-from kit.both_halves import SCHEDULES, Both, assert_same, some_steps, train
+from kit.both_halves import SCHEDULES, Both, Watched, assert_same, some_steps, train
 from kit.bottlenecks import PARTS, Hooked, outputs
 from kit.connected import batches, connected
 from kit.connected import train as train_anyhow
@@ -69,20 +69,6 @@ def test_split_is_unsplit(
     assert_same(split, train(both.whole, steps, theirs, optimizer), optimizer)
     if ours is not None and theirs is not None:
         assert ours.schedules[0].state()["changed_at"] == theirs.schedules[0].state()["changed_at"]
-
-
-class Watched:
-    """The frames of a training, with the units of each call."""
-
-    def __init__(self, both: Both) -> None:
-        self.frames: list[SplitFrame] = []
-        self.units: dict[int, tuple[int, ...]] = {}
-        link(both.half, both.cloud, 2, seen=self._seen)
-
-    def _seen(self, up: bool, frame: SplitFrame) -> None:
-        self.frames.append(frame)
-        if isinstance(frame, Begin):
-            self.units[frame.call] = frame.units
 
 
 @pytest.mark.parametrize("kind", ["kr", "kr-drop"])

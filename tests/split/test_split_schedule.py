@@ -15,9 +15,8 @@ from torch import Tensor
 import dlora
 from dlora.lora.core import directions_of
 from dlora.split.agreement import agree, proposal_text
-from dlora.wire.split.codec import split_num_bytes
-from dlora.wire.split.frames import ACTIVE, LEFT_OUT, Begin, HandOff, SplitFrame, Values
-from kit.both_halves import CORE, SCHEDULES, Both, assert_same, some_steps, train
+from dlora.wire.split.frames import ACTIVE, LEFT_OUT, HandOff, Values
+from kit.both_halves import CORE, SCHEDULES, Both, Watched, assert_same, some_steps, train
 from kit.queue_cloud import config, link
 from kit.updates import KINDS
 
@@ -69,23 +68,6 @@ def test_split_is_unsplit_for_language_models(
 
 
 # Law 7
-
-
-class Watched:
-    """The frames of a training, with the units of each call."""
-
-    def __init__(self, both: Both) -> None:
-        self.frames: list[SplitFrame] = []
-        self.units: dict[int, tuple[int, ...]] = {}
-        link(both.half, both.cloud, 2, seen=self._seen)
-
-    def _seen(self, up: bool, frame: SplitFrame) -> None:
-        self.frames.append(frame)
-        if isinstance(frame, Begin):
-            self.units[frame.call] = frame.units
-
-    def num_bytes(self) -> int:
-        return sum(split_num_bytes(frame, "float32") for frame in self.frames)
 
 
 @pytest.mark.parametrize("kind", ["kr", "kr-drop", "random"])

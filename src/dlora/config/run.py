@@ -297,8 +297,8 @@ class Config(Document):
         ):
             if value != wanted:
                 raise ValueError(
-                    f"{key} {value} does not go with {what}, with which peers train more than pairs"
-                    " of A and B: remove one of them"
+                    f"{key} {value} is for the pairs A and B of LoRA alone, and the config has"
+                    f" {what}: remove one of them"
                 )
 
     @property

@@ -15,6 +15,7 @@ from torch import Tensor
 from dlora.errors import ModelError
 from dlora.files import write_atomically
 from dlora.lora.layers import Bottleneck
+from dlora.lora.model_card import base_text, factory_text, how_to_load
 from dlora.lora.stacked import StackedModel
 from dlora.version import __version__
 
@@ -32,7 +33,7 @@ from safetensors.torch import load_file
 facts = json.loads(pathlib.Path(folder, "bottleneck.json").read_text())
 tensors = load_file(pathlib.Path(folder, "bottleneck.safetensors"))
 activation = getattr(torch.nn.functional, facts["activation"])
-model = transformers.{factory}.from_pretrained(base{labels})
+model = {factory}
 
 def add_bottleneck(name):
     parts = ("down_weight", "down_bias", "up_weight", "up_bias")
@@ -61,7 +62,7 @@ def write_bottleneck(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, save(weights | model.head_rest, metadata={"format": "pt"}))
     write_atomically(folder / FACTS, json.dumps(facts, indent=2) + "\n")
-    write_atomically(folder / "README.md", _card(model.bottleneck, model.network))
+    write_atomically(folder / "README.md", _card(model, model.bottleneck))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 
@@ -85,26 +86,13 @@ def check_bottleneck_folder(folder: Path, here: Bottleneck) -> None:
             )
 
 
-def _card(facts: Bottleneck, network: Any) -> str:
-    """The text of README.md, with the header of the hub. A local model is named without its
-    path.
-    """
-    source = facts.base_model
-    base = Path(source).name if Path(source).is_dir() else source
-    head = {"base_model": base, "tags": ["bottleneck-adapter", "dlora"]}
-    if getattr(network, "base_model_prefix", "") == "body":  # MeanPooledClassifier
-        how = "The classifier reads the mean over the tokens: load it with `dlora eval`."
-    else:
-        classes = facts.task == "classification"
-        code = _LOAD.format(
-            factory="AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM",
-            labels=f", num_labels={network.config.num_labels}" if classes else "",
-        )
-        how = (
-            f"No library is needed beside transformers. `base` is the model {base}, `folder` is"
-            f" this folder:\n\n```python\n{code}```"
-        )
-    linears = ", ".join(sorted({name.rpartition(".")[2] for name in facts.modules}))
+def _card(model: StackedModel, facts: Bottleneck) -> str:
+    """The text of README.md, with the header of the hub."""
+    base, on_hub = base_text(facts.base_model)
+    head = {**on_hub, "tags": ["bottleneck-adapter", "dlora"]}
+    how = how_to_load(model, base, _LOAD.format(factory=factory_text(model)))
+    blocks = [name.split(".") for name in facts.modules]
+    linears = ", ".join(sorted({".".join(parts[-2:]) for parts in blocks}))
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# A bottleneck adapter for {base}\n\n"
         f"Width {facts.r}, {facts.activation}, after {linears}. Written by dlora {__version__}.\n\n"

@@ -19,40 +19,62 @@ _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 def model_card(model: StackedModel, config: Any) -> str:
     """The text of README.md, with the header of the hub.
 
-    ``config``: the PEFT config in the folder. When the base model is a local folder, the text has
-    the end of its path and not all of it, and the header does not name it, because the hub takes
-    that for one of its own models.
+    ``config``: the PEFT config in the folder.
     """
-    base = str(config.base_model_name_or_path)
-    on_hub = {} if Path(base).is_dir() else {"base_model": base}
+    base, on_hub = base_text(str(config.base_model_name_or_path))
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     facts = {**on_hub, "library_name": "peft", "tags": [kind.lower(), "dlora"]}
-    if not on_hub:
-        base = "/".join(Path(base).resolve().parts[-2:])  # the last part alone is often "model"
-    factory = (
-        "AutoModelForSequenceClassification.from_pretrained(base,"
-        f" num_labels={model.network.config.num_labels})"
+    how = how_to_load(
+        model,
+        base,
+        f"import peft\nimport transformers\n\nmodel = {factory_text(model)}\n"
+        "model = peft.PeftModel.from_pretrained(model, folder)\n",
     )
-    if _reads_the_mean(model):
-        how = "The classifier reads the mean over the tokens: load it with `dlora eval`."
-    else:
-        classes = config.task_type == "SEQ_CLS"
-        load = factory if classes else "AutoModelForCausalLM.from_pretrained(base)"
-        how = (
-            f"```python\nmodel = {load}\nmodel = peft.PeftModel.from_pretrained(model, folder)\n```"
-        )
-    header = f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n"
+    serves = "vLLM does not load this folder: it serves LoRA only."
     if kind != "LORA":
-        return (
-            f"{header}# An adapter ({kind}) for {base}\n\nWritten by dlora {__version__}.\n\n{how}"
-            "\n\nvLLM does not load this folder: it serves LoRA only.\n"
+        title, body = f"An adapter ({kind})", ""
+    elif not any(".lora_" in name for name in model.initial):
+        title, body = (
+            "Trained biases",
+            "All biases of the model, and no adapter (BitFit): the LoRA of rank 1 in the file adds"
+            " nothing, and is there because PEFT loads biases only with one. ",
         )
-    linears = ", ".join(sorted({name.rpartition(".")[2] for name in config.target_modules or ()}))
+    else:
+        linears = {name.rpartition(".")[2] for name in config.target_modules or ()}
+        title, body, serves = (
+            "A LoRA adapter",
+            f"Rank {config.r}, `lora_alpha` {config.lora_alpha}, on {', '.join(sorted(linears))}. ",
+            _in_vllm(model, config),
+        )
     return (
-        f"{header}# A LoRA adapter for {base}\n\nRank"
-        f" {config.r}, `lora_alpha` {config.lora_alpha}, on {linears}. Written by dlora"
-        f" {__version__}.\n\n{how}\n\n{_in_vllm(model, config)}\n"
+        f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n\n# {title} for {base}\n\n"
+        f"{body}Written by dlora {__version__}.\n\n{how}\n\n{serves}\n"
     )
+
+
+def base_text(source: str) -> tuple[str, dict[str, str]]:
+    """How people are told the base model, and what the hub is told of it.
+
+    Of a local folder that is the end of its path and not all of it, and nothing for the hub, which
+    takes a name for one of its own models.
+    """
+    if not Path(source).is_dir():
+        return source, {"base_model": source}
+    # the last part alone is often "model"
+    return "/".join(Path(source).resolve().parts[-2:]), {}
+
+
+def factory_text(model: StackedModel) -> str:
+    """The Python that makes the plain base model."""
+    labels = f", num_labels={model.network.config.num_labels}" if model.task.has_head else ""
+    return f"transformers.{model.task.model}.from_pretrained(base{labels})"
+
+
+def how_to_load(model: StackedModel, base: str, code: str) -> str:
+    """What to type to load a folder: the ``code``, where transformers has a class for the model."""
+    if _reads_the_mean(model):
+        return "The head reads the mean over the tokens: load it with `dlora eval`."
+    return f"`base` is the model {base}, `folder` is this folder:\n\n```python\n{code}```"
 
 
 def _reads_the_mean(model: StackedModel) -> bool:

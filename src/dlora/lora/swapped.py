@@ -4,9 +4,10 @@ bound to the one model.
 
 from __future__ import annotations
 
+import difflib
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dlora.config.tasks import TASKS
 from dlora.config.training import only_biases
 from dlora.errors import ModelError
 from dlora.lora.factors import Factors
-from dlora.lora.targets import find_targets, short_names
+from dlora.lora.targets import find_saved, find_targets, short_names
 
 
 class _Bound(nn.Module):
@@ -119,6 +120,7 @@ def swap(frozen: FrozenModel, config: Config, reason: str) -> SwappedModel:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated")
             torch.manual_seed(config.seed)
             model = peft.get_peft_model(frozen.network, section)
+    # PEFT checks little: a wrong value shows as any of these, deep inside
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = "lora" if config.peft is None else "peft"
@@ -153,12 +155,34 @@ def _section(frozen: FrozenModel, config: Config) -> peft.PeftConfig:
     if config.peft is None:
         targets = find_targets(frozen.network, config.lora, frozen.head)
         section = lora_config(frozen.network, config.lora, config.task, targets)
-        section.modules_to_save = list(config.lora.modules_to_save or ()) or None
+        section.modules_to_save = find_saved(frozen.network, config.lora, frozen.head, targets)
         section.target_modules = short_names(frozen.network, targets)
         return section
     given = {"task_type": TASKS[config.task].peft, **config.peft}
-    if only_biases(config.peft):
+    if not only_biases(config.peft):
+        _check_words(config.peft)
+    else:
         # PEFT loads biases with a LoRA only: here of rank 1, with a B that stays zero
         first = find_targets(frozen.network, config.lora, frozen.head)[0]
         given |= {"peft_type": "LORA", "r": 1, "target_modules": [first]}
     return peft.get_peft_config(given)
+
+
+def _check_words(given: Mapping[str, Any]) -> None:
+    """Raise ModelError if PEFT has no such kind of adapter, or the kind no such key."""
+    kinds = {kind.value: config for kind, config in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = str(given["peft_type"])
+    if kind not in kinds:
+        raise ModelError(
+            f"peft: {kind} is no peft_type of PEFT {peft.__version__}"
+            f"{_meant(kind, sorted(kinds))}; it has {', '.join(sorted(kinds))}"
+        )
+    keys = [field.name for field in fields(kinds[kind])]
+    for key in given:
+        if key not in keys:
+            raise ModelError(f"peft: {key} is no key of {kind}{_meant(key, keys)}")
+
+
+def _meant(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 # These come before peft: they silence the messages that peft's imports print.
 from dlora.model.layers import LINEAR, block_linears, block_lists, is_linear
@@ -37,8 +37,7 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
     full names or ends of names. ``exclude_modules`` and ``layers_to_transform`` leave out as PEFT
     does. Warns when all-linear leaves out many weights of the blocks. Raises
     ModelError when a target matches nothing, matches a module that is no linear, shares its weight
-    with another module, has a name that PEFT reads as the weights of experts, or has a weight out
-    of which ``init_lora_weights`` cannot take A and B.
+    with another module, or has a name that PEFT reads as the weights of experts.
     """
     found = _named(network, section, head)
     left_out = section.exclude_modules
@@ -68,6 +67,44 @@ def find_targets(network: nn.Module, section: LoraSection, head: Sequence[str]) 
             if not any(get_pattern_key([one], name) == one for name in kept):
                 raise ModelError(f"lora.{key}: {one} matches no adapted linear, such as {kept[0]}")
     return kept
+
+
+def find_saved(
+    network: nn.Module, section: LoraSection, head: Sequence[str], targets: Sequence[str]
+) -> list[str]:
+    """The full names of the modules that ``lora.modules_to_save`` names, without the ``head``,
+    which trains anyway.
+
+    As for targets, a name is a full name or an end of one. PEFT gets the full names: a short one
+    would also mean every module whose name ends with it. Raises ModelError when a name matches
+    nothing, when a module holds an adapted linear or another module that is named, or when to PEFT
+    its full name means several.
+    """
+    known = [name for name, _ in network.named_modules() if name]
+    weighted = {name.rpartition(".")[0] for name, _ in network.named_parameters()}
+    found: list[str] = []
+    for one in section.modules_to_save or ():
+        pattern = _pattern(one, False, "modules_to_save")
+        matched = [name for name in known if pattern.fullmatch(name)]
+        if not matched:
+            raise ModelError(
+                f"lora.modules_to_save: {one} matches no module; those with weights are"
+                f" {_last_parts(weighted)}"
+            )
+        found += [name for name in matched if name not in found and not _within(name, head)]
+    for name in found:
+        inside = [other for other in (*targets, *found) if other.startswith(f"{name}.")]
+        if inside:
+            raise ModelError(
+                f"lora.modules_to_save: {name} holds {inside[0]}, which trains by itself; name one"
+                " of them, or leave the linear out with exclude_modules"
+            )
+        if any(other != name and other.endswith(name) for other in known):
+            raise ModelError(
+                f"lora.modules_to_save: PEFT takes every module whose name ends with {name}, and"
+                " there are several; name another module"
+            )
+    return found
 
 
 def _kept(found: Sequence[str], section: LoraSection) -> list[str]:
@@ -149,15 +186,13 @@ def short_names(network: nn.Module, targets: Collection[str]) -> list[str]:
 
 def linear_names(network: nn.Module) -> str:
     """The last parts of all linears' names, for a message."""
-    return ", ".join(
-        sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in network.named_modules()
-                if isinstance(module, LINEAR)
-            }
-        )
+    return _last_parts(
+        name for name, module in network.named_modules() if isinstance(module, LINEAR)
     )
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def _within(name: str, head: Sequence[str]) -> bool:

@@ -242,8 +242,10 @@ class Tables:
 
     @property
     def loading(self) -> str:
-        """Python that loads the averaged adapter with PEFT."""
+        """How the averaged adapter is loaded, from the folder where the run was started."""
         run = str(self.page.config.get("output_dir", "RUN"))
+        if self.page.config.get("bottleneck") is not None:
+            return f"# PEFT has no bottleneck adapters: the code is in {run}/consensus/README.md"
         return (
             "import dlora, peft\n\n"
             f"base, tokenizer = dlora.load_base({run!r})  # the frozen model of this run\n"
